@@ -1,0 +1,148 @@
+"""The nouns every room shares. Plain data and protocols; nothing here reads a file or runs a model.
+
+Shape letters: n pool rows, m target rows, k budget, d projected dimension, b batch, o / i module out / in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from torch import Tensor
+
+Role = str  # "system", "user", "assistant", "tool"; or "text", "prompt", "completion" for raw strings that no template touches
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `content` is the text; `extra` holds what a chat template may read besides (tool_calls, name)."""
+
+    role: Role
+    content: str
+    extra: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One instruction item. `group` is the source in a pool, the task in a target set.
+
+    `tools` is passed to the chat template. `tokens` is set only for rows that arrive tokenised: (input_ids, labels), -100 = not supervised.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    group: str
+    tools: tuple[Any, ...] = ()
+    tokens: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A saved point of a warm-up. `mean_lr` is the mean learning rate of the steps since the previous checkpoint."""
+
+    path: Path
+    step: int
+    lr: float
+    mean_lr: float
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """n x d rows: a Tensor, a RowStore, or anything with `.shape` and `[a:b] -> Tensor`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A declaration of something a method reads. What its value is:
+
+    rows          Rows [n, d] of unit gradient rows (checkpoints="each": a list of them, in step order; "mean": their mean weighted by mean_lr)
+    influence     Tensor [n, m] (or [n, groups] for a backend that merges target groups); positive = training on the row helps the target
+    embeddings    Rows [n, d] of unit pooled hidden states
+    loss          Tensor [n], mean negative log-likelihood per supervised token under the base model, nats
+    ngrams        Tensor [n], log importance weights
+    difficulty    Tensor [n]
+    """
+
+    name: Literal["rows", "influence", "embeddings", "loss", "ngrams", "difficulty"]
+    side: Literal["pool", "target"] = "pool"
+    transform: Literal["none", "adam"] = "none"
+    modules: Literal["lora", "linear"] = "lora"
+    checkpoints: Literal["last", "each", "mean"] = "last"
+    backend: str | None = None
+    dim: int | None = None
+
+
+class UndeclaredSignal(KeyError):
+    """A method read a signal that its `needs()` does not name: a fault of the method, not of the user."""
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a method may read: the declared signals, and facts about the rows that cost nothing.
+
+    `values` holds one value per declared Signal. `tokens` [n] are supervised tokens per row; `groups` the n pool groups (sources);
+    `target_groups` the m target groups (tasks).
+    """
+
+    values: Mapping[Signal, Any]
+    n: int
+    tokens: np.ndarray | None = None
+    groups: Sequence[str] = ()
+    target_groups: Sequence[str] = ()
+
+    def __getitem__(self, signal: Signal) -> Any:
+        if signal not in self.values:
+            raise UndeclaredSignal(f"{signal} is not among the signals that needs() declares")
+        return self.values[signal]
+
+
+@dataclass(frozen=True)
+class Subset:
+    """What a method chose: `indices` [k] unique, in pick order; `gains` [k] why each was picked (method's own unit, higher = better);
+    `weights` [k] training weights; `notes`: columns for the report, each of length n (per pool row) or a scalar."""
+
+    indices: np.ndarray
+    gains: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """A method: a frozen dataclass of hyper-parameters. It never sees a model, tokenizer, device or path."""
+
+    target: ClassVar[Literal["required", "optional", "none"]]
+
+    def needs(self) -> frozenset[Signal]: ...
+
+    def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset: ...
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """What happens to a gradient before it is projected."""
+
+    def materialised(self, name: str, grad: Tensor) -> Tensor:
+        """grad [b, o, i] of the parameter `name` -> the same shape."""
+        ...
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """(row [o], col [i]) when the transform is grad * row[:, None] * col[None, :]; None where it does not factor."""
+        ...
+
+
+class Encoded(Protocol):
+    """A tokenised example: {"input_ids": list[int], "labels": list[int]}, label -100 = not supervised."""
+
+    def __getitem__(self, key: Literal["input_ids", "labels"], /) -> list[int]: ...
