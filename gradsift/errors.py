@@ -77,7 +77,13 @@ class ResourceError(GradsiftError):
 
 
 class DiskFull(ResourceError):
-    pass
+    """`needed` and `free` are bytes, None where they are not known."""
+
+    def __init__(
+        self, what: str, *, where: str | Path | None = None, remedy: str | None = None, needed: int | None = None, free: int | None = None
+    ) -> None:
+        super().__init__(what, where=where, remedy=remedy)
+        self.needed, self.free = needed, free
 
 
 class OutOfMemory(ResourceError):
