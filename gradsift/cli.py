@@ -1,0 +1,340 @@
+"""The command line: a thin skin, every command is one library call. Data on stdout, log on stderr."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="gradsift",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Pick the rows of an instruction pool that are worth training a language model on, by their gradients.",
+    epilog="Example: gradsift select tagcos --pool pool.jsonl --model ./my-model --budget 5% --run runs/a",
+)
+
+STAGES = "Settings of the run (one for all methods; also keys of --config)"
+MACHINE = "Machine"
+
+Method = Annotated[str, typer.Argument(help="A name from `gradsift methods`.", show_default=False)]
+PoolFiles = Annotated[list[str], typer.Option("--pool", metavar="[NAME=]FILE", help="Candidates: jsonl, json, parquet, .gz, .zst, a datasets folder, hf:NAME. Repeatable.", show_default=False)]
+TargetFiles = Annotated[list[str] | None, typer.Option("--target", metavar="[NAME=]FILE", help="Examples of what the model should get better at. Repeatable.", show_default=False)]
+ModelName = Annotated[str | None, typer.Option("--model", metavar="NAME|PATH|tiny", help="The model to be trained later, or a small relative of it.", show_default=False)]
+BudgetText = Annotated[str, typer.Option("--budget", metavar="5%|0.05|1000", help="How many rows to choose: a share of the rows read, or a count.", show_default=False)]
+RunFolder = Annotated[Path, typer.Option("--run", metavar="DIR", help="Where all work is kept; the same folder again reuses it.", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also copy the chosen rows here.", show_default=False)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the selection.")]
+MethodOptions = Annotated[list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="A parameter of the method. Repeatable.", show_default=False)]
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings of the stages.", show_default=False)]
+PoolGroup = Annotated[str | None, typer.Option("--pool-group", metavar="FIELD", help="Group pool rows by this field instead of by file.", show_default=False)]
+TargetGroup = Annotated[str | None, typer.Option("--target-group", metavar="FIELD", help="Group target rows by this field instead of by file.", show_default=False)]
+Format = Annotated[str | None, typer.Option("--format", help="Row format, instead of detecting it.", rich_help_panel=STAGES, show_default=False)]
+MaxLength = Annotated[int | None, typer.Option("--max-length", help="Tokens kept of a row. [default: 1024]", rich_help_panel=STAGES, show_default=False)]
+MaxBad = Annotated[str | None, typer.Option("--max-bad-rows", metavar="N|SHARE", help="Stop above so many unreadable rows. [default: 0.05]", rich_help_panel=STAGES, show_default=False)]
+Dedup = Annotated[str | None, typer.Option("--dedup", metavar="none|exact", help="Drop exact duplicates. [default: none]", rich_help_panel=STAGES, show_default=False)]
+WarmupFrom = Annotated[Path | None, typer.Option("--warmup-from", metavar="DIR", help="Take the checkpoints of your own LoRA run instead of warming up.", rich_help_panel=STAGES, show_default=False)]
+Dim = Annotated[int | None, typer.Option("--dim", help="Numbers stored per gradient row. [default: 8192]", rich_help_panel=STAGES, show_default=False)]
+ShardRows = Annotated[int | None, typer.Option("--shard-rows", help="Rows per shard: what a crash can lose. [default: 2048]", rich_help_panel=STAGES, show_default=False)]
+Revision = Annotated[str | None, typer.Option("--revision", help="Revision of a hub model.", rich_help_panel=MACHINE, show_default=False)]
+RemoteCode = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run the model's own code; needs --revision.", rich_help_panel=MACHINE, show_default=False)]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ... [default: cpu]", rich_help_panel=MACHINE, show_default=False)]
+Dtype = Annotated[str | None, typer.Option("--dtype", metavar="float32|bfloat16", help="Number format of the base model. [default: float32]", rich_help_panel=MACHINE, show_default=False)]
+Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads. [default: physical cores]", rich_help_panel=MACHINE, show_default=False)]
+Force = Annotated[bool | None, typer.Option("--force", help="Go on where a check says that the result will be poor.", rich_help_panel=MACHINE, show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+def _options(pairs: list[str] | None) -> dict[str, str]:
+    from gradsift.errors import ConfigError
+
+    found = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"-o {pair}: not KEY=VALUE", remedy="Write it as -o clusters=50.")
+        found[key.strip().replace("-", "_")] = value.strip()
+    return found
+
+
+def _settings(config: Path | None, **flags: Any) -> dict[str, dict[str, Any]]:
+    """Sections with only what the user gave: the TOML file first, flags on top."""
+    from gradsift.config import read_toml
+
+    sections: dict[str, dict[str, Any]] = {name: dict(values) for name, values in (read_toml(config) if config else {}).items()}
+    for path, value in flags.items():
+        if value is not None:
+            section, _, key = path.partition("__")
+            sections.setdefault(section, {})[key] = value
+    return sections
+
+
+def _number(text: str | None) -> float | int | None:
+    from gradsift.errors import ConfigError
+
+    if text is None:
+        return None
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise ConfigError(f"--max-bad-rows {text}: not a number", remedy="Give a share like 0.05 or a count like 200.") from None
+
+
+@app.command(epilog="Example: gradsift select less --pool pool.jsonl --target dev.jsonl --model ./my-model --budget 1000 --run runs/a -o aggregate=round-robin")
+def select(
+    method: Method,
+    pool: PoolFiles,
+    budget: BudgetText,
+    run: RunFolder,
+    model: ModelName = None,
+    target: TargetFiles = None,
+    out: Out = None,
+    seed: Seed = 0,
+    option: MethodOptions = None,
+    config: ConfigFile = None,
+    pool_group: PoolGroup = None,
+    target_group: TargetGroup = None,
+    format: Format = None,
+    max_length: MaxLength = None,
+    max_bad_rows: MaxBad = None,
+    dedup: Dedup = None,
+    warmup_from: WarmupFrom = None,
+    dim: Dim = None,
+    shard_rows: ShardRows = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    force: Force = None,
+    allow_short: Annotated[bool, typer.Option("--allow-short", help="Accept fewer rows than the budget when the pool has no more.")] = False,
+    add_scores: Annotated[bool, typer.Option("--add-scores", help="Write rank, gain and weight into the chosen rows.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Choose the rows worth training on, and write them with a report."""
+    from gradsift import selection
+
+    result = selection.select(
+        method,
+        pool=pool,
+        budget=budget,
+        run=run,
+        model=model,
+        target=target or [],
+        out=out,
+        seed=seed,
+        options=_options(option),
+        settings=_gather(locals()),
+        pool_group=pool_group,
+        target_group=target_group,
+        warmup_from=warmup_from,
+        allow_short=allow_short,
+        add_scores=add_scores,
+        progress=_progress(quiet),
+        command="gradsift " + shlex.join(sys.argv[1:]),
+    )
+    _print_selection(result, as_json)
+
+
+def _gather(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings sections from a command's arguments."""
+    return _settings(
+        values["config"],
+        pool__format=values["format"],
+        pool__max_bad_rows=_number(values["max_bad_rows"]),
+        pool__dedup=values["dedup"],
+        encode__max_length=values["max_length"],
+        gradients__dim=values["dim"],
+        gradients__shard_rows=values["shard_rows"],
+        model__revision=values["revision"],
+        model__trust_remote_code=values["trust_remote_code"],
+        model__device=values["device"],
+        model__dtype=values["dtype"],
+        machine__threads=values["threads"],
+        machine__force=values["force"],
+    )
+
+
+def _progress(quiet: bool) -> Any:
+    from gradsift import progress
+
+    return progress.silent() if quiet else progress.auto()
+
+
+def _print_selection(result: Any, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result.summary(), ensure_ascii=False, indent=2))
+        return
+    for line in result.lines():
+        typer.echo(line)
+
+
+@app.command(epilog="Example: gradsift plan tagcos --pool pool.jsonl --model ./my-model --budget 5% --run runs/a")
+def plan(
+    method: Method,
+    pool: PoolFiles,
+    budget: BudgetText,
+    run: RunFolder,
+    model: ModelName = None,
+    target: TargetFiles = None,
+    option: MethodOptions = None,
+    config: ConfigFile = None,
+    pool_group: PoolGroup = None,
+    target_group: TargetGroup = None,
+    format: Format = None,
+    max_length: MaxLength = None,
+    max_bad_rows: MaxBad = None,
+    dedup: Dedup = None,
+    warmup_from: WarmupFrom = None,
+    dim: Dim = None,
+    shard_rows: ShardRows = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    force: Force = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """What `select` would run: stages, rows, tokens, bytes, memory, time. Writes nothing."""
+    from gradsift import plan as planning
+
+    found = planning.plan(
+        method,
+        pool=pool,
+        budget=budget,
+        run=run,
+        model=model,
+        target=target or [],
+        options=_options(option),
+        settings=_gather(locals()),
+        pool_group=pool_group,
+        target_group=target_group,
+        warmup_from=warmup_from,
+        progress=_progress(quiet),
+    )
+    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else found.table())
+
+
+@app.command(epilog="Example: gradsift methods --json")
+def methods(as_json: AsJson = False) -> None:
+    """List the methods: what they need and which options they take."""
+    from gradsift import catalogue
+
+    typer.echo(json.dumps(catalogue.methods(), indent=2) if as_json else catalogue.table())
+
+
+@app.command(epilog="Example: gradsift inspect --pool pool.jsonl --model ./my-model --rows 5")
+def inspect(
+    pool: PoolFiles,
+    model: ModelName = None,
+    rows: Annotated[int, typer.Option("--rows", help="How many rows to print.")] = 3,
+    start: Annotated[int, typer.Option("--start", help="First row, counted from 0.")] = 0,
+    config: ConfigFile = None,
+    pool_group: PoolGroup = None,
+    format: Format = None,
+    max_length: MaxLength = None,
+    max_bad_rows: MaxBad = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = None,
+) -> None:
+    """Print rows as the model sees them, the supervised tokens coloured, and the funnel of counts."""
+    from gradsift import selection
+
+    values = locals()
+    flags = {name: values.get(name) for name in ("dedup", "dim", "shard_rows", "device", "dtype", "threads", "force")}
+    selection.inspect(pool, model=model, rows=rows, start=start, settings=_gather({**flags, **values}), pool_group=pool_group)
+
+
+@app.command(epilog="Example: gradsift demo")
+def demo(
+    run: Annotated[Path, typer.Option("--run", metavar="DIR", help="Where to work.")] = Path("runs/demo"),
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """See it work, offline, in under three minutes: a generated pool, a built-in model, three methods, and the proof."""
+    from gradsift import demo as show
+
+    result = show.demo(run, seed=seed, progress=_progress(quiet))
+    typer.echo(result.table())
+    raise typer.Exit(0 if result.passed else 1)
+
+
+@app.command(epilog="Example: gradsift verify runs/a")
+def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False) -> None:
+    """Re-hash everything a run holds; exit 5 naming what is not as written. The next run recomputes only that."""
+    from gradsift import runs
+
+    found = runs.verify(run)
+    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(found["lines"]))
+    raise typer.Exit(5 if found["problems"] else 0)
+
+
+@app.command(epilog="Example: gradsift show runs/a")
+def show(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False) -> None:
+    """What a run holds: stages, sizes, times, selections."""
+    from gradsift import runs
+
+    typer.echo(json.dumps(runs.show(run), indent=2) if as_json else runs.show_table(run))
+
+
+@app.command(epilog="Example: gradsift report runs/a")
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Write the report pages of a run's selections anew and print their paths."""
+    from gradsift import runs
+
+    for path in runs.report(run):
+        typer.echo(path)
+
+
+@app.command(epilog="Example: gradsift diff runs/a/select-0123456789ab runs/a/select-ba9876543210")
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A selection (a select-... folder, or a run with one).")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two selections: rows in common, and where their settings differ."""
+    from gradsift import runs
+
+    found = runs.diff(a, b)
+    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(f"{key}: {value}" for key, value in found.items()))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"gradsift {version('gradsift')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: gradsift's own errors become one line on stderr and an exit code."""
+    from gradsift.errors import GradsiftError
+
+    try:
+        app()
+    except GradsiftError as error:
+        print(f"gradsift: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"gradsift: interrupted. Nothing finished is lost; resume with: gradsift {shlex.join(sys.argv[1:])}", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Settings of every stage: small frozen records, one per stage, read from TOML sections of the same name or from flags.
+
+An unknown key is an error with the nearest name. `canonical()` is what enters a recipe digest.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gradsift.errors import ConfigError, UnknownName
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Settings(BaseModel):
+    """Base of the stage records: frozen, no unknown key, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def canonical(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+
+class PoolSettings(Settings):
+    """How rows are read."""
+
+    format: str = "auto"
+    group_field: str | None = None
+    id_field: str = "id"
+    mapping: dict[str, str] | None = None
+    max_bad_rows: float | int = Field(default=0.05, ge=0)
+    dedup: Literal["none", "exact"] = "none"
+
+
+class EncodeSettings(Settings):
+    """Chat template, length and what is supervised."""
+
+    max_length: int = Field(default=1024, ge=8)
+    policy: Literal["truncate", "drop"] = "truncate"
+    template: str | None = None
+
+
+class ModelSettings(Settings):
+    """Which model, and how it is held in memory."""
+
+    name: str = "tiny"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+    attention: str | None = None
+    trust_remote_code: bool = False
+
+
+class LoraSettings(Settings):
+    """The adapter. `targets`: "attention" (q, k, v, o), "all-linear", or module name endings."""
+
+    r: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["attention", "all-linear"] | tuple[str, ...] = Field(default="attention", strict=False)
+    seed: int = 0
+
+
+class WarmupSettings(Settings):
+    """The short fine-tune whose checkpoints the gradients are taken at."""
+
+    share: float = Field(default=0.05, gt=0, le=1)
+    min_rows: int = Field(default=512, ge=1)
+    min_steps: int = Field(default=30, ge=1)
+    epochs: float = Field(default=4, gt=0)
+    batch_size: int | None = Field(default=None, ge=1)
+    lr: float = Field(default=2e-4, gt=0)
+    scheduler: str = "linear"
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    checkpoints: int = Field(default=3, ge=1)
+    seed: int = 0
+    lora: LoraSettings = LoraSettings()
+
+
+class GradientSettings(Settings):
+    """The stored rows. One setting for all methods of a run, so that a second method reuses the first one's rows."""
+
+    modules: Literal["lora", "linear"] = "lora"
+    projection: Literal["sketch", "rademacher"] = "sketch"
+    dim: int = Field(default=8192, ge=1)
+    seed: int = 0
+    adam_form: Literal["paper", "released"] = "paper"
+    token_budget: int = Field(default=1024, ge=1)
+    shard_rows: int = Field(default=2048, ge=1)
+    store_dtype: Literal["float16", "int8"] = "float16"
+
+
+class MachineSettings(Settings):
+    """Where work runs. `threads` 0 = the physical cores; the number in force enters the digests of training and gradients."""
+
+    threads: int = Field(default=0, ge=0)
+    executor: Literal["serial"] = "serial"
+    force: bool = False
+
+
+class Config(Settings):
+    """All stages. TOML sections carry the field names: [pool], [encode], [model], [warmup], [gradients], [machine]."""
+
+    pool: PoolSettings = PoolSettings()
+    encode: EncodeSettings = EncodeSettings()
+    model: ModelSettings = ModelSettings()
+    warmup: WarmupSettings = WarmupSettings()
+    gradients: GradientSettings = GradientSettings()
+    machine: MachineSettings = MachineSettings()
+
+    def with_values(self, section: str, where: str = "flags", **values: Any) -> Config:
+        """A copy with `values` (those that are not None) set in one section; raises ConfigError or UnknownName."""
+        values = {k: v for k, v in values.items() if v is not None}
+        if not values:
+            return self
+        return build({**self.model_dump(), section: {**self.model_dump()[section], **values}}, where)
+
+
+def build(data: Mapping[str, Any], where: str | Path) -> Config:
+    """Config from plain data. Raises UnknownName (with the nearest name) or ConfigError (naming the key)."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def _explain(error: ValidationError, where: str | Path) -> ConfigError | UnknownName:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        return UnknownName("setting", ".".join(path), _known(path[:-1]), where=where)
+    return ConfigError(f"{'.'.join(path)}: {first['msg']}, not {first.get('input')!r}", where=where, remedy="Correct that value.")
+
+
+def _known(path: list[str]) -> list[str]:
+    model: Any = Config
+    for part in path:
+        model = model.model_fields[part].annotation
+    return [".".join([*path, name]) for name in model.model_fields]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The plain data of a TOML file. Raises ConfigError naming the file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read it ({error.strerror})", where=path, remedy="Check the path given to --config.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not valid TOML: {error}", where=path, remedy="Correct the file.") from None

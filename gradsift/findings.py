@@ -1,0 +1,290 @@
+"""What a selection shows about itself: per-row columns, warnings, and the data of its report."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from gradsift import machine, methods, report
+from gradsift.pipeline import Pipeline, Timing
+from gradsift.types import Selector, Subset
+
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A subset of the pool (indices and per-row notes over all n pool rows) with what it came from. `kept`: the usable pool rows."""
+
+    pipeline: Pipeline
+    method: str
+    selector: Selector
+    subset: Subset
+    asked: int
+    seed: int
+    kept: np.ndarray
+    command: str
+
+    @property
+    def n(self) -> int:
+        return len(self.pipeline.sides["pool"])
+
+    @cached_property
+    def picked(self) -> np.ndarray:
+        mask = np.zeros(self.n, dtype=bool)
+        mask[self.subset.indices] = True
+        return mask
+
+    @cached_property
+    def score(self) -> np.ndarray | None:
+        """[n], what the method ranked rows by, where it says."""
+        found = self.subset.notes.get("score")
+        return None if found is None else np.asarray(found, dtype=np.float64)
+
+    @cached_property
+    def norms(self) -> np.ndarray | None:
+        """[n] gradient norms at the last checkpoint, where the method read gradients."""
+        for signal in sorted(self.selector.needs(), key=repr):
+            if signal.name in ("rows", "influence"):
+                return self.pipeline.rows("pool", self.pipeline.checkpoint_count - 1, signal.transform).norms.numpy()
+        return None
+
+    @cached_property
+    def losses(self) -> np.ndarray | None:
+        for signal in sorted(self.selector.needs(), key=repr):
+            if signal.name == "loss":
+                return self.pipeline.loss().numpy()
+            if signal.name in ("rows", "influence"):
+                return self.pipeline.rows("pool", self.pipeline.checkpoint_count - 1, signal.transform).losses.numpy()
+        return None
+
+    def why(self, row: int) -> str:
+        """One line on a pool row: what the method saw in it."""
+        notes, parts = self.subset.notes, []
+        if self.score is not None and np.isfinite(self.score[row]):
+            parts.append(f"score {self.score[row]:.4g}")
+        if "nearest_group" in notes and notes["nearest_group"][row] is not None:
+            parts.append(f"nearest target group {notes['nearest_group'][row]}")
+        if "cluster" in notes and notes["cluster"][row] >= 0:
+            parts.append(f"gradient cluster {notes['cluster'][row]}")
+        if not parts:
+            parts.append("drawn at random" if self.method == "random" else "chosen" if self.picked[row] else "not chosen")
+        return ", ".join(parts)
+
+    def columns(self) -> dict[str, Sequence[Any]]:
+        """Columns of scores.parquet over all pool rows; what is unknown is left out."""
+        n, subset = self.n, self.subset
+        rank, gain, weight = np.full(n, -1), np.full(n, np.nan), np.full(n, np.nan)
+        rank[subset.indices] = np.arange(len(subset.indices))
+        if subset.gains is not None:
+            gain[subset.indices] = subset.gains
+        if subset.weights is not None:
+            weight[subset.indices] = subset.weights
+        tokens = self.pipeline.encoded("pool").supervised
+        found: dict[str, Any] = {"rank": rank, "gain": gain, "weight": weight, "tokens": tokens}
+        found["influence"] = subset.notes.get("influence")
+        found["cluster"] = subset.notes.get("cluster")
+        found["norm"], found["loss"] = self.norms, self.losses
+        found["why"] = [self.why(i) if self.picked[i] else None for i in range(n)]
+        return {name: column for name, column in found.items() if column is not None}
+
+    def warnings(self) -> list[str]:
+        found = []
+        if len(self.subset) < self.asked:
+            found.append(f"{len(self.subset):,} rows were chosen where {self.asked:,} were asked")
+        overlap = self.overlap()
+        if overlap:
+            found.append(f"{overlap} target rows stand in the pool word for word")
+        return found
+
+    def overlap(self) -> int:
+        """Target rows whose messages are those of a pool row."""
+        target = self.pipeline.sides.get("target")
+        if target is None:
+            return 0
+        wanted = {example.messages for example in target if example.messages}
+        return len(wanted & {example.messages for example in self.pipeline.sides["pool"]}) if wanted else 0
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation over the pairs where both are finite, ties at their mean rank; NaN where one side is constant."""
+    good = np.isfinite(a) & np.isfinite(b)
+    if good.sum() < 2:
+        return float("nan")
+    x, y = _mean_ranks(a[good]), _mean_ranks(b[good])
+    if x.std() == 0 or y.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _mean_ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def report_data(chosen: Chosen, timings: Sequence[Timing]) -> report.ReportData:
+    """The report of a finished selection."""
+    pool, subset = chosen.pipeline.sides["pool"], chosen.subset
+    tokens = chosen.pipeline.encoded("pool").supervised.astype(np.float64)
+    cut = None if chosen.score is None or subset.gains is None else float(np.min(subset.gains))
+    scores = None if chosen.score is None else report.histogram(chosen.score, chosen.picked, label=f"{chosen.method} score", cut=cut)
+    best, borderline, worst = _ends(chosen)
+    return report.ReportData(
+        title=f"{chosen.method}: {len(subset):,} of {pool.funnel['read']:,} rows",
+        method=report.Method(name=chosen.method, summary=_first_sentence(chosen.selector), options=methods.options_of(chosen.selector)),
+        verdict=_verdict(chosen, tokens),
+        funnel=_funnel(chosen),
+        groups=_groups(chosen, tokens),
+        scores=scores,
+        clusters=_clusters(chosen),
+        lengths=report.histogram(tokens, chosen.picked, label="supervised tokens", upper=0.99),
+        best=best,
+        borderline=borderline,
+        worst=worst,
+        coverage=_coverage(chosen),
+        timings=[
+            report.Timing(
+                stage=t.stage, seconds=t.seconds, peak_bytes=t.peak_bytes, digest=t.digest[:12], state="reused" if t.reused else "computed"
+            )
+            for t in timings
+        ],
+        reproduce=report.Reproduce(
+            command=chosen.command,
+            seeds={"selection": chosen.seed, **_seeds(chosen)},
+            versions=machine.versions(),
+            digests={"pool": pool.digest, **{t.stage: t.digest for t in timings}},
+        ),
+    )
+
+
+def _first_sentence(selector: Selector) -> str:
+    return (inspect.getdoc(type(selector)) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _seeds(chosen: Chosen) -> dict[str, int]:
+    config = chosen.pipeline.config
+    return {"warm-up": config.warmup.seed, "adapter": config.warmup.lora.seed, "projection": config.gradients.seed}
+
+
+def _verdict(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
+    read, picked = chosen.pipeline.sides["pool"].funnel["read"], chosen.picked
+    share = tokens[picked].sum() / max(tokens[chosen.kept].sum(), 1)
+    lines = [
+        report.Verdict(text=f"Selected {picked.sum():,} of {read:,} rows ({picked.sum() / read:.1%}) with {chosen.method}.", level="ok"),
+        report.Verdict(
+            text=f"They hold {share:.1%} of the supervised tokens; mean answer {tokens[picked].mean():.0f} tokens, "
+            f"in the pool {tokens[chosen.kept].mean():.0f}."
+        ),
+    ]
+    lines += [report.Verdict(text=f"{text}.", level="warn") for text in chosen.warnings()]
+    if chosen.score is not None:
+        rho = spearman(chosen.score[chosen.kept], tokens[chosen.kept])
+        if np.isfinite(rho):
+            level = "warn" if abs(rho) > 0.5 and chosen.method != "length" else "note"
+            lines.append(report.Verdict(text=f"Rank correlation of score and answer length: {rho:+.2f}.", level=level))
+    if chosen.norms is not None:
+        rho = spearman(chosen.norms[chosen.kept], tokens[chosen.kept])
+        lines.append(report.Verdict(text=f"Rank correlation of gradient norm and answer length: {rho:+.2f}."))
+        cosine = _mean_cosine(chosen)
+        if cosine is not None:
+            text = f"Mean pairwise cosine of the stored rows: {cosine:.2f}"
+            text += " (a large component is shared by all rows; differences between them are what is left)." if cosine > 0.5 else "."
+            lines.append(report.Verdict(text=text, level="warn" if cosine > 0.5 else "note"))
+    lines.append(report.Verdict(text="Whether this trains a better model than random rows is not measured on this page."))
+    return lines
+
+
+def _stored(chosen: Chosen, key: str) -> Any:
+    """A field that the gradient stages of this selection's last checkpoint noted in their manifest."""
+    recipes = [recipe for recipe in chosen.pipeline.recipes(chosen.selector.needs()) if recipe.stage == "gradients"]
+    of_pool = [recipe.digest for recipe in recipes if recipe.inputs["rows"] == chosen.pipeline.encode_recipe("pool").digest]
+    for artifact in chosen.pipeline.run.artifacts():
+        if of_pool and artifact.digest == of_pool[-1] and artifact.complete:
+            return artifact.manifest.get("extra", {}).get(key)
+    return None
+
+
+def _mean_cosine(chosen: Chosen) -> float | None:
+    return _stored(chosen, "mean_pairwise_cosine")
+
+
+def _coverage(chosen: Chosen) -> report.Table | None:
+    found = _stored(chosen, "coverage")
+    if not found:
+        return None
+    rows = [(str(key), value if isinstance(value, (int, float)) else str(value)) for key, value in found.items()]
+    return report.Table(columns=["what", "value"], rows=rows, caption="What the gradients cover")
+
+
+def _funnel(chosen: Chosen) -> list[report.Step]:
+    pool = chosen.pipeline.sides["pool"]
+    steps = [report.Step(name=name, count=count) for name, count in pool.funnel.items()]
+    steps.append(report.Step(name="encoded and with a usable signal", count=len(chosen.kept)))
+    return [*steps, report.Step(name="selected", count=len(chosen.subset))]
+
+
+def _groups(chosen: Chosen, tokens: np.ndarray) -> list[report.Group]:
+    names, codes = np.unique(np.asarray(list(chosen.pipeline.sides["pool"].groups), dtype=object).astype(str), return_inverse=True)
+    count = len(names)
+    every, some = np.bincount(codes, minlength=count), np.bincount(codes[chosen.picked], minlength=count)
+    mass = np.bincount(codes, tokens, minlength=count)
+    taken = np.bincount(codes[chosen.picked], tokens[chosen.picked], minlength=count)
+    order = sorted(range(count), key=lambda g: (-every[g], names[g]))
+    return [
+        report.Group(
+            name=str(names[g]), pool_rows=int(every[g]), picked_rows=int(some[g]), pool_tokens=int(mass[g]), picked_tokens=int(taken[g])
+        )
+        for g in order
+    ]
+
+
+def _clusters(chosen: Chosen) -> list[report.Cluster]:
+    labels = chosen.subset.notes.get("cluster")
+    if labels is None:
+        return []
+    labels = np.asarray(labels)
+    norms = chosen.subset.notes.get("centroid_norms")
+    count = int(labels.max()) + 1
+    sizes, taken = np.bincount(labels[labels >= 0], minlength=count), np.bincount(labels[chosen.picked], minlength=count)
+    return [
+        report.Cluster(name=str(c), rows=int(sizes[c]), picked=int(taken[c]), norm=None if norms is None else float(norms[c]))
+        for c in np.argsort(-sizes, kind="stable")
+    ]
+
+
+def _ends(chosen: Chosen) -> tuple[list[report.Row], list[report.Row], list[report.Row]]:
+    """Best picks, rows on both sides of the cut, and the rows the method likes least."""
+    subset, score = chosen.subset, chosen.score
+    picks = np.asarray(subset.indices)
+    if subset.gains is not None:
+        picks = picks[np.argsort(-np.asarray(subset.gains), kind="stable")]
+    best = [_card(chosen, int(i)) for i in picks[:SHOWN]]
+    if score is None:
+        return best, [], []
+    left = chosen.kept[~chosen.picked[chosen.kept]]
+    left = left[np.argsort(-score[left], kind="stable")]
+    near = [*picks[-SHOWN // 2 :], *left[: SHOWN // 2]]
+    return best, [_card(chosen, int(i)) for i in near], [_card(chosen, int(i)) for i in left[::-1][:SHOWN]]
+
+
+def _card(chosen: Chosen, row: int) -> report.Row:
+    pool, subset = chosen.pipeline.sides["pool"], chosen.subset
+    where = np.flatnonzero(np.asarray(subset.indices) == row)
+    rank = int(where[0]) if len(where) else None
+    gain = float(subset.gains[rank]) if rank is not None and subset.gains is not None else None
+    influence = subset.notes.get("influence")
+    return report.row_card(
+        pool[row],
+        place=pool.place(row),
+        rank=None if rank is None else rank + 1,
+        gain=gain,
+        influence=None if influence is None else float(influence[row]),
+        tokens=int(chosen.pipeline.encoded("pool").supervised[row]),
+        why=chosen.why(row),
+    )

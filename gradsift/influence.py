@@ -1,0 +1,91 @@
+"""Influence scores: what happens to a row before a dot product, and the streaming product itself.
+
+score(i, j) = sum over checkpoints of weight_t * <A g_i, B q_j>, g_i the gradient of pool row i, q_j of target row j.
+Positive = training on i helps j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradsift.errors import UnknownName, UserError
+from gradsift.types import Rows
+
+BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One line of the table: `pool` and `target` say whether rows enter raw or at unit norm; `merge` whether a group's target rows are first
+    averaged (raw) into one; `transform` what the pool's rows carry unless a method asks otherwise."""
+
+    pool: Literal["raw", "unit"]
+    target: Literal["raw", "unit"]
+    transform: Literal["none", "adam"] = "none"
+    merge: bool = False
+    source: str = ""
+
+
+BACKENDS: dict[str, Backend] = {
+    "dot": Backend("raw", "raw", source="first-order influence (TracIn, arXiv 2002.08484)"),
+    "cosine": Backend("unit", "unit", source="the same at unit norm, free of length bias"),
+    "less": Backend("unit", "unit", transform="adam", source="LESS, arXiv 2402.04333; released code: one column per target row"),
+    "less-mean": Backend("unit", "unit", transform="adam", merge=True, source="LESS as in the paper: one column per target group, its mean gradient"),
+}
+
+
+def backend(name: str) -> Backend:
+    """A line of BACKENDS. Raises UnknownName."""
+    if name not in BACKENDS:
+        raise UnknownName("influence backend", name, BACKENDS)
+    return BACKENDS[name]
+
+
+def score(
+    pool: Sequence[Rows], target: Sequence[Rows], weights: Sequence[float], name: str, *, groups: Sequence[str] = ()
+) -> Tensor:
+    """Scores [n, m], or [n, groups] (order of first appearance) for a backend that merges.
+
+    `pool` and `target` hold one Rows per checkpoint, all of the same projection; `weights` are normalised to sum 1. Raw rows are read as
+    unit rows times their `scales`. Blocks of 2,048 pool rows, fp32 accumulation: the result does not depend on how the pool is cut.
+    Raises UserError if the sides differ in number of checkpoints or dimension.
+    """
+    chosen = backend(name)
+    if not len(pool) == len(target) == len(weights):
+        raise UserError(f"{len(pool)} pool stores, {len(target)} target stores and {len(weights)} weights do not pair up")
+    total = float(sum(weights))
+    sides = [_target_side(rows, chosen, groups) * (weight / total) for rows, weight in zip(target, weights, strict=True)]
+    for rows, side in zip(pool, sides, strict=True):
+        if rows.shape[1] != side.shape[1]:
+            raise UserError(f"pool rows have {rows.shape[1]} dimensions and target rows {side.shape[1]}: not the same projection")
+    n = pool[0].shape[0]
+    scores = torch.zeros(n, sides[0].shape[0])
+    for start in range(0, n, BLOCK):
+        stop = min(start + BLOCK, n)
+        for rows, side in zip(pool, sides, strict=True):
+            scores[start:stop] += (_read(rows, slice(start, stop), chosen.pool) @ side.T).cpu()
+    return scores
+
+
+def _target_side(rows: Rows, chosen: Backend, groups: Sequence[str]) -> Tensor:
+    """fp32 [m, d], or [groups, d] when merged. A group's mean is taken over raw rows, then brought to unit norm."""
+    if not chosen.merge:
+        return _read(rows, slice(0, rows.shape[0]), chosen.target)
+    raw = _read(rows, slice(0, rows.shape[0]), "raw")
+    names = list(dict.fromkeys(groups)) or ["target"]
+    of = torch.tensor([names.index(g) for g in groups] if groups else [0] * rows.shape[0])
+    means = torch.stack([raw[of == g].mean(dim=0) for g in range(len(names))])
+    return torch.nn.functional.normalize(means, dim=1) if chosen.target == "unit" else means
+
+
+def _read(rows: Rows, where: slice, form: Literal["raw", "unit"]) -> Tensor:
+    block = rows[where].float()
+    scales = getattr(rows, "scales", None)
+    if form == "raw":
+        return block if scales is None else block * scales[where, None]
+    return block if scales is not None else torch.nn.functional.normalize(block, dim=1)

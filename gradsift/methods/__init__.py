@@ -1,0 +1,60 @@
+"""METHODS: name -> "module:Class". Third parties add theirs through the entry-point group `gradsift.methods`, read by the same table."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from gradsift.errors import ConfigError, UnknownName
+from gradsift.types import Selector
+
+METHODS: dict[str, str] = {
+    "length": "gradsift.methods.length:Length",
+    "less": "gradsift.methods.less:Less",
+    "perplexity": "gradsift.methods.perplexity:Perplexity",
+    "random": "gradsift.methods.random:Random",
+    "tagcos": "gradsift.methods.tagcos:Tagcos",
+}
+
+
+@cache
+def table() -> dict[str, str]:
+    """METHODS and what installed packages register; a built-in name cannot be taken over."""
+    return {**{entry.name: entry.value for entry in entry_points(group="gradsift.methods")}, **METHODS}
+
+
+def load(name: str) -> type[Any]:
+    """The class behind a method's name. Raises UnknownName with the nearest one."""
+    if name not in table():
+        raise UnknownName("method", name, table())
+    module, _, attribute = table()[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def make(name: str, options: Mapping[str, Any] | None = None) -> Selector:
+    """A selector from its name and `-o key=value` options (strings are converted to the field's type).
+
+    Raises UnknownName for a method or option that does not exist, ConfigError for a value of the wrong type.
+    """
+    cls = load(name)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    for key in options or {}:
+        if key not in fields:
+            raise UnknownName(f"option of {name}", key, fields)
+    try:
+        return TypeAdapter(cls).validate_python(dict(options or {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][:1])
+        raise ConfigError(f"option {where} of {name}: {first['msg']}, not {first.get('input')!r}", remedy="See `gradsift methods`.") from None
+
+
+def options_of(selector: Selector) -> dict[str, Any]:
+    """The hyper-parameters as plain data: part of the selection's recipe."""
+    return dataclasses.asdict(selector)  # type: ignore[call-overload]

@@ -1,0 +1,59 @@
+"""LESS: low-rank gradient similarity search toward a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+
+from gradsift.rules import topk
+from gradsift.types import Signal, Signals, Subset
+
+
+@dataclass(frozen=True)
+class Less:
+    """Rows whose optimiser step points the way the target's gradients point, cosine summed over the warm-up's checkpoints.
+
+    Source: arXiv 2402.04333 (ICML 2024), sections 3 and 4; score = sum over checkpoints of mean_lr * cos(Adam direction of the row, target
+    gradient), mean_lr normalised to sum 1. Positive = training on the row lowers the target's loss.
+    Cost: gradients of pool and target at every checkpoint, then one product of n x m rows.
+
+    aggregate: "max" = each row's best group, then the k largest; "round-robin" = each target row (released preset) or group (paper preset)
+    picks its best unused row in turn.
+
+    Differences from the paper: `preset=paper` merges a group's target gradients into their mean and takes one cosine with it.
+    Differences from the released code: `preset=released` averages the cosines with each target row within a group. Both take any number
+    and size of groups; the released code needs equal, contiguous ones. The Adam form (bias correction, eps) is a setting of the run's gradients.
+    `transform=none` compares plain gradients instead, for warm-ups whose optimiser state is gone.
+    """
+
+    target: ClassVar[Literal["required", "optional", "none"]] = "required"
+    preset: Literal["paper", "released"] = "paper"
+    aggregate: Literal["max", "round-robin"] = "max"
+    transform: Literal["adam", "none"] = "adam"
+    backend: Literal["less", "less-mean"] | None = None
+
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({self.influence})
+
+    @property
+    def influence(self) -> Signal:
+        backend = self.backend or ("less" if self.preset == "released" else "less-mean")
+        return Signal("influence", transform=self.transform, checkpoints="mean", backend=backend)
+
+    def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        scores = torch.as_tensor(signals[self.influence], dtype=torch.float32)
+        columns = list(signals.target_groups)
+        groups = list(dict.fromkeys(columns))
+        merged = scores.shape[1] == len(groups) and self.influence.backend == "less-mean"
+        by_group = scores if merged else topk.group_scores(scores, torch.tensor([groups.index(g) for g in columns]))
+        best, which = by_group.max(dim=1)
+        if self.aggregate == "max":
+            indices = topk.largest(best.numpy(), budget)
+        else:
+            indices = np.asarray(topk.round_robin(scores, budget))
+        gain = best.numpy()
+        why = np.array([groups[g] for g in which.tolist()], dtype=object)
+        return Subset(indices=indices, gains=gain[indices], notes={"influence": gain, "score": gain, "nearest_group": why})

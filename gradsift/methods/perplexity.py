@@ -1,0 +1,39 @@
+"""Rows by the base model's loss on their answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from gradsift.rules import topk
+from gradsift.types import Signal, Signals, Subset
+
+LOSS = Signal("loss")
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The rows of lowest, middle or highest loss (mean nats per supervised token; perplexity is its exponential) under the base model.
+
+    Source: the usual perplexity control; TAGCOS (arXiv 2407.15235, main table) takes it as a baseline. Cost: one forward pass over the pool.
+    Differences from the paper: none stated there; `middle` takes the rows whose loss rank lies nearest the median.
+    """
+
+    target: ClassVar[Literal["required", "optional", "none"]] = "none"
+    band: Literal["low", "middle", "high"] = "middle"
+
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({LOSS})
+
+    def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        loss = np.asarray(signals[LOSS], dtype=np.float64)
+        if self.band == "middle":
+            rank = np.empty(len(loss))
+            rank[np.argsort(loss, kind="stable")] = np.arange(len(loss))
+            gain = -np.abs(rank - (len(loss) - 1) / 2)
+        else:
+            gain = loss if self.band == "high" else -loss
+        indices = topk.largest(gain, budget)
+        return Subset(indices=indices, gains=gain[indices], notes={"score": gain})

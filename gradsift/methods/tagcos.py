@@ -1,0 +1,107 @@
+"""TAGCOS: cluster the pool's gradients, then match each cluster's mean with few rows. No target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradsift.rules import kmeans, omp, topk
+from gradsift.types import Rows, Signal, Signals, Subset
+
+
+@dataclass(frozen=True)
+class Tagcos:
+    """Rows whose non-negative combinations reproduce the mean gradient of each gradient cluster.
+
+    Source: arXiv 2407.15235 (Findings of NAACL 2025), section 3: features = Adam directions at each checkpoint, unit, averaged with the
+    checkpoints' mean learning rates (not re-normalised); k-means; orthogonal matching pursuit of every cluster's centroid.
+    Cost: gradients of the pool at every checkpoint; k-means is clusters x n x d per step; matching one pass over a cluster per pick.
+
+    Differences from the paper (`preset=paper`, the default): none known; ridge 0, a repeated atom is masked, cluster budgets by largest
+    remainder so that they sum to the budget, matching repeated on what is left of a cluster until its share is spent.
+    Differences from the released code (`preset=released`): ridge 1 from the second atom on, a repeated atom ends a call, cluster budgets
+    floored (small clusters get none, so fewer rows than asked come back). Both drop the coefficients, as the code does.
+    """
+
+    target: ClassVar[Literal["required", "optional", "none"]] = "none"
+    preset: Literal["paper", "released"] = "paper"
+    clusters: int = 100
+    cosine: bool = False
+    iterations: int = 25
+    restarts: int = 1
+    ridge: float | None = None
+    on_repeat: Literal["mask", "stop"] | None = None
+    refill: Literal["repeat", "random", "none"] = "repeat"
+    tol: float = 1e-4
+    transform: Literal["adam", "none"] = "adam"
+
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({self.rows})
+
+    @property
+    def rows(self) -> Signal:
+        return Signal("rows", transform=self.transform, checkpoints="mean")
+
+    def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        rows: Rows = signals[self.rows]
+        n = rows.shape[0]
+        found = kmeans.fit(
+            rows, min(self.clusters, n), rng=rng, cosine=self.cosine, iterations=self.iterations, restarts=self.restarts
+        )
+        labels = np.asarray(found.labels)
+        sizes = np.bincount(labels, minlength=len(found.centres))
+        if self.preset == "released":
+            seats = np.floor(budget / n * sizes + 1e-9).astype(int)
+        else:
+            seats = np.asarray(topk.apportion(budget, sizes, capacity=sizes))
+        picks = [self._match(rows, np.flatnonzero(labels == c), found.centres[c], int(seats[c]), rng) for c in range(len(sizes))]
+        order = sorted((rank, c) for c, (chosen, _) in enumerate(picks) for rank in range(len(chosen)))
+        norms = np.array([float(centre.norm()) for centre in found.centres])
+        return Subset(
+            indices=np.array([picks[c][0][rank] for rank, c in order], dtype=np.int64),
+            gains=np.array([picks[c][1][rank] for rank, c in order]),
+            notes={"cluster": labels, "centroid_norms": norms, "objective": found.objective},
+        )
+
+    def _match(
+        self, rows: Rows, members: np.ndarray, centre: Tensor, seats: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pool indices of one cluster's picks, in pick order, and their product with the centroid."""
+        if seats == 0:
+            return np.empty(0, dtype=np.int64), np.empty(0)
+        atoms = _gather(rows, members, normalise=self.cosine)
+        chosen = omp.fill(
+            atoms,
+            centre,
+            seats,
+            refill=self.refill,
+            rng=rng,
+            ridge=self.ridge if self.ridge is not None else float(self.preset == "released"),
+            on_repeat=self.on_repeat or ("stop" if self.preset == "released" else "mask"),
+            tol=self.tol,
+        )
+        chosen = np.asarray(chosen, dtype=np.int64)
+        if len(chosen) < seats and self.preset == "paper" and self.refill == "repeat":
+            # Rows that point away from the centroid are never matched; the closest of them complete the cluster's share.
+            left = np.setdiff1d(np.arange(len(members)), chosen)
+            agreement = (atoms[left] @ centre).numpy()
+            chosen = np.concatenate([chosen, left[topk.largest(agreement, seats - len(chosen))]])
+        return members[chosen], (atoms[chosen] @ centre).numpy()
+
+
+def _gather(rows: Rows, members: np.ndarray, *, normalise: bool) -> Tensor:
+    """fp32 copy of some rows, read in runs of neighbouring blocks so that a store is never held whole."""
+    if isinstance(rows, Tensor):
+        atoms = rows[torch.as_tensor(members)].float()
+    else:
+        atoms = torch.empty(len(members), rows.shape[1])
+        for start in range(0, rows.shape[0], 2048):
+            here = np.flatnonzero((members >= start) & (members < start + 2048))
+            if len(here):
+                block = rows[start : min(start + 2048, rows.shape[0])]
+                atoms[torch.as_tensor(here)] = block[torch.as_tensor(members[here] - start)].float()
+    return torch.nn.functional.normalize(atoms, dim=1) if normalise else atoms

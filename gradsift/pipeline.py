@@ -1,0 +1,463 @@
+"""The stages of a run over one pool: encode, warm-up, gradients, their mean, influence, loss. Each is made once and reused by digest.
+
+Every stage has a `Recipe`, whose digest depends only on the recipes before it: the whole plan is known before anything runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradsift import machine
+from gradsift.artifact import Artifact, file_hash, folder_hash, read_tensors, recipe_digest, write_tensors
+from gradsift.config import Config
+from gradsift.encode import EncodedRows, encode, tokenizer_identity
+from gradsift.errors import DataError, MismatchError, UserError
+from gradsift.execute import Executor, Serial
+from gradsift.gradients import extract, output_dim
+from gradsift.influence import backend, score
+from gradsift.model import coverage, load_adapter, load_model, load_tokenizer, model_identity
+from gradsift.pool import Pool
+from gradsift.progress import Progress, silent
+from gradsift.projection import Projection
+from gradsift.run import Run
+from gradsift.signals.loss import row_losses
+from gradsift.store import RowStore, RowView
+from gradsift.transforms.adam import Adam
+from gradsift.types import Checkpoint, Signal, Signals
+from gradsift.warmup import load_checkpoints, read_moments, warm_up
+
+VERSIONS = {"encode": 1, "warmup": 1, "gradients": 1, "mean": 1, "influence": 1, "loss": 1, "select": 1}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an artifact is made of; equal recipes make equal artifacts."""
+
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, str] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        version = VERSIONS[self.stage]
+        return {"stage": self.stage, "version": version, "config": self.config, "inputs": self.inputs, "identity": self.identity}
+
+    @property
+    def digest(self) -> str:
+        return recipe_digest(self.parts)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One line of the cost table: a stage, whether it was reused, and what making it took."""
+
+    stage: str
+    digest: str
+    reused: bool
+    seconds: float
+    peak_bytes: int
+
+
+class Scaled:
+    """Stored unit rows times their norms: the rows as they were before the store normalised them."""
+
+    def __init__(self, store: RowStore) -> None:
+        self.store, self.shape = store, store.shape
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.store[rows].float() * self.store.scales[rows, None]
+
+
+class Pipeline:
+    """The stages of one run, over a pool and perhaps a target set. Use inside `run.lock()`."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: Config,
+        pool: Pool,
+        target: Pool | None = None,
+        *,
+        warmup_from: Path | None = None,
+        executor: Executor | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.run, self.config, self.warmup_from = run, config, warmup_from
+        self.sides: dict[str, Pool] = {"pool": pool, **({"target": target} if target is not None else {})}
+        self.executor = executor or Serial()
+        self.progress = progress or silent()
+        self.timings: list[Timing] = []
+        self.threads = machine.settle(config.machine.threads)
+        name, remote = config.model.name, config.model.trust_remote_code
+        self.tokenizer = load_tokenizer(name, revision=config.model.revision, trust_remote_code=remote)
+        self.model_identity = model_identity(name, config.model.revision)
+        self._encoded: dict[str, EncodedRows] = {}
+        self._model: Any = None
+
+    # What each stage is made of.
+
+    def encode_recipe(self, side: str) -> Recipe:
+        settings = self.config.encode
+        return Recipe("encode", settings.canonical(), {"rows": self.sides[side].digest}, tokenizer_identity(self.tokenizer, settings))
+
+    def warmup_recipe(self) -> Recipe:
+        if self.warmup_from is not None:
+            return Recipe("warmup", {"from": folder_hash(self.warmup_from)}, identity={"model": self.model_identity})
+        return Recipe("warmup", self.config.warmup.canonical(), {"pool": self.encode_recipe("pool").digest}, self._compute_identity())
+
+    def gradients_recipe(self, side: str, checkpoint: int, transform: str) -> Recipe:
+        settings = self.config.gradients.canonical()
+        if transform == "none":
+            del settings["adam_form"]
+        inputs = {"rows": self.encode_recipe(side).digest, "warmup": self.warmup_recipe().digest}
+        return Recipe("gradients", {**settings, "transform": transform, "checkpoint": checkpoint}, inputs, self._compute_identity())
+
+    def mean_recipe(self, side: str, transform: str) -> Recipe:
+        inputs = {str(c): self.gradients_recipe(side, c, transform).digest for c in range(self.checkpoint_count)}
+        return Recipe("mean", {"weights": "mean_lr"}, inputs)
+
+    def influence_recipe(self, signal: Signal) -> Recipe:
+        inputs = {}
+        for c in self.used_checkpoints(signal):
+            inputs[f"pool{c}"] = self.gradients_recipe("pool", c, signal.transform).digest
+            inputs[f"target{c}"] = self.gradients_recipe("target", c, "none").digest
+        return Recipe("influence", {"backend": signal.backend, "checkpoints": signal.checkpoints}, inputs)
+
+    def loss_recipe(self) -> Recipe:
+        return Recipe("loss", {}, {"rows": self.encode_recipe("pool").digest}, self._compute_identity())
+
+    def _compute_identity(self) -> dict[str, Any]:
+        model = self.config.model
+        kind = machine.cpu_kind() if model.device == "cpu" else model.device.split(":")[0]
+        return {
+            "model": self.model_identity,
+            "dtype": model.dtype,
+            "attention": model.attention or "default",
+            "machine": kind,
+            "threads": self.threads,
+            "torch": torch.__version__,
+        }
+
+    @property
+    def checkpoint_count(self) -> int:
+        return self.config.warmup.checkpoints if self.warmup_from is None else len(load_checkpoints(self.warmup_from))
+
+    def used_checkpoints(self, signal: Signal) -> range:
+        last = self.checkpoint_count
+        return range(last - 1, last) if signal.checkpoints == "last" else range(last)
+
+    def recipes(self, needs: frozenset[Signal]) -> list[Recipe]:
+        """Every stage that `needs` takes, in the order they are made, without repeats."""
+        found = [self.encode_recipe(side) for side in self.sides]
+        for signal in sorted(needs, key=repr):
+            found += self._recipes_of(signal)
+        return list({recipe.digest: recipe for recipe in found}.values())
+
+    def _recipes_of(self, signal: Signal) -> list[Recipe]:
+        if signal.name == "loss":
+            return [self.loss_recipe()]
+        sides = [(signal.side, signal.transform)]
+        if signal.name == "influence":
+            sides = [("pool", signal.transform), ("target", "none")]
+        rows = [self.gradients_recipe(side, c, transform) for side, transform in sides for c in self.used_checkpoints(signal)]
+        after = {"influence": [self.influence_recipe(signal)] if signal.name == "influence" else []}.get(signal.name, [])
+        if signal.name == "rows" and signal.checkpoints == "mean":
+            after = [self.mean_recipe(signal.side, signal.transform)]
+        return [self.warmup_recipe(), *rows, *after]
+
+    # Making them.
+
+    def make(self, recipe: Recipe, fill: Callable[[Artifact], None]) -> Artifact:
+        """The complete artifact of a recipe: what is there, or what `fill` makes of the open folder."""
+        artifact = self.run.artifact(
+            recipe.stage,
+            version=VERSIONS[recipe.stage],
+            config=recipe.config,
+            inputs=recipe.inputs,
+            identity=recipe.identity,
+        )
+        started, reused = time.perf_counter(), artifact.complete
+        if not reused:
+            fill(artifact)
+        seconds = 0.0 if reused else time.perf_counter() - started
+        if all(timing.digest != artifact.digest for timing in self.timings):
+            self.timings.append(Timing(recipe.stage, artifact.digest, reused, seconds, machine.peak_bytes()))
+        return artifact
+
+    def stats(self, started: float) -> dict[str, Any]:
+        return {"seconds": round(time.perf_counter() - started, 3), "peak_bytes": machine.peak_bytes(), "versions": machine.versions()}
+
+    def encoded(self, side: str) -> EncodedRows:
+        if side not in self._encoded:
+            artifact = self.make(self.encode_recipe(side), lambda artifact: self._encode(side, artifact))
+            self._encoded[side] = EncodedRows.load(artifact.path)
+        return self._encoded[side]
+
+    def _encode(self, side: str, artifact: Artifact) -> None:
+        started = time.perf_counter()
+        rows = encode(self.sides[side], self.tokenizer, self.config.encode, progress=self.progress)
+        files = rows.save(artifact.path)
+        counts = {"rows": len(rows), "usable": int((rows.codes == 0).sum()), "tokens": int(rows.lengths.sum())}
+        artifact.finish(files=files, counts=counts, stats=self.stats(started))
+
+    def checkpoints(self) -> list[Checkpoint]:
+        if self.warmup_from is not None:
+            return load_checkpoints(self.warmup_from)
+        return load_checkpoints(self.make(self.warmup_recipe(), self._warm_up).path)
+
+    def _warm_up(self, artifact: Artifact) -> None:
+        started = time.perf_counter()
+        model = self._load_base()
+        checkpoints = warm_up(
+            model,
+            self.encoded("pool"),
+            self.config.warmup,
+            artifact.path,
+            pad_id=self.pad_id,
+            progress=self.progress,
+            force=self.config.machine.force,
+        )
+        names = sorted(p.relative_to(artifact.path).as_posix() for p in artifact.path.rglob("*") if p.is_file())
+        files = {name: file_hash(artifact.path / name) for name in names}
+        artifact.finish(files=files, counts={"checkpoints": len(checkpoints), "steps": checkpoints[-1].step}, stats=self.stats(started))
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def _load_base(self) -> Any:
+        model = self.config.model
+        return load_model(
+            model.name,
+            dtype=model.dtype,
+            device=model.device,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            attention=model.attention,
+        )
+
+    def model_at(self, checkpoint: Checkpoint) -> Any:
+        """The warmed-up model at a checkpoint, in eval mode; only one is held."""
+        if self._model is None or self._model[0] != checkpoint.path:
+            self._model = None
+            self._model = (checkpoint.path, load_adapter(self._load_base(), checkpoint.path))
+        return self._model[1]
+
+    @property
+    def projection(self) -> Projection:
+        settings = self.config.gradients
+        return Projection(dim=settings.dim, seed=settings.seed, kind=settings.projection)
+
+    def rows(self, side: str, checkpoint: int, transform: str) -> RowStore:
+        """The stored rows of one side at one checkpoint."""
+        if transform == "adam" and side == "target":
+            raise UserError("target rows are plain gradients; only the pool's rows take the Adam transform")
+        at = self.checkpoints()[checkpoint]
+        recipe = self.gradients_recipe(side, checkpoint, transform)
+        artifact = self.make(recipe, lambda artifact: self._extract(artifact, side, at, transform))
+        return RowStore.open(artifact.path)
+
+    def _extract(self, artifact: Artifact, side: str, at: Checkpoint, transform: str) -> None:
+        started, settings = time.perf_counter(), self.config.gradients
+        encoded, pool = self.encoded(side), self.sides[side]
+        modules = None if settings.modules == "lora" else settings.modules
+        dim = output_dim(self.model_at(at), self.projection, modules)
+        store = RowStore.create(
+            artifact.path,
+            recipe_digest=artifact.digest,
+            ids=pool.ids,
+            dim=dim,
+            spec={"projection": settings.projection, "dim": dim, "seed": settings.seed, "transform": transform, "modules": settings.modules},
+            shard_rows=settings.shard_rows,
+            dtype=settings.store_dtype,
+        )
+
+        def make_worker() -> Callable[[int], int]:
+            model = self.model_at(at)
+            adam = _adam(at, settings.adam_form) if transform == "adam" else None
+            return lambda shard: self._fill_shard(store, shard, model, adam, modules, encoded)
+
+        shards = store.missing()
+        tokens = sum(int(encoded.lengths[store.shards[shard]].sum()) for shard in shards)
+        self.progress.start(tokens, "tokens", f"gradients of the {side}, checkpoint {at.step}, {transform}")
+        for _ in self.executor.map(make_worker, shards):
+            pass
+        self.progress.done()
+        store = RowStore.open(artifact.path)
+        counts = {"rows": store.shape[0], "usable": int(store.usable.sum())}
+        extra = {"mean_pairwise_cosine": mean_pairwise_cosine(store), "coverage": coverage(self.model_at(at), modules).summary()}
+        artifact.finish(files=store.files(), counts=counts, extra=extra, stats=self.stats(started))
+
+    def _fill_shard(self, store: RowStore, shard: int, model: Any, adam: Adam | None, modules: Any, encoded: EncodedRows) -> int:
+        where = store.shards[shard]
+        count = where.stop - where.start
+        rows, norms = torch.zeros(count, store.shape[1]), torch.zeros(count)
+        losses, tokens = torch.zeros(count), torch.zeros(count, dtype=torch.int32)
+        usable = [i for i in range(where.start, where.stop) if encoded.codes[i] == 0]
+        budget = self.config.gradients.token_budget
+        for batch in extract(
+            model, [encoded[i] for i in usable], projection=self.projection, transform=adam, modules=modules, token_budget=budget
+        ):
+            at = torch.tensor([usable[int(i)] - where.start for i in batch.indices])
+            rows[at], norms[at] = batch.rows.cpu(), batch.norms.cpu()
+            losses[at], tokens[at] = batch.losses.cpu(), batch.tokens.cpu().int()
+            self.progress.advance(int(encoded.lengths[where][at.numpy()].sum()))
+        store.write(shard, rows, norms=norms, losses=losses, tokens=tokens)
+        return count
+
+    def mean_rows(self, side: str, transform: str) -> RowStore:
+        """Checkpoint mean of unit rows weighted by mean_lr (TAGCOS, released `mean_grad`): not re-normalised, the norm is in `scales`."""
+        checkpoints = self.checkpoints()
+        stores = [self.rows(side, c, transform) for c in range(len(checkpoints))]
+        weights = [checkpoint.mean_lr / sum(c.mean_lr for c in checkpoints) for checkpoint in checkpoints]
+
+        def fill(artifact: Artifact) -> None:
+            started, shard_rows = time.perf_counter(), self.config.gradients.shard_rows
+            spec = {**stores[0].spec, "checkpoints": "mean"}
+            ids, dim = self.sides[side].ids, stores[0].shape[1]
+            mean = RowStore.create(artifact.path, recipe_digest=artifact.digest, ids=ids, dim=dim, spec=spec, shard_rows=shard_rows)
+            for shard in mean.missing():
+                where = mean.shards[shard]
+                rows = sum((w * store[where].float() for w, store in zip(weights, stores, strict=True)), torch.zeros(()))
+                everywhere = torch.stack([store.usable[where] for store in stores]).all(dim=0)
+                rows[~everywhere] = 0
+                first = stores[-1]
+                mean.write(shard, rows, norms=first.norms[where], losses=first.losses[where], tokens=first.tokens[where])
+            mean = RowStore.open(artifact.path)
+            extra = {"mean_pairwise_cosine": mean_pairwise_cosine(mean), "weights": weights}
+            counts = {"rows": mean.shape[0], "usable": int(mean.usable.sum())}
+            artifact.finish(files=mean.files(), counts=counts, extra=extra, stats=self.stats(started))
+
+        return RowStore.open(self.make(self.mean_recipe(side, transform), fill).path)
+
+    def influence(self, signal: Signal) -> Tensor:
+        """Scores [n, m] of every pool row, zero where a row is quarantined."""
+        if "target" not in self.sides:
+            raise UserError("influence needs a target", remedy="Add --target FILE.")
+        checkpoints = self.checkpoints()
+        used = self.used_checkpoints(signal)
+        pool = [self.rows("pool", c, signal.transform) for c in used]
+        target = [self.rows("target", c, "none") for c in used]
+        for a, b in zip(pool, target, strict=True):
+            for name in ("projection", "dim", "seed", "modules"):
+                if a.spec[name] != b.spec[name]:
+                    raise MismatchError(f"pool and target rows differ in {name}: {a.spec[name]} and {b.spec[name]}")
+        good = torch.stack([store.usable for store in target]).all(dim=0)
+        if not good.any():
+            raise DataError("no target row has a usable gradient", remedy="Look at the target with `gradsift inspect`.")
+
+        def fill(artifact: Artifact) -> None:
+            started = time.perf_counter()
+            keep = good.nonzero()[:, 0]
+            views = [RowView(store, keep) for store in target]
+            groups = [self.sides["target"].groups[int(i)] for i in keep]
+            weights = [checkpoints[c].mean_lr for c in used]
+            scores = score(pool, views, weights, str(signal.backend), groups=groups)
+            hash_ = write_tensors(artifact.path / "scores.safetensors", {"scores": scores, "target": keep}, {"recipe": artifact.digest})
+            artifact.finish(files={"scores.safetensors": hash_}, counts={"rows": len(scores)}, stats=self.stats(started))
+
+        artifact = self.make(self.influence_recipe(signal), fill)
+        return read_tensors(artifact.path / "scores.safetensors")["scores"]
+
+    def loss(self) -> Tensor:
+        """Mean nats per supervised token under the base model, fp32 [n]; NaN for a row that could not be encoded."""
+        encoded = self.encoded("pool")
+
+        def fill(artifact: Artifact) -> None:
+            started = time.perf_counter()
+            usable = np.flatnonzero(encoded.codes == 0)
+            self.progress.start(int(encoded.lengths[usable].sum()), "tokens", "loss of the base model")
+            rows = [encoded[int(i)] for i in usable]
+            found = row_losses(self._load_base(), rows, pad_id=self.pad_id, advance=self.progress.advance)
+            self.progress.done()
+            losses = torch.full((len(encoded),), float("nan"))
+            losses[torch.as_tensor(usable)] = found.mean.float()
+            hash_ = write_tensors(artifact.path / "loss.safetensors", {"loss": losses}, {"recipe": artifact.digest})
+            artifact.finish(files={"loss.safetensors": hash_}, counts={"rows": len(losses)}, stats=self.stats(started))
+
+        artifact = self.make(self.loss_recipe(), fill)
+        return read_tensors(artifact.path / "loss.safetensors")["loss"]
+
+    def signals(self, needs: frozenset[Signal]) -> tuple[Signals, np.ndarray]:
+        """The declared signals over the usable rows (those no signal has quarantined), and the pool indices of these rows."""
+        encoded = self.encoded("pool")
+        usable = torch.as_tensor(encoded.codes == 0)
+        values: dict[Signal, Any] = {}
+        for signal in sorted(needs, key=repr):
+            value, good = self._signal(signal)
+            values[signal] = value
+            if good is not None:
+                usable &= good
+        kept = usable.nonzero()[:, 0]
+        if not len(kept):
+            raise DataError("no usable row in the pool", remedy="See dropped rows with `gradsift inspect`.")
+        if len(kept) < len(encoded):
+            values = {s: _restrict(value, kept) if s.side == "pool" else value for s, value in values.items()}
+        target = self.sides.get("target")
+        signals = Signals(
+            values=values,
+            n=len(kept),
+            tokens=encoded.supervised[kept.numpy()],
+            groups=[self.sides["pool"].groups[int(i)] for i in kept],
+            target_groups=self._target_groups(needs) if target is not None else (),
+        )
+        return signals, kept.numpy()
+
+    def _target_groups(self, needs: frozenset[Signal]) -> Sequence[str]:
+        """Groups of the target rows behind the columns of an influence matrix: those with a usable gradient."""
+        groups = self.sides["target"].groups
+        for signal in sorted(needs, key=repr):
+            if signal.name == "influence":
+                path = self.make(self.influence_recipe(signal), lambda _: None).path
+                return [groups[int(i)] for i in read_tensors(path / "scores.safetensors")["target"]]
+        return list(groups)
+
+    def _signal(self, signal: Signal) -> tuple[Any, Tensor | None]:
+        """A signal over all rows, and which pool rows it can vouch for (None = all)."""
+        if signal.name == "loss":
+            losses = self.loss()
+            return losses, losses.isfinite()
+        if signal.name == "influence":
+            stores = [self.rows("pool", c, signal.transform) for c in self.used_checkpoints(signal)]
+            return self.influence(signal), torch.stack([store.usable for store in stores]).all(dim=0)
+        if signal.name != "rows":
+            raise UserError(f"the signal {signal.name!r} is not available yet")
+        if signal.checkpoints == "mean":
+            mean = self.mean_rows(signal.side, signal.transform)
+            return Scaled(mean), mean.usable if signal.side == "pool" else None
+        stores = [self.rows(signal.side, c, signal.transform) for c in self.used_checkpoints(signal)]
+        good = torch.stack([store.usable for store in stores]).all(dim=0) if signal.side == "pool" else None
+        return stores if signal.checkpoints == "each" else stores[-1], good
+
+
+def mean_pairwise_cosine(store: RowStore) -> float:
+    """Mean cosine over all pairs of different usable rows: (|sum|^2 - n) / (n (n - 1)). High = a large component shared by all rows."""
+    total, count = torch.zeros(store.shape[1], dtype=torch.float64), int(store.usable.sum())
+    for start in range(0, store.shape[0], 2048):
+        total += store[start : start + 2048].float().sum(dim=0).double()
+    return float((total @ total - count) / max(count * (count - 1), 1))
+
+
+def _adam(at: Checkpoint, form: Any) -> Adam:
+    moments = read_moments(at)
+    m = {name: pair[0] for name, pair in moments.items()}
+    v = {name: pair[1] for name, pair in moments.items()}
+    return Adam(m, v, at.step, form=form)
+
+
+def _restrict(value: Any, kept: Tensor) -> Any:
+    if isinstance(value, list):
+        return [RowView(rows, kept) for rows in value]
+    return value[kept] if isinstance(value, Tensor) else RowView(value, kept)
+
+

@@ -1,0 +1,303 @@
+"""The main job: pool in, the rows worth training on out, with a report. One call, resumable at any point."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradsift import budget as budgets
+from gradsift import methods, outputs, playground
+from gradsift.artifact import Artifact, file_hash, read_tensors, write_atomic, write_tensors
+from gradsift.config import Config, build
+from gradsift.errors import BudgetError, ConfigError, MismatchError, UserError
+from gradsift.findings import Chosen, report_data
+from gradsift.pipeline import Pipeline, Recipe, Timing
+from gradsift.pool import Pool, read_pool
+from gradsift.progress import Progress, silent
+from gradsift.report import write_report
+from gradsift.run import Run
+from gradsift.types import Selector, Subset
+
+SETTINGS = "settings.json"
+RUN_SECTIONS = ("pool", "encode", "model", "warmup", "gradients")  # what a run is made with; [machine] may differ from command to command
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A finished selection: `folder` holds its files, `indices` [k] are pool rows in pick order, `ids` their ids."""
+
+    method: str
+    folder: Path
+    subset_path: Path
+    indices: np.ndarray
+    ids: list[str]
+    asked: int
+    read: int
+    timings: list[Timing]
+    warnings: list[str]
+    funnel: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "selected": len(self),
+            "asked": self.asked,
+            "funnel": self.funnel,
+            "subset": str(self.subset_path),
+            "report": str(self.report),
+            "folder": str(self.folder),
+            "stages": [vars(timing) for timing in self.timings],
+            "warnings": self.warnings,
+        }
+
+    def lines(self) -> list[str]:
+        funnel = ", ".join(f"{count:,} {name}" for name, count in self.funnel.items())
+        made = [f"{timing.stage} {timing.seconds:.1f} s" for timing in self.timings if not timing.reused]
+        reused = sum(timing.reused for timing in self.timings)
+        return [
+            f"rows      {funnel}",
+            f"selected  {len(self):,} ({len(self) / max(self.read, 1):.2%} of the rows read) with {self.method}",
+            f"stages    {', '.join(made) or 'nothing to make'}{f'; {reused} reused' if reused else ''}",
+            *[f"warning   {text}" for text in self.warnings],
+            f"report    {self.report}",
+            f"subset    {self.subset_path}",
+        ]
+
+
+def select(
+    method: str,
+    *,
+    pool: Sequence[str | Path] | str | Path,
+    budget: str | int | float,
+    run: str | Path,
+    model: str | None = None,
+    target: Sequence[str | Path] | str | Path = (),
+    out: str | Path | None = None,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    pool_group: str | None = None,
+    target_group: str | None = None,
+    warmup_from: str | Path | None = None,
+    allow_short: bool = False,
+    add_scores: bool = False,
+    progress: Progress | None = None,
+    command: str = "",
+) -> Selection:
+    """Choose rows of `pool` with a method of METHODS, reusing whatever the folder `run` already holds.
+
+    pool, target: files as `[NAME=]FILE` or hf:NAME (see docs/formats.md). budget: "5%", 0.05 or a count. settings: sections of Config that
+    differ from the run's (or, in a new run, from the defaults). options: the method's hyper-parameters. Killed at any point, the same call
+    goes on where it stopped and ends with the same subset.
+
+    Raises UserError (a wrong name, option, budget or combination), DataError (unusable input), ResourceError (disk, memory),
+    IntegrityError (damaged work in `run`), Interrupted (a signal; resumable).
+    """
+    selector = methods.make(method, options)
+    wanted = budgets.parse(budget)
+    targets = _as_list(target)
+    _check_target(method, selector, targets)
+    playground.register()
+    folder = Run(Path(run))
+    with folder.lock(command=command):
+        config = settle_config(folder, model, settings or {}, pool_group)
+        pipeline = open_pipeline(folder, config, _as_list(pool), targets, target_group, warmup_from, progress or silent())
+        rows = _budget_rows(wanted, pipeline.sides["pool"], allow_short)
+        return _choose(pipeline, method, selector, rows, seed, allow_short, add_scores, command, None if out is None else Path(out))
+
+
+def _as_list(files: Sequence[str | Path] | str | Path) -> list[str | Path]:
+    return [files] if isinstance(files, (str, Path)) else list(files)
+
+
+def _check_target(method: str, selector: Selector, targets: Sequence[Any]) -> None:
+    if selector.target == "required" and not targets:
+        raise UserError(f"{method} selects toward a target and none was given", remedy="Add --target FILE.")
+    if selector.target == "none" and targets:
+        raise UserError(f"{method} takes no target", remedy="Drop --target, or use a targeted method such as less.")
+
+
+def settle_config(run: Run, model: str | None, settings: Mapping[str, Mapping[str, Any]], pool_group: str | None) -> Config:
+    """The settings of this run: those it was made with, which `settings` may repeat but not change; in a new run, `settings` over the defaults.
+
+    Raises MismatchError naming the first field that differs.
+    """
+    asked: dict[str, dict[str, Any]] = {name: dict(values) for name, values in settings.items()}
+    if model is not None:
+        asked.setdefault("model", {})["name"] = model
+    if pool_group is not None:
+        asked.setdefault("pool", {})["group_field"] = pool_group
+    path = run.root / SETTINGS
+    if not path.exists():
+        config = build(asked, "settings")
+        if "name" not in asked.get("model", {}):
+            raise ConfigError("no model was named", remedy="Add --model NAME, a local folder, or --model tiny.")
+        return config
+    kept: dict[str, Any] = json.loads(path.read_bytes())
+    merged = {name: _overlaid(kept.get(name, {}), asked.get(name, {})) for name in {*kept, *asked}}
+    config = build(merged, "settings")
+    for name in RUN_SECTIONS:
+        _same(name, build({name: kept.get(name, {})}, path).model_dump()[name], config.model_dump()[name], run.root)
+    return config
+
+
+def _overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    return {**base, **{k: _overlaid(base.get(k) or {}, v) if isinstance(v, dict) and k != "mapping" else v for k, v in over.items()}}
+
+
+def _same(name: str, kept: Any, asked: Any, root: Path) -> None:
+    if isinstance(kept, dict) and isinstance(asked, dict) and kept.keys() == asked.keys():
+        for key in kept:
+            _same(f"{name}.{key}", kept[key], asked[key], root)
+    elif kept != asked:
+        remedy = f"Use another --run folder for {asked!r}, or drop that setting to reuse what is there."
+        raise MismatchError(f"this run was made with {name} = {kept!r}, and {asked!r} is asked now", where=root, remedy=remedy)
+
+
+def open_pipeline(
+    run: Run,
+    config: Config,
+    pool: Sequence[str | Path],
+    target: Sequence[str | Path],
+    target_group: str | None,
+    warmup_from: str | Path | None,
+    progress: Progress,
+) -> Pipeline:
+    """Reads pool and target and keeps the run's settings beside them, so that later commands agree with them."""
+    candidates = read_side(pool, config, config.pool.group_field, progress)
+    wanted = read_side(target, config, target_group, progress) if target else None
+    pipeline = Pipeline(
+        run, config, candidates, wanted, warmup_from=None if warmup_from is None else Path(warmup_from), progress=progress
+    )
+    path = run.root / SETTINGS
+    if not path.exists():
+        kept = {name: config.model_dump(mode="json")[name] for name in RUN_SECTIONS}
+        write_atomic(path, (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode())
+    return pipeline
+
+
+def read_side(files: Sequence[str | Path], config: Config, group_field: str | None, progress: Progress) -> Pool:
+    """A pool or target as the settings say, exact duplicates dropped where asked."""
+    settings = config.pool
+    rows = read_pool(
+        files,
+        format=settings.format,
+        group_field=group_field,
+        id_field=settings.id_field,
+        mapping=settings.mapping,
+        max_bad_rows=settings.max_bad_rows,
+        progress=progress,
+    )
+    if settings.dedup == "exact":
+        twice = rows.exact_duplicates()
+        rows = rows.take([i for i in range(len(rows)) if i not in twice])
+    return rows
+
+
+def _budget_rows(wanted: budgets.Budget, pool: Pool, allow_short: bool) -> int:
+    rows = wanted.rows(pool.funnel["read"])
+    return _within(rows, len(pool), allow_short)
+
+
+def _within(rows: int, usable: int, allow_short: bool) -> int:
+    if rows > usable and not allow_short:
+        raise BudgetError(f"the budget is {rows:,} rows and {usable:,} are usable", remedy="Lower --budget, or add --allow-short.")
+    return min(rows, usable)
+
+
+def _choose(
+    pipeline: Pipeline,
+    method: str,
+    selector: Selector,
+    rows: int,
+    seed: int,
+    allow_short: bool,
+    add_scores: bool,
+    command: str,
+    out: Path | None,
+) -> Selection:
+    needs = selector.needs()
+    config = {"method": method, "options": methods.options_of(selector), "budget": rows, "seed": seed, "add_scores": add_scores}
+    inputs = {f"{i:02d}-{recipe.stage}": recipe.digest for i, recipe in enumerate(pipeline.recipes(needs))}
+    chosen: list[Chosen] = []
+
+    def fill(artifact: Artifact) -> None:
+        signals, kept = pipeline.signals(needs)
+        budget = _within(rows, len(kept), allow_short)
+        subset = selector.select(signals, budget, rng=np.random.default_rng(seed))
+        check_subset(subset, signals.n, budget, method)
+        chosen.append(Chosen(pipeline, method, selector, spread(subset, kept, len(pipeline.sides["pool"])), rows, seed, kept, command))
+        _write(artifact, chosen[0], add_scores)
+
+    artifact = pipeline.make(Recipe("select", config, inputs), fill)
+    if chosen:
+        write_report(report_data(chosen[0], pipeline.timings), artifact.path)
+    pool = pipeline.sides["pool"]
+    indices = read_tensors(artifact.path / "subset.safetensors")["indices"].numpy()
+    path = next(p for p in sorted(artifact.path.glob("selected.*")))
+    if out is not None:
+        shutil.copyfile(path, out)
+        path = out
+    return Selection(
+        method=method,
+        folder=artifact.path,
+        subset_path=path,
+        indices=indices,
+        ids=[pool.ids[int(i)] for i in indices],
+        asked=rows,
+        read=pool.funnel["read"],
+        timings=pipeline.timings,
+        warnings=[*pool.warnings, *artifact.manifest.get("extra", {}).get("warnings", [])],
+        funnel=pool.funnel,
+    )
+
+
+def check_subset(subset: Subset, n: int, budget: int, method: str) -> None:
+    """What every selection must hold; a method that breaks it is at fault, not the user."""
+    indices = np.asarray(subset.indices)
+    if len(np.unique(indices)) != len(indices):
+        raise RuntimeError(f"{method} chose a row twice")
+    if len(indices) > budget or (len(indices) and not (0 <= indices.min() and indices.max() < n)):
+        raise RuntimeError(f"{method} chose rows outside its budget or pool")
+
+
+def spread(subset: Subset, kept: np.ndarray, n: int) -> Subset:
+    """A subset of the usable rows as a subset of the pool: indices mapped, per-row columns padded (NaN, -1 or None where not usable)."""
+    notes = {}
+    for name, value in subset.notes.items():
+        column = np.asarray(value) if not isinstance(value, (str, dict)) else None
+        if column is None or column.ndim != 1 or len(column) != len(kept):
+            notes[name] = value
+            continue
+        empty = np.nan if column.dtype.kind == "f" else None if column.dtype == object else -1
+        full = np.full(n, empty, dtype=column.dtype)
+        full[kept] = column
+        notes[name] = full
+    return replace(subset, indices=kept[np.asarray(subset.indices, dtype=np.int64)], notes=notes)
+
+
+def _write(artifact: Artifact, chosen: Chosen, add_scores: bool) -> None:
+    subset, pool = chosen.subset, chosen.pipeline.sides["pool"]
+    written = outputs.write_outputs(artifact.path, pool, subset, columns=chosen.columns(), add_scores=add_scores)
+    tensors = {"indices": torch.as_tensor(np.asarray(subset.indices))}
+    for name in ("gains", "weights"):
+        if getattr(subset, name) is not None:
+            tensors[name] = torch.as_tensor(np.asarray(getattr(subset, name), dtype=np.float64))
+    files = {path.relative_to(artifact.path).as_posix(): file_hash(path) for path in written}
+    files["subset.safetensors"] = write_tensors(artifact.path / "subset.safetensors", tensors, {"recipe": artifact.digest})
+    counts = {"selected": len(subset), "asked": chosen.asked, "read": pool.funnel["read"]}
+    artifact.finish(files=files, counts=counts, extra={"warnings": chosen.warnings()})
