@@ -1,0 +1,204 @@
+"""Seeded random projections of per-example gradients: rows of d numbers whose inner products are those of the gradients, without bias.
+
+Every map is a function of (seed, module name, shape, width) alone: bits come from Philox, a counter-based generator, keyed by a hash of those,
+and are drawn on the CPU, so a CPU and a GPU apply the same map. Maps are kept while they fit in `CACHE_BYTES` and drawn again when they do not.
+
+sketch      count-sketch (Charikar et al. 2002; for gradients: sparse Johnson-Lindenstrauss): each coordinate is added, with a random sign, to one
+            of d buckets. Consecutive blocks of d coordinates each get their own random permutation of the buckets, so two coordinates share a
+            bucket with probability at most 1/d: E<Sx, Sy> = <x, y> and Var <= (|x|^2 |y|^2 + <x, y>^2) / d, as for a dense random matrix.
+rademacher  dense signs / sqrt(d); with per_module=True and dim=(a, b) two-sided, P_left G P_right^T for each module, which a product of
+            activations and output gradients passes through without forming G. Same mean; per module Var <= about |x|^2 |y|^2 (2/a + 2/b + 4/ab).
+identity    the flat gradient itself, for tests and tiny models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, MismatchError
+
+CACHE_BYTES = 2 << 30  # of maps, per bound projection and device
+_DENSE_BLOCK = 1 << 24  # entries of a dense map that are drawn at once
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What random map takes a gradient of all tracked modules to a row.
+
+    dim: width of the row (sketch, rademacher), of each module's part of it with per_module=True, (a, b) for the two-sided product of a*b numbers
+    per module, or None for identity. Raises ConfigError for any other combination.
+    """
+
+    dim: int | tuple[int, int] | None = 8192
+    seed: int = 0
+    kind: Literal["sketch", "rademacher", "identity"] = "sketch"
+    per_module: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dim, list):  # what TOML and JSON make of a pair
+            object.__setattr__(self, "dim", tuple(self.dim))
+        if self.kind not in ("sketch", "rademacher", "identity"):
+            raise ConfigError(f"projection kind is {self.kind!r}", remedy="Known: sketch, rademacher, identity.")
+        if self.kind == "identity":
+            if self.dim is not None:
+                raise ConfigError(f"the identity projection has no width, dim is {self.dim}", remedy="Pass dim=None.")
+        elif isinstance(self.dim, tuple):
+            if not (self.kind == "rademacher" and self.per_module and len(self.dim) == 2 and all(_positive(k) for k in self.dim)):
+                raise ConfigError(f"dim={self.dim} needs kind='rademacher', per_module=True and two positive widths", remedy="For example dim=(16, 16).")
+        elif not _positive(self.dim):
+            raise ConfigError(f"dim={self.dim!r} is not a width", remedy="Pass a positive integer, for example dim=8192.")
+
+    @property
+    def two_sided(self) -> bool:
+        return isinstance(self.dim, tuple)
+
+    def bind(self, shapes: Mapping[str, Shape], device: torch.device | str = "cpu") -> BoundProjection:
+        """The map for parameters of these (name -> shape), in this order, on this device."""
+        return BoundProjection(self, dict(shapes), torch.device(device))
+
+
+class BoundProjection:
+    """A projection for given parameters. Use: `state = start(b)`, `add` or `add_product` once per parameter, `rows = finish(state)` [b, width]."""
+
+    def __init__(self, projection: Projection, shapes: dict[str, Shape], device: torch.device) -> None:
+        self.projection, self.shapes, self.device = projection, shapes, device
+        self._keys = canonical_names(shapes)
+        self._cache: dict[str, tuple[Tensor, ...]] = {}
+        self._cached_bytes = 0
+        self._parts: dict[str, slice] = {}
+        at = 0
+        for name, shape in shapes.items():
+            width = self._part_width(shape)
+            start = at if self._concatenated else 0
+            self._parts[name] = slice(start, start + width)
+            at = start + width
+        self.width = at
+
+    @property
+    def _concatenated(self) -> bool:
+        return self.projection.per_module or self.projection.kind == "identity"
+
+    def _part_width(self, shape: Shape) -> int:
+        dim = self.projection.dim
+        if dim is None:
+            return shape[0] * shape[1]
+        return dim[0] * dim[1] if isinstance(dim, tuple) else dim
+
+    def start(self, b: int) -> Tensor:
+        """An accumulator for b examples."""
+        return torch.zeros(b, self.width, device=self.device)
+
+    def finish(self, state: Tensor) -> Tensor:
+        """The rows [b, width], fp32."""
+        return state
+
+    def add(self, state: Tensor, name: str, grad: Tensor) -> None:
+        """Adds the projection of `grad` [b, *shape of name], fp32."""
+        self._check(name, grad)
+        out, kind = state[:, self._parts[name]], self.projection.kind
+        if kind == "identity":
+            out.copy_(grad.flatten(1))
+        elif self.projection.two_sided:
+            left, right = self.sides(name)
+            out.copy_((left.t() @ (grad @ right)).flatten(1))
+        elif kind == "sketch":
+            self._sketch(out, name, grad.flatten(1))
+        else:
+            self._dense(out, name, grad.flatten(1))
+
+    def add_product(self, state: Tensor, name: str, left: Tensor, right: Tensor) -> None:
+        """Adds the two-sided projection of sum_t left[b, t, :, None] right[b, t, None, :], already multiplied by `sides(name)`: [b, t, a], [b, t, b]."""
+        state[:, self._parts[name]] += torch.bmm(left.transpose(1, 2), right).flatten(1)
+
+    def sides(self, name: str) -> tuple[Tensor, Tensor]:
+        """(left [rows, a], right [columns, b]) of a two-sided projection, entries +-1/sqrt(a), +-1/sqrt(b)."""
+        assert isinstance(self.projection.dim, tuple)
+        kept = self._cache.get(name)
+        if kept is None:
+            a, b = self.projection.dim
+            (o, i) = self.shapes[name]
+            kept = self._keep(name, (self._signs(name, "left", o, a) / sqrt(a), self._signs(name, "right", i, b) / sqrt(b)))
+        return kept[0], kept[1]
+
+    def _check(self, name: str, grad: Tensor) -> None:
+        if tuple(grad.shape[1:]) != self.shapes[name]:
+            raise MismatchError(f"gradient of {name} has shape {tuple(grad.shape[1:])}, the projection was bound for {self.shapes[name]}")
+
+    def _sketch(self, out: Tensor, name: str, flat: Tensor) -> None:
+        buckets, signs = self._sketch_map(name)
+        b, d, (blocks, p) = len(flat), out.shape[1], (len(buckets), flat.shape[1])
+        if out.device.type == "cpu":  # scatter_add_ is the fastest here and its order is fixed; on a GPU it adds in any order
+            out.scatter_add_(1, buckets.view(-1)[:p].expand(b, p), flat * signs.view(-1)[:p])
+            return
+        if blocks * d != p:
+            flat = torch.nn.functional.pad(flat, (0, blocks * d - p))
+        inverse = buckets.argsort(1)
+        signed = (flat * signs.view(-1)).view(b, blocks, d)
+        out += signed.gather(2, inverse.expand(b, blocks, d)).sum(1)
+
+    def _sketch_map(self, name: str) -> tuple[Tensor, Tensor]:
+        """(buckets int64 [blocks, d], signs [blocks, d]): flat coordinate k*d + j goes to bucket buckets[k, j] with signs[k, j]."""
+        kept = self._cache.get(name)
+        if kept is None:
+            d = self._parts[name].stop - self._parts[name].start
+            o, i = self.shapes[name]
+            blocks = -(-o * i // d)
+            raw = self._philox(name, "sketch").random_raw(blocks * d).reshape(blocks, d)
+            buckets = np.argsort(raw >> np.uint64(1), axis=1, kind="stable")
+            signs = (raw & np.uint64(1)).astype(np.float32) * 2 - 1
+            kept = self._keep(name, (torch.from_numpy(buckets), torch.from_numpy(signs)))
+        return kept[0], kept[1]
+
+    def _dense(self, out: Tensor, name: str, flat: Tensor) -> None:
+        d = out.shape[1]
+        step = max(1, _DENSE_BLOCK // d)
+        for k, start in enumerate(range(0, flat.shape[1], step)):
+            rows = min(step, flat.shape[1] - start)
+            kept = self._cache.get(f"{name}#{k}")
+            if kept is None:
+                kept = self._keep(f"{name}#{k}", (self._signs(name, f"dense{k}", rows, d),))
+            out.addmm_(flat[:, start : start + rows], kept[0], alpha=1 / sqrt(d))
+
+    def _signs(self, name: str, part: str, rows: int, columns: int) -> Tensor:
+        n = rows * columns
+        raw = self._philox(name, part).random_raw(-(-n // 64)).astype("<u8")
+        bits = np.unpackbits(raw.view(np.uint8), count=n, bitorder="little").reshape(rows, columns)
+        return torch.from_numpy(bits.astype(np.float32) * 2 - 1)
+
+    def _philox(self, name: str, part: str) -> np.random.Philox:
+        p = self.projection
+        recipe = repr((p.seed, p.kind, p.dim, self._keys[name], self.shapes[name], part))
+        return np.random.Philox(key=int.from_bytes(hashlib.sha256(recipe.encode()).digest()[:16], "little"))
+
+    def _keep(self, key: str, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        tensors = tuple(t.to(self.device) for t in tensors)
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        if self._cached_bytes + size <= CACHE_BYTES:
+            self._cache[key] = tensors
+            self._cached_bytes += size
+        return tensors
+
+
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)*(?:base_model\.model\.)?|(?<=\.)(?:base_layer|_orig_mod|_checkpoint_wrapped_module)(?:\.|$)")
+_ADAPTER = re.compile(r"(lora_[AB])\.[^.]+$")
+
+
+def canonical_names(names: Mapping[str, object]) -> dict[str, str]:
+    """Module names without the parts that wrappers (peft, torch.compile, DistributedDataParallel) put in; unchanged where two would become one."""
+    short = {n: _ADAPTER.sub(r"\1", _WRAPPERS.sub("", n.removesuffix(".weight"))).rstrip(".") for n in names}
+    return short if len(set(short.values())) == len(short) else {n: n.removesuffix(".weight") for n in names}
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

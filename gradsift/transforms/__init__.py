@@ -1,0 +1,1 @@
+"""What happens to a gradient before it is projected."""

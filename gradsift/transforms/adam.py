@@ -1,0 +1,88 @@
+"""The direction Adam would take for one example, from the optimizer's moments: the pool side of LESS (arXiv 2402.04333, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, MismatchError
+
+
+class Adam:
+    """Gradient -> virtual Adam update, element-wise, for each example alone. Implements the Transform protocol; never factors.
+
+    m, v: first and second moments by parameter name, with or without ".weight", each of the parameter's shape. step: how many updates the moments
+    have seen; the virtual update is number step + 1.
+
+    form="released": m' / sqrt(v' + eps) with m' = b1 m + (1 - b1) g and v' = b2 v + (1 - b2) g^2, as the code published with LESS computes it
+    (`obtain_gradients_with_adam`): eps inside the root, no bias correction.
+    form="paper": (m' / (1 - b1^(step+1))) / (sqrt(v' / (1 - b2^(step+1))) + eps): the Adam update of Kingma & Ba (arXiv 1412.6980, algorithm 1),
+    which LESS's definition of Gamma follows: bias correction, eps outside the root.
+
+    Weight decay and the learning rate are left out: neither depends on the example. Raises MismatchError, naming the parameter, when m or v lacks
+    it or has another shape.
+    """
+
+    def __init__(
+        self,
+        m: Mapping[str, Tensor],
+        v: Mapping[str, Tensor],
+        step: int,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        form: Literal["released", "paper"] = "released",
+    ) -> None:
+        if form not in ("released", "paper"):
+            raise ConfigError(f"Adam form is {form!r}", remedy="Known: released, paper.")
+        if step < 0 or not all(0 <= b < 1 for b in betas) or eps < 0:
+            raise ConfigError(f"Adam settings step={step}, betas={betas}, eps={eps}", remedy="step >= 0, betas in [0, 1), eps >= 0.")
+        self.step, self.betas, self.eps, self.form = step, betas, eps, form
+        self._m = {n.removesuffix(".weight"): t for n, t in m.items()}
+        self._v = {n.removesuffix(".weight"): t for n, t in v.items()}
+        self._ready: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises MismatchError unless there are moments of this shape for each of these parameters."""
+        for name, shape in shapes.items():
+            for which, moments in (("first", self._m), ("second", self._v)):
+                moment = moments.get(name.removesuffix(".weight"))
+                if moment is None:
+                    raise MismatchError(f"no {which} moment for parameter {name}", remedy="Use the moments of the checkpoint that the model was loaded from.")
+                if tuple(moment.shape) != tuple(shape):
+                    raise MismatchError(
+                        f"the {which} moment of {name} has shape {tuple(moment.shape)}, the parameter {tuple(shape)}",
+                        remedy="Use the moments of the checkpoint that the model was loaded from.",
+                    )
+
+    def materialised(self, name: str, grad: Tensor) -> Tensor:
+        """grad [b, o, i] -> the update direction, same shape and device, fp32. `grad` is left as it is."""
+        m, v = self._moments(name, grad)
+        b1, b2 = self.betas
+        if self.form == "released":
+            first, second = m.add(grad, alpha=1 - b1), v.addcmul(grad, grad, value=1 - b2)
+            return first.mul_(second.rsqrt_())
+        c1, c2 = 1 - b1 ** (self.step + 1), 1 - b2 ** (self.step + 1)
+        first, second = m.add(grad, alpha=(1 - b1) / c1), v.addcmul(grad, grad, value=(1 - b2) / c2)
+        return first.div_(second.sqrt_().add_(self.eps))
+
+    def factors(self, name: str) -> None:
+        return None
+
+    def _moments(self, name: str, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """What does not depend on the example, fp32: (b1 m, b2 v + eps) in the released form, (b1 m / c1, b2 v / c2) in the paper's."""
+        name = name.removesuffix(".weight")
+        kept = self._ready.get((name, grad.device))
+        if kept is None or kept[0].shape != grad.shape[1:]:
+            self.check({name: tuple(grad.shape[1:])})
+            m = self._m[name].to(grad.device, torch.float32) * self.betas[0]
+            v = self._v[name].to(grad.device, torch.float32) * self.betas[1]
+            if self.form == "released":
+                v += self.eps
+            else:
+                m /= 1 - self.betas[0] ** (self.step + 1)
+                v /= 1 - self.betas[1] ** (self.step + 1)
+            kept = self._ready[name, grad.device] = (m, v)
+        return kept
