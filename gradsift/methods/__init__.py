@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
@@ -58,3 +59,15 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Selector:
 def options_of(selector: Selector) -> dict[str, Any]:
     """The hyper-parameters as plain data: part of the selection's recipe."""
     return dataclasses.asdict(selector)  # type: ignore[call-overload]
+
+
+def describe() -> list[dict[str, Any]]:
+    """Every method as plain data: name, first sentence, target, signals it needs by default, options with their defaults."""
+    found = []
+    for name in sorted(table()):
+        cls = load(name)
+        needs = sorted({signal.name for signal in cls().needs()})
+        options = {field.name: field.default for field in dataclasses.fields(cls)}
+        summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+        found.append({"name": name, "summary": summary, "target": cls.target, "needs": needs, "options": options})
+    return found

@@ -29,5 +29,5 @@ class Length:
         if signals.tokens is None:
             raise ValueError("length reads Signals.tokens, the supervised tokens of each row, and none were given")
         gain = signals.tokens.astype(np.float64) * (1 if self.order == "longest" else -1)
-        indices = topk.largest(gain, budget)
+        indices = topk.top(gain, budget).numpy()
         return Subset(indices=indices, gains=gain[indices], notes={"score": gain})

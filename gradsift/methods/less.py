@@ -48,12 +48,12 @@ class Less:
         columns = list(signals.target_groups)
         groups = list(dict.fromkeys(columns))
         merged = scores.shape[1] == len(groups) and self.influence.backend == "less-mean"
-        by_group = scores if merged else topk.group_scores(scores, torch.tensor([groups.index(g) for g in columns]))
+        by_group = scores if merged else topk.group_scores(scores, columns)
         best, which = by_group.max(dim=1)
         if self.aggregate == "max":
-            indices = topk.largest(best.numpy(), budget)
+            indices = topk.top(best.numpy(), budget).numpy()
         else:
-            indices = np.asarray(topk.round_robin(scores, budget))
+            indices = topk.round_robin(scores, budget).numpy()
         gain = best.numpy()
         why = np.array([groups[g] for g in which.tolist()], dtype=object)
         return Subset(indices=indices, gains=gain[indices], notes={"influence": gain, "score": gain, "nearest_group": why})

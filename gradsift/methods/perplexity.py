@@ -35,5 +35,5 @@ class Perplexity:
             gain = -np.abs(rank - (len(loss) - 1) / 2)
         else:
             gain = loss if self.band == "high" else -loss
-        indices = topk.largest(gain, budget)
+        indices = topk.top(gain, budget).numpy()
         return Subset(indices=indices, gains=gain[indices], notes={"score": gain})

@@ -89,7 +89,7 @@ class Tagcos:
             # Rows that point away from the centroid are never matched; the closest of them complete the cluster's share.
             left = np.setdiff1d(np.arange(len(members)), chosen)
             agreement = (atoms[left] @ centre).numpy()
-            chosen = np.concatenate([chosen, left[topk.largest(agreement, seats - len(chosen))]])
+            chosen = np.concatenate([chosen, left[topk.top(agreement, seats - len(chosen)).numpy()]])
         return members[chosen], (atoms[chosen] @ centre).numpy()
 
 

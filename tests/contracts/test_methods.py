@@ -1,0 +1,160 @@
+"""What every entry of METHODS promises, whatever it does inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gradsift import methods
+from gradsift.errors import ConfigError, UnknownName
+from gradsift.types import Rows, Selector, Signal, Signals, Subset, UndeclaredSignal
+
+N, D, M = 40, 16, 6
+GROUPS = ["a", "a", "b", "b", "b", "c"]
+
+
+class Reading(Mapping[Signal, Any]):
+    """Signal values that note which of them were read."""
+
+    def __init__(self, values: dict[Signal, Any]) -> None:
+        self.values_, self.read = values, set[Signal]()
+
+    def __getitem__(self, signal: Signal) -> Any:
+        self.read.add(signal)
+        return self.values_[signal]
+
+    def __contains__(self, signal: object) -> bool:
+        return signal in self.values_
+
+    def __iter__(self) -> Any:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+
+def value(signal: Signal, n: int, seed: int, kind: str = "random") -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    rows = n if signal.side == "pool" else M
+    if signal.name in ("rows", "embeddings"):
+        made = torch.nn.functional.normalize(torch.randn(rows, D, generator=generator), dim=1)
+    elif signal.name == "influence":
+        made = torch.randn(n, len(set(GROUPS)) if signal.backend == "less-mean" else M, generator=generator) * 0.1
+    else:
+        made = torch.rand(n, generator=generator) + 0.5
+    if kind == "equal":
+        made = made[:1].expand_as(made).clone()
+    if kind == "duplicates":
+        made = made[torch.arange(len(made)) // 2 * 2]
+    return [made, made.flip(1) if made.ndim > 1 else made] if signal.checkpoints == "each" else made
+
+
+def signals(selector: Selector, n: int = N, seed: int = 0, kind: str = "random", order: np.ndarray | None = None) -> Signals:
+    values = {}
+    for signal in sorted(selector.needs(), key=repr):
+        made = value(signal, n, seed, kind)
+        if order is not None and signal.side == "pool":
+            made = [m[order] for m in made] if isinstance(made, list) else made[order]
+        values[signal] = made
+    tokens = np.random.default_rng(seed).permutation(np.arange(5, 5 + 3 * n))[:n].astype(np.int32)
+    tokens = tokens if kind == "random" else np.full(n, 9, dtype=np.int32)
+    tokens = tokens if order is None else tokens[order]
+    return Signals(Reading(values), n, tokens=tokens, groups=["pool"] * n, target_groups=GROUPS)
+
+
+def choose(selector: Selector, budget: int, given: Signals | None = None, seed: int = 0) -> Subset:
+    return selector.select(given or signals(selector), budget, rng=np.random.default_rng(seed))
+
+
+def cases() -> list[Any]:
+    found = []
+    for name in methods.table():
+        selector = methods.make(name, {"clusters": 4} if "clusters" in {f.name for f in dataclasses.fields(methods.load(name))} else {})
+        found.append(pytest.param(selector, id=name))
+    return found
+
+
+@pytest.fixture(params=cases())
+def selector(request: pytest.FixtureRequest) -> Selector:
+    return request.param
+
+
+@pytest.mark.parametrize("budget", [1, 7, N])
+@pytest.mark.parametrize("kind", ["random", "equal", "duplicates"])
+def test_exact_size_no_repeats_in_range(selector: Selector, budget: int, kind: str) -> None:
+    chosen = choose(selector, budget, signals(selector, kind=kind))
+    assert len(chosen) == budget
+    assert len(set(chosen.indices.tolist())) == budget
+    assert 0 <= chosen.indices.min() and chosen.indices.max() < N
+    if chosen.gains is not None:
+        assert len(chosen.gains) == budget and np.isfinite(chosen.gains).all()
+
+
+def test_the_same_rng_gives_the_same_subset_and_the_input_is_left_alone(selector: Selector) -> None:
+    given = signals(selector)
+    before = {s: [t.clone() for t in (v if isinstance(v, list) else [v])] for s, v in given.values.values_.items()}  # type: ignore[attr-defined]
+    first, second = choose(selector, 7, given), choose(selector, 7, signals(selector))
+    assert first.indices.tolist() == second.indices.tolist()
+    for s, tensors in before.items():
+        now = given.values.values_[s]  # type: ignore[attr-defined]
+        assert all(torch.equal(a, b) for a, b in zip(tensors, now if isinstance(now, list) else [now], strict=True))
+
+
+def test_permuting_the_pool_permutes_the_choice(selector: Selector) -> None:
+    if type(selector).__name__ in {"Random", "Tagcos"}:
+        pytest.skip("draws by position (random) or starts k-means from a drawn row (tagcos)")
+    order = np.random.default_rng(1).permutation(N)
+    plain, permuted = choose(selector, 7), choose(selector, 7, signals(selector, order=order))
+    assert sorted(order[permuted.indices].tolist()) == sorted(plain.indices.tolist())
+
+
+def test_reads_exactly_the_signals_it_declares(selector: Selector) -> None:
+    given = signals(selector)
+    choose(selector, 7, given)
+    assert given.values.read == set(selector.needs())  # type: ignore[attr-defined]
+    with pytest.raises(UndeclaredSignal):
+        Signals({}, N)[Signal("rows")]
+
+
+def test_docstring_states_source_cost_and_differences(selector: Selector) -> None:
+    text = inspect.getdoc(type(selector)) or ""
+    assert "Source:" in text and "Cost" in text and "Differences from the paper" in text
+    assert selector.target in ("required", "optional", "none")
+    assert dataclasses.is_dataclass(selector) and selector.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+def test_rows_may_be_anything_that_slices(selector: Selector) -> None:
+    class Sliced:
+        def __init__(self, rows: torch.Tensor) -> None:
+            self.rows, self.shape = rows, tuple(rows.shape)
+
+        def __getitem__(self, where: slice) -> torch.Tensor:
+            assert isinstance(where, slice)
+            return self.rows[where].clone()
+
+    if not any(s.name in ("rows", "embeddings") for s in selector.needs()):
+        pytest.skip("reads no rows")
+    assert isinstance(Sliced(torch.zeros(2, 2)), Rows)
+    plain = choose(selector, 7)
+    given = signals(selector)
+    wrapped = {s: Sliced(v) if s.name in ("rows", "embeddings") else v for s, v in given.values.values_.items()}  # type: ignore[attr-defined]
+    again = choose(selector, 7, dataclasses.replace(given, values=wrapped))
+    assert again.indices.tolist() == plain.indices.tolist()
+
+
+def test_options_are_converted_and_wrong_ones_refused_with_the_nearest_name() -> None:
+    assert methods.make("tagcos", {"clusters": "50", "cosine": "true"}) == methods.load("tagcos")(clusters=50, cosine=True)
+    with pytest.raises(UnknownName, match="'clusters'"):
+        methods.make("tagcos", {"cluster": "50"})
+    with pytest.raises(UnknownName, match="'tagcos'"):
+        methods.make("tagcoss")
+    with pytest.raises(ConfigError, match="clusters"):
+        methods.make("tagcos", {"clusters": "many"})
+    with pytest.raises(ConfigError, match="preset"):
+        methods.make("less", {"preset": "newest"})
