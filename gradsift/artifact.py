@@ -43,6 +43,7 @@ __all__ = [
     "check_schema",
     "differences",
     "file_hash",
+    "file_hashes",
     "folder_hash",
     "inside",
     "read_json",
@@ -56,7 +57,7 @@ __all__ = [
     "write_tensors",
 ]
 
-SCHEMA = 1
+SCHEMA = 1  # of every JSON file in a run folder
 MANIFEST, STATS, RECIPE = "manifest.json", "stats.json", "recipe.json"
 _UPGRADE = "Upgrade gradsift, or choose another --run folder."
 _REMAKE = "Delete it and run the same command again: the files beside it are checked, and kept where they are whole."
@@ -92,7 +93,13 @@ def _hash_bytes(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def folder_hash(folder: Path) -> dict[str, str]:
+def folder_hash(folder: Path) -> str:
+    """One digest of every file below a folder of the user's, which may hold links (a hub cache does)."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return recipe_digest({path.relative_to(folder).as_posix(): file_hash(path.resolve()) for path in files})
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
     """The hash of every file below `folder` but manifest, stats, recipe and temporary ones, by relative name ("/" between parts)."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     own = {MANIFEST, STATS, RECIPE}
@@ -171,7 +178,7 @@ class Artifact:
         if not self.complete and create:
             for folder in (self.path, *(path for path in self.path.rglob("*") if path.is_dir() and not path.is_symlink())):
                 remove_leftovers(folder)
-            if not (self.path / RECIPE).exists():
+            if read_json(inside(self.path, RECIPE)) is None:
                 write_atomic(self.path / RECIPE, canonical_json({"schema": SCHEMA, **self.recipe}))
 
     @classmethod
@@ -242,7 +249,7 @@ class Artifact:
         or paths; `stats` goes into stats.json.
         Raises IntegrityError when a named file is not there, DiskFull, ResourceError.
         """
-        files = dict(sorted((folder_hash(self.path) if files is None else files).items()))
+        files = dict(sorted((file_hashes(self.path) if files is None else files).items()))
         for name in files:
             if not inside(self.path, name).is_file():
                 raise IntegrityError("is missing", where=self.path / name, remedy="Run the same command again: it is made anew.")

@@ -20,7 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from gradsift.artifact import Artifact, check_schema, differences, file_hash, read_json, read_manifest
+from gradsift.artifact import SCHEMA, Artifact, check_schema, differences, file_hash, read_json, read_manifest
 from gradsift.durable import (
     TensorFile,
     canonical_json,
@@ -36,9 +36,8 @@ from gradsift.errors import IntegrityError, MismatchError
 from gradsift.packing import QUARANTINE, Ids, StoreDtype, pack
 from gradsift.types import Rows
 
-SCHEMA = 1
 HEADER, IDS = "store.json", "ids.safetensors"
-_REMAKE = "Run `gradsift verify RUN --repair`, then the same command again: only what is damaged is made anew."
+_REMAKE = "Run `gradsift verify RUN`, then the same command again: only what is damaged is made anew."
 _COLUMNS = {"norms": torch.float32, "losses": torch.float32, "scales": torch.float32, "tokens": torch.int32, "codes": torch.uint8}
 _OPEN_SHARDS = 64
 
@@ -127,6 +126,16 @@ class RowStore:
 
         Raises IntegrityError naming every file at fault, MismatchError for a newer schema.
         """
+        store = cls.partial(path)
+        if faults := store.faults(verify=verify):
+            named = "; ".join(f"{name} {what}" for name, what in list(faults.values())[:5])
+            more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+            raise IntegrityError(f"{named}{more}", where=path, remedy=_REMAKE)
+        return store
+
+    @classmethod
+    def partial(cls, path: Path) -> RowStore:
+        """A store as it stands, perhaps with shards missing, to look at. Writes nothing. Errors as `open`, of header and ids alone."""
         path = Path(path)
         header = read_json(path / HEADER)
         if header is None:
@@ -141,10 +150,6 @@ class RowStore:
         if len(store.ids) != store.shape[0] or _ids_digest(store.ids) != header["ids"]:
             raise IntegrityError("holds other ids than store.json says", where=path / IDS, remedy=_REMAKE)
         store._hashes = None if manifest is None else manifest["files"]
-        if faults := store.faults(verify=verify):
-            named = "; ".join(f"{name} {what}" for name, what in list(faults.values())[:5])
-            more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-            raise IntegrityError(f"{named}{more}", where=path, remedy=_REMAKE)
         return store
 
     # --- state, read off the files

@@ -1,0 +1,306 @@
+"""A run: one folder whose artifacts are found by what they are made of, held by one process at a time, checked and mended file by file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradsift.artifact import MANIFEST, RECIPE, SCHEMA, Artifact, canonical_json, check_schema, differences, file_hash, read_json, recipe
+from gradsift.durable import inside, make_folder, remove_leftovers, write_atomic
+from gradsift.errors import GradsiftError, ResourceError, UserError
+from gradsift.store import HEADER, RowStore
+
+RUN_FILE, LOCK_FILE = "run.json", ".gradsift-lock"
+_KIND = "gradsift run"
+_SECRET_FLAG = re.compile(r"^(--?[\w-]*(?:token|password|secret|api-?key|auth))(=.*)?$", re.IGNORECASE)
+_SECRET = re.compile(r"\b(?:hf|sk|ghp|github_pat|glpat|xox[abp])[_-][A-Za-z0-9_-]{12,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
+_HIDDEN = "***"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong in a run: `artifact` is the folder's name, `file` the name within it ("": the folder itself), `what` the fault."""
+
+    artifact: str
+    file: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.artifact}/{self.file} {self.what}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A field in which a stored artifact differs from the recipe asked for; None = the field is absent on that side."""
+
+    artifact: str
+    field: str
+    stored: Any
+    wanted: Any
+
+    def __str__(self) -> str:
+        return f"{self.field}: stored {self.stored!r}, wanted {self.wanted!r} ({self.artifact})"
+
+
+class Run:
+    """The folder `root`. Opening one reads; the first `lock` or `artifact` makes what is not there.
+
+    Raises UserError when `root` is a file, or a folder that is not empty and not a run; MismatchError for a run of a newer gradsift.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).expanduser().absolute()
+        self._held = 0
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError("is a file, not a run folder", where=self.root, remedy="Choose another --run folder.")
+        about = self._read()
+        if about is None:
+            strangers = sorted(p.name for p in self.root.iterdir() if not p.name.startswith(".gradsift-")) if self.root.is_dir() else []
+            if strangers:
+                what = f"is not a run: it holds {strangers[0]!r}" + (f" and {len(strangers) - 1} more" if len(strangers) > 1 else "")
+                raise UserError(what, where=self.root, remedy="Choose a new or empty folder for --run.")
+
+    @property
+    def exists(self) -> bool:
+        """True once run.json is there."""
+        return self._read() is not None
+
+    def _read(self) -> dict[str, Any] | None:
+        path = self.root / RUN_FILE
+        found = read_json(path) if self.root.is_dir() else None
+        if found is None and path.exists() and any(self.root.glob(f"*/{RECIPE}")):
+            return {"kind": _KIND, "schema": SCHEMA, "commands": []}  # run.json is damaged; nothing in it is needed to resume
+        if found is None or found.get("kind") != _KIND:
+            return None
+        check_schema(found, path)
+        return found
+
+    def _make(self) -> None:
+        make_folder(self.root)
+        if not self.exists:
+            write_atomic(self.root / RUN_FILE, canonical_json({"kind": _KIND, "schema": SCHEMA, "commands": []}))
+
+    # --- commands and the lock
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands given in this run, oldest first; the last one resumes it. Tokens and passwords are blotted out."""
+        return [entry["command"] for entry in (self._read() or {}).get("commands", [])]
+
+    def record(self, command: str | Sequence[str]) -> str:
+        """Keeps `command` in run.json as the one that resumes, and returns it as kept."""
+        self._make()
+        about = self._read() or {}
+        text = readable_command(command)
+        entry = {"command": text, "folder": os.getcwd()}
+        commands = [known for known in about.get("commands", []) if known != entry]
+        write_atomic(self.root / RUN_FILE, canonical_json({**about, "commands": [*commands, entry]}) + b"\n")
+        return text
+
+    @contextlib.contextmanager
+    def lock(self, command: str | Sequence[str] = "") -> Iterator[None]:
+        """Holds the run for this process, and records `command` if one is given. The kernel frees the lock when the process ends,
+        however it ends.
+
+        Raises UserError naming the holder when another process has it, ResourceError where the folder cannot be written.
+        """
+        if self._held:
+            self._held += 1
+            try:
+                yield
+            finally:
+                self._held -= 1
+            return
+        self._make()
+        fd = self._take_lock()
+        try:
+            holder = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "since": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+                "command": readable_command(command or sys.argv),
+            }
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, canonical_json(holder), 0)
+            remove_leftovers(self.root)
+            if command:
+                self.record(command)
+            self._held = 1
+            yield
+        finally:
+            self._held = 0
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)
+            os.close(fd)
+
+    def _take_lock(self) -> int:
+        path = self.root / LOCK_FILE
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise ResourceError(f"cannot be written: {error.strerror}", where=path, remedy="Choose another --run folder.") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = read_json(path) or {}
+            os.close(fd)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                remedy = "Put the run on a local disk, or a network one with locks."
+                raise ResourceError(f"cannot be locked: {error.strerror}", where=path, remedy=remedy) from error
+            raise UserError(f"another process works in this run: {_describe(holder)}", where=self.root, remedy=_WAIT) from None
+        return fd
+
+    # --- artifacts
+
+    def artifact(
+        self,
+        stage: str,
+        *,
+        version: int,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        identity: Mapping[str, Any],
+        create: bool = True,
+    ) -> Artifact:
+        """The artifact of this recipe: complete, or an open folder to fill (not made when `create` is False).
+
+        Raises IntegrityError when its folder holds something else or its manifest was edited, ResourceError, MismatchError (newer schema).
+        """
+        made_by = recipe(stage, version=version, config=config, inputs=inputs, identity=identity)
+        existing = Artifact(self.root, made_by, create=False)
+        if not create or existing.complete:
+            return existing
+        self._make()
+        return Artifact(self.root, made_by)
+
+    def artifacts(self) -> list[Artifact]:
+        """Every artifact, complete or not, by folder name. Raises IntegrityError, MismatchError for one that cannot be trusted."""
+        found = (Artifact.load(path) for path in self._folders())
+        return [artifact for artifact in found if artifact is not None]
+
+    def latest(self, stage: str) -> Artifact | None:
+        """The complete artifact of `stage` that was finished last."""
+        done = [artifact for artifact in self.artifacts() if artifact.stage == stage and artifact.complete]
+        return max(done, key=lambda artifact: (artifact.stats.get("finished", 0.0), artifact.path.name), default=None)
+
+    def _folders(self) -> list[Path]:
+        if not self.root.is_dir():
+            return []
+        return sorted(path for path in self.root.iterdir() if path.is_dir() and not path.is_symlink() and _has_recipe(path))
+
+    def explain_mismatch(self, stage: str, made_by: Mapping[str, Any]) -> list[Difference]:
+        """Field by field, how the nearest stored artifact of `stage` differs from the recipe `made_by`; empty when none differs."""
+        wanted = json.loads(canonical_json(dict(made_by)))
+        best: list[Difference] | None = None
+        for artifact in self.artifacts():
+            if artifact.stage == stage:
+                stored = json.loads(canonical_json(artifact.recipe))
+                found = [Difference(artifact.path.name, *difference) for difference in differences(stored, wanted)]
+                if best is None or len(found) < len(best):
+                    best = found
+        return best or []
+
+    # --- checking and mending
+
+    def verify(self) -> list[Problem]:
+        """Hashes every file of every artifact and returns what is wrong, naming the file. Reads only."""
+        return [problem for folder in self._folders() for problem in _verify(folder)]
+
+    def discard(self, problem: Problem) -> None:
+        """Removes what `problem` names, and the manifest that vouched for it, so that the next run makes anew just that. Use inside `lock`.
+
+        Raises ResourceError where files cannot be deleted.
+        """
+        folder = inside(self.root, problem.artifact)
+        parent, _, last = problem.file.rpartition("/")
+        place = inside(folder, parent) if parent else folder
+        if last in ("", ".", ".."):
+            raise UserError(problem.what, where=folder, remedy="Give the folder its name back, or delete it.")
+        # The manifest goes first: killed in between, the artifact is merely incomplete. The last part may be a link: that link is removed.
+        for path in (folder / MANIFEST, place / last):
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+            except OSError as error:
+                raise ResourceError(f"cannot be deleted: {error.strerror}", where=path) from error
+
+
+_WAIT = "Wait for it, or use another --run folder."
+
+
+def _has_recipe(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (MANIFEST, RECIPE))
+
+
+def _verify(folder: Path) -> list[Problem]:
+    try:
+        artifact = Artifact.load(folder)
+    except GradsiftError as error:
+        place = Path(error.where or folder)
+        return [Problem(folder.name, place.name if place.parent == folder else "", error.what)]
+    if artifact is None:
+        return [Problem(folder.name, RECIPE, "is damaged")]
+    if artifact.complete:
+        return _verify_files(artifact)
+    problems = [Problem(folder.name, MANIFEST, "is damaged")] if (folder / MANIFEST).exists() else []
+    if (folder / HEADER).exists():
+        problems += _verify_shards(folder)
+    return problems
+
+
+def _verify_files(artifact: Artifact) -> list[Problem]:
+    problems = []
+    for name, stated in artifact.manifest["files"].items():
+        try:
+            found = file_hash(artifact.file(name))
+        except GradsiftError as error:
+            problems.append(Problem(artifact.path.name, name, error.what))
+            continue
+        if found != stated:
+            problems.append(Problem(artifact.path.name, name, f"is not the file that the manifest names (hash {found}, stated {stated})"))
+    return problems
+
+
+def _verify_shards(folder: Path) -> list[Problem]:
+    """Damaged shards of a store that is being filled; absent ones are no problem."""
+    try:
+        store = RowStore.partial(folder)
+    except GradsiftError as error:
+        return [Problem(folder.name, Path(error.where or HEADER).name, error.what)]
+    return [Problem(folder.name, name, what) for name, what in store.faults(verify=True).values() if os.path.lexists(folder / name)]
+
+
+def readable_command(command: str | Sequence[str]) -> str:
+    """A command line to paste into a shell, with the program's bare name and without secrets."""
+    words, hide = [], False
+    for i, word in enumerate(shlex.split(command) if isinstance(command, str) else command):
+        if i == 0:
+            name = os.path.basename(word)
+            words.append("gradsift" if name in ("gradsift", "__main__.py") else word)
+        elif hide:
+            words.append(_HIDDEN)
+            hide = False
+        elif (flag := _SECRET_FLAG.match(word)) is not None:
+            words.append(f"{flag[1]}={_HIDDEN}" if flag[2] else word)
+            hide = flag[2] is None
+        else:
+            words.append(_SECRET.sub(_HIDDEN, word))
+    return shlex.join(words)
+
+
+def _describe(holder: Mapping[str, Any]) -> str:
+    if not holder.get("pid"):
+        return "it has not said which yet"
+    return f"pid {holder['pid']} on {holder.get('host')}, since {holder.get('since')}: {holder.get('command')}"
