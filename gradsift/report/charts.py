@@ -26,12 +26,13 @@ def charts(data: ReportData) -> dict[str, dict[str, Any]]:
         made["lengths"] = _lengths(data.lengths)
     if data.comparison is not None and any(row.value is not None for row in data.comparison.results):
         made["comparison"] = _comparison(data.comparison)
-    return {name: chart.to_dict() for name, chart in made.items()}
+    fit = alt.AutoSizeParams(type="fit-x", contains="padding")
+    return {name: chart.properties(autosize=fit).to_dict() for name, chart in made.items()}
 
 
-def shown_groups(groups: tuple[Group, ...]) -> list[Group]:
-    """The groups a chart has room for: the largest in the pool, in that order."""
-    return sorted(groups, key=lambda group: -group.pool_rows)[:MAX_BARS]
+def by_size(groups: tuple[Group, ...]) -> list[Group]:
+    """The groups, the largest of the pool first. A chart has room for the first MAX_BARS."""
+    return sorted(groups, key=lambda group: -group.pool_rows)
 
 
 def _values(rows: list[dict[str, Any]]) -> alt.Data:
@@ -41,7 +42,7 @@ def _values(rows: list[dict[str, Any]]) -> alt.Data:
 def _groups(data: ReportData) -> alt.LayerChart:
     pool = sum(group.pool_rows for group in data.groups) or 1
     picked = sum(group.picked_rows for group in data.groups) or 1
-    groups = shown_groups(data.groups)
+    groups = by_size(data.groups)[:MAX_BARS]
     rows = [
         {"group": visible(group.name)[:60], "before": group.pool_rows / pool, "after": group.picked_rows / picked, "place": place}
         for place, group in enumerate(groups)
@@ -54,7 +55,7 @@ def _groups(data: ReportData) -> alt.LayerChart:
     before = base.mark_point(style="pool-point", filled=True, size=90, opacity=1).encode(x="before:Q")
     after = base.mark_point(style="picked-point", filled=True, size=110, opacity=1).encode(x="after:Q")
     return alt.layer(line, before, after).properties(
-        width="container", height=alt.Step(26), description="For each group, its share of the pool and its share of the subset."
+        width="container", height=28 * len(rows), description="For each group, its share of the pool and its share of the subset."
     )
 
 
@@ -70,9 +71,9 @@ def _scores(data: Histogram) -> alt.LayerChart:
         alt.Tooltip("all:Q", format=COUNT, title="rows"),
         alt.Tooltip("picked:Q", format=COUNT, title="picked"),
     ]
-    x = alt.X("from:Q", title=visible(data.label), scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False, tickCount=6))
+    x = alt.X("from:Q", bin="binned", title=visible(data.label), scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False, tickCount=6))
     # Square root: the picked tail is a few per cent of the pool and would be flat on a linear axis, while a logarithm has no zero.
-    y = alt.Y("all:Q", title="rows (square-root scale)", scale=alt.Scale(type="sqrt"), axis=alt.Axis(tickCount=4, format="~s"))
+    y = alt.Y("all:Q", title="rows (square-root scale)", scale=alt.Scale(type="sqrt"), axis=alt.Axis(tickCount=4, format=","))
     base = alt.Chart(_values(_bins(data))).encode(x=x, x2="to:Q", tooltip=tips)
     layers = [base.mark_bar(style="pool", binSpacing=1).encode(y=y), base.mark_bar(style="picked", binSpacing=1).encode(y=alt.Y("picked:Q"))]
     if data.cut is not None and data.edges[0] <= data.cut <= data.edges[-1]:
@@ -93,11 +94,12 @@ def _lengths(data: Histogram) -> alt.LayerChart:
         alt.Tooltip("picked share:Q", format=".1%"),
     ]
     title = visible(data.label) + (" (last bin: and longer)" if data.above else "")
-    x = alt.X("from:Q", title=title, scale=alt.Scale(nice=False), axis=alt.Axis(grid=False, tickCount=6))
+    x = alt.X("from:Q", bin="binned", title=title, scale=alt.Scale(nice=False), axis=alt.Axis(grid=False, tickCount=6))
     y = alt.Y("pool share:Q", title="share of rows", axis=alt.Axis(tickCount=4, format=".0%"))
-    base = alt.Chart(_values(rows)).encode(x=x, tooltip=tips)
-    pool = base.mark_bar(style="pool", binSpacing=0.5).encode(x2="to:Q", y=y)
-    picked = base.mark_line(style="picked-line", interpolate="step-after", strokeWidth=2).encode(y=alt.Y("picked share:Q"))
+    pool = alt.Chart(_values(rows)).encode(x=x, x2="to:Q", y=y, tooltip=tips).mark_bar(style="pool", binSpacing=0.5)
+    end = {"from": rows[-1]["to"], "picked share": rows[-1]["picked share"]}
+    outline = alt.Chart(_values([*rows, end])).encode(x="from:Q", y="picked share:Q")
+    picked = outline.mark_line(style="picked-line", interpolate="step-after", strokeWidth=2)
     return alt.layer(pool, picked).properties(width="container", height=190, description="Lengths of the rows of the pool and of the picked rows.")
 
 
@@ -107,8 +109,8 @@ def _clusters(data: ReportData) -> alt.LayerChart:
     rate = sum(c.picked for c in data.clusters) / size
     top = max(c.rows for c in data.clusters)
     tips = [alt.Tooltip("cluster:N"), alt.Tooltip("rows:Q", format=COUNT), alt.Tooltip("picked:Q", format=COUNT), alt.Tooltip("norm:Q", format=".2f")]
-    x = alt.X("rows:Q", title="rows in the cluster", axis=alt.Axis(tickCount=5, format="~s", grid=False))
-    y = alt.Y("picked:Q", title="picked", axis=alt.Axis(tickCount=4, format="~s"))
+    x = alt.X("rows:Q", title="rows in the cluster", axis=alt.Axis(tickCount=5, format=",", grid=False))
+    y = alt.Y("picked:Q", title="picked", axis=alt.Axis(tickCount=4, format=","))
     line = alt.Chart(_values([{"rows": 0, "picked": 0}, {"rows": top, "picked": top * rate}])).mark_line(style="even", strokeDash=[4, 3], strokeWidth=1.5)
     points = alt.Chart(_values(rows)).mark_point(style="picked-point", filled=True, size=70, opacity=0.65).encode(x=x, y=y, tooltip=tips)
     return alt.layer(line.encode(x=x, y=y), points).properties(width="container", height=220, description="Rows and picks of each cluster.")
@@ -128,4 +130,4 @@ def _comparison(data: Comparison) -> alt.LayerChart:
     bars = base.transform_filter("datum.low != null && datum.high != null").mark_rule(style="link", strokeWidth=3).encode(x=alt.X("low:Q"), x2="high:Q")
     others = base.transform_filter("!datum.ours").mark_point(style="pool-point", filled=True, size=90, opacity=1).encode(x=x)
     ours = base.transform_filter("datum.ours").mark_point(style="picked-point", filled=True, size=110, opacity=1).encode(x=x)
-    return alt.layer(bars, others, ours).properties(width="container", height=alt.Step(26), description="The measure per method, with its interval.")
+    return alt.layer(bars, others, ours).properties(width="container", height=28 * len(rows), description="The measure per method, with its interval.")

@@ -121,6 +121,11 @@ class Row(Part):
     tokens: Int | None = None
     why: Text = ""
 
+    @property
+    def opening(self) -> str:
+        """The text a reader knows the row by: its first turn that is not a system prompt."""
+        return next((turn.content for turn in self.turns if turn.role != "system" and turn.content.strip()), self.id)
+
 
 class Table(Part):
     columns: Several[Text]

@@ -103,10 +103,9 @@ def _histogram(title: str, data: Histogram) -> list[str]:
 
 
 def _card(row: Row) -> list[str]:
-    first = row.turns[0].content if row.turns else row.id
     facts = {"rank": count(row.rank), "gain": number(row.gain), "influence": number(row.influence), "tokens": count(row.tokens)}
     facts |= {"group": plain(row.group), "file": plain(row.place), "why": plain(row.why)}
-    lines = [f"### {plain(excerpt(first, 60))}", "", f"- id: {plain(row.id)}", *(f"- {name}: {value}" for name, value in facts.items() if value), ""]
+    lines = [f"### {plain(excerpt(row.opening, 60))}", "", f"- id: {plain(row.id)}", *(f"- {name}: {value}" for name, value in facts.items() if value), ""]
     for turn in row.turns:
         lines += [f"{plain(turn.role)}:", "", *fenced(turn.content), ""]
         lines += [f"({count(turn.cut)} more characters)", ""] if turn.cut else []

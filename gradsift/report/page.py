@@ -14,7 +14,7 @@ import vl_convert
 from markupsafe import Markup
 
 from gradsift.report import text
-from gradsift.report.charts import MAX_BARS, charts
+from gradsift.report.charts import MAX_BARS, by_size, charts
 from gradsift.report.data import ReportData
 
 HERE = Path(__file__).parent
@@ -90,6 +90,7 @@ def render(data: ReportData) -> str:
         specs=Markup(_script_json(specs)),
         bundle=Markup(bundle),
         script=Markup(script),
+        groups=by_size(data.groups),
         shown=MAX_BARS,
         largest=max((step.count for step in data.funnel), default=0),
         longest=max((stage.seconds or 0.0 for stage in data.timings), default=0.0),

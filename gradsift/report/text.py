@@ -47,7 +47,7 @@ def count(value: int | None) -> str:
 
 
 def number(value: Any) -> str:
-    """Four significant digits for a float, thousands separated for an int, empty for None."""
+    """Four significant digits for a float (whole floats as whole numbers), thousands separated, empty for None."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -55,7 +55,7 @@ def number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+        return f"{value:,.0f}" if value.is_integer() or abs(value) >= 1e4 else f"{value:#.4g}"
     return str(value)
 
 
