@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import queue
-import threading
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -361,48 +359,6 @@ class RowView:
             parts.append(self.rows[base : int(ordered[b - 1]) + 1][ordered[a:b] - base])
         gathered = torch.cat(parts) if len(parts) > 1 else parts[0]
         return gathered if bool((back == torch.arange(len(back))).all()) else gathered[back]
-
-
-class ShardWriter:
-    """Writes shards in a thread while the next is computed: `with ShardWriter(store) as writer: writer.write(shard, rows, ...)`.
-
-    At most `depth` shards wait, so memory is bounded. An error of the thread is raised in the caller at the next `write`, or on leaving
-    the block; on leaving normally every shard handed over is on disk. Tensors handed over must not be changed afterwards.
-    """
-
-    def __init__(self, store: RowStore, depth: int = 2) -> None:
-        self._store = store
-        self._queue: queue.Queue[tuple[int, Tensor, dict[str, Any]] | None] = queue.Queue(maxsize=depth)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
-
-    def write(self, shard: int, rows: Tensor, *, norms: Tensor, losses: Tensor, tokens: Tensor, codes: Tensor | None = None) -> None:
-        self._raise()
-        self._queue.put((shard, rows, {"norms": norms, "losses": losses, "tokens": tokens, "codes": codes}))
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._error is None:
-                try:
-                    self._store.write(item[0], item[1], **item[2])
-                except BaseException as error:
-                    self._error = error
-            del item
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def __enter__(self) -> ShardWriter:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        if kind is None:
-            self._raise()
 
 
 def _ids_digest(ids: Ids) -> str:
