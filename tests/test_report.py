@@ -12,6 +12,7 @@ from gradsift.report import (
     Method,
     ReportData,
     Reproduce,
+    Row,
     Step,
     Table,
     Timing,
@@ -22,16 +23,19 @@ from gradsift.report import (
 from gradsift.types import Example, Message
 
 EVIL = (
-    "<script>window.__pwned=1</script><img src=x onerror=\"window.__pwned=1\"></script><!--<script><svg onload=window.__pwned=1> "
-    "{{7*7}} {% raw %} [click](javascript:window.__pwned=1) https://example.org =cmd|' /C calc'!A0 \u202etxet desrever\u202c \u2066x\u2069 \x00 `` ``` &lt; end"
+    '<script>window.__pwned=1</script><img src=x onerror="window.__pwned=1"></script><!--<script><svg onload=window.__pwned=1> '
+    "{{7*7}} {% raw %} [click](javascript:window.__pwned=1) https://example.org =cmd|' /C calc'!A0 "
+    "\u202etxet desrever\u202c \u2066x\u2069 \x00 `` ``` &lt; end"
 )
 
 
-def card(number: int, *, evil: bool = False, rank: int | None = None):
+def card(number: int, *, evil: bool = False, rank: int | None = None) -> Row:
     question = EVIL if evil else f"A pen costs {number + 2} euros. What do three pens cost?"
     messages = (Message("system", "You are a careful tutor."), Message("user", question), Message("assistant", f"{3 * number + 6} euros."))
     example = Example(id=EVIL if evil else f"math-{number:05d}", messages=messages, group=EVIL if evil else "math")
-    return row_card(example, place=EVIL if evil else f"math.jsonl:{number}", rank=rank, gain=0.4 - 0.01 * number, tokens=9, why=EVIL if evil else "")
+    return row_card(
+        example, place=EVIL if evil else f"math.jsonl:{number}", rank=rank, gain=0.4 - 0.01 * number, tokens=9, why=EVIL if evil else ""
+    )
 
 
 def full() -> ReportData:
@@ -47,7 +51,9 @@ def full() -> ReportData:
     sizes, chosen = [2_000, 1_500, 1_000, 900, 121], [150, 60, 30, 26, 10]
     return ReportData(
         title="gradsift: a pool on tiny",
-        method=Method(name="tagcos", summary="Cluster, then match the mean gradient.", options={"clusters": 40, "ridge": 1.0, "refill": "repeat"}),
+        method=Method(
+            name="tagcos", summary="Cluster, then match the mean gradient.", options={"clusters": 40, "ridge": 1.0, "refill": "repeat"}
+        ),
         verdict=(
             Verdict(text="Selected 276 of 5,521 rows (5.0 %)"),
             Verdict(text="Spearman of the score with length is 0.08.", level="ok"),
@@ -65,7 +71,7 @@ def full() -> ReportData:
             for place, (rows, norm) in enumerate(zip(rng.gamma(2, 70, 40) + 5, rng.beta(3, 5, 40), strict=True))
         ),
         lengths=histogram(lengths, picked, label="supervised tokens", upper=0.99),
-        best=tuple(card(i, rank=i + 1) for i in range(3)) + (card(3, evil=True, rank=4),),
+        best=(*(card(i, rank=i + 1) for i in range(3)), card(3, evil=True, rank=4)),
         borderline=(card(5, rank=276), card(6)),
         worst=(card(50),),
         coverage=Table(columns=("module", "parameters", "share"), rows=(("q_proj", 4096, 1.0), (EVIL, 0, None)), caption="All of LoRA."),

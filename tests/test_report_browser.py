@@ -20,10 +20,11 @@ from tests.test_report import EVIL, full
 
 pytestmark = pytest.mark.browser
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --disable-dev-shm-usage --remote-allow-origins=* --remote-debugging-port=0"
-).split()
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
+    *("--remote-allow-origins=*", "--remote-debugging-port=0"),
+]
 
 
 def find_chromium() -> str | None:
@@ -186,7 +187,8 @@ def test_dark_and_light_use_different_colours(page: Page, report: Path) -> None:
     for dark in (False, True):
         page.open(report, dark=dark)
         page.wait(DRAWN)
-        seen.append(page.js("[getComputedStyle(document.body).backgroundColor, document.querySelector('[data-chart=scores] .mark-rect path').getAttribute('fill')]"))
+        bar = "document.querySelector('[data-chart=scores] .mark-rect path')"
+        seen.append(page.js(f"[getComputedStyle(document.body).backgroundColor, {bar}.getAttribute('fill')]"))
     assert seen == [["rgb(253, 253, 252)", "#c3c9ce"], ["rgb(21, 24, 27)", "#4a535a"]]
 
 
@@ -227,7 +229,8 @@ def test_the_policy_stops_a_script_that_got_in(page: Page, report: Path) -> None
     """Proves that the policy is alive: the same page with a foreign script added does not run it."""
     foreign = report.with_name("foreign.html")
     text = report.read_text(encoding="utf-8")
-    foreign.write_text(text.replace("<footer>", "<script>window.__pwned = 1</script><img src=x onerror='window.__pwned = 2'><footer>"), encoding="utf-8")
+    added = "<script>window.__pwned = 1</script><img src=x onerror='window.__pwned = 2'><footer>"
+    foreign.write_text(text.replace("<footer>", added), encoding="utf-8")
     page.open(foreign)
     page.wait(DRAWN)
     assert page.js("typeof window.__pwned") == "undefined"

@@ -48,7 +48,11 @@ def _groups(data: ReportData) -> alt.LayerChart:
         for place, group in enumerate(groups)
     ]
     y = alt.Y("group:N", sort=alt.EncodingSortField("place"), title=None, axis=alt.Axis(labelLimit=150, labelPadding=8))
-    tips = [alt.Tooltip("group:N"), alt.Tooltip("before:Q", format=".1%", title="of the pool"), alt.Tooltip("after:Q", format=".1%", title="of the subset")]
+    tips = [
+        alt.Tooltip("group:N"),
+        alt.Tooltip("before:Q", format=".1%", title="of the pool"),
+        alt.Tooltip("after:Q", format=".1%", title="of the subset"),
+    ]
     share = alt.Axis(format=".0%", tickCount=5)
     base = alt.Chart(_values(rows)).encode(y=y, tooltip=tips)
     line = base.mark_rule(style="link", strokeWidth=3).encode(x=alt.X("before:Q", title="share of rows", axis=share), x2="after:Q")
@@ -71,17 +75,28 @@ def _scores(data: Histogram) -> alt.LayerChart:
         alt.Tooltip("all:Q", format=COUNT, title="rows"),
         alt.Tooltip("picked:Q", format=COUNT, title="picked"),
     ]
-    x = alt.X("from:Q", bin="binned", title=visible(data.label), scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False, tickCount=6))
+    x = alt.X(
+        "from:Q", bin="binned", title=visible(data.label), scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False, tickCount=6)
+    )
     # Square root: the picked tail is a few per cent of the pool and would be flat on a linear axis, while a logarithm has no zero.
     y = alt.Y("all:Q", title="rows (square-root scale)", scale=alt.Scale(type="sqrt"), axis=alt.Axis(tickCount=4, format=","))
     base = alt.Chart(_values(_bins(data))).encode(x=x, x2="to:Q", tooltip=tips)
-    layers = [base.mark_bar(style="pool", binSpacing=1).encode(y=y), base.mark_bar(style="picked", binSpacing=1).encode(y=alt.Y("picked:Q"))]
+    layers = [
+        base.mark_bar(style="pool", binSpacing=1).encode(y=y),
+        base.mark_bar(style="picked", binSpacing=1).encode(y=alt.Y("picked:Q")),
+    ]
     if data.cut is not None and data.edges[0] <= data.cut <= data.edges[-1]:
         right = data.cut > (data.edges[0] + data.edges[-1]) / 2
         mark = alt.Chart(_values([{"cut": data.cut, "text": f"cut {data.cut:.4g}"}])).encode(x="cut:Q")
         layers.append(mark.mark_rule(style="cut", strokeWidth=1.5, strokeDash=[4, 3]))
-        layers.append(mark.mark_text(style="cut-label", align="right" if right else "left", dx=-6 if right else 6, y=4, baseline="top").encode(text="text:N"))
-    return alt.layer(*layers).properties(width="container", height=230, description="Histogram of the scores of all rows and of the picked rows.")
+        layers.append(
+            mark.mark_text(style="cut-label", align="right" if right else "left", dx=-6 if right else 6, y=4, baseline="top").encode(
+                text="text:N"
+            )
+        )
+    return alt.layer(*layers).properties(
+        width="container", height=230, description="Histogram of the scores of all rows and of the picked rows."
+    )
 
 
 def _lengths(data: Histogram) -> alt.LayerChart:
@@ -100,7 +115,9 @@ def _lengths(data: Histogram) -> alt.LayerChart:
     end = {"from": rows[-1]["to"], "picked share": rows[-1]["picked share"]}
     outline = alt.Chart(_values([*rows, end])).encode(x="from:Q", y="picked share:Q")
     picked = outline.mark_line(style="picked-line", interpolate="step-after", strokeWidth=2)
-    return alt.layer(pool, picked).properties(width="container", height=190, description="Lengths of the rows of the pool and of the picked rows.")
+    return alt.layer(pool, picked).properties(
+        width="container", height=190, description="Lengths of the rows of the pool and of the picked rows."
+    )
 
 
 def _clusters(data: ReportData) -> alt.LayerChart:
@@ -108,10 +125,17 @@ def _clusters(data: ReportData) -> alt.LayerChart:
     size = sum(c.rows for c in data.clusters) or 1
     rate = sum(c.picked for c in data.clusters) / size
     top = max(c.rows for c in data.clusters)
-    tips = [alt.Tooltip("cluster:N"), alt.Tooltip("rows:Q", format=COUNT), alt.Tooltip("picked:Q", format=COUNT), alt.Tooltip("norm:Q", format=".2f")]
+    tips = [
+        alt.Tooltip("cluster:N"),
+        alt.Tooltip("rows:Q", format=COUNT),
+        alt.Tooltip("picked:Q", format=COUNT),
+        alt.Tooltip("norm:Q", format=".2f"),
+    ]
     x = alt.X("rows:Q", title="rows in the cluster", axis=alt.Axis(tickCount=5, format=",", grid=False))
     y = alt.Y("picked:Q", title="picked", axis=alt.Axis(tickCount=4, format=","))
-    line = alt.Chart(_values([{"rows": 0, "picked": 0}, {"rows": top, "picked": top * rate}])).mark_line(style="even", strokeDash=[4, 3], strokeWidth=1.5)
+    line = alt.Chart(_values([{"rows": 0, "picked": 0}, {"rows": top, "picked": top * rate}])).mark_line(
+        style="even", strokeDash=[4, 3], strokeWidth=1.5
+    )
     points = alt.Chart(_values(rows)).mark_point(style="picked-point", filled=True, size=70, opacity=0.65).encode(x=x, y=y, tooltip=tips)
     return alt.layer(line.encode(x=x, y=y), points).properties(width="container", height=220, description="Rows and picks of each cluster.")
 
@@ -127,7 +151,13 @@ def _comparison(data: Comparison) -> alt.LayerChart:
     tips = [alt.Tooltip("name:N"), *(alt.Tooltip(f"{field}:Q", format=".4f") for field in ("value", "low", "high"))]
     x = alt.X("value:Q", title=visible(data.measure), scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
     base = alt.Chart(_values(rows)).encode(y=y, tooltip=tips)
-    bars = base.transform_filter("datum.low != null && datum.high != null").mark_rule(style="link", strokeWidth=3).encode(x=alt.X("low:Q"), x2="high:Q")
+    bars = (
+        base.transform_filter("datum.low != null && datum.high != null")
+        .mark_rule(style="link", strokeWidth=3)
+        .encode(x=alt.X("low:Q"), x2="high:Q")
+    )
     others = base.transform_filter("!datum.ours").mark_point(style="pool-point", filled=True, size=90, opacity=1).encode(x=x)
     ours = base.transform_filter("datum.ours").mark_point(style="picked-point", filled=True, size=110, opacity=1).encode(x=x)
-    return alt.layer(bars, others, ours).properties(width="container", height=28 * len(rows), description="The measure per method, with its interval.")
+    return alt.layer(bars, others, ours).properties(
+        width="container", height=28 * len(rows), description="The measure per method, with its interval."
+    )

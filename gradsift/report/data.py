@@ -39,7 +39,7 @@ Option = Annotated[str | int | float | bool | None, BeforeValidator(lambda value
 
 
 class Part(BaseModel):
-    """Frozen and strict; unknown fields are refused; numpy scalars become plain numbers; NaN is refused, or None where a value may be missing."""
+    """Frozen and strict; unknown fields are refused; numpy scalars become plain numbers; NaN is refused, or None where None is allowed."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 

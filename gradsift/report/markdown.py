@@ -66,7 +66,8 @@ def _comparison(data: Comparison) -> list[str]:
     better = "lower" if data.lower_is_better else "higher"
     lines = ["## Does it train a better model?", "", f"{plain(data.measure)}; {better} is better. {plain(data.note)}".strip(), ""]
     rows = (
-        [plain(r.name), r.kind, number(r.value), number(r.low), number(r.high), count(r.rows), share(r.share), count(r.seeds)] for r in data.results
+        [plain(r.name), r.kind, number(r.value), number(r.low), number(r.high), count(r.rows), share(r.share), count(r.seeds)]
+        for r in data.results
     )
     return lines + table(["trained on", "kind", "value", "low", "high", "rows", "share", "seeds"], rows, 2)
 
@@ -97,7 +98,13 @@ def _histogram(title: str, data: Histogram) -> list[str]:
     for start in range(0, total, step):
         end = min(start + step, total)
         last = " and more" if end == total and data.above else ""
-        rows.append([f"{number(data.edges[start])} to {number(data.edges[end])}{last}", count(sum(data.counts[start:end])), count(sum(data.picked[start:end]))])
+        rows.append(
+            [
+                f"{number(data.edges[start])} to {number(data.edges[end])}{last}",
+                count(sum(data.counts[start:end])),
+                count(sum(data.picked[start:end])),
+            ]
+        )
     cut = [f"Cut at {number(data.cut)}.", ""] if data.cut is not None else []
     return [f"## {title}", "", *cut, *table([plain(data.label), "rows", "picked"], rows, 1)]
 
@@ -105,7 +112,13 @@ def _histogram(title: str, data: Histogram) -> list[str]:
 def _card(row: Row) -> list[str]:
     facts = {"rank": count(row.rank), "gain": number(row.gain), "influence": number(row.influence), "tokens": count(row.tokens)}
     facts |= {"group": plain(row.group), "file": plain(row.place), "why": plain(row.why)}
-    lines = [f"### {plain(excerpt(row.opening, 60))}", "", f"- id: {plain(row.id)}", *(f"- {name}: {value}" for name, value in facts.items() if value), ""]
+    lines = [
+        f"### {plain(excerpt(row.opening, 60))}",
+        "",
+        f"- id: {plain(row.id)}",
+        *(f"- {name}: {value}" for name, value in facts.items() if value),
+        "",
+    ]
     for turn in row.turns:
         lines += [f"{plain(turn.role)}:", "", *fenced(turn.content), ""]
         lines += [f"({count(turn.cut)} more characters)", ""] if turn.cut else []

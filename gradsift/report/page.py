@@ -82,19 +82,23 @@ def render(data: ReportData) -> str:
         f"default-src 'none'; script-src {scripts}; style-src {_digest(style)}; img-src data:; "
         "base-uri 'none'; form-action 'none'; object-src 'none'; connect-src 'none'"
     )
-    return _environment().get_template("page.html.j2").render(
-        data=data,
-        charts=set(specs),
-        policy=Markup(policy),
-        style=Markup(style),
-        specs=Markup(_script_json(specs)),
-        bundle=Markup(bundle),
-        script=Markup(script),
-        groups=by_size(data.groups),
-        shown=MAX_BARS,
-        largest=max((step.count for step in data.funnel), default=0),
-        longest=max((stage.seconds or 0.0 for stage in data.timings), default=0.0),
-        pool_rows=sum(group.pool_rows for group in data.groups),
-        picked_rows=sum(group.picked_rows for group in data.groups),
-        tokens=any(group.pool_tokens is not None for group in data.groups),
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            data=data,
+            charts=set(specs),
+            policy=Markup(policy),
+            style=Markup(style),
+            specs=Markup(_script_json(specs)),
+            bundle=Markup(bundle),
+            script=Markup(script),
+            groups=by_size(data.groups),
+            shown=MAX_BARS,
+            largest=max((step.count for step in data.funnel), default=0),
+            longest=max((stage.seconds or 0.0 for stage in data.timings), default=0.0),
+            pool_rows=sum(group.pool_rows for group in data.groups),
+            picked_rows=sum(group.picked_rows for group in data.groups),
+            tokens=any(group.pool_tokens is not None for group in data.groups),
+        )
     )

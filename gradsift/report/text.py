@@ -6,8 +6,8 @@ import re
 import unicodedata
 from typing import Any
 
-# Line breaks and tabs stay. Format characters are shown because they can reorder or hide text (Boucher and Anderson, "Trojan Source", 2021);
-# the zero-width joiner and variation selectors stay, since emoji and several scripts are built with them.
+# Line breaks and tabs stay. Format characters are shown because they can reorder or hide text (Boucher and Anderson, "Trojan Source",
+# 2021); the zero-width joiner and variation selectors stay, since emoji and several scripts are built with them.
 _KEEP = {"\n", "\t", "\u200c", "\u200d"}
 _SUSPECT = re.compile("[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]")
 
