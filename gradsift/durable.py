@@ -111,10 +111,10 @@ def _resource_error(error: OSError, path: Path, needed: int) -> ResourceError:
 
 def make_folder(path: Path) -> None:
     """Makes `path` and its parents, durably. Raises ResourceError where that is not allowed."""
-    if path.is_dir():
-        return
-    make_folder(path.parent)
     try:
+        if path.is_dir():
+            return
+        make_folder(path.parent)
         path.mkdir(exist_ok=True)
         _sync_folder(path.parent)
     except OSError as error:

@@ -297,12 +297,12 @@ class RowStore:
         start, stop, step = rows.indices(self.shape[0])
         if step != 1:
             raise ValueError("rows are read in file order: a step of 1")
+        if stop <= start:
+            return torch.empty((0, self.shape[1]), dtype=torch.float32 if self.dtype == "int8" else torch.float16)
         parts = []
-        for shard in range(start // self.shard_rows, -(-max(stop, start) // self.shard_rows)):
+        for shard in range(start // self.shard_rows, -(-stop // self.shard_rows)):
             base = shard * self.shard_rows
             parts.append(self._read(shard, max(start - base, 0), min(stop - base, self.shard_rows)))
-        if not parts or stop <= start:
-            return torch.empty((0, self.shape[1]), dtype=torch.float32 if self.dtype == "int8" else torch.float16)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _read(self, shard: int, start: int, stop: int) -> Tensor:
