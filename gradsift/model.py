@@ -22,7 +22,7 @@ import xxhash
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,10 +30,13 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from gradsift.artifact import read_tensors
 from gradsift.errors import ConfigError, DataError, IntegrityError, MismatchError, UnknownName, UserError
 from gradsift.modules import Coverage, block_linears, coverage, lora_targets, some, tracked_modules
 
 __all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
     "BUILTIN",
     "Coverage",
     "LoraSettings",
@@ -43,7 +46,9 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_tokenizer",
+    "locate",
     "model_identity",
+    "quiet",
     "read_adapter_config",
     "remove_lora",
     "tracked_modules",
@@ -60,7 +65,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 # ---- where a model is ----
 
 
-def _locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[str, str | None]:
+def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[str, str | None]:
     """`name` as (folder or hub id, revision). A folder has no revision; a hub id gets the commit that `revision` stands for now.
 
     Raises UserError for a name that is nowhere, ConfigError for remote code from a revision that can move.
@@ -97,7 +102,7 @@ def _unreachable(name: str, error: Exception) -> UserError:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars or load reports from transformers, whose settings are left as they were."""
     bar, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
@@ -112,9 +117,9 @@ def _quiet() -> Iterator[None]:
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub name, a local folder or a built-in model. Raises UserError where there is none."""
-    path, revision = _locate(name, revision, trust_remote_code)
+    path, revision = locate(name, revision, trust_remote_code)
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise _refusal(name, error) from error
@@ -137,12 +142,12 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UnknownName("dtype", dtype, DTYPES)
-    path, revision = _locate(name, revision, trust_remote_code)
+    path, revision = locate(name, revision, trust_remote_code)
     if revision is None:
         _refuse_pickles(Path(path))
     extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
-        with _quiet():
+        with quiet():
             # A resolved commit, not "main": for "main" transformers may fetch weights from a conversion bot's pull request.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -211,7 +216,7 @@ def model_identity(name: str, revision: str | None = None) -> dict[str, str]:
                 config[key] = sorted(value, key=str)
         total = xxhash.xxh3_128(json.dumps(config, sort_keys=True).encode())
         return {"kind": "adapter", "digest": _fold(total, [_adapter_file(folder)])}
-    path, commit = _locate(name, revision, False)
+    path, commit = locate(name, revision, False)
     if commit is not None:
         return {"kind": "hub", "name": name, "revision": commit}
     weights = [p for p in Path(path).iterdir() if p.suffix == ".safetensors" and p.name != ADAPTER_WEIGHTS]
@@ -235,7 +240,7 @@ def _fold(total: xxhash.xxh3_128, files: Sequence[Path]) -> str:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """A LoRA adapter, the same scale as transformers' and peft's own examples.
+    """A LoRA adapter.
 
     targets: "attention" (the linear layers inside attention modules: q, k, v, o or the family's fused ones), "all-linear" (every linear
     layer but the output head), or names as peft takes them. `seed` fixes the initial weights.
@@ -329,10 +334,7 @@ def load_adapter(base: PreTrainedModel | PeftModel, path: str | Path) -> PeftMod
     """
     path = Path(path)
     config = read_adapter_config(path)
-    try:
-        weights = load_file(_adapter_file(path))
-    except SafetensorError as error:
-        raise IntegrityError(f"cannot be read ({error})", where=path / ADAPTER_WEIGHTS, remedy="Copy the adapter again.") from error
+    weights = _adapter_weights(_adapter_file(path))
     model = remove_lora(base) if isinstance(base, PeftModel) else base
     _require_bare(model)
     try:
@@ -347,6 +349,15 @@ def load_adapter(base: PreTrainedModel | PeftModel, path: str | Path) -> PeftMod
         raise
     set_peft_model_state_dict(peft, weights)
     return cast(PeftModel, peft.eval())
+
+
+def _adapter_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, "pt") as opened:
+            checked = "xxh3" in (opened.metadata() or {})
+        return read_tensors(file) if checked else load_file(file)
+    except SafetensorError as error:
+        raise IntegrityError(f"cannot be read ({error})", where=file, remedy="Copy the adapter again.") from error
 
 
 def adapter_state(model: PeftModel, adapter: str = "default") -> dict[str, Tensor]:
