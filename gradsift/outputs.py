@@ -244,7 +244,7 @@ def _axolotl(format: str, shape: _Shape, selected: str) -> str | None:
         asked, answer = ("instruction", "output") if format == "alpaca" else ("prompt", "completion")
         prompt = "{instruction}\\n\\n{input}" if format == "alpaca" else "{instruction}"
         if format == "alpaca":
-            note += "\n# The rows are rendered as plain text here, while gradsift scored them through the chat template, as train_trl.py trains them."
+            note += "\n# The rows become plain text here; gradsift scored them through the chat template, as train_trl.py trains them."
         lines += ["    type:", '      system_prompt: ""', f"      field_instruction: {quoted(shape.name(asked))}"]
         lines += [f"      field_input: {quoted(shape.name('input'))}", f"      field_output: {quoted(shape.name(answer))}"]
         lines += [f'      format: "{prompt}"', '      no_input_format: "{instruction}"']

@@ -75,26 +75,21 @@ def _scores(data: Histogram) -> alt.LayerChart:
         alt.Tooltip("all:Q", format=COUNT, title="rows"),
         alt.Tooltip("picked:Q", format=COUNT, title="picked"),
     ]
-    x = alt.X(
-        "from:Q", bin="binned", title=visible(data.label), scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False, tickCount=6)
-    )
+    unpadded = alt.Scale(zero=False, nice=False)
+    x = alt.X("from:Q", bin="binned", title=visible(data.label), scale=unpadded, axis=alt.Axis(grid=False, tickCount=6))
     # Square root: the picked tail is a few per cent of the pool and would be flat on a linear axis, while a logarithm has no zero.
     y = alt.Y("all:Q", title="rows (square-root scale)", scale=alt.Scale(type="sqrt"), axis=alt.Axis(tickCount=4, format=","))
-    base = alt.Chart(_values(_bins(data))).encode(x=x, x2="to:Q", tooltip=tips)
+    base = alt.Chart().encode(x=x, x2="to:Q", tooltip=tips)
     layers = [
         base.mark_bar(style="pool", binSpacing=1).encode(y=y),
         base.mark_bar(style="picked", binSpacing=1).encode(y=alt.Y("picked:Q")),
     ]
     if data.cut is not None and data.edges[0] <= data.cut <= data.edges[-1]:
-        right = data.cut > (data.edges[0] + data.edges[-1]) / 2
+        side, away = ("right", -6) if data.cut > (data.edges[0] + data.edges[-1]) / 2 else ("left", 6)
         mark = alt.Chart(_values([{"cut": data.cut, "text": f"cut {data.cut:.4g}"}])).encode(x="cut:Q")
         layers.append(mark.mark_rule(style="cut", strokeWidth=1.5, strokeDash=[4, 3]))
-        layers.append(
-            mark.mark_text(style="cut-label", align="right" if right else "left", dx=-6 if right else 6, y=4, baseline="top").encode(
-                text="text:N"
-            )
-        )
-    return alt.layer(*layers).properties(
+        layers.append(mark.mark_text(style="cut-label", align=side, dx=away, y=4, baseline="top").encode(text="text:N"))
+    return alt.layer(*layers, data=_values(_bins(data))).properties(
         width="container", height=230, description="Histogram of the scores of all rows and of the picked rows."
     )
 
@@ -112,8 +107,8 @@ def _lengths(data: Histogram) -> alt.LayerChart:
     x = alt.X("from:Q", bin="binned", title=title, scale=alt.Scale(nice=False), axis=alt.Axis(grid=False, tickCount=6))
     y = alt.Y("pool share:Q", title="share of rows", axis=alt.Axis(tickCount=4, format=".0%"))
     pool = alt.Chart(_values(rows)).encode(x=x, x2="to:Q", y=y, tooltip=tips).mark_bar(style="pool", binSpacing=0.5)
-    end = {"from": rows[-1]["to"], "picked share": rows[-1]["picked share"]}
-    outline = alt.Chart(_values([*rows, end])).encode(x="from:Q", y="picked share:Q")
+    steps = [*((row["from"], row["picked share"]) for row in rows), (rows[-1]["to"], rows[-1]["picked share"])]
+    outline = alt.Chart(_values([{"from": at, "picked share": part} for at, part in steps])).encode(x="from:Q", y="picked share:Q")
     picked = outline.mark_line(style="picked-line", interpolate="step-after", strokeWidth=2)
     return alt.layer(pool, picked).properties(
         width="container", height=190, description="Lengths of the rows of the pool and of the picked rows."
