@@ -101,7 +101,8 @@ def _disk_full(path: Path, needed: int, free: int) -> DiskFull:
     return DiskFull(f"no space left: {needed:,} bytes needed, {free:,} free", where=path, remedy=remedy, needed=needed, free=free)
 
 
-def _resource_error(error: OSError, path: Path, needed: int) -> ResourceError:
+def resource_error(error: OSError, path: Path, needed: int = 0) -> ResourceError:
+    """What a failed write of `needed` bytes to `path` means to the user."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return _disk_full(path, needed, _free_bytes(path.parent))
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -118,7 +119,7 @@ def make_folder(path: Path) -> None:
         path.mkdir(exist_ok=True)
         _sync_folder(path.parent)
     except OSError as error:
-        raise _resource_error(error, path, 0) from error
+        raise resource_error(error, path) from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -151,7 +152,7 @@ def _write_buffers(path: Path, buffers: Sequence[bytes | memoryview]) -> None:
             raise
         _sync_folder(path.parent)
     except OSError as error:
-        raise _resource_error(error, path, sum(memoryview(buffer).nbytes for buffer in buffers)) from error
+        raise resource_error(error, path, sum(memoryview(buffer).nbytes for buffer in buffers)) from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.artifact import MANIFEST, RECIPE, SCHEMA, Artifact, canonical_json, check_schema, differences, file_hash, read_json, recipe
-from gradsift.durable import inside, make_folder, remove_leftovers, write_atomic
+from gradsift.durable import inside, make_folder, remove_leftovers, resource_error, write_atomic
 from gradsift.errors import GradsiftError, ResourceError, UserError
 from gradsift.store import HEADER, RowStore
 
@@ -63,14 +63,15 @@ class Run:
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root).expanduser().absolute()
         self._held = 0
-        if self.root.exists() and not self.root.is_dir():
-            raise UserError("is a file, not a run folder", where=self.root, remedy="Choose another --run folder.")
-        about = self._read()
-        if about is None:
+        try:
+            if self.root.exists() and not self.root.is_dir():
+                raise UserError("is a file, not a run folder", where=self.root, remedy="Choose another --run folder.")
             strangers = sorted(p.name for p in self.root.iterdir() if not p.name.startswith(".gradsift-")) if self.root.is_dir() else []
-            if strangers:
-                what = f"is not a run: it holds {strangers[0]!r}" + (f" and {len(strangers) - 1} more" if len(strangers) > 1 else "")
-                raise UserError(what, where=self.root, remedy="Choose a new or empty folder for --run.")
+        except OSError as error:
+            raise ResourceError(f"cannot be read: {error.strerror}", where=self.root, remedy="Choose another --run folder.") from error
+        if strangers and self._read() is None:
+            what = f"is not a run: it holds {strangers[0]!r}" + (f" and {len(strangers) - 1} more" if len(strangers) > 1 else "")
+            raise UserError(what, where=self.root, remedy="Choose a new or empty folder for --run.")
 
     @property
     def exists(self) -> bool:
@@ -132,8 +133,11 @@ class Run:
                 "since": time.strftime("%Y-%m-%d %H:%M:%S%z"),
                 "command": readable_command(command or sys.argv),
             }
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, canonical_json(holder), 0)
+            try:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, canonical_json(holder), 0)
+            except OSError as error:
+                raise resource_error(error, self.root / LOCK_FILE) from error
             remove_leftovers(self.root)
             if command:
                 self.record(command)
@@ -150,7 +154,7 @@ class Run:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
-            raise ResourceError(f"cannot be written: {error.strerror}", where=path, remedy="Choose another --run folder.") from error
+            raise resource_error(error, path) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
