@@ -47,7 +47,7 @@ def stream(rows: Rows) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def gather(rows: Rows, indices: Tensor) -> Tensor:
-    """The rows at `indices` [k] (CPU, any order) -> [k, d] in float32 or float64. Rows that are not a Tensor are read as runs of neighbours."""
+    """The rows at `indices` [k] (CPU, any order) -> [k, d] in float32 or float64. Rows that are no Tensor are read in runs."""
     if isinstance(rows, Tensor):
         block = rows[indices.to(rows.device)]
         return block if block.dtype == torch.float64 else block.to(torch.float32)

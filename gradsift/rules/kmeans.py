@@ -22,7 +22,7 @@ from torch.nn.functional import embedding_bag
 
 from .blocks import Rows, check_rng, floating, read, sizes, spans, unit
 
-SKETCH = 256  # columns of the rehearsal
+SKETCH = 512  # columns of the rehearsal
 SAMPLE = 256  # rows of the rehearsal, per cluster
 SAMPLE_MIN = 8192  # rows of the rehearsal, at least
 Map = Callable[[Callable[[tuple[int, int]], Any], Iterable[tuple[int, int]]], Iterable[Any]]
@@ -142,7 +142,7 @@ class _Lloyd:
         counts = torch.bincount(self.labels[self.labels >= 0], minlength=self.clusters).clamp_min(1)
         return self.sums / counts[:, None].to(self.sums)
 
-    def _step(self, centres: Tensor, before: Tensor) -> Callable[[tuple[int, int]], Tensor]:
+    def _step(self, centres: Tensor, before: Tensor) -> Callable[[tuple[int, int]], _Change]:
         """|x - c|^2 is least where (x - shift) . (c - shift) - |c - shift|^2 / 2 is largest: one product and a constant per centre."""
         moved = centres.double() if self.shift is None else centres.double() - self.shift.to(centres.device)
         constant = moved.square().sum(1) / 2

@@ -65,7 +65,8 @@ def match(
 
     Ends when |r| < tol |target|, when the best correlation is <= 0 (up to rounding), when the budget or the atoms are used up, and with
     `on_repeat="stop"` also on the second pick of a chosen atom, when the atom just added is dropped, and after `budget` rounds.
-    Returns fewer than `budget` atoms then. Raises ValueError for bad shapes, values that are not finite, ridge < 0 or an unknown `on_repeat`.
+    Returns fewer than `budget` atoms then. Raises ValueError for bad shapes, values that are not finite, ridge or tol < 0, and an unknown
+    `on_repeat`.
     """
     search = _Search(atoms, target, ridge=ridge, nonnegative=nonnegative, on_repeat=on_repeat, tol=tol)
     return search.run(check_budget(budget, search.n))
