@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from torch import Tensor
 
 from gradsift.durable import (
     TEMP,
@@ -36,6 +37,7 @@ from gradsift.machine import peak_bytes, versions
 __all__ = [
     "MANIFEST",
     "RECIPE",
+    "REPAIR",
     "SCHEMA",
     "STATS",
     "Artifact",
@@ -61,6 +63,7 @@ SCHEMA = 1  # of every JSON file in a run folder
 MANIFEST, STATS, RECIPE = "manifest.json", "stats.json", "recipe.json"
 _UPGRADE = "Upgrade gradsift, or choose another --run folder."
 _REMAKE = "Delete it and run the same command again: the files beside it are checked, and kept where they are whole."
+REPAIR = "Run `gradsift verify RUN --repair`, then the same command again: only what is damaged is made anew."
 
 
 def recipe(
@@ -234,6 +237,15 @@ class Artifact:
     def file(self, name: str) -> Path:
         """The path of a file of this artifact. Raises IntegrityError for a name that leads outside, or through a link."""
         return inside(self.path, name)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a file of a complete artifact, hashed and compared with the manifest. Raises IntegrityError."""
+        path = self.file(name)
+        with TensorFile(path) as file:
+            file.verify()
+            if self.manifest["files"].get(name) != file.digest:
+                raise IntegrityError("is not the file that the manifest names", where=path, remedy=REPAIR)
+            return {key: file.tensor(key) for key in file.entries}
 
     def finish(
         self,

@@ -18,7 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from gradsift.artifact import SCHEMA, Artifact, check_schema, differences, file_hash, read_json, read_manifest
+from gradsift.artifact import REPAIR, SCHEMA, Artifact, check_schema, differences, file_hash, read_json, read_manifest
 from gradsift.durable import (
     TensorFile,
     canonical_json,
@@ -35,7 +35,6 @@ from gradsift.packing import QUARANTINE, Ids, StoreDtype, pack
 from gradsift.types import Rows
 
 HEADER, IDS = "store.json", "ids.safetensors"
-_REMAKE = "Run `gradsift verify RUN`, then the same command again: only what is damaged is made anew."
 _COLUMNS = {"norms": torch.float32, "losses": torch.float32, "scales": torch.float32, "tokens": torch.int32, "codes": torch.uint8}
 _OPEN_SHARDS = 64
 
@@ -128,7 +127,7 @@ class RowStore:
         if faults := store.faults(verify=verify):
             named = "; ".join(f"{name} {what}" for name, what in list(faults.values())[:5])
             more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-            raise IntegrityError(f"{named}{more}", where=path, remedy=_REMAKE)
+            raise IntegrityError(f"{named}{more}", where=path, remedy=REPAIR)
         return store
 
     @classmethod
@@ -137,16 +136,16 @@ class RowStore:
         path = Path(path)
         header = read_json(path / HEADER)
         if header is None:
-            raise IntegrityError("is missing or damaged", where=path / HEADER, remedy=_REMAKE)
+            raise IntegrityError("is missing or damaged", where=path / HEADER, remedy=REPAIR)
         check_schema(header, path / HEADER)
         manifest = read_manifest(path)
         try:
             found = read_tensors(path / IDS, expect={"store": recipe_digest(header)})
             store = cls(path, header, Ids(found["text"].numpy(), found["offsets"].numpy()))
         except (KeyError, TypeError) as error:
-            raise IntegrityError("is damaged", where=path / HEADER, remedy=_REMAKE) from error
+            raise IntegrityError("is damaged", where=path / HEADER, remedy=REPAIR) from error
         if len(store.ids) != store.shape[0] or _ids_digest(store.ids) != header["ids"]:
-            raise IntegrityError("holds other ids than store.json says", where=path / IDS, remedy=_REMAKE)
+            raise IntegrityError("holds other ids than store.json says", where=path / IDS, remedy=REPAIR)
         store._hashes = None if manifest is None else manifest["files"]
         return store
 
@@ -314,7 +313,7 @@ class RowStore:
         """The open shard, from the last few used. Raises IntegrityError where it is missing or damaged."""
         if shard not in self._files:
             if shard in self._distrusted:
-                raise IntegrityError("is damaged, and not made anew yet", where=self.path / _shard_name(shard), remedy=_REMAKE)
+                raise IntegrityError("is damaged, and not made anew yet", where=self.path / _shard_name(shard), remedy=REPAIR)
             self._files[shard] = self._open_shard(shard)
             if len(self._files) > _OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close()

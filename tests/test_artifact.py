@@ -334,6 +334,14 @@ def test_an_artifact_is_complete_once_its_manifest_is_there(tmp_path: Path) -> N
     assert Artifact.load(found.path) is not None
 
 
+def test_tensors_of_an_artifact_are_those_its_manifest_names(tmp_path: Path) -> None:
+    found = made(tmp_path)
+    assert torch.equal(found.tensors("a.safetensors")["rows"], some_tensors()["rows"])
+    write_tensors(found.file("a.safetensors"), {"rows": torch.zeros(4, 3)}, {})
+    with pytest.raises(IntegrityError, match=r"a\.safetensors: is not the file that the manifest names.*--repair"):
+        found.tensors("a.safetensors")
+
+
 def test_a_manifest_holds_no_clock_and_no_path(tmp_path: Path) -> None:
     first, second = made(tmp_path / "one"), None
     time.sleep(0.02)

@@ -1,0 +1,77 @@
+"""What a log or a terminal is told."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from gradsift import progress
+from gradsift.progress import Bars, Lines, Silent, duration
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_plain_lines_give_rate_and_time_left_in_the_unit() -> None:
+    clock, stream = Clock(), io.StringIO()
+    lines = Lines(stream, every=10, clock=clock)
+    lines.start(100_000, "tokens", "gradients")
+    for _ in range(40):
+        clock.now += 0.5
+        lines.advance(1000)
+    lines.done()
+    assert stream.getvalue().splitlines() == [
+        "gradients: 2,000 of 100,000 tokens, 2,000 tokens/s, 49 s left",
+        "gradients: 22,000 of 100,000 tokens, 2,000 tokens/s, 39 s left",
+        "gradients: 40,000 tokens in 20 s",
+    ]
+
+
+def test_short_stages_are_quiet_and_notes_are_not() -> None:
+    clock, stream = Clock(), io.StringIO()
+    lines = Lines(stream, clock=clock)
+    lines.start(5, "rows")
+    lines.advance(5)
+    lines.note("[red]2 rows[/red] quarantined")
+    lines.start(0, "rows", "reading")
+    clock.now += 2
+    lines.advance(3)
+    lines.done()
+    lines.done()
+    assert stream.getvalue().splitlines() == [
+        "[red]2 rows[/red] quarantined",
+        "reading: 3 rows, 2 rows/s",
+        "reading: 3 rows in 2 s",
+    ]
+
+
+@pytest.mark.parametrize("seconds, text", [(0.2, "0 s"), (59.6, "1 min 00 s"), (190, "3 min 10 s"), (7500, "2 h 05 min")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_bars_write_to_stderr_and_print_markup_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = Bars()
+    bars.start(10, "tokens", "gradients [bold]")
+    bars.advance(10)
+    bars.note("see [link]")
+    bars.done()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "gradients [bold]" in err
+    assert "100%" in err
+    assert "see [link]" in err
+
+
+def test_a_stream_that_is_no_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert isinstance(progress.auto(), Lines)
+    assert isinstance(progress.silent(), Silent)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert isinstance(progress.auto(), Bars)
