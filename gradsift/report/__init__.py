@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gradsift.artifact import write_atomic
+from gradsift.artifact import make_folder, write_atomic
 from gradsift.report.data import (
     Cluster,
     Compared,
@@ -53,7 +53,7 @@ def write_report(data: ReportData, folder: Path) -> Path:
     The same data gives the same bytes. Each file is replaced whole or not at all; raises DiskFull or ResourceError.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_atomic(folder / "report.json", (data.model_dump_json(indent=1) + "\n").encode())
     write_atomic(folder / "report.md", render_markdown(data).encode())
     page = folder / "report.html"
