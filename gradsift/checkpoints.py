@@ -123,9 +123,9 @@ def save_checkpoint(
         )
     make_folder(folder)
     (folder / STATE).unlink(missing_ok=True)
-    files = {
-        ADAPTER_WEIGHTS: write_tensors(folder / ADAPTER_WEIGHTS, weights, {"format": "pt"}),
+    files = {  # moments first: moments without a state mark a half-written folder, an adapter alone could be anyone's
         MOMENTS: write_tensors(folder / MOMENTS, tensors, {"format": "pt", "step": str(step)}),
+        ADAPTER_WEIGHTS: write_tensors(folder / ADAPTER_WEIGHTS, weights, {"format": "pt"}),
     }
     write_atomic(folder / ADAPTER_CONFIG, canonical_json(_adapter_config(peft, adapter)))
     checkpoint = Checkpoint(folder, step, rates[-1], sum(rates) / len(rates))
@@ -168,7 +168,9 @@ def load_checkpoints(folder: str | Path) -> list[Checkpoint]:
     if not folder.is_dir():
         raise UserError("no such folder", where=folder, remedy="Give the folder of a warm-up, or a Trainer's output_dir.")
     found = sorted((int(p.name[11:]), p) for p in folder.glob("checkpoint-*") if p.is_dir() and p.name[11:].isdigit())
-    children = [path for _, path in found] or [folder]
+    children = [path for path in ([p for _, p in found] or [folder]) if (path / STATE).is_file() or not (path / MOMENTS).exists()]
+    if not children:
+        raise UserError("only half-written checkpoints", where=folder, remedy="Run the training again.")
     ours = [path for path in children if (path / STATE).is_file()]
     if ours:
         return [_read_state(path) for path in ours]

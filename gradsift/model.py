@@ -13,9 +13,8 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import xxhash
@@ -31,6 +30,7 @@ from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from gradsift.artifact import read_tensors
+from gradsift.config import LoraSettings
 from gradsift.errors import ConfigError, DataError, IntegrityError, MismatchError, UnknownName, UserError
 from gradsift.modules import Coverage, block_linears, coverage, lora_targets, some, tracked_modules
 
@@ -238,23 +238,11 @@ def _fold(total: xxhash.xxh3_128, files: Sequence[Path]) -> str:
 # ---- LoRA ----
 
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """A LoRA adapter.
-
-    targets: "attention" (the linear layers inside attention modules: q, k, v, o or the family's fused ones), "all-linear" (every linear
-    layer but the output head), or names as peft takes them. `seed` fixes the initial weights.
-    """
-
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    targets: Literal["attention", "all-linear"] | tuple[str, ...] = "attention"
-    seed: int = 0
-
-
 def attach_lora(model: PreTrainedModel, settings: LoraSettings | None = None) -> PeftModel:
     """`model` with fresh LoRA layers (in place, as peft does; `remove_lora` undoes it), in its present mode, only LoRA trainable.
+
+    targets: "attention" (the linear layers inside attention modules: q, k, v, o or the family's fused ones), "all-linear" (every linear
+    layer but the output head), or names as peft takes them.
 
     The initial weights depend on `settings.seed` and the model's shape alone; the caller's random state is left as it was. LoRA weights are
     float32 also on a half-precision base. Raises ConfigError when no layer fits `targets`, MismatchError when there is LoRA already.

@@ -8,8 +8,8 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -145,6 +145,10 @@ class Coverage:
     experts: tuple[str, ...]
     uncovered: tuple[str, ...]
     quantised: int
+
+    def summary(self) -> dict[str, Any]:
+        """The table as plain JSON."""
+        return {**asdict(self), "rows": [asdict(row) | {"shapes": [list(s) for s in row.shapes]} for row in self.rows], "moe": self.moe}
 
     @property
     def moe(self) -> bool:

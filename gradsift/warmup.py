@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,8 +36,10 @@ from gradsift.checkpoints import (
     save_checkpoint,
     unwrapped,
 )
+from gradsift.config import WarmupSettings
 from gradsift.errors import DataError, MismatchError, UnknownName
-from gradsift.model import LoraSettings, attach_lora, quiet, remove_lora
+from gradsift.model import attach_lora, quiet, remove_lora
+from gradsift.progress import Progress
 from gradsift.types import Checkpoint
 
 __all__ = [
@@ -52,36 +54,7 @@ __all__ = [
 ]
 
 RECORD = "warmup.json"
-
-
-@dataclass(frozen=True)
-class WarmupSettings:
-    """The short fine-tune; docs/warmup.md gives the reason of every default. `batch_size` None = 16 below 10,000 pool rows, else 128."""
-
-    share: float = 0.05
-    min_rows: int = 512
-    min_steps: int = 30
-    epochs: float = 4
-    batch_size: int | None = None
-    lr: float = 2e-4
-    scheduler: str = "linear"
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    checkpoints: int = 3
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    lora: LoraSettings = LoraSettings()  # noqa: RUF009 (frozen)
-
-
 _MICRO_ROWS, _MICRO_TOKENS = 8, 8192
-
-
-class Progress(Protocol):
-    """Told how far the training is: `start` once, `advance` per optimiser step, `done` at the end."""
-
-    def start(self, total: int, unit: str, label: str, /) -> Any: ...
-    def advance(self, amount: int, /) -> Any: ...
-    def done(self) -> Any: ...
 
 
 class TrajectoryCallback(TrainerCallback):
@@ -201,8 +174,8 @@ def warm_up(
     """Trains LoRA on a share of `encoded` with transformers' Trainer and AdamW; returns the checkpoints written below `out`, in step order.
 
     The loss of a step is Trainer's: the mean over all supervised tokens of the batch, so a long answer weighs more than a short one.
-    `model` is a plain base model on the device to train on, in any dtype; LoRA weights and moments are float32. It comes back as it was: layers,
-    requires_grad, mode, config, and the process's random state. `out/warmup.json` records the rows, learning rates and losses.
+    `model` is a plain base model on the device to train on, in any dtype; LoRA weights and moments are float32. It comes back as it was:
+    layers, requires_grad, mode, config, and the process's random state. `out/warmup.json` records the rows, learning rates and losses.
 
     The same seed gives the same bytes on the same machine with the same number of threads, so an interrupted warm-up just starts again.
     Raises ConfigError when a checkpoint would come before step 10 (`force` accepts that), DataError when no row is usable or the training
