@@ -18,7 +18,7 @@ QUARANTINE: Mapping[int, str] = {
     OUT_OF_MEMORY: "out of memory",
     ABSURD: "gradient norm beyond fp32",
 }
-_BLOCK = 256  # rows normalised at a time: the fp32 copies stay in the cache instead of doubling the memory of a shard
+_BLOCK = 64  # rows normalised at a time: the fp32 copies stay in the cache instead of doubling the memory of a shard
 
 
 class Ids(Sequence[str]):

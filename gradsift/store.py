@@ -307,7 +307,9 @@ class RowStore:
     def _read(self, shard: int, start: int, stop: int) -> Tensor:
         file = self._file(shard)
         rows = file.tensor("rows", start, stop)
-        return rows if self.dtype == "float16" else rows * file.tensor("steps", start, stop)[:, None]
+        if self.dtype == "float16":
+            return rows
+        return rows.float().mul_(file.tensor("steps", start, stop)[:, None])  # int8 times fp32 in one step is 40 times slower
 
     def _file(self, shard: int) -> TensorFile:
         """The open shard, from the last few used. Raises IntegrityError where it is missing or damaged."""
