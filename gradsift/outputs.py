@@ -218,15 +218,21 @@ def _llama_factory(format: str, shape: _Shape, selected: str) -> dict[str, Any] 
         return info | {"formatting": "sharegpt", "columns": columns, "tags": tags}
     if format == "messages":
         tags = {"role_tag": shape.name("role"), "content_tag": shape.name("content"), "user_tag": "user", "assistant_tag": "assistant"}
-        tags |= {"observation_tag": "tool", "function_tag": "function", "system_tag": "system"}
+        tags |= {"observation_tag": "tool", "function_tag": "function_call", "system_tag": "system"}
         columns = shape.columns(messages="messages", tools="tools")
         return info | {"formatting": "openai" if shape.calls else "sharegpt", "columns": columns, "tags": tags}
     return None
 
 
+def _yaml(text: str) -> str:
+    """A JSON string is a YAML string, except that YAML knows no surrogate pairs and more line breaks: those are escaped its way."""
+    body = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in body)
+
+
 def _axolotl(format: str, shape: _Shape, selected: str) -> str | None:
     """The `datasets` part of an Axolotl configuration, or None for a format that Axolotl has no reader for."""
-    quoted = json.dumps  # every JSON string is a YAML string
+    quoted = _yaml
     kind = {".parquet": "parquet", ".arrow": "arrow"}.get(Path(selected).suffix, "json")
     lines = [f"  - path: {quoted('../' + selected)}", f"    ds_type: {kind}"]
     note = "# Axolotl resolves the path from the folder it is started in: start it here, or write the full path."
@@ -247,11 +253,14 @@ def _axolotl(format: str, shape: _Shape, selected: str) -> str | None:
             note += "\n# The rows become plain text here; gradsift scored them through the chat template, as train_trl.py trains them."
         lines += ["    type:", '      system_prompt: ""', f"      field_instruction: {quoted(shape.name(asked))}"]
         lines += [f"      field_input: {quoted(shape.name('input'))}", f"      field_output: {quoted(shape.name(answer))}"]
+        lines += [f"      field_system: {quoted(shape.name('system'))}"] if shape.name("system") in shape.present else []
         lines += [f'      format: "{prompt}"', '      no_input_format: "{instruction}"']
     elif format == "text":
         lines += ["    type: completion", f"    field: {quoted(shape.name('text'))}"]
-    else:
+    elif format == "tokenised" and "attention_mask" in shape.present:  # Axolotl wants all three columns
         lines += ["    type:"]
+    else:
+        return None
     body = ["# The selection for Axolotl. Copy `datasets` into your configuration.", note, "datasets:", *lines]
     return "\n".join([*body, "train_on_inputs: false", "sample_packing: false"]) + "\n"
 

@@ -326,10 +326,16 @@ def test_axolotl_pairs_and_texts(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "tokens").mkdir()
     assert axolotl(written(tmp_path / "text", ROWS["text"]))["type"] == "completion"
-    assert axolotl(written(tmp_path / "tokens", ROWS["tokenised"]))["type"] is None
+    masked = [{**row, "attention_mask": [1] * len(row["labels"])} for row in ROWS["tokenised"]]
+    assert axolotl(written(tmp_path / "tokens", masked))["type"] is None
+
+
+@pytest.mark.parametrize("name", ["tokenised", "prompt-completion turns"])
+def test_what_axolotl_does_not_read_has_no_file(name: str, tmp_path: Path) -> None:
+    assert not (written(tmp_path, ROWS[name]) / "trainers" / "axolotl.yml").exists()
 
 
 def test_field_names_cannot_break_out_of_the_yaml(tmp_path: Path) -> None:
-    odd = 'a: "b"\n# c\u2028'
+    odd = 'a: "b"\n# c\u2028\x85 é 😀'
     found = axolotl(written(tmp_path, [{odd: "x"}], mapping={"text": odd}))
     assert found["field"] == odd
