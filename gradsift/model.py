@@ -269,6 +269,7 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings | None = None) ->
 
 def _inject(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
     training = model.training
+    config.base_model_name_or_path = None  # peft puts the model's own name here, and would warn of a base that has moved
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         peft = get_peft_model(model, config)

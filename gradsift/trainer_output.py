@@ -212,6 +212,7 @@ def _skeleton(folder: Path, base: nn.Module | None) -> PeftModel:
         except (UserError, OSError, ValueError) as error:
             what = f"the base model is needed to name the moments in {OPTIMIZER} ({error})"
             raise MismatchError(what, where=folder, remedy=f"Pass it: read_moments(checkpoint, base=model). {PLAIN}") from error
+    config.base_model_name_or_path = None
     with torch.device("meta"):
         return cast(PeftModel, get_peft_model(AutoModelForCausalLM.from_config(settings), config, low_cpu_mem_usage=True))
 

@@ -37,6 +37,7 @@ from gradsift.checkpoints import (
     unwrapped,
 )
 from gradsift.config import WarmupSettings
+from gradsift.encode import pad_batch
 from gradsift.errors import DataError, MismatchError, UnknownName
 from gradsift.model import attach_lora, quiet, remove_lora
 from gradsift.progress import Progress
@@ -236,21 +237,15 @@ class _Trainer(Trainer):
     def __init__(self, model: PeftModel, arguments: TrainingArguments, plan: Plan, encoded: Sequence[Any], pad_id: int) -> None:
         rows = [encoded[int(i)] for i in plan.rows]
         micro = [piece for step in plan.steps for piece in step]
-        self._batches: Any = DataLoader(cast(Any, rows), batch_sampler=micro, collate_fn=lambda batch: _pad(batch, pad_id))
+        self._batches: Any = DataLoader(cast(Any, rows), batch_sampler=micro, collate_fn=lambda batch: _collate(batch, pad_id))
         super().__init__(model=cast(nn.Module, model), args=arguments, train_dataset=cast(Any, rows), compute_loss_func=_token_mean)
 
     def get_train_dataloader(self) -> DataLoader:
         return self._batches
 
 
-def _pad(batch: Sequence[Mapping[str, list[int]]], pad_id: int) -> dict[str, Tensor]:
-    longest = max(len(row["input_ids"]) for row in batch)
-    ids = torch.full((len(batch), longest), pad_id)
-    labels = torch.full((len(batch), longest), -100)
-    mask = torch.zeros((len(batch), longest), dtype=torch.long)
-    for r, row in enumerate(batch):
-        n = len(row["input_ids"])
-        ids[r, :n], labels[r, :n], mask[r, :n] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"]), 1
+def _collate(batch: Sequence[Any], pad_id: int) -> dict[str, Tensor]:
+    ids, mask, labels = pad_batch(batch, pad_id)
     labels[:, 0] = -100  # nothing predicts the first token; Trainer's count of supervised tokens must not include it
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 

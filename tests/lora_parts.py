@@ -29,7 +29,8 @@ def llama(seed: int = 0, **changes: Any) -> PreTrainedModel:
 
 def gpt2(seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64, bos_token_id=0, eos_token_id=0)).eval()
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(**shape, vocab_size=VOCAB, bos_token_id=0, eos_token_id=0)).eval()
 
 
 def mixtral(seed: int = 0) -> PreTrainedModel:
