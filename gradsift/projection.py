@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, MismatchError
+from gradsift.errors import ConfigError, MismatchError
 
 CACHE_BYTES = 2 << 30  # of maps, per bound projection and device
 _DENSE_BLOCK = 1 << 24  # entries of a dense map that are drawn at once
@@ -111,7 +111,7 @@ class BoundProjection:
             out.copy_(grad.flatten(1))
         elif self.projection.two_sided:
             left, right = self.sides(name)
-            out.copy_((left.t() @ (grad @ right)).flatten(1))
+            out.add_((left.t() @ (grad @ right)).flatten(1), alpha=self._scale)
         elif kind == "sketch":
             self._sketch(out, name, grad.flatten(1))
         else:
@@ -119,17 +119,22 @@ class BoundProjection:
 
     def add_product(self, state: Tensor, name: str, left: Tensor, right: Tensor) -> None:
         """Adds the two-sided projection of sum_t left[b, t, :, None] right[b, t, None, :], already multiplied by `sides(name)`: [b, t, a], [b, t, b]."""
-        state[:, self._parts[name]] += torch.bmm(left.transpose(1, 2), right).flatten(1)
+        state[:, self._parts[name]].add_(torch.bmm(left.transpose(1, 2), right).flatten(1), alpha=self._scale)
 
     def sides(self, name: str) -> tuple[Tensor, Tensor]:
-        """(left [rows, a], right [columns, b]) of a two-sided projection, entries +-1/sqrt(a), +-1/sqrt(b)."""
+        """(left [rows, a], right [columns, b]) of a two-sided projection: signs, exact in any dtype; 1/sqrt(ab) is applied to their product."""
         assert isinstance(self.projection.dim, tuple)
         kept = self._cache.get(name)
         if kept is None:
             a, b = self.projection.dim
             (o, i) = self.shapes[name]
-            kept = self._keep(name, (self._signs(name, "left", o, a) / sqrt(a), self._signs(name, "right", i, b) / sqrt(b)))
+            kept = self._keep(name, (self._signs(name, "left", o, a), self._signs(name, "right", i, b)))
         return kept[0], kept[1]
+
+    @property
+    def _scale(self) -> float:
+        dim = self.projection.dim
+        return 1 / sqrt(dim[0] * dim[1]) if isinstance(dim, tuple) else 1.0
 
     def _check(self, name: str, grad: Tensor) -> None:
         if tuple(grad.shape[1:]) != self.shapes[name]:

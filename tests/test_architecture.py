@@ -15,7 +15,7 @@ FLOORS = {
     0: "errors types config budget",
     1: "durable artifact progress machine formats containers packing pool encode projection store methods",
     2: "modules model transforms",
-    3: "warmup gradients signals",
+    3: "warmup tail capture gradients signals",
     4: "influence",
     5: "run execute pipeline findings outputs selection plan holdings evaluate playground demo report",
     6: "cli __main__ __init__",

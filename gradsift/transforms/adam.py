@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, MismatchError
+from gradsift.errors import ConfigError, MismatchError
 
 
 class Adam:

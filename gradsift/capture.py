@@ -1,0 +1,377 @@
+"""One batch through a frozen model: taps on the tracked modules, the loss on supervised positions, and what happens to each gradient.
+
+A tap is the identity on a module's output that also keeps its input. When the backward pass reaches it, the input x [b, t, i] and the output
+gradient g [b, t, o] of that module are at hand, and its per-example weight gradient is sum_t g_t x_t^T. That product is formed only where something
+needs it (a transform, a sketch, a short norm). Otherwise a two-sided projection takes the factors, (g P_out)^T (x P_in), and the squared norm comes
+from the t x t products, sum_{s,t} (x_s . x_t)(g_s . g_t), by blocks below the diagonal. Modules that read the same x (queries, keys, values) share
+its sketch and its products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gradsift.errors import ConfigError
+from gradsift.modules import tracked_modules
+from gradsift.projection import BoundProjection, Projection
+from gradsift.tail import find_tail, same_without
+from gradsift.types import Transform
+
+IGNORED = -100
+_LOGIT_CHUNK = 1 << 18  # logits handled at once on a CPU: they stay in its cache
+_GRAM_BLOCK = 32  # rows of the t x t products formed at once; half of what lies above the diagonal is never formed
+
+Row = tuple[np.ndarray, np.ndarray]  # (input ids, the label that each position predicts), of equal length
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a module's output. Its backward hands (module input, output gradient) to `sink`.
+
+    `anchor` requires a gradient, so the output does too: that is where the graph of a frozen model starts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, anchor: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.sink = sink
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.sink(x, grads[0])
+        return (grads[0] if ctx.needs_input_grad[0] else None), None, None, None
+
+
+@dataclass
+class _Input:
+    """A module input as it was seen, spread per example, and what its readers share. `readers` are the parameters that read it in the forward pass."""
+
+    seen: Tensor
+    spread: Tensor
+    readers: list[str]
+    gram: list[Tensor] | None = None
+    sketches: dict[str, Tensor] = field(default_factory=dict)
+
+    def is_of(self, x: Tensor) -> bool:
+        return x.data_ptr() == self.seen.data_ptr() and x.shape == self.seen.shape and x.stride() == self.seen.stride()
+
+
+@dataclass
+class _Batch:
+    """The state of one forward and backward pass of b rows padded to t positions."""
+
+    b: int
+    t: int
+    flat: Tensor  # [l] of the b * t positions, those that predict a supervised token
+    slots: Tensor  # [l] where each of them goes when examples lie side by side, b * width in all
+    width: int  # most supervised tokens of an example
+    state: Tensor  # what the projection accumulates
+    squares: Tensor  # [b] squared gradient norms
+    calls: dict[str, int] = field(default_factory=dict)  # forward calls by parameter
+    readers: dict[str, list[str]] = field(default_factory=dict)  # parameters by what they read, for sharing
+    held: dict[str, list[tuple[_Input, Tensor]]] = field(default_factory=dict)  # until all calls of a parameter have come back
+    last_read: tuple[Tensor, list[str]] | None = None
+    shared: _Input | None = None
+    backward: bool = False
+    gathered: bool = False  # the head saw supervised positions only
+    head_out: int = 0  # where the head wrote: logits still there were not capped or scaled, nothing keeps them, they may be overwritten
+
+
+class Capture:
+    """A model with tracked modules, a transform and a projection; `run` makes the rows of one batch."""
+
+    def __init__(self, model: nn.Module, projection: Projection, transform: Transform | None, modules: Any) -> None:
+        self.model, self.transform = model, transform
+        self.modules = tracked_modules(model, modules)
+        weights = {name: _weight(name, module) for name, module in self.modules.items()}
+        # modules that share one parameter are one: its gradient is the sum over all of them, under the first name
+        first: dict[int, str] = {}
+        self.owner = {name: first.setdefault(id(w), name) for name, w in weights.items()}
+        shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items() if self.owner[name] == name}
+        # Linear keeps [out, in], transformers' Conv1D [in, out]; gradients are formed in the parameter's own layout
+        self.transposed = {name for name, module in self.modules.items() if type(module).__name__ == "Conv1D"}
+        check = getattr(transform, "check", None)
+        if check is not None:
+            check(shapes)
+        self.device = next(iter(weights.values())).device
+        self.bound: BoundProjection = projection.bind(shapes, self.device)
+        self.head = _head(model)
+        self.everything, self.parameters = list(model.modules()), list(model.parameters())
+        self.blocks = [m for m in self.everything if hasattr(m, "gradient_checkpointing") and hasattr(m, "_can_checkpoint_with_cache")]
+        self.tail: nn.Module | None = None if self.head is None else find_tail(model)
+        self.tail_checked = False
+        self.sides: dict[str, tuple[Tensor, Tensor] | None] = {}
+        self.batch: _Batch | None = None
+
+    def run(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows [b, d], norms [b], losses [b]) on the CPU."""
+        try:
+            with self._frozen(), torch.enable_grad():
+                if not self.tail_checked:
+                    self._check_tail(rows[0][0])
+                with self._hooked():
+                    return self._run(rows)
+        finally:
+            self.batch = None
+
+    def _run(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+        ids, labels = _pad(rows)
+        b, t = ids.shape
+        supervised = labels != IGNORED
+        places = np.flatnonzero(supervised)
+        counts = torch.from_numpy(supervised.sum(1)).to(self.device, torch.float32)
+        width, rank = int(supervised.sum(1).max()), (np.cumsum(supervised, 1) - 1).ravel()[places]
+        flat, owner, slots = (torch.from_numpy(a).to(self.device) for a in (places, places // t, places // t * width + rank))
+        batch = self.batch = _Batch(b, t, flat, slots, width, self.bound.start(b), torch.zeros(b, device=self.device))
+        logits = self.model(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False).logits
+        if not batch.gathered:
+            logits = logits.flatten(0, 1).index_select(0, flat)
+        logits = logits.view(-1, logits.shape[-1])
+        targets = torch.from_numpy(labels.ravel()[places]).to(self.device)
+        nll, grad = cross_entropy(logits, targets, 1 / counts[owner], in_place=logits.data_ptr() == batch.head_out)
+        batch.backward, batch.last_read = True, None
+        torch.autograd.backward(logits, grad)
+        for name in list(batch.held):
+            self._finish(name)
+        losses = torch.zeros(b, device=self.device).index_add_(0, owner, nll) / counts
+        return self.bound.finish(batch.state).cpu(), batch.squares.sqrt().cpu(), losses.cpu()
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Evaluation mode, nothing requires a gradient, and checkpointing where it is enabled (transformers checkpoints in training mode only)."""
+        training = [m for m in self.everything if m.training]
+        trainable = [p for p in self.parameters if p.requires_grad]
+        blocks = [m for m in self.blocks if m.gradient_checkpointing]
+        own = [(m, m.__dict__.get("forward")) for m in blocks]
+        try:
+            for m in training:
+                m.training = False
+            for p in trainable:
+                p.requires_grad_(False)
+            for m in blocks:
+                m.forward = _checkpointed(m.forward)
+            yield
+        finally:
+            for m, forward in own:
+                m.__dict__.pop("forward", None)
+                if forward is not None:
+                    m.forward = forward
+            for p in trainable:
+                p.requires_grad_(True)
+            for m in training:
+                m.training = True
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        anchor = torch.zeros((), device=self.device, requires_grad=True)
+        handles = [m.register_forward_hook(self._tap(name, anchor)) for name, m in self.modules.items()]
+        if self.head is not None:
+            handles += [self.head.register_forward_pre_hook(self._before_head), self.head.register_forward_hook(self._after_head)]
+        if self.tail is not None:
+            handles += [self.tail.register_forward_pre_hook(self._before_tail), self.tail.register_forward_hook(self._after_tail)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_tail(self, ids: np.ndarray) -> None:
+        self.tail_checked = True
+        if self.tail is not None and self.head is not None:
+            sample = torch.from_numpy(ids[:32])[None].to(self.device)
+            if not same_without(self.model, self.tail, self.head, sample):
+                self.tail = None
+
+    def _before_head(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        batch = self.batch
+        if batch is None or args[0].shape[:2] != (batch.b, batch.t):
+            return None
+        batch.gathered = True
+        return (args[0].flatten(0, 1).index_select(0, batch.flat)[None], *args[1:])
+
+    def _after_head(self, head: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        if self.batch is not None and self.batch.gathered:
+            self.batch.head_out = out.data_ptr()
+
+    def _before_tail(self, tail: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        assert self.batch is not None
+        return (args[0].flatten(0, 1).index_select(0, self.batch.flat)[None], *args[1:])
+
+    def _after_tail(self, tail: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        assert self.batch is not None
+        b, t, width = self.batch.b, self.batch.t, out.shape[-1]
+        return out.new_zeros(b * t, width).index_copy(0, self.batch.flat, out[0]).view(b, t, width)
+
+    def _tap(self, name: str, anchor: Tensor) -> Callable[..., Tensor | None]:
+        owner = self.owner[name]
+
+        def sink(x: Tensor, grad: Tensor) -> None:
+            self._arrived(name, x, grad)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+            batch = self.batch
+            if batch is None:
+                return None
+            x = args[0]
+            if not batch.backward:  # a checkpointed block runs again during the backward pass
+                batch.calls[owner] = batch.calls.get(owner, 0) + 1
+                if batch.last_read is None or batch.last_read[0] is not x:
+                    batch.last_read = (x, [])
+                batch.last_read[1].append(owner)
+                batch.readers[owner] = batch.last_read[1]
+            return _Tap.apply(out, x, anchor, sink)  # type: ignore[return-value]
+
+        return hook
+
+    def _arrived(self, name: str, x: Tensor, grad: Tensor) -> None:
+        batch, owner = self.batch, self.owner[name]
+        assert batch is not None
+        shared = batch.shared
+        if shared is None or not shared.is_of(x):
+            readers = batch.readers[owner] if batch.calls[owner] == 1 else [owner]
+            shared = batch.shared = _Input(x, self._spread(name, x), readers)
+        batch.held.setdefault(owner, []).append((shared, self._spread(name, grad)))
+        if len(batch.held[owner]) == batch.calls[owner]:
+            self._finish(owner)
+
+    def _spread(self, name: str, a: Tensor) -> Tensor:
+        """Activations as [b, positions, features]: supervised positions that were gathered from all examples go back to their own."""
+        batch = self.batch
+        assert batch is not None
+        if a.dim() == 2:
+            a = a.view(batch.b, batch.t, -1) if a.shape[0] == batch.b * batch.t else a[None]
+        if a.shape[:2] == (batch.b, batch.t):
+            return a
+        if a.dim() == 3 and a.shape[:2] == (1, len(batch.flat)):
+            out = a.new_zeros(batch.b * batch.width, a.shape[2])
+            return out.index_copy_(0, batch.slots, a[0]).view(batch.b, batch.width, -1)
+        raise ConfigError(
+            f"module {name} sees activations of shape {tuple(a.shape)}, which do not say whose example they are",
+            remedy="Leave this module out (experts of a mixture cannot be read).",
+        )
+
+    def _finish(self, name: str) -> None:
+        """The gradient of one parameter is complete: norm, transform, projection."""
+        batch = self.batch
+        assert batch is not None
+        pairs = batch.held.pop(name)
+        source, g = pairs[0]
+        if len(pairs) > 1:  # a gradient summed over calls is one over their positions laid end to end
+            x = torch.cat([p[0].spread for p in pairs], 1)
+            source, g = _Input(x, x, [name]), torch.cat([p[1] for p in pairs], 1)
+        sides = self._sides(name, g.dtype)
+        if sides is None:
+            grad = self._product(name, source.spread, g)
+            batch.squares += torch.linalg.vector_norm(grad, dim=(1, 2)).square_()
+            if self.transform is not None:
+                grad = self.transform.materialised(name, grad)
+            self.bound.add(batch.state, name, grad)
+            return
+        if name not in source.sketches:
+            wanted = [n for n in source.readers if self._sides(n, g.dtype) is not None] if name in source.readers else [name]
+            parts = [self.sides[n][1] for n in wanted]  # type: ignore[index]
+            together = source.spread @ torch.cat(parts, 1)
+            source.sketches.update(zip(wanted, together.split([p.shape[1] for p in parts], -1), strict=True))
+        inner, outer = source.sketches[name].float(), (g @ sides[0]).float()
+        self.bound.add_product(batch.state, name, *((inner, outer) if name in self.transposed else (outer, inner)))
+        batch.squares += self._squares(name, source, g)
+
+    def _sides(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """(signs for the output side, signs for the input side) where the projection can take factors, with the transform's own factors in them."""
+        if name not in self.sides:
+            made = None
+            factors = None if self.transform is None else self.transform.factors(name)
+            if self.bound.projection.two_sided and (self.transform is None or factors is not None):
+                left, right = self.bound.sides(name)
+                if factors is not None:
+                    left, right = (f.to(s)[:, None] * s for f, s in zip(factors, (left, right), strict=True))
+                made = (right.to(dtype), left.to(dtype)) if name in self.transposed else (left.to(dtype), right.to(dtype))
+            self.sides[name] = made
+        return self.sides[name]
+
+    def _product(self, name: str, x: Tensor, g: Tensor) -> Tensor:
+        """sum_t of the outer products [b, *shape of the parameter], fp32."""
+        left, right = (x.float(), g.float()) if name in self.transposed else (g.float(), x.float())
+        if left.shape[2] > right.shape[2]:  # the narrow side first: four times faster for LoRA's
+            return torch.bmm(right.transpose(1, 2), left).transpose(1, 2)
+        return torch.bmm(left.transpose(1, 2), right)
+
+    def _squares(self, name: str, source: _Input, g: Tensor) -> Tensor:
+        """Squared gradient norms [b], by whichever product costs less."""
+        t, o, i = g.shape[1], g.shape[2], source.spread.shape[2]
+        if t * (o + i / len(source.readers)) * 0.5 > o * i:
+            return torch.linalg.vector_norm(self._product(name, source.spread, g), dim=(1, 2)).square_()
+        if source.gram is None:
+            source.gram = list(_gram(source.spread))
+            for k, block in enumerate(source.gram):
+                block[:, :, : k * _GRAM_BLOCK] *= 2  # stands for its mirror image above the diagonal too
+        total = torch.zeros(len(g), device=g.device)
+        for a, b in zip(source.gram, _gram(g), strict=True):
+            total += (a.float() * b.float()).flatten(1).sum(1)
+        return total.clamp_(min=0)
+
+
+def _gram(a: Tensor) -> Iterator[Tensor]:
+    """Blocks of rows of a a^T for a [b, t, f], each up to the diagonal."""
+    for start in range(0, a.shape[1], _GRAM_BLOCK):
+        end = min(start + _GRAM_BLOCK, a.shape[1])
+        yield torch.bmm(a[:, start:end], a[:, :end].transpose(1, 2))
+
+
+def _weight(name: str, module: nn.Module) -> Tensor:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ConfigError(f"module {name} has no weight matrix", remedy="Name linear layers.")
+    return weight
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _pad(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, labels) int64 [b, t], padded on the right: ids with the row's own first token, which every vocabulary has, labels with -100."""
+    t = max(len(ids) for ids, _ in rows)
+    ids, labels = np.empty((len(rows), t), np.int64), np.full((len(rows), t), IGNORED, np.int64)
+    for k, (row_ids, row_labels) in enumerate(rows):
+        ids[k], labels[k, : len(row_labels)] = row_ids[0], row_labels
+        ids[k, : len(row_ids)] = row_ids
+    return ids, labels
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, *, in_place: bool) -> tuple[Tensor, Tensor]:
+    """(negative log-likelihood [l], gradient [l, v] of their weighted sum) for logits [l, v], which `in_place` overwrites.
+
+    Written by hand because autograd keeps three copies of the logits; here there is one, in chunks that stay in the cache of a CPU.
+    """
+    source = logits.detach()
+    grad = source if in_place else torch.empty_like(source)
+    nll = torch.empty(len(targets), device=logits.device)
+    step = max(1, _LOGIT_CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(targets)
+    for start in range(0, len(targets), step):
+        part = slice(start, start + step)
+        chunk, target, weight = source[part].float(), targets[part, None], weights[part, None]
+        shifted = chunk - chunk.amax(1, keepdim=True)
+        own = shifted.gather(1, target)
+        mass = shifted.exp_().sum(1, keepdim=True)
+        nll[part] = (mass.log() - own)[:, 0]
+        grad[part] = shifted.mul_(weight / mass).scatter_add_(1, target, -weight)
+    return nll, grad
