@@ -7,12 +7,13 @@ turn is found by changing its content and looking where the rendering changes. A
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -68,7 +69,6 @@ class Renderer:
             self.notes.append("the template writes today's date; it is fixed at 2024-07-26, so that the same rows give the same tokens")
         added = {str(token) for token in tokenizer.added_tokens_encoder if str(token).strip()} | set(tokenizer.all_special_tokens)
         self._markers = tuple(sorted(added))
-        self._tails: dict[bool, str] = {}
 
     def render(self, examples: Sequence[Example]) -> list[Rendered | EncodeFault]:
         """One result per example; tokenised examples (without messages) are not for this."""
@@ -104,27 +104,17 @@ class Renderer:
         try:
             if isinstance(full, EncodeFault):
                 raise full
-            spans = self._by_prefixes(full, turns, before, after)
-            if spans is None:
-                spans = self._by_marks(example, full, turns) or self._by_probes(example, full, turns)
+            starts = {k: _length(text, full) for k, text in before.items()}
+            ends = {turns[-1]: len(full), **{k: _length(text, full) for k, text in after.items()}}
+            spans = [(starts.get(k), ends[k]) for k in turns]
+            if any(start is None or end is None or end <= start for start, end in spans):
+                spans = self._by_marks(example, full, turns) or self._by_probes(example, full, turns, starts, ends)
         except EncodeFault as fault:
             return fault
-        spans = tuple((start, self._without_trail(full, start, end)) for start, end in spans)
-        if not full[: spans[-1][1]].endswith(self._markers):
+        trimmed = tuple((start, self._without_trail(full, start, end)) for start, end in cast(list[tuple[int, int]], spans))
+        if not full[: trimmed[-1][1]].endswith(self._markers):
             self.counts["no end of turn"] += 1
-        return Rendered(full, spans)
-
-    @staticmethod
-    def _by_prefixes(full: str, turns: list[int], before: Mapping[int, Any], after: Mapping[int, Any]) -> list[tuple[int, int]] | None:
-        spans = []
-        for k in turns:
-            start, end = before.get(k), after.get(k, full)
-            if not (isinstance(start, str) and isinstance(end, str) and full.startswith(start) and full.startswith(end)):
-                return None
-            if len(end) <= len(start):
-                return None
-            spans.append((len(start), len(end)))
-        return spans
+        return Rendered(full, trimmed)
 
     def _by_marks(self, example: Example, full: str, turns: list[int]) -> list[tuple[int, int]] | None:
         template = self._template_for(example.tools)
@@ -147,21 +137,25 @@ class Renderer:
         self.counts["by marks"] += 1
         return [span for k, span in zip(answers, found, strict=True) if k in turns]
 
-    def _by_probes(self, example: Example, full: str, turns: list[int]) -> list[tuple[int, int]]:
-        """Start: where the rendering changes when the content's beginning does. End: the end-of-turn text after it."""
+    def _by_probes(
+        self, example: Example, full: str, turns: list[int], starts: Mapping[int, int | None], ends: Mapping[int, int | None]
+    ) -> list[tuple[int, int]]:
+        """Fills in what prefixes did not tell. A start is where the rendering changes when the content's beginning does, an end the
+        end-of-turn text after it."""
         told = [_template_message(message) for message in example.messages]
-        tail = self._tail(bool(example.tools))
+        tail = self._tail
         spans: list[tuple[int, int]] = []
         for k in turns:
-            start = self._probe(told, example.tools, full, k)
-            end = len(full)
-            if start is not None and k != turns[-1]:
-                found = full.find(tail, start) if tail and tail not in told[k]["content"] else -1
-                end = found + len(tail) if found >= 0 else -1
-            if start is None or end < start or (spans and start < spans[-1][1]):
+            start, end = starts.get(k), ends[k]
+            if start is None:
+                start = self._probe(told, example.tools, full, k)
+            if start is not None and end is None and tail and tail not in told[k]["content"]:
+                found = full.find(tail, start)
+                end = found + len(tail) if found >= 0 else None
+            if start is None or end is None or end <= start or (spans and start < spans[-1][1]):
                 raise EncodeFault(REWRITTEN, f"the template rewrites the turns around turn {k + 1}, which cannot be told apart")
             spans.append((start, end))
-        if spans[0][1] != len(full) or turns != [0]:
+        if any(place is None for place in (*starts.values(), *ends.values())):
             self.counts["by probes"] += 1
         return spans
 
@@ -177,13 +171,12 @@ class Renderer:
                 return _common(full, text)
         return None
 
-    def _tail(self, tools: bool) -> str:
+    @functools.cached_property
+    def _tail(self) -> str:
         """What the template writes after an assistant turn, without the white space around it."""
-        if tools not in self._tails:
-            chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _PROBES[0]}]
-            text = self._render_one(chat, (), False)
-            self._tails[tools] = text.rpartition(_PROBES[0])[2].strip() if isinstance(text, str) else ""
-        return self._tails[tools]
+        chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _PROBES[0]}]
+        text = self._render_one(chat, (), False)
+        return text.rpartition(_PROBES[0])[2].strip() if isinstance(text, str) else ""
 
     def _without_trail(self, full: str, start: int, end: int) -> int:
         """White space after the end-of-turn token is the template's, written after the model has stopped: it is not learned."""
@@ -275,6 +268,11 @@ def _tool_call(call: Any) -> Any:
             return call
         return {**call, "function": {**call["function"], "arguments": arguments}} if isinstance(arguments, dict) else call
     return call
+
+
+def _length(prefix: Any, full: str) -> int | None:
+    """Length of a rendered prefix; None when it is a fault or not how `full` begins."""
+    return len(prefix) if isinstance(prefix, str) and full.startswith(prefix) else None
 
 
 def _common(one: str, other: str) -> int:
