@@ -16,8 +16,8 @@ FLOORS = {
     1: "durable artifact progress machine formats containers packing pool encode projection store methods",
     2: "modules model transforms",
     3: "warmup tail capture gradients signals",
-    4: "influence",
-    5: "run execute pipeline findings outputs selection plan holdings evaluate playground demo report",
+    4: "influence curvature",
+    5: "run execute pipeline findings outputs selection plan holdings evaluate families tiny playground demo report",
     6: "cli __main__ __init__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

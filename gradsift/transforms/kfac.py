@@ -1,16 +1,17 @@
 """K-FAC and EK-FAC: Kronecker-factored curvature of linear layers, and its damped inverse.
 
-A parameter is a matrix of r rows and c columns in its own layout (nn.Linear: outputs x inputs; transformers' Conv1D: inputs x outputs). Its gradient for
-one example is sum_t left_t right_t^T, and its curvature, for gradients flattened row by row, is approximated by left (x) right: a Kronecker
-product of an r x r and a c x c matrix. For nn.Linear left is G = E[delta delta^T] of output gradients and right is A = E[a a^T] of inputs, so this
-is the A (x) G of the literature, which stacks columns. Biases are left out, as everywhere in gradient rows.
+A parameter is a matrix of r rows and c columns in its own layout (nn.Linear: outputs x inputs; transformers' Conv1D: inputs x outputs). Its
+gradient for one example is sum_t left_t right_t^T, and its curvature, for gradients flattened row by row, is approximated by left (x)
+right: a Kronecker product of an r x r and a c x c matrix. For nn.Linear left is G = E[delta delta^T] of output gradients and right is A =
+E[a a^T] of inputs, so this is the A (x) G of the literature, which stacks columns. Biases are left out, as everywhere in gradient rows.
 
-K-FAC: Martens & Grosse (arXiv 1503.05671). EK-FAC, the diagonal re-estimated in the Kronecker eigenbasis: George et al. (arXiv 1806.03884), for
-influence on language models Grosse et al. (arXiv 2308.03296, section 3.1 and appendix).
+K-FAC: Martens & Grosse (arXiv 1503.05671). EK-FAC, the diagonal re-estimated in the Kronecker eigenbasis: George et al. (arXiv 1806.03884),
+for influence on language models Grosse et al. (arXiv 2308.03296, section 3.1 and appendix).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -29,7 +30,8 @@ _GPU_CHUNK = 1 << 27
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """total [i, i] += x^T x for x [n, i], in the dtype of `total`. Only the upper block triangle is multiplied out; `symmetrise` copies it down."""
+    """total [i, i] += x^T x for x [n, i], in the dtype of `total`. Only the upper block triangle is multiplied out; `symmetrise` copies it
+    down."""
     x = x.to(total.dtype)
     for a, b in _blocks(total.shape[0]):
         total[a:b, a:].addmm_(x[:, a:b].t(), x[:, a:])
@@ -46,7 +48,7 @@ def _blocks(n: int) -> list[tuple[int, int]]:
     """Row blocks of a symmetric product: large enough for a fast matrix product, several of them so that the lower triangle is skipped."""
     count = max(1, min(4, n // 128))
     edges = [n * k // count for k in range(count + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def rotate_tokens(tokens: int, rows: int, r: int, c: int, sharing: int = 1) -> bool:
@@ -62,8 +64,8 @@ def add_second_moments(
 ) -> None:
     """values [r, c] += sum over examples of (U_l^T g U_r)^2, element by element, g = sum_t left[b, t, :, None] right[b, t, None, :].
 
-    left [b, t, r], right [b, t, c]; `basis` (U_l, U_r) when they are not rotated yet. `lengths` [b]: tokens of each example, what follows is
-    padding. Longest first costs least.
+    left [b, t, r], right [b, t, c]; `basis` (U_l, U_r) when they are not rotated yet. `lengths` [b]: tokens of each example, what follows
+    is padding. Longest first costs least.
     """
     b, (r, c) = len(left), values.shape
     step = max(1, _CHUNK.get(left.device.type, _GPU_CHUNK) // (r * c))
@@ -97,7 +99,8 @@ def eigenbasis(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Eigen:
-    """One parameter's curvature in the basis left (x) right: `values` [r, c], corrected or products of eigenvalues; left [r, r], right [c, c]."""
+    """One parameter's curvature in the basis left (x) right: `values` [r, c], corrected or products of eigenvalues; left [r, r], right [c,
+    c]."""
 
     left: Tensor
     right: Tensor
@@ -122,8 +125,8 @@ class Factored:
 
 @dataclass(frozen=True)
 class Damped:
-    """What damping did to one parameter: `ratio` = damping / mean_eigenvalue. Far above 1 the inverse is almost a multiple of the identity and the
-    score almost a plain dot product. Factored damping adds sqrt(ratio) of each factor's mean eigenvalue to that factor."""
+    """What damping did to one parameter: `ratio` = damping / mean_eigenvalue. Far above 1 the inverse is almost a multiple of the identity
+    and the score almost a plain dot product. Factored damping adds sqrt(ratio) of each factor's mean eigenvalue to that factor."""
 
     name: str
     shape: tuple[int, int]
@@ -133,7 +136,8 @@ class Damped:
 
 
 class Inverse:
-    """A damped inverse curvature, one block per parameter. `damped` says what the damping was. A Transform: `materialised` is `apply_inverse`."""
+    """A damped inverse curvature, one block per parameter. `damped` says what the damping was. A Transform: `materialised` is
+    `apply_inverse`."""
 
     def __init__(self, parts: Mapping[str, Eigen | Factored], damped: Sequence[Damped]) -> None:
         self._parts = dict(parts)
@@ -173,8 +177,8 @@ class Inverse:
 def eigen_inverse(name: str, curvature: Eigen, damping: float, *, absolute: bool = False) -> tuple[Eigen, Damped]:
     """(H + lambda I)^-1 with lambda = damping x mean eigenvalue of this parameter, or `damping` itself when absolute.
 
-    Raises ConfigError when that is not invertible: a negative damping, or none where an eigenvalue is zero; DataError when no row of the fit had a
-    gradient here, which leaves nothing to be relative to.
+    Raises ConfigError when that is not invertible: a negative damping, or none where an eigenvalue is zero; DataError when no row of the
+    fit had a gradient here, which leaves nothing to be relative to.
     """
     mean = float(curvature.values.double().mean())
     added = _damping(name, mean, damping, absolute)
@@ -186,20 +190,22 @@ def eigen_inverse(name: str, curvature: Eigen, damping: float, *, absolute: bool
 
 
 def pi_inverse(name: str, left: Tensor, right: Tensor, damping: float, *, absolute: bool = False) -> tuple[Factored, Damped]:
-    """(left + sqrt(lambda) pi' I)^-1 and (right + sqrt(lambda) / pi' I)^-1 with pi' = sqrt((tr left / r) / (tr right / c)): the factored Tikhonov
-    damping of Martens & Grosse (arXiv 1503.05671, section 6.3) that the released G-DIG code uses with lambda = 0.5, absolute.
+    """(left + sqrt(lambda) pi' I)^-1 and (right + sqrt(lambda) / pi' I)^-1 with pi' = sqrt((tr left / r) / (tr right / c)): the factored
+    Tikhonov damping of Martens & Grosse (arXiv 1503.05671, section 6.3) that the released G-DIG code uses with lambda = 0.5, absolute.
 
-    Not additive damping of the product: (left (x) right + lambda I)^-1 is `eigen_inverse`. Relative: lambda = damping x mean left x mean right
-    eigenvalue. Errors as `eigen_inverse`.
+    Not additive damping of the product: (left (x) right + lambda I)^-1 is `eigen_inverse`. Relative: lambda = damping x mean left x mean
+    right eigenvalue. Errors as `eigen_inverse`.
     """
     means = [float(f.double().trace()) / len(f) for f in (left, right)]
     added = _damping(name, means[0] * means[1], damping, absolute)
     if not all(means):
-        raise DataError(f"{name}: every gradient of the fit is zero, and pi undefined", remedy="Leave the module out, or use eigenvalue damping.")
+        remedy = "Leave the module out, or use eigenvalue damping."
+        raise DataError(f"{name}: every gradient of the fit is zero, and pi undefined", remedy=remedy)
     pi = sqrt(means[0] / means[1])
     parts = []
     for factor, extra in ((left, sqrt(added) * pi), (right, sqrt(added) / pi)):
-        lower, failed = torch.linalg.cholesky_ex(factor.double() + extra * torch.eye(len(factor), dtype=torch.float64, device=factor.device))
+        padded = factor.double()
+        lower, failed = torch.linalg.cholesky_ex(padded + extra * torch.eye(len(factor), dtype=padded.dtype, device=factor.device))
         if bool(failed):
             raise ConfigError(f"a curvature factor of {name} is not invertible", remedy="Pass a larger damping.")
         parts.append(torch.cholesky_inverse(lower).to(factor.dtype))

@@ -1,0 +1,325 @@
+"""Exact influence without projection: targets are preconditioned once and kept, pool gradients stream past and are never stored."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradsift.curvature.walk import Layer, Row, Walk, row
+from gradsift.errors import ConfigError, DataError, MismatchError, OutOfMemory
+from gradsift.gradients import Modules, _measure, _out_of_memory, plan_batches
+from gradsift.transforms.kfac import Inverse
+from gradsift.types import Encoded
+
+log = logging.getLogger("gradsift")
+
+AUTO_RANK = 32
+MEMORY = 4 << 30
+_OVERSAMPLE = 8
+_CHUNK = {"cpu": 1 << 22}  # numbers a contraction forms at once
+_GPU_CHUNK = 1 << 28
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Preconditioned gradients of m targets, ready to score any pool against.
+
+    `members` [m]: the target rows of each, one or more. `full`: name -> [m, r, c]; `low`: name -> (left [m, r, q], right [m, c, q]), their
+    product the rank-q approximation. `rank`: q, None when everything is kept whole. `kept`: name -> least share of a target's squared norm
+    that its rank-q form has.
+    """
+
+    members: tuple[tuple[int, ...], ...]
+    rank: int | None
+    full: Mapping[str, Tensor]
+    low: Mapping[str, tuple[Tensor, Tensor]]
+    kept: Mapping[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """(r, c) of a parameter, None where there is none of that name."""
+        if name in self.low:
+            left, right = self.low[name]
+            return left.shape[1], right.shape[1]
+        return tuple(self.full[name].shape[1:]) if name in self.full else None
+
+
+def influence_scores(
+    model: nn.Module,
+    encoded_pool: Sequence[Encoded],
+    encoded_target: Sequence[Encoded],
+    preconditioner: Inverse | None,
+    *,
+    modules: Modules = None,
+    target_batch: int = 1,
+    drop_last: bool = False,
+    rank: int | None = None,
+    memory: int = MEMORY,
+    token_budget: int = 1024,
+    seed: int = 0,
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Yields (indices [b], scores [b, m]): score = <g_pool, (H + lambda I)^-1 g_target>, positive = training on the row helps the target.
+    fp32, CPU.
+
+    `prepare_targets` (which see for the arguments and errors) followed by `score_pool`; use those to score several pools, or to look at the
+    rank.
+    """
+    targets = prepare_targets(
+        model, encoded_target, preconditioner, modules=modules, target_batch=target_batch, drop_last=drop_last, rank=rank, memory=memory,
+        token_budget=token_budget, seed=seed,
+    )  # fmt: skip
+    return score_pool(model, encoded_pool, targets, modules=modules, token_budget=token_budget)
+
+
+def prepare_targets(
+    model: nn.Module,
+    encoded: Sequence[Encoded],
+    preconditioner: Inverse | None,
+    *,
+    modules: Modules = None,
+    target_batch: int = 1,
+    drop_last: bool = False,
+    rank: int | None = None,
+    memory: int = MEMORY,
+    token_budget: int = 1024,
+    seed: int = 0,
+) -> Targets:
+    """The targets' gradients, multiplied by the inverse curvature (None: by nothing), grouped and, where asked or needed, compressed.
+
+    target_batch: rows per target, in order; the loss of a target is the mean over all of its tokens (the released G-DIG code groups 2, and
+    with
+      `drop_last` loses an odd one, which otherwise makes a target of its own).
+    rank: keep a matrix of each target as its best rank-q approximation (randomised, seeded; whole where q >= min(r, c)). None: whole as
+    long as all of them
+      fit in `memory` bytes, else 32, which the log says. `rank_agreement` measures what that costs in order.
+
+    Raises DataError for a target row without a supervised token or with a gradient that is not finite, ConfigError for a rank or
+    target_batch below 1, MismatchError when the preconditioner was fitted for other parameters, OutOfMemory.
+    """
+    if target_batch < 1 or (rank is not None and rank < 1):
+        raise ConfigError(f"target_batch {target_batch}, rank {rank}", remedy="Both are at least 1.")
+    walk = Walk(model, modules)
+    if preconditioner is not None:
+        preconditioner.check({name: layer.shape for name, layer in walk.layers.items()})
+    lengths, supervised = _measure(encoded)
+    if len(silent := np.flatnonzero(supervised == 0)):
+        raise DataError(f"target row {silent[0]} has no supervised token", remedy="Remove it from the target set, or raise max_length.")
+    stop = len(encoded) - len(encoded) % target_batch if drop_last else len(encoded)
+    members = tuple(tuple(range(a, min(a + target_batch, stop))) for a in range(0, stop, target_batch))
+    if not members:
+        raise DataError("there are no targets", remedy="Pass at least one target row (target_batch of them with drop_last).")
+    size = 4 * sum(layer.shape[0] * layer.shape[1] for layer in walk.layers.values())
+    if rank is None and size * len(members) > memory:
+        rank = AUTO_RANK
+        log.info("%d targets of %.2f GB each do not fit in %.2f GB: kept at rank %d", len(members), size / 1e9, memory / 1e9, rank)
+    step = len(members) if rank is None else max(1, memory // size)
+    kept = _Kept(walk, preconditioner, rank, seed)
+    for start in range(0, len(members), step):
+        part = members[start : start + step]
+        kept.add(_gradients(walk, encoded, lengths, supervised, part, token_budget))
+    return kept.targets(members)
+
+
+def _gradients(
+    walk: Walk, encoded: Sequence[Encoded], lengths: np.ndarray, supervised: np.ndarray, members: Sequence[Sequence[int]], token_budget: int
+) -> dict[str, Tensor]:
+    """name -> [m, r, c]: the gradient of each target's mean loss over all its tokens."""
+    total = {name: torch.zeros(len(members), *layer.shape, device=walk.device) for name, layer in walk.layers.items()}
+    showing: list[int] = []
+    places = np.concatenate([np.asarray(m) for m in members])
+    owner = {int(i): k for k, member in enumerate(members) for i in member}
+    weight = {int(i): float(supervised[i]) / float(supervised[list(member)].sum()) for member in members for i in member}
+
+    def visit(layer: Layer, x: Tensor, d: Tensor, lengths: list[int]) -> None:
+        left, right = layer.sides(x.float(), d.float())
+        for k, (index, t) in enumerate(zip(showing, lengths, strict=True)):
+            total[layer.name][owner[index]].addmm_(left[k, :t].t(), right[k, :t], alpha=weight[index])
+
+    for batch in plan_batches(lengths[places], token_budget):
+        rows = [row(encoded, int(places[i]), int(lengths[places[i]])) for i in batch]
+        showing = [r.index for r in rows]
+        try:
+            walk.show(rows, visit)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise OutOfMemory("the target rows do not fit in memory", remedy="Pass a smaller token_budget or memory.") from error
+    for name, grads in total.items():
+        fine = torch.isfinite(grads).flatten(1).all(1)
+        if not bool(fine.all()):
+            bad = members[int((~fine).nonzero()[0])]
+            raise DataError(f"target row {bad[0]} has a gradient that is not finite", where=name, remedy="Remove it from the target set.")
+    return total
+
+
+class _Kept:
+    """Preconditions and compresses chunks of targets as they come."""
+
+    def __init__(self, walk: Walk, preconditioner: Inverse | None, rank: int | None, seed: int) -> None:
+        self.walk, self.preconditioner, self.rank, self.seed = walk, preconditioner, rank, seed
+        self.full: dict[str, list[Tensor]] = {}
+        self.low: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.share: dict[str, float] = {}
+
+    def add(self, grads: dict[str, Tensor]) -> None:
+        for name in list(grads):
+            grad = grads.pop(name)
+            if self.preconditioner is not None:
+                for k in range(len(grad)):
+                    grad[k] = self.preconditioner.apply_inverse(name, grad[k])
+            if self.rank is None or self.rank >= min(grad.shape[1:]):
+                self.full.setdefault(name, []).append(grad)
+            else:
+                left, right, share = compress(grad, self.rank, self.seed, name)
+                self.low.setdefault(name, []).append((left, right))
+                self.share[name] = min(share, self.share.get(name, 1.0))
+
+    def targets(self, members: tuple[tuple[int, ...], ...]) -> Targets:
+        full = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in self.full.items()}
+        low = {name: (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])) for name, parts in self.low.items()}
+        return Targets(members, self.rank, full, low, self.share)
+
+
+def compress(matrices: Tensor, rank: int, seed: int, name: str) -> tuple[Tensor, Tensor, float]:
+    """(left [m, r, q], right [m, c, q], least share of squared norm kept) of matrices [m, r, c]: left right^T is nearly the best
+    approximation of rank q.
+
+    Randomised range finding with two power iterations (Halko, Martinsson & Tropp, arXiv 0909.4061, algorithm 4.4); its numbers depend on
+    (seed, name, shape) alone.
+    """
+    key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "little")
+    generator = torch.Generator().manual_seed(key)
+    c = matrices.shape[2]
+    probe = torch.randn(c, min(rank + _OVERSAMPLE, *matrices.shape[1:]), generator=generator).to(matrices.device, matrices.dtype)
+    base = torch.linalg.qr(matrices @ probe).Q
+    for _ in range(2):
+        base = torch.linalg.qr(matrices @ torch.linalg.qr(matrices.transpose(1, 2) @ base).Q).Q
+    u, s, vh = torch.linalg.svd(base.transpose(1, 2) @ matrices, full_matrices=False)
+    whole = matrices.flatten(1).square().sum(1)
+    share = (s[:, :rank].square().sum(1) / whole)[whole > 0]
+    left = base @ (u[:, :, :rank] * s[:, None, :rank])
+    return left.contiguous(), vh[:, :rank].transpose(1, 2).contiguous(), float(share.min()) if len(share) else 1.0
+
+
+def score_pool(
+    model: nn.Module, encoded: Sequence[Encoded], targets: Targets, *, modules: Modules = None, token_budget: int = 1024
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Yields (indices [b], scores [b, m]) until every row of `encoded` was scored once: zeros first for rows without a supervised token,
+    then by length, longest first. A row whose gradient is not finite scores NaN.
+
+    When a batch runs out of memory it is halved, and a single row that does not fit scores NaN, with a warning in the log. Between batches
+    the model is what it was. Raises MismatchError when the model has other parameters than the targets.
+    """
+    walk = Walk(model, modules)
+    for name, layer in walk.layers.items():
+        if targets.shape(name) != layer.shape:
+            remedy = "Prepare the targets with the same model and modules."
+            raise MismatchError(f"the targets have no gradient of {name} {layer.shape}", remedy=remedy)
+    return _stream(walk, encoded, targets, token_budget)
+
+
+def _stream(walk: Walk, encoded: Sequence[Encoded], targets: Targets, token_budget: int) -> Iterator[tuple[np.ndarray, Tensor]]:
+    lengths, supervised = _measure(encoded)
+    silent = np.flatnonzero(supervised == 0)
+    if len(silent):
+        yield silent, torch.zeros(len(silent), len(targets))
+    todo, limit = deque(plan_batches(lengths, token_budget)), None
+    while todo:
+        batch = todo.popleft()
+        size = len(batch) * int(lengths[batch].max())
+        scores = None
+        if limit is None or size <= limit or len(batch) == 1:
+            try:
+                scores = _score(walk, [row(encoded, int(i), int(lengths[i])) for i in batch], targets)
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                limit = max(1, size // 2)
+                log.warning("out of memory at %d rows of %d tokens", len(batch), size // len(batch))
+        if scores is not None or len(batch) == 1:
+            yield batch, torch.full((1, len(targets)), torch.nan) if scores is None else scores
+        else:
+            half = len(batch) // 2
+            todo.extendleft([batch[half:], batch[:half]])
+
+
+def _score(walk: Walk, rows: Sequence[Row], targets: Targets) -> Tensor:
+    scores = torch.zeros(len(rows), len(targets), device=walk.device)
+
+    def visit(layer: Layer, x: Tensor, d: Tensor, lengths: list[int]) -> None:
+        left, right = layer.sides(x.float(), d.float())
+        if layer.name in targets.full:
+            _add_full(scores, left, right, targets.full[layer.name])
+        else:
+            _add_low(scores, left, right, *targets.low[layer.name])
+
+    walk.show(rows, visit)
+    return scores.cpu()
+
+
+def _chunk(device: torch.device) -> int:
+    return _CHUNK.get(device.type, _GPU_CHUNK)
+
+
+def _add_full(scores: Tensor, left: Tensor, right: Tensor, whole: Tensor) -> None:
+    """scores [b, m] += <sum_t left_t right_t^T, whole_m>: the gradients are formed for a few rows, then multiplied with all targets at
+    once."""
+    _, r, c = whole.shape
+    step = max(1, _chunk(left.device) // (r * c))
+    for start in range(0, len(left), step):
+        rows = slice(start, start + step)
+        grad = torch.bmm(left[rows].transpose(1, 2), right[rows])
+        scores[rows].addmm_(grad.flatten(1), whole.flatten(1).t())
+
+
+def _add_low(scores: Tensor, left: Tensor, right: Tensor, p: Tensor, q: Tensor) -> None:
+    """As `_add_full` for whole_m = p_m q_m^T, [m, r, k] and [m, c, k], the cheaper way: through the tokens, or by multiplying some targets
+    out again."""
+    (b, t, r), (m, c, k) = left.shape, q.shape
+    if b * t * m * k * (r + c) > b * t * r * c + m * k * r * c + b * m * r * c:
+        step = max(1, _chunk(left.device) // (r * c))
+        grad = torch.bmm(left.transpose(1, 2), right).flatten(1)
+        for start in range(0, m, step):
+            part = slice(start, start + step)
+            scores[:, part].addmm_(grad, torch.bmm(p[part], q[part].transpose(1, 2)).flatten(1).t())
+        return
+    step = max(1, _chunk(left.device) // (b * t * k))
+    for start in range(0, m, step):
+        part = slice(start, start + step)
+        ps, qs = p[part].permute(1, 0, 2).reshape(r, -1), q[part].permute(1, 0, 2).reshape(c, -1)
+        scores[:, part] += ((left @ ps) * (right @ qs)).sum(1).view(b, -1, k).sum(2)
+
+
+def rank_agreement(
+    model: nn.Module,
+    encoded_pool: Sequence[Encoded],
+    encoded_target: Sequence[Encoded],
+    preconditioner: Inverse | None,
+    rank: int = AUTO_RANK,
+    *,
+    modules: Modules = None,
+    token_budget: int = 1024,
+    seed: int = 0,
+) -> Tensor:
+    """Spearman correlation [m], for each target, of rank-q scores with those of whole matrices, over the given pool rows: pass a sample of
+    both."""
+    columns = []
+    for q in (rank, None):
+        stream = influence_scores(
+            model, encoded_pool, encoded_target, preconditioner, modules=modules, rank=q, memory=2**62, token_budget=token_budget, seed=seed
+        )
+        parts = list(stream)
+        order = torch.from_numpy(np.concatenate([indices for indices, _ in parts]))
+        columns.append(torch.cat([scores for _, scores in parts])[order.argsort()])
+    ranks = [scores.double().argsort(0).argsort(0).double() for scores in columns]
+    a, b = (r - r.mean(0) for r in ranks)
+    return ((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0))).float()
