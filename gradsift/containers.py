@@ -68,6 +68,8 @@ def open_source(name: str, *, max_row_bytes: int, max_expansion: float) -> Text 
         raise UserError("pickles and tensor files are not read: they can run code when loaded", where=name, remedy=_SAVE_AS)
     if path.is_dir():
         return _saved_folder(path)
+    if path.exists() and not path.is_file():
+        raise UserError("is a pipe or a device, and rows are read more than once", where=name, remedy="Write it to a file first.")
     try:
         with open(path, "rb") as file:
             return _open_file(file, path, name, max_row_bytes, max_expansion)
@@ -91,7 +93,7 @@ def _open_file(file: IO[bytes], path: Path, name: str, max_row_bytes: int, max_e
         return _unpack(file, packed, name, max_row_bytes, max_expansion)
     if path.suffix.lower() in PACKED and head:
         raise DataError(f"is not a {path.suffix} file, whatever its name says", where=name, remedy=_AGAIN)
-    if path.suffix.lower() not in (*TEXTS, *PACKED, "", ".txt"):
+    if path.suffix.lower() not in (*TEXTS, *PACKED, "") and head.lstrip(b"\xef\xbb\xbf" + _BLANK)[:1] not in (b"{", b"["):
         known = ", ".join((*TEXTS, *PACKED, ".parquet", ".arrow"))
         raise UserError(f"{path.suffix} is not a kind of file gradsift reads", where=name, remedy=f"It reads {known}.")
     return Text(os.dup(file.fileno()), name, max_row_bytes)
@@ -364,8 +366,10 @@ def _saved_folder(path: Path) -> Table:
 
 def _hub(name: str) -> Table:
     """`hf:NAME[:CONFIG][@REVISION]` through the `datasets` library; NAME may be a local folder. The train split, or the only one."""
-    rest, _, revision = name[3:].partition("@")
-    rest, _, config = rest.partition(":")
+    rest, config, revision = name[3:], "", ""
+    if not os.path.isdir(rest):
+        rest, _, revision = rest.partition("@")
+        rest, _, config = rest.partition(":")
     if os.path.isfile(os.path.join(rest, "state.json")) or os.path.isfile(os.path.join(rest, "dataset_dict.json")):
         return _saved_folder(Path(rest))
     try:

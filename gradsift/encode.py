@@ -41,6 +41,7 @@ __all__ = ["EncodeSettings", "EncodedRows", "coloured", "encode", "pad_batch", "
 VERSION = 1
 IGNORE = -100
 MAX_EMPTY = 0.05  # share of rows without anything to learn above which the template or the length is wrong, not the rows
+MAX_DETAILS = 1000  # quarantined rows whose exact fault is kept
 _BATCH = 1000  # rows per call of the tokenizer
 _FILE = "encoded.safetensors"
 
@@ -59,7 +60,7 @@ class EncodedRows(Sequence[dict[str, list[int]]]):
 
     lengths int32 [n]: tokens; supervised int32 [n]: labels that enter the loss (the first token's never does); codes uint8 [n]: 0 usable,
     else a key of `reasons`, and the row is empty; truncated: rows that were cut; notes: what a user should know; details: row -> what
-    exactly happened, for quarantined rows.
+    exactly happened, for the first quarantined rows.
     """
 
     def __init__(
@@ -250,7 +251,9 @@ def encode(pool: Sequence[Example], tokenizer: Any, settings: EncodeSettings | N
         flat_labels: list[int] = []
         for i, row in enumerate(encoder.rows(part), begin):
             if isinstance(row, EncodeFault):
-                codes[i], details[i] = row.code, row.detail
+                codes[i] = row.code
+                if len(details) < MAX_DETAILS:
+                    details[i] = row.detail
                 continue
             lengths[i], supervised[i] = len(row[0]), len(row[1]) - row[1].count(IGNORE) - (row[1][0] != IGNORE)
             flat_ids += row[0]
@@ -277,7 +280,7 @@ def _judge(pool: Sequence[Example], codes: np.ndarray, details: Mapping[int, str
     row = int(np.flatnonzero(codes == code)[0])
     reason, _, remedy = REASONS[code].partition(". ")
     what = f"{int(bad.sum()):,} of {len(codes):,} rows have nothing to learn from at max_length {settings.max_length:,}; most: {reason}"
-    raise DataError(f"{what} (row {pool[row].id!r}: {details[row]})", remedy=remedy)
+    raise DataError(f"{what} (row {pool[row].id!r}: {details.get(row, 'no details kept')})", remedy=remedy)
 
 
 def token_batches(lengths: np.ndarray | Sequence[int], token_budget: int) -> list[np.ndarray]:

@@ -152,7 +152,8 @@ def read_pool(
 ) -> Pool:
     """Reads rows from files `[NAME=]FILE` or `hf:NAME[:CONFIG][@REVISION]`; docs/formats.md lists formats, containers and codes.
 
-    format: a key of FORMATS, or "auto": each file's first 1,000 rows vote. mapping: our field -> their field. group_field: the row's field
+    format: a key of FORMATS, or "auto": each file's first 1,000 rows vote. mapping: our field ("id" and
+    "group" too) -> their field. group_field: the row's field
     that is its group (rows without it: "?"); else NAME, by default the file name without its suffixes. max_bad_rows: a share (float up to
     1) or a count (int) of the rows read that may be unusable. max_row_bytes: longer rows are quarantined. max_expansion: how many times
     its size a compressed file of more than 1 GiB unpacked may grow to.
@@ -166,9 +167,10 @@ def read_pool(
     if format != "auto" and format not in FORMATS:
         raise UnknownName("format", format, [*FORMATS, "auto"])
     for ours in mapping or {}:
-        if ours not in FIELD_NAMES:
-            raise UnknownName("field of the mapping", ours, FIELD_NAMES)
+        if ours not in (*FIELD_NAMES, "id", "group"):
+            raise UnknownName("field of the mapping", ours, (*FIELD_NAMES, "id", "group"))
     fields = Fields(mapping)
+    id_field, group_field = (mapping or {}).get("id", id_field), (mapping or {}).get("group", group_field)
     reader = Reader(fields, _mapped_format(format, mapping), group_field, id_field, progress)
     files, names = [], []
     for source in sources:

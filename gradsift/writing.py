@@ -6,6 +6,7 @@ import contextlib
 import errno
 import gzip
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,8 +126,19 @@ def _replacing(path: Path, packing: str) -> Iterator[IO[bytes]]:
 
 
 def canonical(record: Any) -> bytes:
-    """One line of JSON for a record; values JSON has no word for are written as text."""
-    return json.dumps(record, ensure_ascii=False, separators=(", ", ": "), default=_plain).encode()
+    """One line of JSON for a record; values JSON has no word for are written as text, NaN and infinities as null."""
+    try:
+        return json.dumps(record, ensure_ascii=False, separators=(", ", ": "), default=_plain, allow_nan=False).encode()
+    except ValueError:
+        return canonical(_finite(record))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> str:
@@ -134,8 +146,7 @@ def _plain(value: Any) -> str:
 
 
 def _value(value: Any) -> Any:
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    return _finite(value.item() if isinstance(value, np.generic) else value)
 
 
 def _refuse_taken(name: str, taken: Any) -> None:

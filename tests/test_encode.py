@@ -73,7 +73,8 @@ def test_every_answer_is_learned_with_its_end_of_turn() -> None:
         "chatml": "<|im_start|>user\nWhat is the capital?<|im_end|>\n<|im_start|>assistant\n{Paris.<|im_end|>}\n"
         "<|im_start|>user\nAnd 6 * 7?<|im_end|>\n<|im_start|>assistant\n{42\n<|im_end|>}\n",
         "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\nWhat is the capital?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n{Paris.<|eot_id|>}<|start_header_id|>user<|end_header_id|>\n\nAnd 6 * 7?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n{Paris.<|eot_id|>}"
+        "<|start_header_id|>user<|end_header_id|>\n\nAnd 6 * 7?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n{42<|eot_id|>}",
         "gemma": "<s><start_of_turn>user\nWhat is the capital?<end_of_turn>\n<start_of_turn>model\n{Paris.<end_of_turn>}\n"
         "<start_of_turn>user\nAnd 6 * 7?<end_of_turn>\n<start_of_turn>model\n{42<end_of_turn>}\n",

@@ -1,6 +1,7 @@
 """One row at a time: bytes to records, records to messages, and a code for everything that is wrong with either."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -229,3 +230,11 @@ def test_a_mapping_renames_fields_of_rows_and_turns() -> None:
     assert said(row, "messages", fields) == [("user", "q", False), ("assistant", "a", True)]
     assert convert(row, "messages", fields).messages[1].extra == {"mood": "calm"}
     assert list(FORMATS) == ["tokenised", "messages", "sharegpt", "prompt-completion", "alpaca", "text"]
+
+
+def test_the_manual_names_every_format_and_code() -> None:
+    from gradsift.encode import REASONS
+
+    text = (Path(__file__).resolve().parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+    for name in [*FORMATS, *FAULTS, *[reason.partition(":")[0] for reason in REASONS.values()]]:
+        assert f"| {name} |" in text, name

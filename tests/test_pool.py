@@ -217,6 +217,10 @@ def test_pickles_are_refused_by_content(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\.csv is not a kind"):
         pool_of(tmp_path, b"a,b\n", "p.csv")
+    assert len(pool_of(tmp_path, GOOD, "part-0001.bak")) == 1
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="a pipe"):
+        read_pool([tmp_path / "pipe"])
     with pytest.raises(DataError, match="UTF-16"):
         pool_of(tmp_path, GOOD.decode().encode("utf-16"))
     with pytest.raises(DataError, match="one JSON object spread over lines"):
@@ -297,6 +301,9 @@ def test_an_explicit_format_and_a_mapping_win(tmp_path: Path) -> None:
     pool = pool_of(tmp_path, text, mapping={"prompt": "question", "completion": "answer"})
     assert pool[0].messages == (Message("prompt", "q"), Message("completion", "r"))
     assert pool_of(tmp_path, text, mapping={"text": "answer"}, format="text")[0].messages[0].content == "r"
+    pool = pool_of(tmp_path, text, mapping={"id": "question", "group": "answer", "text": "text"})
+    assert pool.ids == ["q"] and pool.groups == ["r"] and pool[0].messages == (Message("text", "t"),)
+    assert read_pool(**pool.arguments).digest == pool.digest
     with pytest.raises(UnknownName, match="Did you mean 'sharegpt'"):
         pool_of(tmp_path, text, format="sharegptt")
     with pytest.raises(UnknownName, match="Did you mean 'completion'"):

@@ -193,3 +193,13 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
         write_subset(pool, [0, 99], tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == b"before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "rows.jsonl"]
+
+
+def test_table_values_without_a_json_word_are_written_as_text_or_null(tmp_path: Path) -> None:
+    when = pa.array([0], pa.timestamp("s"))
+    table = pa.table({"text": ["t"], "x": [float("nan")], "b": [b"\x01"], "when": when})
+    pq.write_table(table, tmp_path / "p.parquet")
+    pool = read_pool([tmp_path / "p.parquet"])
+    assert len(write_subset(pool, [0], tmp_path / "out.jsonl")) == 1
+    assert (tmp_path / "out.jsonl").read_bytes() == b'{"text": "t", "x": null, "b": "01", "when": "1970-01-01 00:00:00"}\n'
+    assert read_pool([tmp_path / "out.jsonl"])[0].messages == pool[0].messages
