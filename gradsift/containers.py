@@ -111,7 +111,7 @@ def _unpack(file: IO[bytes], kind: str, name: str, max_row_bytes: int, max_expan
         try:
             cut = _copy_unpacked(file, spool.fileno(), kind, name, max_expansion)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise DiskFull(f"no space left in {tempfile.gettempdir()} to unpack it", where=name, remedy=_ROOM) from error
         head = os.pread(spool.fileno(), 8, 0)
@@ -323,7 +323,7 @@ def _parquet(file: IO[bytes], name: str) -> Table:
             spool.flush()
             table = pa.ipc.open_stream(pa.memory_map(spool.name)).read_all()
     except (pa.ArrowException, ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DiskFull(f"no space left in {tempfile.gettempdir()} to unpack it", where=name, remedy=_ROOM) from error
         raise DataError(f"is not a readable parquet file ({_short(error)})", where=name, remedy=_AGAIN) from error
     return Table(table, name, "parquet")

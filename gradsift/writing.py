@@ -120,7 +120,7 @@ def _replacing(path: Path, packing: str) -> Iterator[IO[bytes]]:
                 os.unlink(temp)
             raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DiskFull("no space left", where=path, remedy="Free some space, then run the same command again.") from error
         raise ResourceError(f"cannot be written: {error.strerror}", where=path, remedy="Check the folder and its permissions.") from error
 

@@ -1,7 +1,10 @@
 """Subsets out: the rows byte for byte as they were, in whatever container they came in."""
 
+import contextlib
 import gzip
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gradsift.errors import ResourceError, UserError
+from gradsift.errors import DiskFull, ResourceError, UserError
 from gradsift.pool import Pool, read_pool, subset_suffix, write_subset
 from gradsift.types import Subset
 from tests.test_pool import GOOD, ROWS, lines, put
@@ -203,3 +206,29 @@ def test_table_values_without_a_json_word_are_written_as_text_or_null(tmp_path: 
     assert len(write_subset(pool, [0], tmp_path / "out.jsonl")) == 1
     assert (tmp_path / "out.jsonl").read_bytes() == b'{"text": "t", "x": null, "b": "01", "when": "1970-01-01 00:00:00"}\n'
     assert read_pool([tmp_path / "out.jsonl"])[0].messages == pool[0].messages
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """A full disk, as far as one process can tell."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    rows = lines([{"text": f"{i} " * 500} for i in range(300)])
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(rows))
+    pool = read_pool([tmp_path / "p.jsonl.gz"])
+    with files_no_larger_than(100_000):
+        with pytest.raises(DiskFull, match="to unpack it"):
+            read_pool([tmp_path / "p.jsonl.gz"])
+        with pytest.raises(DiskFull, match="no space left"):
+            write_subset(pool, range(300), tmp_path / "out.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl.gz"]
+    with files_no_larger_than(100), pytest.raises(DiskFull):
+        write_subset(pool, range(300), tmp_path / "out.jsonl.zst")
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl.gz"]
