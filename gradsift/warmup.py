@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 RECORD = "warmup.json"
-_MICRO_ROWS, _MICRO_TOKENS = 8, 8192
+_MICRO_ROWS, _MICRO_TOKENS = 4, 8192
 
 
 class TrajectoryCallback(TrainerCallback):
@@ -129,8 +129,8 @@ def plan_warmup(encoded: Sequence[Any], settings: WarmupSettings) -> Plan:
 
     Rows: `share` of the usable ones, at least `min_rows`. Batch: `batch_size`, or 16 below 10,000 pool rows and 128 from there. Steps:
     max(min_steps, ceil(epochs x rows / batch)); epochs follow each other without a gap, each a fresh permutation. The rows of a step are
-    sorted by length and cut into micro-batches of at most 8 rows and (unless one row is longer) 8,192 padded tokens: gradient accumulation
-    keeps memory small and leaves the loss what it is. Raises DataError when no row is usable.
+    sorted by length and cut where padding is least into micro-batches, four rows each on average and at most 8,192 padded tokens (or one
+    row): gradient accumulation keeps memory small and leaves the loss what it is. Raises DataError when no row is usable.
     """
     usable = _usable(encoded)
     if not len(usable):
@@ -145,14 +145,43 @@ def plan_warmup(encoded: Sequence[Any], settings: WarmupSettings) -> Plan:
     steps = max(settings.min_steps, math.ceil(settings.epochs * count / batch))
     epochs = math.ceil(steps * batch / count)
     order = np.concatenate([rng.permutation(count) for _ in range(epochs)])
+    batches = [order[step * batch : (step + 1) * batch] for step in range(steps)]
+    batches = [mates[np.argsort(lengths[mates], kind="stable")] for mates in batches]
     # Every step has the same number of micro-batches, because Trainer counts its steps in them.
-    pieces = max(math.ceil(batch / _MICRO_ROWS), min(batch, math.ceil(batch * int(lengths.max()) / _MICRO_TOKENS)))
-    plan = []
-    for step in range(steps):
-        mates = order[step * batch : (step + 1) * batch]
-        mates = mates[np.argsort(lengths[mates], kind="stable")]
-        plan.append([piece.tolist() for piece in np.array_split(mates, pieces)])
-    return Plan(rows, batch, plan)
+    pieces = max(math.ceil(batch / _MICRO_ROWS), *(_fewest(lengths[mates]) for mates in batches))
+    cuts = [_cheapest_cuts(lengths[mates], pieces) for mates in batches]
+    return Plan(rows, batch, [[piece.tolist() for piece in np.split(m, c)] for m, c in zip(batches, cuts, strict=True)])
+
+
+def _fewest(lengths: np.ndarray) -> int:
+    """The fewest contiguous pieces of ascending `lengths` that each hold one row or at most 8,192 padded tokens."""
+    count, size = 1, 0
+    for length in lengths:
+        size += 1
+        if size > 1 and size * length > _MICRO_TOKENS:
+            count, size = count + 1, 1
+    return count
+
+
+def _cheapest_cuts(lengths: np.ndarray, pieces: int) -> list[int]:
+    """Where to cut ascending `lengths` [b] into `pieces` non-empty parts with the fewest padded tokens, none over 8,192 but a single row.
+
+    Dynamic programme over (parts so far, rows so far); `pieces` must allow a cut.
+    """
+    b = len(lengths)
+    sizes = np.arange(1, b + 1)[None, :] - np.arange(b)[:, None]  # rows in [i, j)
+    cost = np.where(sizes > 0, sizes * lengths[None, :], np.inf)
+    cost[(sizes > 1) & (cost > _MICRO_TOKENS)] = np.inf
+    best, choices = cost[0], []
+    for _ in range(pieces - 1):
+        total = best[:-1, None] + cost[1:]
+        choices.append(total.argmin(axis=0) + 1)
+        best = total.min(axis=0)
+    cuts, end = [], b
+    for choice in reversed(choices):
+        end = int(choice[end - 1])
+        cuts.append(end)
+    return cuts[::-1]
 
 
 def _usable(encoded: Sequence[Any]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from gradsift.config import LoraSettings, WarmupSettings
 from gradsift.errors import ConfigError, DataError, MismatchError, UnknownName
 from gradsift.model import adapter_state, attach_lora, load_adapter, tracked_modules
 from gradsift.types import Checkpoint
-from gradsift.warmup import adam_transform, load_checkpoints, plan_warmup, read_adam_state, read_moments, warm_up
+from gradsift.warmup import _cheapest_cuts, _fewest, adam_transform, load_checkpoints, plan_warmup, read_adam_state, read_moments, warm_up
 
 from .lora_parts import gpt2, llama, token_rows
 
@@ -62,8 +63,7 @@ def test_every_epoch_is_a_permutation_and_micro_batches_are_small() -> None:
     for epoch in range(0, len(seen) // 30, 2):  # 30 rows, batches of 20: three steps are two epochs
         pair = seen[epoch * 30 : (epoch + 2) * 30]
         assert sorted(pair) == sorted([*range(30), *range(30)])
-    assert {len(step) for step in plan.steps} == {3}
-    assert all(len(piece) <= 8 for step in plan.steps for piece in step)
+    assert {len(step) for step in plan.steps} == {5}
     assert len(set(plan.rows.tolist())) == 30
 
 
@@ -71,6 +71,26 @@ def test_long_rows_make_smaller_micro_batches() -> None:
     rows = [{"input_ids": [1] * 4000, "labels": [1] * 4000}] * 8
     plan = plan_warmup(rows, WarmupSettings(batch_size=8))
     assert {len(piece) for step in plan.steps for piece in step} == {2}
+    longer = [{"input_ids": [1] * 9000, "labels": [1] * 9000}] * 8
+    assert {len(piece) for step in plan_warmup(longer, WarmupSettings(batch_size=8)).steps for piece in step} == {1}
+
+
+def test_micro_batches_are_cut_where_padding_is_least() -> None:
+    """Against every way to cut."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        n, limit = int(rng.integers(1, 10)), 8192
+        lengths = np.sort(rng.integers(5, int(rng.choice([40, 6000])), size=n))
+        k = max(_fewest(lengths), int(rng.integers(1, n + 1)))
+
+        def padded(cuts: tuple[int, ...] | list[int], lengths: np.ndarray = lengths, limit: int = limit) -> float:
+            parts = np.split(lengths, cuts)
+            costs = [len(p) * int(p[-1]) for p in parts]
+            return math.inf if any(c > limit and len(p) > 1 for c, p in zip(costs, parts, strict=True)) else sum(costs)
+
+        cuts = _cheapest_cuts(lengths, k)
+        assert len(cuts) == k - 1
+        assert padded(cuts) == min(padded(c) for c in itertools.combinations(range(1, n), k - 1)) < math.inf
 
 
 def test_rows_without_supervised_tokens_are_left_out() -> None:
