@@ -24,30 +24,109 @@ STAGES = "Settings of the run (one for all methods; also keys of --config)"
 MACHINE = "Machine"
 
 Method = Annotated[str, typer.Argument(help="A name from `gradsift methods`.", show_default=False)]
-PoolFiles = Annotated[list[str], typer.Option("--pool", metavar="[NAME=]FILE", help="Candidates: jsonl, json, parquet, .gz, .zst, a datasets folder, hf:NAME. Repeatable.", show_default=False)]
-TargetFiles = Annotated[list[str] | None, typer.Option("--target", metavar="[NAME=]FILE", help="Examples of what the model should get better at. Repeatable.", show_default=False)]
-ModelName = Annotated[str | None, typer.Option("--model", metavar="NAME|PATH|tiny", help="The model to be trained later, or a small relative of it.", show_default=False)]
-BudgetText = Annotated[str, typer.Option("--budget", metavar="5%|0.05|1000", help="How many rows to choose: a share of the rows read, or a count.", show_default=False)]
-RunFolder = Annotated[Path, typer.Option("--run", metavar="DIR", help="Where all work is kept; the same folder again reuses it.", show_default=False)]
+PoolFiles = Annotated[
+    list[str],
+    typer.Option(
+        "--pool",
+        metavar="[NAME=]FILE",
+        help="Candidates: jsonl, json, parquet, .gz, .zst, a datasets folder, hf:NAME. Repeatable.",
+        show_default=False,
+    ),
+]
+TargetFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target", metavar="[NAME=]FILE", help="Examples of what the model should get better at. Repeatable.", show_default=False
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", metavar="NAME|PATH|tiny", help="The model to be trained later, or a small relative of it.", show_default=False),
+]
+BudgetText = Annotated[
+    str,
+    typer.Option(
+        "--budget", metavar="5%|0.05|1000", help="How many rows to choose: a share of the rows read, or a count.", show_default=False
+    ),
+]
+RunFolder = Annotated[
+    Path, typer.Option("--run", metavar="DIR", help="Where all work is kept; the same folder again reuses it.", show_default=False)
+]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also copy the chosen rows here.", show_default=False)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the selection.")]
-MethodOptions = Annotated[list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="A parameter of the method. Repeatable.", show_default=False)]
+MethodOptions = Annotated[
+    list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="A parameter of the method. Repeatable.", show_default=False)
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings of the stages.", show_default=False)]
-PoolGroup = Annotated[str | None, typer.Option("--pool-group", metavar="FIELD", help="Group pool rows by this field instead of by file.", show_default=False)]
-TargetGroup = Annotated[str | None, typer.Option("--target-group", metavar="FIELD", help="Group target rows by this field instead of by file.", show_default=False)]
-Format = Annotated[str | None, typer.Option("--format", help="Row format, instead of detecting it.", rich_help_panel=STAGES, show_default=False)]
-MaxLength = Annotated[int | None, typer.Option("--max-length", help="Tokens kept of a row. [default: 1024]", rich_help_panel=STAGES, show_default=False)]
-MaxBad = Annotated[str | None, typer.Option("--max-bad-rows", metavar="N|SHARE", help="Stop above so many unreadable rows. [default: 0.05]", rich_help_panel=STAGES, show_default=False)]
-Dedup = Annotated[str | None, typer.Option("--dedup", metavar="none|exact", help="Drop exact duplicates. [default: none]", rich_help_panel=STAGES, show_default=False)]
-WarmupFrom = Annotated[Path | None, typer.Option("--warmup-from", metavar="DIR", help="Take the checkpoints of your own LoRA run instead of warming up.", rich_help_panel=STAGES, show_default=False)]
-Dim = Annotated[int | None, typer.Option("--dim", help="Numbers stored per gradient row. [default: 8192]", rich_help_panel=STAGES, show_default=False)]
-ShardRows = Annotated[int | None, typer.Option("--shard-rows", help="Rows per shard: what a crash can lose. [default: 2048]", rich_help_panel=STAGES, show_default=False)]
+PoolGroup = Annotated[
+    str | None, typer.Option("--pool-group", metavar="FIELD", help="Group pool rows by this field instead of by file.", show_default=False)
+]
+TargetGroup = Annotated[
+    str | None,
+    typer.Option("--target-group", metavar="FIELD", help="Group target rows by this field instead of by file.", show_default=False),
+]
+Format = Annotated[
+    str | None, typer.Option("--format", help="Row format, instead of detecting it.", rich_help_panel=STAGES, show_default=False)
+]
+MaxLength = Annotated[
+    int | None, typer.Option("--max-length", help="Tokens kept of a row. (default 1024)", rich_help_panel=STAGES, show_default=False)
+]
+MaxBad = Annotated[
+    str | None,
+    typer.Option(
+        "--max-bad-rows",
+        metavar="N|SHARE",
+        help="Stop above so many unreadable rows. (default 0.05)",
+        rich_help_panel=STAGES,
+        show_default=False,
+    ),
+]
+Dedup = Annotated[
+    str | None,
+    typer.Option("--dedup", metavar="none|exact", help="Drop exact duplicates. (default none)", rich_help_panel=STAGES, show_default=False),
+]
+WarmupFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--warmup-from",
+        metavar="DIR",
+        help="Take the checkpoints of your own LoRA run instead of warming up.",
+        rich_help_panel=STAGES,
+        show_default=False,
+    ),
+]
+Dim = Annotated[
+    int | None, typer.Option("--dim", help="Numbers stored per gradient row. (default 8192)", rich_help_panel=STAGES, show_default=False)
+]
+ShardRows = Annotated[
+    int | None,
+    typer.Option("--shard-rows", help="Rows per shard: what a crash can lose. (default 2048)", rich_help_panel=STAGES, show_default=False),
+]
 Revision = Annotated[str | None, typer.Option("--revision", help="Revision of a hub model.", rich_help_panel=MACHINE, show_default=False)]
-RemoteCode = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run the model's own code; needs --revision.", rich_help_panel=MACHINE, show_default=False)]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ... [default: cpu]", rich_help_panel=MACHINE, show_default=False)]
-Dtype = Annotated[str | None, typer.Option("--dtype", metavar="float32|bfloat16", help="Number format of the base model. [default: float32]", rich_help_panel=MACHINE, show_default=False)]
-Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads. [default: physical cores]", rich_help_panel=MACHINE, show_default=False)]
-Force = Annotated[bool | None, typer.Option("--force", help="Go on where a check says that the result will be poor.", rich_help_panel=MACHINE, show_default=False)]
+RemoteCode = Annotated[
+    bool | None,
+    typer.Option("--trust-remote-code", help="Run the model's own code; needs --revision.", rich_help_panel=MACHINE, show_default=False),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ... (default cpu)", rich_help_panel=MACHINE, show_default=False)
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="float32|bfloat16",
+        help="Number format of the base model. (default float32)",
+        rich_help_panel=MACHINE,
+        show_default=False,
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", help="CPU threads. (default physical cores)", rich_help_panel=MACHINE, show_default=False)
+]
+Force = Annotated[
+    bool | None,
+    typer.Option("--force", help="Go on where a check says that the result will be poor.", rich_help_panel=MACHINE, show_default=False),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
@@ -87,7 +166,9 @@ def _number(text: str | None) -> float | int | None:
         raise ConfigError(f"--max-bad-rows {text}: not a number", remedy="Give a share like 0.05 or a count like 200.") from None
 
 
-@app.command(epilog="Example: gradsift select less --pool pool.jsonl --target dev.jsonl --model ./my-model --budget 1000 --run runs/a -o aggregate=round-robin")
+@app.command(
+    epilog="Example: gradsift select less --pool pool.jsonl --target dev.jsonl --model ./my-model --budget 1000 --run runs/a -o aggregate=round-robin"
+)
 def select(
     method: Method,
     pool: PoolFiles,
@@ -114,7 +195,9 @@ def select(
     dtype: Dtype = None,
     threads: Threads = None,
     force: Force = None,
-    allow_short: Annotated[bool, typer.Option("--allow-short", help="Accept fewer rows than the budget when the pool has no more.")] = False,
+    allow_short: Annotated[
+        bool, typer.Option("--allow-short", help="Accept fewer rows than the budget when the pool has no more.")
+    ] = False,
     add_scores: Annotated[bool, typer.Option("--add-scores", help="Write rank, gain and weight into the chosen rows.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -139,7 +222,6 @@ def select(
         allow_short=allow_short,
         add_scores=add_scores,
         progress=_progress(quiet),
-        command="gradsift " + shlex.join(sys.argv[1:]),
     )
     _print_selection(result, as_json)
 
@@ -228,9 +310,17 @@ def plan(
 @app.command(epilog="Example: gradsift methods --json")
 def methods(as_json: AsJson = False) -> None:
     """List the methods: what they need and which options they take."""
-    from gradsift import catalogue
+    from gradsift import methods as registry
 
-    typer.echo(json.dumps(catalogue.methods(), indent=2) if as_json else catalogue.table())
+    found = registry.describe()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for method in found:
+        typer.echo(f"{method['name']}  (target {method['target']}; reads {', '.join(method['needs']) or 'nothing'})")
+        typer.echo(f"    {method['summary']}")
+        if method["options"]:
+            typer.echo("    " + "  ".join(f"-o {key}={value}" for key, value in method["options"].items()))
 
 
 @app.command(epilog="Example: gradsift inspect --pool pool.jsonl --model ./my-model --rows 5")
@@ -248,11 +338,16 @@ def inspect(
     trust_remote_code: RemoteCode = None,
 ) -> None:
     """Print rows as the model sees them, the supervised tokens coloured, and the funnel of counts."""
+    from rich.console import Console
+
     from gradsift import selection
 
     values = locals()
     flags = {name: values.get(name) for name in ("dedup", "dim", "shard_rows", "device", "dtype", "threads", "force")}
-    selection.inspect(pool, model=model, rows=rows, start=start, settings=_gather({**flags, **values}), pool_group=pool_group)
+    lines = selection.inspect(pool, model=model, rows=rows, start=start, settings=_gather({**flags, **values}), pool_group=pool_group)
+    console = Console(highlight=False, markup=False)
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 @app.command(epilog="Example: gradsift demo")
@@ -270,29 +365,49 @@ def demo(
 
 
 @app.command(epilog="Example: gradsift verify runs/a")
-def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False) -> None:
-    """Re-hash everything a run holds; exit 5 naming what is not as written. The next run recomputes only that."""
-    from gradsift import runs
+def verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    repair: Annotated[bool, typer.Option("--repair", help="Remove exactly what is damaged; the next run makes it anew.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Re-hash everything a run holds; exit 5 naming what is not as it was written."""
+    from gradsift import holdings
 
-    found = runs.verify(run)
-    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(found["lines"]))
-    raise typer.Exit(5 if found["problems"] else 0)
+    problems = holdings.verify(run, repair=repair)
+    if as_json:
+        typer.echo(json.dumps({"problems": problems}, indent=2))
+    else:
+        removed = " (removed; run the same command again to make it anew)" if repair else ""
+        typer.echo("\n".join(f"{problem}{removed}" for problem in problems) or "everything is as it was written")
+    raise typer.Exit(5 if problems else 0)
 
 
 @app.command(epilog="Example: gradsift show runs/a")
 def show(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False) -> None:
     """What a run holds: stages, sizes, times, selections."""
-    from gradsift import runs
+    from gradsift import holdings
 
-    typer.echo(json.dumps(runs.show(run), indent=2) if as_json else runs.show_table(run))
+    held = holdings.show(run)
+    if as_json:
+        typer.echo(json.dumps(held, indent=2))
+        return
+    rows = []
+    for line in held["stages"]:
+        state = "complete" if line["complete"] else "unfinished"
+        about = ", ".join(f"{key} {value}" for key, value in {**line.get("about", {}), **line.get("counts", {})}.items() if value != {})
+        seconds = line.get("seconds")
+        rows.append([line["folder"], state, f"{line['bytes']:,}", "" if seconds is None else f"{seconds:.1f}", about])
+    _table(["artifact", "state", "bytes", "seconds", "about"], rows)
+    for command in held["commands"]:
+        typer.echo(f"command  {command}")
 
 
 @app.command(epilog="Example: gradsift report runs/a")
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Write the report pages of a run's selections anew and print their paths."""
-    from gradsift import runs
+    from gradsift import holdings
 
-    for path in runs.report(run):
+    for path in holdings.report(run):
         typer.echo(path)
 
 
@@ -303,10 +418,22 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Compare two selections: rows in common, and where their settings differ."""
-    from gradsift import runs
+    from gradsift import holdings
 
-    found = runs.diff(a, b)
-    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(f"{key}: {value}" for key, value in found.items()))
+    found = holdings.diff(a, b)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    typer.echo(f"rows      {found['a']:,} and {found['b']:,}, {found['common']:,} in common (Jaccard {found['jaccard']:.2f})")
+    for field, (old, new) in found["settings"].items():
+        typer.echo(f"{field}: {old} -> {new}")
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> None:
+    """A plain table on stdout, columns as wide as they need: it is data, so no terminal width cuts it."""
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    for row in [columns, *rows]:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _version(wanted: bool) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from gradsift.errors import ConfigError, UnknownName
 
@@ -65,7 +65,7 @@ class LoraSettings(Settings):
     r: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: Literal["attention", "all-linear"] | tuple[str, ...] = Field(default="attention", strict=False)
+    targets: Literal["attention", "all-linear"] | Annotated[tuple[str, ...], Strict(False)] = "attention"
     seed: int = 0
 
 

@@ -28,7 +28,6 @@ class Chosen:
     asked: int
     seed: int
     kept: np.ndarray
-    command: str
 
     @property
     def n(self) -> int:
@@ -77,20 +76,13 @@ class Chosen:
         return ", ".join(parts)
 
     def columns(self) -> dict[str, Sequence[Any]]:
-        """Columns of scores.parquet over all pool rows; what is unknown is left out."""
-        n, subset = self.n, self.subset
-        rank, gain, weight = np.full(n, -1), np.full(n, np.nan), np.full(n, np.nan)
-        rank[subset.indices] = np.arange(len(subset.indices))
-        if subset.gains is not None:
-            gain[subset.indices] = subset.gains
-        if subset.weights is not None:
-            weight[subset.indices] = subset.weights
-        tokens = self.pipeline.encoded("pool").supervised
-        found: dict[str, Any] = {"rank": rank, "gain": gain, "weight": weight, "tokens": tokens}
+        """Columns of scores.parquet over all pool rows, besides rank, gain and weight; what is unknown is left out."""
+        subset = self.subset
+        found: dict[str, Any] = {"tokens": self.pipeline.encoded("pool").supervised}
         found["influence"] = subset.notes.get("influence")
         found["cluster"] = subset.notes.get("cluster")
         found["norm"], found["loss"] = self.norms, self.losses
-        found["why"] = [self.why(i) if self.picked[i] else None for i in range(n)]
+        found["why"] = [self.why(i) if self.picked[i] else None for i in range(self.n)]
         return {name: column for name, column in found.items() if column is not None}
 
     def warnings(self) -> list[str]:
@@ -138,24 +130,24 @@ def report_data(chosen: Chosen, timings: Sequence[Timing]) -> report.ReportData:
     return report.ReportData(
         title=f"{chosen.method}: {len(subset):,} of {pool.funnel['read']:,} rows",
         method=report.Method(name=chosen.method, summary=_first_sentence(chosen.selector), options=methods.options_of(chosen.selector)),
-        verdict=_verdict(chosen, tokens),
-        funnel=_funnel(chosen),
-        groups=_groups(chosen, tokens),
+        verdict=tuple(_verdict(chosen, tokens)),
+        funnel=tuple(_funnel(chosen)),
+        groups=tuple(_groups(chosen, tokens)),
         scores=scores,
-        clusters=_clusters(chosen),
+        clusters=tuple(_clusters(chosen)),
         lengths=report.histogram(tokens, chosen.picked, label="supervised tokens", upper=0.99),
-        best=best,
-        borderline=borderline,
-        worst=worst,
+        best=tuple(best),
+        borderline=tuple(borderline),
+        worst=tuple(worst),
         coverage=_coverage(chosen),
-        timings=[
+        timings=tuple(
             report.Timing(
                 stage=t.stage, seconds=t.seconds, peak_bytes=t.peak_bytes, digest=t.digest[:12], state="reused" if t.reused else "computed"
             )
             for t in timings
-        ],
+        ),
         reproduce=report.Reproduce(
-            command=chosen.command,
+            command=chosen.pipeline.run.commands[-1],
             seeds={"selection": chosen.seed, **_seeds(chosen)},
             versions=machine.versions(),
             digests={"pool": pool.digest, **{t.stage: t.digest for t in timings}},
@@ -218,8 +210,14 @@ def _coverage(chosen: Chosen) -> report.Table | None:
     found = _stored(chosen, "coverage")
     if not found:
         return None
-    rows = [(str(key), value if isinstance(value, (int, float)) else str(value)) for key, value in found.items()]
-    return report.Table(columns=["what", "value"], rows=rows, caption="What the gradients cover")
+    rows = [
+        (row["kind"], row["modules"], ", ".join("x".join(map(str, shape)) for shape in row["shapes"]), row["parameters"], f"{row['share']:.1%}")
+        for row in found["rows"]
+    ]
+    caption = f"{found['modules']} modules carry the gradients: {found['share']:.1%} of {found['trainable_parameters']:,} trainable parameters."
+    if found["moe"]:
+        caption += f" A mixture of experts: {len(found['experts'])} expert modules, {len(found['uncovered'])} parameters not covered."
+    return report.Table(columns=("layer", "modules", "shape", "parameters", "share"), rows=tuple(rows), caption=caption)
 
 
 def _funnel(chosen: Chosen) -> list[report.Step]:

@@ -35,7 +35,9 @@ BACKENDS: dict[str, Backend] = {
     "dot": Backend("raw", "raw", source="first-order influence (TracIn, arXiv 2002.08484)"),
     "cosine": Backend("unit", "unit", source="the same at unit norm, free of length bias"),
     "less": Backend("unit", "unit", transform="adam", source="LESS, arXiv 2402.04333; released code: one column per target row"),
-    "less-mean": Backend("unit", "unit", transform="adam", merge=True, source="LESS as in the paper: one column per target group, its mean gradient"),
+    "less-mean": Backend(
+        "unit", "unit", transform="adam", merge=True, source="LESS as in the paper: one column per target group, its mean gradient"
+    ),
 }
 
 
@@ -46,9 +48,7 @@ def backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def score(
-    pool: Sequence[Rows], target: Sequence[Rows], weights: Sequence[float], name: str, *, groups: Sequence[str] = ()
-) -> Tensor:
+def score(pool: Sequence[Rows], target: Sequence[Rows], weights: Sequence[float], name: str, *, groups: Sequence[str] = ()) -> Tensor:
     """Scores [n, m], or [n, groups] (order of first appearance) for a backend that merges.
 
     `pool` and `target` hold one Rows per checkpoint, all of the same projection; `weights` are normalised to sum 1. Raw rows are read as

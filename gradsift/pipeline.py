@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from gradsift import machine
-from gradsift.artifact import Artifact, file_hash, folder_hash, read_tensors, recipe_digest, write_tensors
+from gradsift.artifact import Artifact, folder_hash, recipe
 from gradsift.config import Config
+from gradsift.durable import read_tensors, recipe_digest, write_tensors
 from gradsift.encode import EncodedRows, encode, tokenizer_identity
 from gradsift.errors import DataError, MismatchError, UserError
 from gradsift.execute import Executor, Serial
 from gradsift.gradients import extract, output_dim
-from gradsift.influence import backend, score
+from gradsift.influence import score
 from gradsift.model import coverage, load_adapter, load_model, load_tokenizer, model_identity
 from gradsift.pool import Pool
 from gradsift.progress import Progress, silent
@@ -49,7 +50,7 @@ class Recipe:
     @property
     def parts(self) -> dict[str, Any]:
         version = VERSIONS[self.stage]
-        return {"stage": self.stage, "version": version, "config": self.config, "inputs": self.inputs, "identity": self.identity}
+        return recipe(self.stage, version=version, config=self.config, inputs=self.inputs, identity=self.identity)
 
     @property
     def digest(self) -> str:
@@ -111,7 +112,7 @@ class Pipeline:
 
     def warmup_recipe(self) -> Recipe:
         if self.warmup_from is not None:
-            return Recipe("warmup", {"from": folder_hash(self.warmup_from)}, identity={"model": self.model_identity})
+            return Recipe("warmup", {"from": recipe_digest(folder_hash(self.warmup_from))}, identity={"model": self.model_identity})
         return Recipe("warmup", self.config.warmup.canonical(), {"pool": self.encode_recipe("pool").digest}, self._compute_identity())
 
     def gradients_recipe(self, side: str, checkpoint: int, transform: str) -> Recipe:
@@ -193,8 +194,14 @@ class Pipeline:
             self.timings.append(Timing(recipe.stage, artifact.digest, reused, seconds, machine.peak_bytes()))
         return artifact
 
+    def stored(self, recipe: Recipe) -> Artifact | None:
+        """The complete artifact of a recipe, if it is there. Writes nothing."""
+        parts = recipe.parts
+        artifact = self.run.artifact(parts.pop("stage"), **parts, create=False)
+        return artifact if artifact.complete else None
+
     def stats(self, started: float) -> dict[str, Any]:
-        return {"seconds": round(time.perf_counter() - started, 3), "peak_bytes": machine.peak_bytes(), "versions": machine.versions()}
+        return {"seconds": round(time.perf_counter() - started, 3)}
 
     def encoded(self, side: str) -> EncodedRows:
         if side not in self._encoded:
@@ -205,9 +212,9 @@ class Pipeline:
     def _encode(self, side: str, artifact: Artifact) -> None:
         started = time.perf_counter()
         rows = encode(self.sides[side], self.tokenizer, self.config.encode, progress=self.progress)
-        files = rows.save(artifact.path)
+        rows.save(artifact.path)
         counts = {"rows": len(rows), "usable": int((rows.codes == 0).sum()), "tokens": int(rows.lengths.sum())}
-        artifact.finish(files=files, counts=counts, stats=self.stats(started))
+        artifact.finish(counts=counts, stats=self.stats(started))
 
     def checkpoints(self) -> list[Checkpoint]:
         if self.warmup_from is not None:
@@ -216,7 +223,7 @@ class Pipeline:
 
     def _warm_up(self, artifact: Artifact) -> None:
         started = time.perf_counter()
-        model = self._load_base()
+        model = self.load_base()
         checkpoints = warm_up(
             model,
             self.encoded("pool"),
@@ -226,16 +233,14 @@ class Pipeline:
             progress=self.progress,
             force=self.config.machine.force,
         )
-        names = sorted(p.relative_to(artifact.path).as_posix() for p in artifact.path.rglob("*") if p.is_file())
-        files = {name: file_hash(artifact.path / name) for name in names}
-        artifact.finish(files=files, counts={"checkpoints": len(checkpoints), "steps": checkpoints[-1].step}, stats=self.stats(started))
+        artifact.finish(counts={"checkpoints": len(checkpoints), "steps": checkpoints[-1].step}, stats=self.stats(started))
 
     @property
     def pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token for token in known if isinstance(token, int))
 
-    def _load_base(self) -> Any:
+    def load_base(self) -> Any:
         model = self.config.model
         return load_model(
             model.name,
@@ -250,7 +255,7 @@ class Pipeline:
         """The warmed-up model at a checkpoint, in eval mode; only one is held."""
         if self._model is None or self._model[0] != checkpoint.path:
             self._model = None
-            self._model = (checkpoint.path, load_adapter(self._load_base(), checkpoint.path))
+            self._model = (checkpoint.path, load_adapter(self.load_base(), checkpoint.path))
         return self._model[1]
 
     @property
@@ -277,7 +282,13 @@ class Pipeline:
             recipe_digest=artifact.digest,
             ids=pool.ids,
             dim=dim,
-            spec={"projection": settings.projection, "dim": dim, "seed": settings.seed, "transform": transform, "modules": settings.modules},
+            spec={
+                "projection": settings.projection,
+                "dim": dim,
+                "seed": settings.seed,
+                "transform": transform,
+                "modules": settings.modules,
+            },
             shard_rows=settings.shard_rows,
             dtype=settings.store_dtype,
         )
@@ -293,10 +304,8 @@ class Pipeline:
         for _ in self.executor.map(make_worker, shards):
             pass
         self.progress.done()
-        store = RowStore.open(artifact.path)
-        counts = {"rows": store.shape[0], "usable": int(store.usable.sum())}
         extra = {"mean_pairwise_cosine": mean_pairwise_cosine(store), "coverage": coverage(self.model_at(at), modules).summary()}
-        artifact.finish(files=store.files(), counts=counts, extra=extra, stats=self.stats(started))
+        store.seal(artifact, extra=extra, stats=self.stats(started))
 
     def _fill_shard(self, store: RowStore, shard: int, model: Any, adam: Adam | None, modules: Any, encoded: EncodedRows) -> int:
         where = store.shards[shard]
@@ -333,10 +342,7 @@ class Pipeline:
                 rows[~everywhere] = 0
                 first = stores[-1]
                 mean.write(shard, rows, norms=first.norms[where], losses=first.losses[where], tokens=first.tokens[where])
-            mean = RowStore.open(artifact.path)
-            extra = {"mean_pairwise_cosine": mean_pairwise_cosine(mean), "weights": weights}
-            counts = {"rows": mean.shape[0], "usable": int(mean.usable.sum())}
-            artifact.finish(files=mean.files(), counts=counts, extra=extra, stats=self.stats(started))
+            mean.seal(artifact, extra={"mean_pairwise_cosine": mean_pairwise_cosine(mean), "weights": weights}, stats=self.stats(started))
 
         return RowStore.open(self.make(self.mean_recipe(side, transform), fill).path)
 
@@ -378,7 +384,7 @@ class Pipeline:
             usable = np.flatnonzero(encoded.codes == 0)
             self.progress.start(int(encoded.lengths[usable].sum()), "tokens", "loss of the base model")
             rows = [encoded[int(i)] for i in usable]
-            found = row_losses(self._load_base(), rows, pad_id=self.pad_id, advance=self.progress.advance)
+            found = row_losses(self.load_base(), rows, pad_id=self.pad_id, advance=self.progress.advance)
             self.progress.done()
             losses = torch.full((len(encoded),), float("nan"))
             losses[torch.as_tensor(usable)] = found.mean.float()
@@ -459,5 +465,3 @@ def _restrict(value: Any, kept: Tensor) -> Any:
     if isinstance(value, list):
         return [RowView(rows, kept) for rows in value]
     return value[kept] if isinstance(value, Tensor) else RowView(value, kept)
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,18 +12,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import RenderableType
 
 from gradsift import budget as budgets
 from gradsift import methods, outputs, playground
-from gradsift.artifact import Artifact, file_hash, read_tensors, write_atomic, write_tensors
+from gradsift.artifact import Artifact, file_hash
 from gradsift.config import Config, build
+from gradsift.durable import read_tensors, write_atomic, write_tensors
+from gradsift.encode import coloured, encode
 from gradsift.errors import BudgetError, ConfigError, MismatchError, UserError
+from gradsift.execute import interruptible
 from gradsift.findings import Chosen, report_data
+from gradsift.model import load_tokenizer
 from gradsift.pipeline import Pipeline, Recipe, Timing
 from gradsift.pool import Pool, read_pool
 from gradsift.progress import Progress, silent
 from gradsift.report import write_report
-from gradsift.run import Run
+from gradsift.run import Run, readable_command
 from gradsift.types import Selector, Subset
 
 SETTINGS = "settings.json"
@@ -96,7 +102,6 @@ def select(
     allow_short: bool = False,
     add_scores: bool = False,
     progress: Progress | None = None,
-    command: str = "",
 ) -> Selection:
     """Choose rows of `pool` with a method of METHODS, reusing whatever the folder `run` already holds.
 
@@ -109,22 +114,22 @@ def select(
     """
     selector = methods.make(method, options)
     wanted = budgets.parse(budget)
-    targets = _as_list(target)
-    _check_target(method, selector, targets)
+    targets = as_list(target)
+    check_target(method, selector, targets)
     playground.register()
     folder = Run(Path(run))
-    with folder.lock(command=command):
+    with folder.lock(sys.argv), interruptible(readable_command(sys.argv)):
         config = settle_config(folder, model, settings or {}, pool_group)
-        pipeline = open_pipeline(folder, config, _as_list(pool), targets, target_group, warmup_from, progress or silent())
+        pipeline = open_pipeline(folder, config, as_list(pool), targets, target_group, warmup_from, progress or silent())
         rows = _budget_rows(wanted, pipeline.sides["pool"], allow_short)
-        return _choose(pipeline, method, selector, rows, seed, allow_short, add_scores, command, None if out is None else Path(out))
+        return _choose(pipeline, method, selector, rows, seed, allow_short, add_scores, None if out is None else Path(out))
 
 
-def _as_list(files: Sequence[str | Path] | str | Path) -> list[str | Path]:
+def as_list(files: Sequence[str | Path] | str | Path) -> list[str | Path]:
     return [files] if isinstance(files, (str, Path)) else list(files)
 
 
-def _check_target(method: str, selector: Selector, targets: Sequence[Any]) -> None:
+def check_target(method: str, selector: Selector, targets: Sequence[Any]) -> None:
     if selector.target == "required" and not targets:
         raise UserError(f"{method} selects toward a target and none was given", remedy="Add --target FILE.")
     if selector.target == "none" and targets:
@@ -176,15 +181,15 @@ def open_pipeline(
     target_group: str | None,
     warmup_from: str | Path | None,
     progress: Progress,
+    *,
+    keep: bool = True,
 ) -> Pipeline:
-    """Reads pool and target and keeps the run's settings beside them, so that later commands agree with them."""
+    """Reads pool and target; with `keep`, writes the run's settings down, so that later commands agree with them."""
     candidates = read_side(pool, config, config.pool.group_field, progress)
     wanted = read_side(target, config, target_group, progress) if target else None
-    pipeline = Pipeline(
-        run, config, candidates, wanted, warmup_from=None if warmup_from is None else Path(warmup_from), progress=progress
-    )
+    pipeline = Pipeline(run, config, candidates, wanted, warmup_from=None if warmup_from is None else Path(warmup_from), progress=progress)
     path = run.root / SETTINGS
-    if not path.exists():
+    if keep and not path.exists():
         kept = {name: config.model_dump(mode="json")[name] for name in RUN_SECTIONS}
         write_atomic(path, (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode())
     return pipeline
@@ -227,25 +232,21 @@ def _choose(
     seed: int,
     allow_short: bool,
     add_scores: bool,
-    command: str,
     out: Path | None,
 ) -> Selection:
     needs = selector.needs()
     config = {"method": method, "options": methods.options_of(selector), "budget": rows, "seed": seed, "add_scores": add_scores}
     inputs = {f"{i:02d}-{recipe.stage}": recipe.digest for i, recipe in enumerate(pipeline.recipes(needs))}
-    chosen: list[Chosen] = []
 
     def fill(artifact: Artifact) -> None:
         signals, kept = pipeline.signals(needs)
         budget = _within(rows, len(kept), allow_short)
         subset = selector.select(signals, budget, rng=np.random.default_rng(seed))
         check_subset(subset, signals.n, budget, method)
-        chosen.append(Chosen(pipeline, method, selector, spread(subset, kept, len(pipeline.sides["pool"])), rows, seed, kept, command))
-        _write(artifact, chosen[0], add_scores)
+        chosen = Chosen(pipeline, method, selector, spread(subset, kept, len(pipeline.sides["pool"])), rows, seed, kept)
+        _write(artifact, chosen, add_scores)
 
     artifact = pipeline.make(Recipe("select", config, inputs), fill)
-    if chosen:
-        write_report(report_data(chosen[0], pipeline.timings), artifact.path)
     pool = pipeline.sides["pool"]
     indices = read_tensors(artifact.path / "subset.safetensors")["indices"].numpy()
     path = next(p for p in sorted(artifact.path.glob("selected.*")))
@@ -271,7 +272,7 @@ def check_subset(subset: Subset, n: int, budget: int, method: str) -> None:
     indices = np.asarray(subset.indices)
     if len(np.unique(indices)) != len(indices):
         raise RuntimeError(f"{method} chose a row twice")
-    if len(indices) > budget or (len(indices) and not (0 <= indices.min() and indices.max() < n)):
+    if len(indices) > budget or (len(indices) and not (indices.min() >= 0 and indices.max() < n)):
         raise RuntimeError(f"{method} chose rows outside its budget or pool")
 
 
@@ -292,12 +293,56 @@ def spread(subset: Subset, kept: np.ndarray, n: int) -> Subset:
 
 def _write(artifact: Artifact, chosen: Chosen, add_scores: bool) -> None:
     subset, pool = chosen.subset, chosen.pipeline.sides["pool"]
-    written = outputs.write_outputs(artifact.path, pool, subset, columns=chosen.columns(), add_scores=add_scores)
+    config = chosen.pipeline.config
+    written = outputs.write_outputs(
+        artifact.path,
+        pool,
+        subset,
+        columns=chosen.columns(),
+        add_scores=add_scores,
+        model=config.model.name,
+        max_length=config.encode.max_length,
+        template=config.encode.template,
+        say=chosen.pipeline.progress.note,
+    )
     tensors = {"indices": torch.as_tensor(np.asarray(subset.indices))}
     for name in ("gains", "weights"):
         if getattr(subset, name) is not None:
             tensors[name] = torch.as_tensor(np.asarray(getattr(subset, name), dtype=np.float64))
     files = {path.relative_to(artifact.path).as_posix(): file_hash(path) for path in written}
     files["subset.safetensors"] = write_tensors(artifact.path / "subset.safetensors", tensors, {"recipe": artifact.digest})
+    # The report is not hashed: it shows clocks, and `gradsift report` may write it anew.
+    write_report(report_data(chosen, chosen.pipeline.timings), artifact.path)
     counts = {"selected": len(subset), "asked": chosen.asked, "read": pool.funnel["read"]}
     artifact.finish(files=files, counts=counts, extra={"warnings": chosen.warnings()})
+
+
+def inspect(
+    pool: Sequence[str | Path] | str | Path,
+    *,
+    model: str | None = None,
+    rows: int = 3,
+    start: int = 0,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    pool_group: str | None = None,
+) -> list[RenderableType]:
+    """What `gradsift inspect` prints: the funnel, the quarantine, notes of the encoder, and `rows` rows with the supervised tokens coloured."""
+    playground.register()
+    sections = {name: dict(values) for name, values in (settings or {}).items()}
+    sections.setdefault("model", {})["name"] = model or sections.get("model", {}).get("name", "tiny")
+    config = build(sections, "settings")
+    candidates = read_side(as_list(pool), config, pool_group or config.pool.group_field, silent())
+    tokenizer = load_tokenizer(config.model.name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    shown = range(min(start, len(candidates)), min(start + rows, len(candidates)))
+    encoded = encode(candidates.take(shown), tokenizer, config.encode)
+    lines: list[RenderableType] = [f"{name}: {format}" for name, format in candidates.formats.items()]
+    lines.append(", ".join(f"{count:,} {name}" for name, count in candidates.funnel.items()))
+    lines += [f"dropped {dropped}" for dropped in candidates.dropped[:10]]
+    lines += encoded.notes
+    for i, row in enumerate(shown):
+        code = int(encoded.codes[i])
+        what = encoded.reasons[code] if code else f"{encoded.supervised[i]} of {encoded.lengths[i]} tokens supervised"
+        lines.append(f"\n{candidates.place(row)}  {candidates.ids[row]}  ({candidates.groups[row]}): {what}")
+        if not code:
+            lines.append(coloured(encoded[i], tokenizer))
+    return lines

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gradsift"
 
 FLOORS = {
     0: "errors types config budget",
-    1: "durable artifact progress machine formats containers packing pool encode projection store methods",
+    1: "durable artifact progress machine formats containers packing reading writing pool chat encode projection store methods",
     2: "modules model transforms",
     3: "warmup tail capture gradients signals",
     4: "influence curvature",

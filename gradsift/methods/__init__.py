@@ -49,11 +49,13 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Selector:
         if key not in fields:
             raise UnknownName(f"option of {name}", key, fields)
     try:
-        return TypeAdapter(cls).validate_python(dict(options or {}))
+        return TypeAdapter[Any](cls).validate_python(dict(options or {}))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][:1])
-        raise ConfigError(f"option {where} of {name}: {first['msg']}, not {first.get('input')!r}", remedy="See `gradsift methods`.") from None
+        raise ConfigError(
+            f"option {where} of {name}: {first['msg']}, not {first.get('input')!r}", remedy="See `gradsift methods`."
+        ) from None
 
 
 def options_of(selector: Selector) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def test_exact_size_no_repeats_in_range(selector: Selector, budget: int, kind: s
     chosen = choose(selector, budget, signals(selector, kind=kind))
     assert len(chosen) == budget
     assert len(set(chosen.indices.tolist())) == budget
-    assert 0 <= chosen.indices.min() and chosen.indices.max() < N
+    assert chosen.indices.min() >= 0 and chosen.indices.max() < N
     if chosen.gains is not None:
         assert len(chosen.gains) == budget and np.isfinite(chosen.gains).all()
 

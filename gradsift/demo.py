@@ -1,0 +1,174 @@
+"""`gradsift demo`: the whole job on a generated pool with a built-in model, offline, and the check that it worked."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradsift import playground, report
+from gradsift.config import EncodeSettings
+from gradsift.encode import encode
+from gradsift.evaluate import FinetuneSettings, finetune, heldout_loss
+from gradsift.model import load_model, load_tokenizer
+from gradsift.pool import read_pool
+from gradsift.progress import Progress, silent
+from gradsift.selection import Selection, select
+
+METHODS = ("less", "tagcos", "random")
+BUDGET = "5%"
+SETTINGS = {"gradients": {"dim": 1024, "shard_rows": 512}, "encode": {"max_length": 256}}
+FINETUNE = FinetuneSettings(epochs=4, batch_size=16, lr=1e-3)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method's result: loss in nats per supervised token on held-out rows of the target's family, mean over seeds, and its range."""
+
+    method: str
+    loss: float
+    low: float
+    high: float
+    family_share: float
+    noise_share: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo found. `passed`: the targeted method finds its family and avoids noise, and training on its rows beats random."""
+
+    lines: list[Line]
+    base_loss: float
+    selections: dict[str, Selection]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Family share at least 3x random's, noise share at most half of it, held-out loss below it."""
+        by = {line.method: line for line in self.lines}
+        less, random = by["less"], by["random"]
+        return less.family_share >= 3 * random.family_share and less.noise_share <= random.noise_share / 2 and less.loss < random.loss
+
+    def table(self) -> str:
+        head = f"{'method':<10}{'held-out loss':>22}{'target family':>16}{'noise':>9}{'rows':>7}"
+        body = [
+            f"{line.method:<10}{f'{line.loss:.3f} ({line.low:.3f}-{line.high:.3f})':>22}{line.family_share:>16.0%}{line.noise_share:>9.0%}{line.rows:>7}"
+            for line in self.lines
+        ]
+        base = f"{'untrained':<10}{self.base_loss:>8.3f}"
+        paths = [f"{name:<10}{chosen.subset_path}\n{'':<10}{chosen.report}" for name, chosen in self.selections.items()]
+        verdict = (
+            "The targeted method beats random."
+            if self.passed
+            else "The targeted method does not beat random as it should: this is a fault."
+        )
+        return "\n".join([head, *body, base, "", *paths, "", f"{verdict} ({self.seconds:.0f} s)"])
+
+
+def demo(run: str | Path, *, seed: int = 0, seeds: int = 3, progress: Progress | None = None) -> Demo:
+    """Selects 5 % of the playground's pool with each of METHODS, fine-tunes the built-in model on each choice `seeds` times, and measures.
+
+    The methods read neither `family` nor `noise`: those columns only score the choice. Random is drawn anew for every seed.
+    """
+    started, progress = time.perf_counter(), progress or silent()
+    root = Path(run)
+    files = playground.write_playground(root / "data", seed=seed)
+    labels = [json.loads(line) for line in files.pool.read_text(encoding="utf-8").splitlines()]
+    family = json.loads(files.target.read_text(encoding="utf-8").splitlines()[0])["family"]
+    model = str(playground.tiny_model(progress=_training(progress)))
+    selections, draws = {}, {}
+    for method in METHODS:
+        target = [files.target] if method == "less" else []
+        draw = [
+            select(
+                method,
+                pool=files.pool,
+                target=target,
+                budget=BUDGET,
+                run=root / "run",
+                model="tiny",
+                seed=s,
+                settings=SETTINGS,
+                progress=progress,
+            )
+            for s in (range(seeds) if method == "random" else [0])
+        ]
+        selections[method], draws[method] = draw[0], draw
+    base_loss, losses = _train(model, files, {m: [d.indices for d in ds] for m, ds in draws.items()}, seeds, progress)
+    lines = [_line(method, draws[method], losses[method], labels, family) for method in METHODS]
+    found = Demo(lines, base_loss, selections, time.perf_counter() - started)
+    _add_comparison(found)
+    return found
+
+
+def _training(progress: Progress) -> Any:
+    begun: list[int] = []
+
+    def step(done: int, total: int) -> None:
+        if not begun:
+            progress.start(total, "steps", "training the built-in model, once")
+        progress.advance(done - (begun[-1] if begun else 0))
+        begun.append(done)
+        if done == total:
+            progress.done()
+
+    return step
+
+
+def _train(
+    model: str, files: Any, chosen: dict[str, list[np.ndarray]], seeds: int, progress: Progress
+) -> tuple[float, dict[str, list[float]]]:
+    """Held-out loss of the base, and of every method for every seed (seed s trains on draw s where a method has several)."""
+    tokenizer, settings = load_tokenizer(model), EncodeSettings.model_validate(SETTINGS["encode"])
+    pool, test = (encode(read_pool([path]), tokenizer, settings) for path in (files.pool, files.test))
+    losses: dict[str, list[float]] = {}
+    progress.start(len(chosen) * seeds, "trainings", "training on each choice")
+    for method, draws in chosen.items():
+        losses[method] = []
+        for s in range(seeds):
+            rows = [pool[int(i)] for i in sorted(draws[s % len(draws)])]
+            tuned = finetune(model, rows, settings=FINETUNE.model_copy(update={"seed": s}))
+            losses[method].append(heldout_loss(tuned, test).loss)
+            progress.advance(1)
+    progress.done()
+    return heldout_loss(load_model(model), test).loss, losses
+
+
+def _line(method: str, draws: Sequence[Selection], losses: list[float], labels: list[dict[str, Any]], family: str) -> Line:
+    rows = [labels[int(i)] for draw in draws for i in draw.indices]
+    return Line(
+        method,
+        float(np.mean(losses)),
+        min(losses),
+        max(losses),
+        sum(row["family"] == family for row in rows) / len(rows),
+        sum(row["noise"] != "none" for row in rows) / len(rows),
+        len(draws[0]),
+    )
+
+
+def _add_comparison(found: Demo) -> None:
+    """Puts the measured table into every selection's report."""
+    results = [
+        report.Compared(
+            name=line.method,
+            kind="control" if line.method == "random" else "method",
+            value=line.loss,
+            low=line.low,
+            high=line.high,
+            rows=line.rows,
+            note=f"{line.family_share:.0%} of the target's family, {line.noise_share:.0%} noise",
+        )
+        for line in found.lines
+    ]
+    results.append(report.Compared(name="untrained", kind="none", value=found.base_loss))
+    comparison = report.Comparison(results=tuple(results), note="Mean and range over seeds, on held-out rows of the target's family.")
+    for chosen in found.selections.values():
+        data = report.ReportData.model_validate_json((chosen.folder / "report.json").read_bytes())
+        report.write_report(data.model_copy(update={"comparison": comparison}), chosen.folder)

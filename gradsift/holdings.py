@@ -1,0 +1,83 @@
+"""What a run holds: listing it, checking it, rewriting its reports, comparing two selections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gradsift.artifact import Artifact, differences
+from gradsift.durable import read_tensors
+from gradsift.errors import DataError, UserError
+from gradsift.report import ReportData, write_report
+from gradsift.run import Run
+
+
+def _open(root: Path) -> Run:
+    run = Run(root)
+    if not run.exists:
+        raise UserError("is not a run folder", where=root, remedy="Give the folder that --run named.")
+    return run
+
+
+def show(root: Path) -> dict[str, Any]:
+    """Stages, sizes in bytes, seconds, counts and the last command of a run, as plain data."""
+    run = _open(root)
+    stages = []
+    for artifact in run.artifacts():
+        size = sum(path.stat().st_size for path in artifact.path.rglob("*") if path.is_file())
+        line = {"stage": artifact.stage, "folder": artifact.path.name, "complete": artifact.complete, "bytes": size}
+        if artifact.complete:
+            config = artifact.recipe["config"]
+            about = {key: config[key] for key in ("method", "budget", "seed", "transform", "checkpoint", "backend") if key in config}
+            line |= {"seconds": artifact.stats.get("seconds"), "counts": artifact.manifest["counts"], "about": about}
+            line["finished"] = artifact.stats.get("finished", 0.0)
+        stages.append(line)
+    stages.sort(key=lambda line: (line.get("finished", float("inf")), line["folder"]))
+    return {"run": str(run.root), "commands": run.commands, "stages": stages}
+
+
+def verify(root: Path, *, repair: bool = False) -> list[str]:
+    """What is wrong in a run, one line per fault; empty = every file is as it was written. `repair` removes exactly the files at fault."""
+    run = _open(root)
+    problems = run.verify()
+    if repair and problems:
+        with run.lock():
+            for problem in problems:
+                run.discard(problem)
+    return [str(problem) for problem in problems]
+
+
+def report(root: Path) -> list[Path]:
+    """Writes report.html and report.md of every finished selection anew from its report.json; returns the pages."""
+    run = _open(root)
+    folders = [artifact.path for artifact in run.artifacts() if artifact.stage == "select" and artifact.complete]
+    if not folders:
+        raise DataError("holds no finished selection", where=root, remedy="Run `gradsift select` first.")
+    pages = []
+    for folder in folders:
+        path = folder / "report.json"
+        if not path.exists():
+            raise DataError("has no report.json", where=folder, remedy="Delete the folder; the same select command makes it anew.")
+        pages.append(write_report(ReportData.model_validate_json(path.read_bytes()), folder))
+    return pages
+
+
+def diff(a: Path, b: Path) -> dict[str, Any]:
+    """Two selections: rows each has, rows in common, Jaccard overlap, and the settings in which they differ (field: [a, b])."""
+    first, second = _selection(a), _selection(b)
+    left, right = (set(read_tensors(s.path / "subset.safetensors")["indices"].tolist()) for s in (first, second))
+    common = len(left & right)
+    fields = {name: [old, new] for name, old, new in differences(first.recipe, second.recipe)}
+    return {"a": len(left), "b": len(right), "common": common, "jaccard": round(common / max(len(left | right), 1), 4), "settings": fields}
+
+
+def _selection(path: Path) -> Artifact:
+    """A select-... folder, or the newest selection of a run."""
+    if path.name.startswith("select-") and path.is_dir():
+        artifact = Artifact.load(path)
+        if artifact is not None and artifact.complete:
+            return artifact
+    newest = _open(path).latest("select")
+    if newest is None:
+        raise DataError("holds no finished selection", where=path, remedy="Run `gradsift select` first.")
+    return newest

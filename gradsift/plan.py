@@ -1,0 +1,256 @@
+"""`gradsift plan`: what a selection would run and cost, before it runs. Writes nothing; measures for a few seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradsift import budget as budgets
+from gradsift import machine, methods, playground
+from gradsift.encode import EncodedRows, encode, pad_batch
+from gradsift.gradients import extract, output_dim
+from gradsift.model import attach_lora
+from gradsift.pipeline import Pipeline, Recipe
+from gradsift.progress import Progress, duration, silent
+from gradsift.run import Run
+from gradsift.selection import as_list, check_target, open_pipeline, settle_config
+from gradsift.transforms.adam import Adam
+from gradsift.types import Selector, Signal
+
+SAMPLE = 2000  # rows that are encoded to learn token counts, where the encoding is not there yet
+PROBE = 48  # rows whose gradient is taken to learn the machine's speed
+SHARD_META = 17  # bytes of norms, losses, scales, tokens and code per row
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage to come: `seconds` and `bytes` are estimates, 0 where it is there already."""
+
+    stage: str
+    label: str
+    digest: str
+    reused: bool
+    rows: int
+    tokens: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the probe measured, in tokens per second and bytes."""
+
+    train: float
+    gradients: float
+    forward: float
+    encode_rows: float
+    multiply: float  # fp32 multiply-adds per second
+    peak_bytes: int
+    dim: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a selection with their cost. `read`, `dropped`, `usable`: pool rows; `tokens` of the pool; totals over what is not there yet."""
+
+    method: str
+    read: int
+    dropped: int
+    usable: int
+    budget: int
+    tokens: int
+    stages: list[StageCost]
+    bytes: int
+    seconds: float
+    peak_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> str:
+        lines = [f"rows     {self.read:,} read, {self.dropped:,} quarantined, {self.usable:,} usable, {self.budget:,} to choose, {self.tokens:,} tokens"]
+        for stage in self.stages:
+            cost = "there already" if stage.reused else f"{duration(stage.seconds):>12}  {stage.bytes / 1e6:>10,.1f} MB"
+            lines.append(f"{stage.stage:<10} {stage.label:<44} {cost}")
+        lines.append(f"total    {duration(self.seconds)}, {self.bytes / 1e6:,.1f} MB on disk, {self.peak_bytes / 1e6:,.0f} MB of memory at the most")
+        return "\n".join(lines)
+
+
+def plan(
+    method: str,
+    *,
+    pool: Sequence[str | Path] | str | Path,
+    budget: str | int | float,
+    run: str | Path,
+    model: str | None = None,
+    target: Sequence[str | Path] | str | Path = (),
+    options: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    pool_group: str | None = None,
+    target_group: str | None = None,
+    warmup_from: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """The cost of `select` with the same arguments. Nothing is written; the model is loaded and run on a few dozen rows.
+
+    Errors as `selection.select`.
+    """
+    selector = methods.make(method, options)
+    wanted, targets = budgets.parse(budget), as_list(target)
+    check_target(method, selector, targets)
+    playground.register()
+    folder = Run(Path(run))
+    config = settle_config(folder, model, settings or {}, pool_group)
+    pipeline = open_pipeline(folder, config, as_list(pool), targets, target_group, warmup_from, progress or silent(), keep=False)
+    encoded = {side: _encoded(pipeline, side) for side in pipeline.sides}
+    rates = probe(pipeline, encoded["pool"][0], selector)
+    tokens = {side: int(rows.lengths.sum() * scale) for side, (rows, scale) in encoded.items()}
+    stages = [_cost(pipeline, recipe, tokens, rates) for recipe in pipeline.recipes(selector.needs())]
+    candidates = pipeline.sides["pool"]
+    rows = wanted.rows(candidates.funnel["read"])
+    stages.append(_select_cost(pipeline, selector, rows, rates))
+    return Plan(
+        method=method,
+        read=candidates.funnel["read"],
+        dropped=len(candidates.dropped),
+        usable=len(candidates),
+        budget=rows,
+        tokens=tokens["pool"],
+        stages=stages,
+        bytes=sum(stage.bytes for stage in stages),
+        seconds=sum(stage.seconds for stage in stages),
+        peak_bytes=_peak(pipeline, selector, rates),
+    )
+
+
+def _encoded(pipeline: Pipeline, side: str) -> tuple[EncodedRows, float]:
+    """Encoded rows and by how much they must be multiplied to stand for the whole side: the stored encoding, or that of a sample."""
+    there = pipeline.stored(pipeline.encode_recipe(side))
+    if there is not None:
+        return EncodedRows.load(there.path), 1.0
+    rows = pipeline.sides[side]
+    sample = rows if len(rows) <= SAMPLE else rows.take(np.linspace(0, len(rows) - 1, SAMPLE).astype(int))
+    return encode(sample, pipeline.tokenizer, pipeline.config.encode), len(rows) / len(sample)
+
+
+def probe(pipeline: Pipeline, encoded: EncodedRows, selector: Selector) -> Rates:
+    """Runs the model on rows spread over the pool's lengths, and the longest batch, to learn speed and memory on this machine."""
+    usable = np.flatnonzero(encoded.codes == 0)
+    by_length = usable[np.argsort(encoded.lengths[usable], kind="stable")]
+    rows = [encoded[int(i)] for i in by_length[np.linspace(0, len(by_length) - 1, min(PROBE, len(by_length))).astype(int)]]
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    started = time.perf_counter()
+    encode(pipeline.sides["pool"].take(range(min(500, len(pipeline.sides["pool"])))), pipeline.tokenizer, pipeline.config.encode)
+    encode_rate = min(500, len(pipeline.sides["pool"])) / (time.perf_counter() - started)
+    a, b = torch.randn(1024, 2048), torch.randn(2048, 128)
+    multiply = a.numel() * 128 / min(_timed(lambda: a @ b) for _ in range(5))
+    if not selector.needs():
+        return Rates(1, 1, 1, encode_rate, multiply, machine.peak_bytes(), 0, 0)
+    model = attach_lora(pipeline.load_base(), pipeline.config.warmup.lora)
+    train = tokens / _timed(lambda: _train_pass(model, rows, pipeline.pad_id))
+    settings = pipeline.config.gradients
+    modules = None if settings.modules == "lora" else settings.modules
+    names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adam = None
+    if modules is None:
+        zeros = {name: torch.zeros_like(parameter) for name, parameter in names.items()}
+        adam = Adam(zeros, {name: torch.ones_like(parameter) for name, parameter in names.items()}, 1)
+
+    def gradients() -> None:
+        for _ in extract(
+            model, rows, projection=pipeline.projection, transform=adam, modules=modules, token_budget=settings.token_budget
+        ):
+            pass
+
+    gradients()  # draws the projection's maps, once
+    taken = tokens / _timed(gradients)
+    with torch.no_grad():
+        forward = tokens / _timed(lambda: _train_pass(model, rows, pipeline.pad_id, backward=False))
+    dim = output_dim(model, pipeline.projection, modules)
+    return Rates(train, taken, forward, encode_rate, multiply, machine.peak_bytes(), dim, sum(p.numel() for p in names.values()))
+
+
+def _timed(work: Any) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _train_pass(model: Any, rows: list[Any], pad_id: int, *, backward: bool = True) -> None:
+    for start in range(0, len(rows), 8):
+        ids, mask, labels = pad_batch(rows[start : start + 8], pad_id)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        if backward:
+            loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def _cost(pipeline: Pipeline, recipe: Recipe, tokens: Mapping[str, int], rates: Rates) -> StageCost:
+    side = _side(pipeline, recipe)
+    rows, n, label = len(pipeline.sides[side]), tokens[side], ""
+    ids = sum(len(i.encode()) + 4 for i in pipeline.sides[side].ids)
+    store = rows * (rates.dim * (2 if pipeline.config.gradients.store_dtype == "float16" else 1) + SHARD_META) + ids
+    bytes_, seconds = 0, 0.0
+    if recipe.stage == "encode":
+        label, bytes_, seconds = side, 5 * n + 17 * rows, rows / rates.encode_rows
+    elif recipe.stage == "warmup":
+        label, trained = _warmup_label(pipeline, n, rows)
+        bytes_, seconds = pipeline.checkpoint_count * rates.parameters * 12, trained / rates.train
+    elif recipe.stage == "gradients":
+        label = f"{side}, checkpoint {recipe.config['checkpoint'] + 1}, {recipe.config['transform']}"
+        bytes_, seconds = store, n / rates.gradients
+    elif recipe.stage == "mean":
+        label, bytes_, seconds = side, store, rows * rates.dim * 20 / 1e9
+    elif recipe.stage == "influence":
+        m = len(pipeline.sides["target"])
+        label, bytes_ = str(recipe.config["backend"]), 4 * rows * m
+        seconds = rows * m * rates.dim * pipeline.checkpoint_count / rates.multiply
+    elif recipe.stage == "loss":
+        label, bytes_, seconds = "base model", 4 * rows, n / rates.forward
+    if pipeline.stored(recipe) is not None:
+        bytes_, seconds = 0, 0.0
+    return StageCost(recipe.stage, label, recipe.digest[:12], pipeline.stored(recipe) is not None, rows, n, int(bytes_), seconds)
+
+
+def _warmup_label(pipeline: Pipeline, tokens: int, rows: int) -> tuple[str, float]:
+    """What the warm-up trains on, in words and in tokens."""
+    if pipeline.warmup_from is not None:
+        return f"from {pipeline.warmup_from}", 0.0
+    settings = pipeline.config.warmup
+    share = min(rows, max(settings.min_rows, round(settings.share * rows)))
+    batch = settings.batch_size or (16 if rows < 10_000 else 128)
+    steps = max(settings.min_steps, int(np.ceil(settings.epochs * share / batch)))
+    return f"{share:,} rows, {steps} steps of {batch}", steps * batch * tokens / max(rows, 1)
+
+
+def _side(pipeline: Pipeline, recipe: Recipe) -> str:
+    inputs = set(recipe.inputs.values())
+    if "target" in pipeline.sides:
+        own = {pipeline.sides["target"].digest, pipeline.encode_recipe("target").digest}
+        if recipe.stage in ("encode", "gradients") and inputs & own:
+            return "target"
+    return "pool"
+
+
+def _select_cost(pipeline: Pipeline, selector: Selector, rows: int, rates: Rates) -> StageCost:
+    """k-means dominates where a method clusters; elsewhere selecting is reading the signals once."""
+    n, clusters = len(pipeline.sides["pool"]), getattr(selector, "clusters", 0)
+    steps = getattr(selector, "iterations", 0) + 8  # greedy k-means++ costs about that many passes besides
+    seconds = 1.0 + n * rates.dim * clusters * steps * 2 / rates.multiply + n * 2e-5
+    mean_bytes = sum(pipeline.sides["pool"].source(i)[2] - pipeline.sides["pool"].source(i)[1] for i in range(min(n, 200))) / max(min(n, 200), 1)
+    return StageCost("select", f"{rows:,} rows", "", False, n, 0, int(rows * mean_bytes + 24 * n + 1_200_000), seconds)
+
+
+def _peak(pipeline: Pipeline, selector: Selector, rates: Rates) -> int:
+    """The probe's own peak, a shard being filled and packed, and the mapped pages of the store that a method streams over."""
+    settings = pipeline.config.gradients
+    shard = settings.shard_rows * rates.dim * (4 + 4 + 2)
+    streamed = any(isinstance(s, Signal) and s.name in ("rows", "influence") for s in selector.needs())
+    return rates.peak_bytes + (shard if streamed else 0)
