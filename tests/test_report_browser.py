@@ -156,6 +156,8 @@ def test_the_page_draws_its_charts_and_asks_for_nothing(page: Page, report: Path
     assert [name for name, *_ in sizes] == CHARTS
     room = min(width - 40, 760)
     assert all(0.9 * room < w <= room + 1 and h > 60 and marks > 3 for _, w, h, marks in sizes), sizes
+    labels = page.js("[...document.querySelectorAll('[data-chart] svg text')].map(label => label.textContent)")
+    assert not any("e+" in label or label in ("NaN", "undefined", "null") for label in labels), labels
     assert page.requests() == [report.as_uri(), "data:,"] or page.requests() == [report.as_uri()]
     assert page.complaints() == []
 

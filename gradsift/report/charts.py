@@ -78,7 +78,7 @@ def _scores(data: Histogram) -> alt.LayerChart:
     unpadded = alt.Scale(zero=False, nice=False)
     x = alt.X("from:Q", bin="binned", title=visible(data.label), scale=unpadded, axis=alt.Axis(grid=False, tickCount=6))
     # Square root: the picked tail is a few per cent of the pool and would be flat on a linear axis, while a logarithm has no zero.
-    y = alt.Y("all:Q", title="rows (square-root scale)", scale=alt.Scale(type="sqrt"), axis=alt.Axis(tickCount=4, format=","))
+    y = alt.Y("all:Q", title="rows (square-root scale)", scale=alt.Scale(type="sqrt"), axis=alt.Axis(tickCount=4, format=COUNT))
     base = alt.Chart().encode(x=x, x2="to:Q", tooltip=tips)
     layers = [
         base.mark_bar(style="pool", binSpacing=1).encode(y=y),
@@ -126,8 +126,8 @@ def _clusters(data: ReportData) -> alt.LayerChart:
         alt.Tooltip("picked:Q", format=COUNT),
         alt.Tooltip("norm:Q", format=".2f"),
     ]
-    x = alt.X("rows:Q", title="rows in the cluster", axis=alt.Axis(tickCount=5, format=",", grid=False))
-    y = alt.Y("picked:Q", title="picked", axis=alt.Axis(tickCount=4, format=","))
+    x = alt.X("rows:Q", title="rows in the cluster", axis=alt.Axis(tickCount=5, format=COUNT, grid=False))
+    y = alt.Y("picked:Q", title="picked", axis=alt.Axis(tickCount=4, format=COUNT))
     line = alt.Chart(_values([{"rows": 0, "picked": 0}, {"rows": top, "picked": top * rate}])).mark_line(
         style="even", strokeDash=[4, 3], strokeWidth=1.5
     )

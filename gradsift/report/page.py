@@ -95,6 +95,7 @@ def render(data: ReportData) -> str:
             script=Markup(script),
             groups=by_size(data.groups),
             shown=MAX_BARS,
+            noted=any(step.note for step in data.funnel),
             largest=max((step.count for step in data.funnel), default=0),
             longest=max((stage.seconds or 0.0 for stage in data.timings), default=0.0),
             pool_rows=sum(group.pool_rows for group in data.groups),
