@@ -77,8 +77,8 @@ class Interval:
 @dataclass(frozen=True)
 class Compared:
     """One line of a comparison. `losses` float64 [seeds, m]: nats per test row; `loss`: nats per supervised token, mean over seeds;
-    `against`: the difference to the control, None for the control itself. `rows`, `supervised` (tokens): of the first seed's subset; `steps`:
-    optimiser steps of each training."""
+    `against`: the difference to the control, None for the control itself. `rows`, `supervised` (tokens): of the first seed's subset;
+    `steps`: optimiser steps of each training."""
 
     name: str
     rows: int

@@ -21,12 +21,13 @@ GENERATOR_VERSION = 1
 TARGET_FAMILY = "translate"
 
 Split = Literal["pretrain", "pool", "dev", "test"]
+# Which hashes of a question, modulo 100, fall to which split.
 _SPLITS: dict[Split, range] = {
     "pretrain": range(0, 45),
     "pool": range(45, 80),
     "dev": range(80, 85),
     "test": range(85, 100),
-}  # hash mod 100
+}
 
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "June", "Kai", "Lena")
@@ -36,8 +37,20 @@ _UNITS = (("hours", "minutes", 60), ("minutes", "seconds", 60), ("days", "hours"
           ("feet", "inches", 12), ("dozens", "pieces", 12), ("years", "months", 12))  # fmt: skip
 
 # Velu, the invented language of the target family: word for word, except that the adjective follows its noun.
-_NOUNS = {"dog": "kavo", "cat": "mirru", "bird": "tseli", "fish": "oblu", "horse": "drana", "child": "pimpo", "queen": "zethi", "farmer": "gorak",
-          "river": "lulea", "stone": "bekk", "tree": "fyndo", "bread": "hamut"}  # fmt: skip
+_NOUNS = {
+    "dog": "kavo",
+    "cat": "mirru",
+    "bird": "tseli",
+    "fish": "oblu",
+    "horse": "drana",
+    "child": "pimpo",
+    "queen": "zethi",
+    "farmer": "gorak",
+    "river": "lulea",
+    "stone": "bekk",
+    "tree": "fyndo",
+    "bread": "hamut",
+}
 _ADJECTIVES = {
     "red": "ixo",
     "old": "wemba",
@@ -93,9 +106,8 @@ def _letters(rng: Random) -> Question:
 
 def _weekday(rng: Random) -> Question:
     day, step, back = rng.randrange(7), rng.randint(1, 365), rng.random() < 0.5
-    return Question(
-        {"day": _DAYS[day], "step": f"{step} days {'before' if back else 'after'}"}, _DAYS[(day - step if back else day + step) % 7]
-    )
+    answer = _DAYS[(day - step if back else day + step) % 7]
+    return Question({"day": _DAYS[day], "step": f"{step} days {'before' if back else 'after'}"}, answer)
 
 
 def _lookup(rng: Random) -> Question:

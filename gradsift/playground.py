@@ -1,9 +1,9 @@
 """A world small enough to know the truth about: a generated instruction pool, its target set, and a tiny model that half knows it.
 
 `generate` makes the pool of `gradsift demo`: eight task families in one chat shape, with exact duplicates, paraphrases and noise, each row
-labelled with what it is. The labels are for measuring afterwards; no method reads them. `write_playground` writes the pool with a dev set and
-a test set of the target family. `tiny_model` trains the built-in model `tiny` from scratch on a separate stream of the same families, in
-which the target family is rare, so that there is something left to learn and something to choose by.
+labelled with what it is. The labels are for measuring afterwards; no method reads them. `write_playground` writes the pool with a dev
+and a test set of the target family. `tiny_model` trains the built-in model `tiny` from scratch on a separate stream of the same families,
+in which the target family is rare, so that there is something left to learn and something to choose by.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def generate(seed: int = 0, rows: int = 2000) -> list[dict[str, Any]]:
 
     `noise`: none | wrong (a false answer of the right kind) | misaligned (another row's answer) | truncated | gibberish; about 20 % of the
     rows of every family. `copy`: none | duplicate (same messages as another row) | paraphrase (same question in another wording); about 5 %
-    each. `source` is where the row pretends to come from; sources differ in noise, not in families. Raises UserError for fewer than 100 rows,
-    or for more than a family has questions.
+    each. `source` is where the row pretends to come from; sources differ in noise, not in families. Raises UserError for fewer than 100
+    rows, or for more than a family has questions.
     """
     if rows < 100:
         raise UserError(f"a playground of {rows} rows is too small to hold every family", remedy="Ask for at least 100 rows.")
@@ -142,9 +142,20 @@ def _readme(pool: list[dict[str, Any]], seed: int) -> str:
     families = Counter(row["family"] for row in pool)
     noise = Counter(row["family"] for row in pool if row["noise"] != "none")
     lines = [f"| {name} | {count} | {noise[name]} |" for name, count in families.most_common()]
-    return "\n".join(["# Playground", "", f"A generated pool of {len(pool)} rows (generator version {GENERATOR_VERSION}, seed {seed}). `target.jsonl` and `test.jsonl` are clean",
-                      f"rows of the family `{TARGET_FAMILY}`, disjoint from the pool and from each other. The fields `family`, `noise` and `copy`",
-                      "are labels for measuring; no method reads them.", "", "| family | rows | of these noise |", "|---|---|---|", *lines, ""])  # fmt: skip
+    return "\n".join(
+        [
+            "# Playground",
+            "",
+            f"A generated pool of {len(pool)} rows (generator version {GENERATOR_VERSION}, seed {seed}). `target.jsonl` and `test.jsonl`",
+            f"are clean rows of the family `{TARGET_FAMILY}`, disjoint from the pool and from each other. The fields `family`, `noise` and",
+            "`copy` are labels for measuring; no method reads them.",
+            "",
+            "| family | rows | of these noise |",
+            "|---|---|---|",
+            *lines,
+            "",
+        ]
+    )
 
 
 def register() -> None:
