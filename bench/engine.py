@@ -2,11 +2,11 @@
 
     python bench/engine.py [--rounds 5] [--rows 64] [--arms NAME...] [--json FILE]
 
-Model: random Llama, vocabulary 4096, hidden 256, 4 layers, 4 heads, MLP 688, untied head. Rows: uniform 32..256 tokens, loss on the second half.
-Floor: forward and backward with the batch's weight gradients of the same trainable parameters, fp32, length-sorted padded batches of at most 2048
-tokens; it yields nothing per example. Arms and floors take turns within a round, so a busy machine slows all of them; a ratio is the arm's CPU time
-over the floor's in the same round, and what is printed is the median (min, max) over the rounds. One thread. `goal` is the bound the project set
-itself; nothing fails when it is missed.
+Model: random Llama, vocabulary 4096, hidden 256, 4 layers, 4 heads, MLP 688, untied head. Rows: uniform 32..256 tokens, loss on the
+second half. Floor: forward and backward with the batch's weight gradients of the same trainable parameters, fp32, length-sorted padded
+batches of at most 2048 tokens; it yields nothing per example. Arms and floors take turns within a round, so a busy machine slows all of
+them; a ratio is the arm's CPU time over the floor's in the same round, and what is printed is the median (min, max) over the rounds.
+One thread. `goal` is the bound the project set itself; nothing fails when it is missed.
 """
 
 from __future__ import annotations

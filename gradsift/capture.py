@@ -1,14 +1,15 @@
 """One batch through a frozen model: taps on the tracked modules, the loss on supervised positions, and what happens to each gradient.
 
-A tap is the identity on a module's output that also keeps its input. When the backward pass reaches it, the input x [b, t, i] and the output
-gradient g [b, t, o] of that module are at hand, and its per-example weight gradient is sum_t g_t x_t^T. That product is formed only where something
-needs it (a transform, a sketch, a short norm). Otherwise a two-sided projection takes the factors, (g P_out)^T (x P_in), and the squared norm comes
-from the t x t products, sum_{s,t} (x_s . x_t)(g_s . g_t), by blocks below the diagonal. Modules that read the same x (queries, keys, values) share
-its sketch and its products.
+A tap is the identity on a module's output that also keeps its input. When the backward pass reaches it, the input x [b, t, i] and the
+output gradient g [b, t, o] of that module are at hand, and its per-example weight gradient is sum_t g_t x_t^T. That product is formed
+only where something needs it (a transform, a sketch, a short norm). Otherwise a two-sided projection takes the factors, (g P_out)^T (x
+P_in), and the squared norm comes from the t x t products, sum_{s,t} (x_s . x_t)(g_s . g_t), by blocks below the diagonal. Modules that
+read the same x (queries, keys, values) share its sketch and its products.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ from gradsift.types import Transform
 
 IGNORED = -100
 _LOGIT_CHUNK = 1 << 18  # logits handled at once on a CPU: they stay in its cache
-_GRAM_BLOCK = 32  # rows of the t x t products formed at once; half of what lies above the diagonal is never formed
+_GRAM_BLOCK = 64  # rows of the t x t products formed at once; what lies above the diagonal's blocks is never formed
+_SAME_WITHOUT: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # last feed-forward layers already checked
 
 Row = tuple[np.ndarray, np.ndarray]  # (input ids, the label that each position predicts), of equal length
 
@@ -53,7 +55,7 @@ class _Tap(torch.autograd.Function):
 
 @dataclass
 class _Input:
-    """A module input as it was seen, spread per example, and what its readers share. `readers` are the parameters that read it in the forward pass."""
+    """A module input as it was seen, spread per example, and what its readers share: the parameters that read it in the forward pass."""
 
     seen: Tensor
     spread: Tensor
@@ -102,6 +104,7 @@ class Capture:
         check = getattr(transform, "check", None)
         if check is not None:
             check(shapes)
+        self.tapped = set(self.modules.values())
         self.device = next(iter(weights.values())).device
         self.bound: BoundProjection = projection.bind(shapes, self.device)
         self.head = _head(model)
@@ -147,7 +150,7 @@ class Capture:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """Evaluation mode, nothing requires a gradient, and checkpointing where it is enabled (transformers checkpoints in training mode only)."""
+        """Evaluation mode, nothing requires a gradient, and checkpointing where enabled (transformers: in training mode only)."""
         training = [m for m in self.everything if m.training]
         trainable = [p for p in self.parameters if p.requires_grad]
         blocks = [m for m in self.blocks if m.gradient_checkpointing]
@@ -186,10 +189,13 @@ class Capture:
 
     def _check_tail(self, ids: np.ndarray) -> None:
         self.tail_checked = True
-        if self.tail is not None and self.head is not None:
+        if self.tail is None or self.head is None:
+            return
+        if self.tail not in _SAME_WITHOUT and len(ids) >= 4:
             sample = torch.from_numpy(ids[:32])[None].to(self.device)
-            if not same_without(self.model, self.tail, self.head, sample):
-                self.tail = None
+            _SAME_WITHOUT[self.tail] = same_without(self.model, self.tail, self.head, sample)
+        if not _SAME_WITHOUT.get(self.tail, False):
+            self.tail = None
 
     def _before_head(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         batch = self.batch
@@ -199,7 +205,7 @@ class Capture:
         return (args[0].flatten(0, 1).index_select(0, batch.flat)[None], *args[1:])
 
     def _after_head(self, head: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        if self.batch is not None and self.batch.gathered:
+        if self.batch is not None and self.batch.gathered and head not in self.tapped:
             self.batch.head_out = out.data_ptr()
 
     def _before_tail(self, tail: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -286,7 +292,7 @@ class Capture:
         batch.squares += self._squares(name, source, g)
 
     def _sides(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """(signs for the output side, signs for the input side) where the projection can take factors, with the transform's own factors in them."""
+        """(output side, input side) signs where the projection can take factors, with the transform's own factors in them."""
         if name not in self.sides:
             made = None
             factors = None if self.transform is None else self.transform.factors(name)
@@ -311,12 +317,12 @@ class Capture:
         if t * (o + i / len(source.readers)) * 0.5 > o * i:
             return torch.linalg.vector_norm(self._product(name, source.spread, g), dim=(1, 2)).square_()
         if source.gram is None:
-            source.gram = list(_gram(source.spread))
+            source.gram = [block.float() for block in _gram(source.spread)]
             for k, block in enumerate(source.gram):
                 block[:, :, : k * _GRAM_BLOCK] *= 2  # stands for its mirror image above the diagonal too
         total = torch.zeros(len(g), device=g.device)
-        for a, b in zip(source.gram, _gram(g), strict=True):
-            total += (a.float() * b.float()).flatten(1).sum(1)
+        for ours, theirs in zip(source.gram, _gram(g), strict=True):
+            total += torch.linalg.vecdot(ours.flatten(1), theirs.float().flatten(1))
         return total.clamp_(min=0)
 
 

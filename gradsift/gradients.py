@@ -1,12 +1,13 @@
 """Per-example gradients by hooks in one batched backward pass, projected as they appear.
 
 What makes it cheaper than the training step whose gradients it reads:
-- Everything is frozen, so no weight gradient of a batch is formed. The graph starts at the lowest tracked module and the backward pass ends there.
-- A tap on each tracked module sees its input and its output gradient; the per-example gradient is transformed, projected and dropped inside the
-  backward pass, so a batch holds the gradients of one module at a time.
+- Everything is frozen, so no weight gradient of a batch is formed. The graph starts at the lowest tracked module and the backward pass
+  ends there.
+- A tap on each tracked module sees its input and its output gradient; the per-example gradient is transformed, projected and dropped
+  inside the backward pass, so a batch holds the gradients of one module at a time.
 - The head runs only on positions whose next token is supervised, and the cross-entropy turns its logits into their own gradient in place.
-- Rows are cut after their last supervised token (under causal attention nothing later reaches the loss), sorted by length and padded on the right
-  in batches of a token budget. Causal attention never looks right, so padding needs no mask.
+- Rows are cut after their last supervised token (under causal attention nothing later reaches the loss), sorted by length and padded on
+  the right in batches of a token budget. Causal attention never looks right, so padding needs no mask.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ Modules = Literal["linear"] | Sequence[str] | None
 class GradientBatch:
     """Some rows, in any order: `indices` [b] are their positions in `encoded`.
 
-    rows [b, d] fp32, not normalised: projection(transform(gradient)). norms [b]: L2 norm of the gradient before transform and projection, over all
-    tracked modules. losses [b]: mean negative log-likelihood per supervised token, nats. tokens [b] int32: supervised tokens (the first token of a
-    row is never predicted, so never counts). All on the CPU.
-    A row without supervised tokens is all zeros, tokens 0 included. A row that does not fit in memory alone is NaN (rows, norms, losses) and listed
-    in `failed`. `halvings`: how often this batch had to be split for memory; above 0 the numbers are right but not bit-reproducible.
+    rows [b, d] fp32, not normalised: projection(transform(gradient)). norms [b]: L2 norm of the gradient before transform and
+    projection, over all tracked modules. losses [b]: mean negative log-likelihood per supervised token, nats. tokens [b] int32:
+    supervised tokens (the first token of a row is never predicted, so never counts). All on the CPU.
+    A row without supervised tokens is all zeros, tokens 0 included. A row that does not fit in memory alone is NaN (rows, norms,
+    losses) and listed in `failed`. `halvings`: how often this batch had to be split for memory; above 0 the numbers are right but not
+    bit-reproducible.
     """
 
     indices: np.ndarray
@@ -62,17 +64,18 @@ def extract(
 ) -> Iterator[GradientBatch]:
     """Yields the projected gradient of every row of `encoded`, each row once, shortest batches last.
 
-    The loss of a row is the mean over its supervised tokens (labels other than -100, each predicted from the tokens before it). `modules`: None for
-    the trainable LoRA layers, "linear" for all linear layers of the blocks, or names and globs; the gradient is of their weights, not their biases.
-    `token_budget`: padded tokens per forward pass; a longer row goes alone. When a pass runs out of memory the batch is halved, and what follows
-    keeps to the size that fits; a single row that never fits becomes NaN (see GradientBatch) and a warning in the log.
+    The loss of a row is the mean over its supervised tokens (labels other than -100, each predicted from the tokens before it).
+    `modules`: None for the trainable LoRA layers, "linear" for all linear layers of the blocks, or names and globs; the gradient is of
+    their weights, not their biases. `token_budget`: padded tokens per forward pass; a longer row goes alone. When a pass runs out of
+    memory the batch is halved, and what follows keeps to the size that fits; a single row that never fits becomes NaN (see
+    GradientBatch) and a warning in the log.
 
-    The model runs in evaluation mode (no dropout) in its own dtype, with products of bf16 gradients accumulated in fp32. Whenever a batch is handed
-    out, and after an exception or an early close, hooks, requires_grad flags and training mode are what they were; gradients (`.grad`) are never
-    touched. Gradient checkpointing, where it is enabled, is honoured.
+    The model runs in evaluation mode (no dropout) in its own dtype, with products of bf16 gradients accumulated in fp32. Whenever a
+    batch is handed out, and after an exception or an early close, hooks, requires_grad flags and training mode are what they were;
+    gradients (`.grad`) are never touched. Gradient checkpointing, where it is enabled, is honoured.
 
-    Raises ConfigError or UnknownName when there is nothing to track, MismatchError when the transform does not know a parameter, DataError for a
-    malformed row. All but the last before the first batch.
+    Raises ConfigError or UnknownName when there is nothing to track, MismatchError when the transform does not know a parameter,
+    DataError for a malformed row. All but the last before the first batch.
     """
     if token_budget < 1:
         raise ConfigError(f"token_budget is {token_budget}", remedy="Pass a positive number of tokens.")
@@ -122,7 +125,8 @@ def _failed(engine: Capture, index: int, tokens: np.ndarray, size: int, halvings
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(s in str(error) for s in ("out of memory", "DefaultCPUAllocator"))
+    said = ("out of memory", "DefaultCPUAllocator")
+    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or any(s in str(error) for s in said)
 
 
 def _measure(encoded: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray]:
@@ -147,8 +151,8 @@ def _cut(row: Encoded, length: int) -> Row:
 def plan_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
     """Rows of at least one token in batches of similar length, longest first: rows x longest <= token_budget, or one row.
 
-    Of all ways to cut the sorted rows, the one with the fewest padded tokens, where a batch counts as `token_budget` / 25 tokens more: about what
-    starting one costs. The batches depend on the arguments alone.
+    Of all ways to cut the sorted rows, the one with the fewest padded tokens, where a batch counts as `token_budget` / 25 tokens more:
+    about what starting one costs. The batches depend on the arguments alone.
     """
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]

@@ -1,13 +1,16 @@
 """Seeded random projections of per-example gradients: rows of d numbers whose inner products are those of the gradients, without bias.
 
-Every map is a function of (seed, module name, shape, width) alone: bits come from Philox, a counter-based generator, keyed by a hash of those,
-and are drawn on the CPU, so a CPU and a GPU apply the same map. Maps are kept while they fit in `CACHE_BYTES` and drawn again when they do not.
+Every map is a function of (seed, module name, shape, width) alone: bits come from Philox, a counter-based generator, keyed by a hash of
+those, and are drawn on the CPU, so a CPU and a GPU apply the same map. Maps are kept while they fit in `CACHE_BYTES` and drawn again
+when they do not.
 
-sketch      count-sketch (Charikar et al. 2002; for gradients: sparse Johnson-Lindenstrauss): each coordinate is added, with a random sign, to one
-            of d buckets. Consecutive blocks of d coordinates each get their own random permutation of the buckets, so two coordinates share a
-            bucket with probability at most 1/d: E<Sx, Sy> = <x, y> and Var <= (|x|^2 |y|^2 + <x, y>^2) / d, as for a dense random matrix.
+sketch      count-sketch (Charikar et al. 2002; for gradients: sparse Johnson-Lindenstrauss): each coordinate is added, with a random
+            sign, to one of d buckets. Consecutive blocks of d coordinates each get their own random permutation of the buckets, so two
+            coordinates share a bucket with probability at most 1/d: E<Sx, Sy> = <x, y> and Var <= (|x|^2 |y|^2 + <x, y>^2) / d, as for
+            a dense random matrix.
 rademacher  dense signs / sqrt(d); with per_module=True and dim=(a, b) two-sided, P_left G P_right^T for each module, which a product of
-            activations and output gradients passes through without forming G. Same mean; per module Var <= about |x|^2 |y|^2 (2/a + 2/b + 4/ab).
+            activations and output gradients passes through without forming G. Same mean; per module Var <= about |x|^2 |y|^2 (2/a + 2/b
+            + 4/ab).
 identity    the flat gradient itself, for tests and tiny models.
 """
 
@@ -36,8 +39,8 @@ Shape = tuple[int, int]
 class Projection:
     """What random map takes a gradient of all tracked modules to a row.
 
-    dim: width of the row (sketch, rademacher), of each module's part of it with per_module=True, (a, b) for the two-sided product of a*b numbers
-    per module, or None for identity. Raises ConfigError for any other combination.
+    dim: width of the row (sketch, rademacher), of each module's part of it with per_module=True, (a, b) for the two-sided product of
+    a*b numbers per module, or None for identity. Raises ConfigError for any other combination.
     """
 
     dim: int | tuple[int, int] | None = 8192
@@ -55,7 +58,7 @@ class Projection:
                 raise ConfigError(f"the identity projection has no width, dim is {self.dim}", remedy="Pass dim=None.")
         elif isinstance(self.dim, tuple):
             if not (self.kind == "rademacher" and self.per_module and len(self.dim) == 2 and all(_positive(k) for k in self.dim)):
-                raise ConfigError(f"dim={self.dim} needs kind='rademacher', per_module=True and two positive widths", remedy="For example dim=(16, 16).")
+                raise ConfigError(f"dim={self.dim} needs kind='rademacher', per_module=True, two widths", remedy="Try dim=(16, 16).")
         elif not _positive(self.dim):
             raise ConfigError(f"dim={self.dim!r} is not a width", remedy="Pass a positive integer, for example dim=8192.")
 
@@ -69,7 +72,7 @@ class Projection:
 
 
 class BoundProjection:
-    """A projection for given parameters. Use: `state = start(b)`, `add` or `add_product` once per parameter, `rows = finish(state)` [b, width]."""
+    """A projection for given parameters: `state = start(b)`, then `add` or `add_product` once for each, `rows = finish(state)`."""
 
     def __init__(self, projection: Projection, shapes: dict[str, Shape], device: torch.device) -> None:
         self.projection, self.shapes, self.device = projection, shapes, device
@@ -118,11 +121,11 @@ class BoundProjection:
             self._dense(out, name, grad.flatten(1))
 
     def add_product(self, state: Tensor, name: str, left: Tensor, right: Tensor) -> None:
-        """Adds the two-sided projection of sum_t left[b, t, :, None] right[b, t, None, :], already multiplied by `sides(name)`: [b, t, a], [b, t, b]."""
+        """Adds the two-sided projection of sum_t left_t right_t^T, whose factors [b, t, .] were multiplied by `sides(name)` already."""
         state[:, self._parts[name]].add_(torch.bmm(left.transpose(1, 2), right).flatten(1), alpha=self._scale)
 
     def sides(self, name: str) -> tuple[Tensor, Tensor]:
-        """(left [rows, a], right [columns, b]) of a two-sided projection: signs, exact in any dtype; 1/sqrt(ab) is applied to their product."""
+        """(left [rows, a], right [columns, b]) of a two-sided projection: signs, exact in any dtype; their product gets 1/sqrt(ab)."""
         assert isinstance(self.projection.dim, tuple)
         kept = self._cache.get(name)
         if kept is None:
@@ -141,16 +144,9 @@ class BoundProjection:
             raise MismatchError(f"gradient of {name} has shape {tuple(grad.shape[1:])}, the projection was bound for {self.shapes[name]}")
 
     def _sketch(self, out: Tensor, name: str, flat: Tensor) -> None:
-        buckets, signs = self._sketch_map(name)
-        b, d, (blocks, p) = len(flat), out.shape[1], (len(buckets), flat.shape[1])
-        if out.device.type == "cpu":  # scatter_add_ is the fastest here and its order is fixed; on a GPU it adds in any order
-            out.scatter_add_(1, buckets.view(-1)[:p].expand(b, p), flat * signs.view(-1)[:p])
-            return
-        if blocks * d != p:
-            flat = torch.nn.functional.pad(flat, (0, blocks * d - p))
-        inverse = buckets.argsort(1)
-        signed = (flat * signs.view(-1)).view(b, blocks, d)
-        out += signed.gather(2, inverse.expand(b, blocks, d)).sum(1)
+        # scatter_add_ is the fastest on a CPU, where its order is fixed; a GPU adds in any order, so there each bucket collects instead
+        add = add_scattered if out.device.type == "cpu" else add_collected
+        add(out, flat, *self._sketch_map(name))
 
     def _sketch_map(self, name: str) -> tuple[Tensor, Tensor]:
         """(buckets int64 [blocks, d], signs [blocks, d]): flat coordinate k*d + j goes to bucket buckets[k, j] with signs[k, j]."""
@@ -195,12 +191,26 @@ class BoundProjection:
         return tensors
 
 
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)*(?:base_model\.model\.)?|(?<=\.)(?:base_layer|_orig_mod|_checkpoint_wrapped_module)(?:\.|$)")
+def add_scattered(out: Tensor, flat: Tensor, buckets: Tensor, signs: Tensor) -> None:
+    """out [b, d] += the count-sketch of flat [b, p], coordinate by coordinate."""
+    p = flat.shape[1]
+    out.scatter_add_(1, buckets.view(-1)[:p].expand(len(flat), p), flat * signs.view(-1)[:p])
+
+
+def add_collected(out: Tensor, flat: Tensor, buckets: Tensor, signs: Tensor) -> None:
+    """The same sum, bucket by bucket: every block of d coordinates is permuted, then the blocks are added."""
+    blocks, d = buckets.shape
+    flat = torch.nn.functional.pad(flat, (0, blocks * d - flat.shape[1])) * signs.view(-1)
+    out += flat.view(-1, blocks, d).gather(2, buckets.argsort(1).expand(len(flat), blocks, d)).sum(1)
+
+
+_INNER = r"(?<=\.)(?:base_layer|_orig_mod|_checkpoint_wrapped_module)(?:\.|$)"
+_WRAPPERS = re.compile(rf"^(?:module\.|_orig_mod\.)*(?:base_model\.model\.)?|{_INNER}")
 _ADAPTER = re.compile(r"(lora_[AB])\.[^.]+$")
 
 
 def canonical_names(names: Mapping[str, object]) -> dict[str, str]:
-    """Module names without the parts that wrappers (peft, torch.compile, DistributedDataParallel) put in; unchanged where two would become one."""
+    """Module names without what wrappers (peft, torch.compile, DistributedDataParallel) put in; as they are where two would become one."""
     short = {n: _ADAPTER.sub(r"\1", _WRAPPERS.sub("", n.removesuffix(".weight"))).rstrip(".") for n in names}
     return short if len(set(short.values())) == len(short) else {n: n.removesuffix(".weight") for n in names}
 

@@ -10,20 +10,22 @@ from torch import Tensor
 
 from gradsift.errors import ConfigError, MismatchError
 
+_REMEDY = "Use the moments of the checkpoint that the model was loaded from."
+
 
 class Adam:
     """Gradient -> virtual Adam update, element-wise, for each example alone. Implements the Transform protocol; never factors.
 
-    m, v: first and second moments by parameter name, with or without ".weight", each of the parameter's shape. step: how many updates the moments
-    have seen; the virtual update is number step + 1.
+    m, v: first and second moments by parameter name, with or without ".weight", each of the parameter's shape. step: how many updates
+    the moments have seen; the virtual update is number step + 1.
 
-    form="released": m' / sqrt(v' + eps) with m' = b1 m + (1 - b1) g and v' = b2 v + (1 - b2) g^2, as the code published with LESS computes it
-    (`obtain_gradients_with_adam`): eps inside the root, no bias correction.
-    form="paper": (m' / (1 - b1^(step+1))) / (sqrt(v' / (1 - b2^(step+1))) + eps): the Adam update of Kingma & Ba (arXiv 1412.6980, algorithm 1),
-    which LESS's definition of Gamma follows: bias correction, eps outside the root.
+    form="released": m' / sqrt(v' + eps) with m' = b1 m + (1 - b1) g and v' = b2 v + (1 - b2) g^2, as the code published with LESS
+    computes it (`obtain_gradients_with_adam`): eps inside the root, no bias correction.
+    form="paper": (m' / (1 - b1^(step+1))) / (sqrt(v' / (1 - b2^(step+1))) + eps): the Adam update of Kingma & Ba (arXiv 1412.6980,
+    algorithm 1), which LESS's definition of Gamma follows: bias correction, eps outside the root.
 
-    Weight decay and the learning rate are left out: neither depends on the example. Raises MismatchError, naming the parameter, when m or v lacks
-    it or has another shape.
+    Weight decay and the learning rate are left out: neither depends on the example. Raises MismatchError, naming the parameter, when m
+    or v lacks it or has another shape.
     """
 
     def __init__(
@@ -50,11 +52,11 @@ class Adam:
             for which, moments in (("first", self._m), ("second", self._v)):
                 moment = moments.get(name.removesuffix(".weight"))
                 if moment is None:
-                    raise MismatchError(f"no {which} moment for parameter {name}", remedy="Use the moments of the checkpoint that the model was loaded from.")
+                    raise MismatchError(f"no {which} moment for parameter {name}", remedy=_REMEDY)
                 if tuple(moment.shape) != tuple(shape):
                     raise MismatchError(
                         f"the {which} moment of {name} has shape {tuple(moment.shape)}, the parameter {tuple(shape)}",
-                        remedy="Use the moments of the checkpoint that the model was loaded from.",
+                        remedy=_REMEDY,
                     )
 
     def materialised(self, name: str, grad: Tensor) -> Tensor:
