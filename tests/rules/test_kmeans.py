@@ -53,6 +53,7 @@ def naive_lloyd(rows: np.ndarray, centres: np.ndarray, cosine: bool) -> np.ndarr
 @given(seed=st.integers(0, 10_000), n=st.integers(2, 30), d=st.integers(1, 6), cosine=st.booleans(), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_steps_from_given_centres_match_the_plain_loops(seed, n, d, cosine, data):
+    d += cosine  # unit rows of one column would all tie
     clusters = data.draw(st.integers(1, min(n, 6)))
     rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     start = rows[:clusters] * 0.9
@@ -96,7 +97,7 @@ def test_no_worse_than_scikit_learn(noise):
 
 
 def test_more_restarts_and_seeding_help_and_the_same_rng_gives_the_same():
-    rows, _ = mixture(1500, 40, 25, 1.5)
+    rows, _ = mixture(1500, 40, 25, 1.0)
     one = [kmeans.fit(rows, 25, rng=rng(seed), init="random") for seed in range(4)]
     five = [kmeans.fit(rows, 25, rng=rng(seed), init="random", restarts=5) for seed in range(4)]
     assert sum(f.objective for f in five) < sum(o.objective for o in one)
@@ -167,5 +168,5 @@ def test_equal_rows_and_few_distinct_ones(cosine):
     ],
 )
 def test_bad_arguments_are_value_errors(change):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="must|hold|entries|sums to|no columns"):
         kmeans.fit(**{"rows": torch.randn(4, 2), "clusters": 2, "rng": rng(), **change})

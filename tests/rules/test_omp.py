@@ -11,12 +11,16 @@ from gradsift.rules import blocks, omp
 from .stores import Sliced
 
 
+def solved(part, target, ridge):
+    return np.linalg.solve(part @ part.T + ridge * np.eye(len(part)), part @ target)
+
+
 def naive(atoms, target, budget, ridge=1.0, nonnegative=True, on_repeat="mask", tol=1e-4):
     """The same search in float64 with a fresh solve every time."""
     atoms, target = np.asarray(atoms, dtype=np.float64), np.asarray(target, dtype=np.float64)
-    chosen, x, tried, norms, rounds = [], np.zeros(0), set(), [], 0
+    chosen, x, tried, norms = [], np.zeros(0), set(), []
     residual = target
-    for _ in range(budget if on_repeat == "stop" else len(atoms)):
+    for turn in range(budget if on_repeat == "stop" else len(atoms)):
         if len(chosen) >= budget or np.linalg.norm(residual) < tol * np.linalg.norm(target):
             break
         fit = atoms @ residual if nonnegative else np.abs(atoms @ residual)
@@ -26,22 +30,15 @@ def naive(atoms, target, budget, ridge=1.0, nonnegative=True, on_repeat="mask", 
         if fit[j] <= 1e-9 or (on_repeat == "stop" and j in chosen):
             break
         tried.add(j)
-
-        def solve(s):
-            part = atoms[s]
-            if rounds == 0:
-                return part @ target / (part @ part.T)[0]
-            return np.linalg.solve(part @ part.T + ridge * np.eye(len(s)), part @ target)
-
+        damping = ridge if turn else 0
         before = chosen, x
         chosen = [*chosen, j]
-        x = solve(chosen)
-        rounds += 1
+        x = solved(atoms[chosen], target, damping)
         dropped = 0
         while nonnegative and len(x) and x.min() < 0:
             worst = int(x.argmin())
             chosen = chosen[:worst] + chosen[worst + 1 :]
-            x = solve(chosen) if chosen else np.zeros(0)
+            x = solved(atoms[chosen], target, ridge)
             dropped += 1
         removed = j not in chosen
         if removed and dropped == 1:
@@ -254,9 +251,9 @@ def test_a_store_read_in_blocks_gives_the_same_as_a_tensor(monkeypatch):
 )
 def test_bad_arguments_are_value_errors(change):
     good = {"atoms": torch.eye(2), "target": torch.ones(2), "budget": 2}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="must|hold|entries|sums to|no columns"):
         omp.match(**{**good, **change})
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="must|hold|entries|sums to|no columns"):
         omp.fill(**{**good, **change})
     with pytest.raises(ValueError, match="rng"):
         omp.fill(**good, refill="random")
