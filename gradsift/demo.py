@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gradsift import playground, report
+from gradsift import playground, report, tiny
 from gradsift.config import EncodeSettings
 from gradsift.encode import encode
-from gradsift.evaluate import FinetuneSettings, finetune, heldout_loss
+from gradsift.evaluate import Compared, FinetuneSettings, Interval, compare_subsets, heldout_loss
 from gradsift.model import load_model, load_tokenizer
 from gradsift.pool import read_pool
 from gradsift.progress import Progress, silent
@@ -28,12 +28,12 @@ FINETUNE = FinetuneSettings(epochs=4, batch_size=16, lr=1e-3)
 
 @dataclass(frozen=True)
 class Line:
-    """One method's result: loss in nats per supervised token on held-out rows of the target's family, mean over seeds, and its range."""
+    """One method's result on held-out rows of the target's family. `loss` in nats per supervised token, mean over seeds; `against`: its
+    difference to random with a 95 % interval over seeds and test rows, None for random itself."""
 
     method: str
     loss: float
-    low: float
-    high: float
+    against: Interval | None
     family_share: float
     noise_share: float
     rows: int
@@ -56,19 +56,21 @@ class Demo:
         return less.family_share >= 3 * random.family_share and less.noise_share <= random.noise_share / 2 and less.loss < random.loss
 
     def table(self) -> str:
-        head = f"{'method':<10}{'held-out loss':>22}{'target family':>16}{'noise':>9}{'rows':>7}"
-        body = [
-            f"{line.method:<10}{f'{line.loss:.3f} ({line.low:.3f}-{line.high:.3f})':>22}{line.family_share:>16.0%}{line.noise_share:>9.0%}{line.rows:>7}"
-            for line in self.lines
-        ]
-        base = f"{'untrained':<10}{self.base_loss:>8.3f}"
+        head = f"{'':<10}{'held-out loss':>15}{'against random (95 %)':>30}{'target family':>16}{'noise':>8}{'rows':>7}"
+        body = []
+        for line in self.lines:
+            gap = line.against
+            against = "" if gap is None else f"{gap.difference:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})"
+            share = f"{line.family_share:>16.0%}{line.noise_share:>8.0%}{line.rows:>7}"
+            body.append(f"{line.method:<10}{line.loss:>15.3f}{against:>30}{share}")
+        body.append(f"{'untrained':<10}{self.base_loss:>15.3f}")
         paths = [f"{name:<10}{chosen.subset_path}\n{'':<10}{chosen.report}" for name, chosen in self.selections.items()]
         verdict = (
             "The targeted method beats random."
             if self.passed
             else "The targeted method does not beat random as it should: this is a fault."
         )
-        return "\n".join([head, *body, base, "", *paths, "", f"{verdict} ({self.seconds:.0f} s)"])
+        return "\n".join([head, *body, "", *paths, "", f"{verdict} ({self.seconds:.0f} s)"])
 
 
 def demo(run: str | Path, *, seed: int = 0, seeds: int = 3, progress: Progress | None = None) -> Demo:
@@ -81,7 +83,7 @@ def demo(run: str | Path, *, seed: int = 0, seeds: int = 3, progress: Progress |
     files = playground.write_playground(root / "data", seed=seed)
     labels = [json.loads(line) for line in files.pool.read_text(encoding="utf-8").splitlines()]
     family = json.loads(files.target.read_text(encoding="utf-8").splitlines()[0])["family"]
-    model = str(playground.tiny_model(progress=_training(progress)))
+    model = str(tiny.tiny_model(progress=_steps(progress, "steps", "training the built-in model, once")))
     selections, draws = {}, {}
     for method in METHODS:
         target = [files.target] if method == "less" else []
@@ -100,21 +102,22 @@ def demo(run: str | Path, *, seed: int = 0, seeds: int = 3, progress: Progress |
             for s in (range(seeds) if method == "random" else [0])
         ]
         selections[method], draws[method] = draw[0], draw
-    base_loss, losses = _train(model, files, {m: [d.indices for d in ds] for m, ds in draws.items()}, seeds, progress)
-    lines = [_line(method, draws[method], losses[method], labels, family) for method in METHODS]
-    found = Demo(lines, base_loss, selections, time.perf_counter() - started)
-    _add_comparison(found)
-    return found
+    base_loss, measured = _train(model, files, {m: [d.indices for d in ds] for m, ds in draws.items()}, seeds, progress)
+    lines = [_line(found, draws[found.name], labels, family) for found in measured]
+    result = Demo(lines, base_loss, selections, time.perf_counter() - started)
+    _add_comparison(result)
+    return result
 
 
-def _training(progress: Progress) -> Any:
-    begun: list[int] = []
+def _steps(progress: Progress, unit: str, label: str) -> Callable[[int, int], None]:
+    """A (done, total) callback that drives a progress bar."""
+    before = [0]
 
     def step(done: int, total: int) -> None:
-        if not begun:
-            progress.start(total, "steps", "training the built-in model, once")
-        progress.advance(done - (begun[-1] if begun else 0))
-        begun.append(done)
+        if not before[0]:
+            progress.start(total, unit, label)
+        progress.advance(done - before[0])
+        before[0] = done
         if done == total:
             progress.done()
 
@@ -122,35 +125,26 @@ def _training(progress: Progress) -> Any:
 
 
 def _train(
-    model: str, files: Any, chosen: dict[str, list[np.ndarray]], seeds: int, progress: Progress
-) -> tuple[float, dict[str, list[float]]]:
-    """Held-out loss of the base, and of every method for every seed (seed s trains on draw s where a method has several)."""
+    model: str, files: playground.Paths, chosen: dict[str, list[np.ndarray]], seeds: int, progress: Progress
+) -> tuple[float, list[Compared]]:
+    """Held-out loss of the base, and of every method over the seeds (seed s trains on draw s where a method has several)."""
     tokenizer, settings = load_tokenizer(model), EncodeSettings.model_validate(SETTINGS["encode"])
     pool, test = (encode(read_pool([path]), tokenizer, settings) for path in (files.pool, files.test))
-    losses: dict[str, list[float]] = {}
-    progress.start(len(chosen) * seeds, "trainings", "training on each choice")
-    for method, draws in chosen.items():
-        losses[method] = []
-        for s in range(seeds):
-            rows = [pool[int(i)] for i in sorted(draws[s % len(draws)])]
-            tuned = finetune(model, rows, settings=FINETUNE.model_copy(update={"seed": s}))
-            losses[method].append(heldout_loss(tuned, test).loss)
-            progress.advance(1)
-    progress.done()
-    return heldout_loss(load_model(model), test).loss, losses
+
+    def rows(draws: list[np.ndarray]) -> Callable[[int], list[dict[str, list[int]]]]:
+        return lambda seed: [pool[int(i)] for i in sorted(draws[seed % len(draws)])]
+
+    subsets = {method: rows(draws) for method, draws in chosen.items()}
+    step = _steps(progress, "trainings", "training on each choice")
+    measured = compare_subsets(model, subsets, test, FINETUNE, range(seeds), progress=step)
+    return heldout_loss(load_model(model), test).loss, measured
 
 
-def _line(method: str, draws: Sequence[Selection], losses: list[float], labels: list[dict[str, Any]], family: str) -> Line:
+def _line(found: Compared, draws: Sequence[Selection], labels: list[dict[str, Any]], family: str) -> Line:
     rows = [labels[int(i)] for draw in draws for i in draw.indices]
-    return Line(
-        method,
-        float(np.mean(losses)),
-        min(losses),
-        max(losses),
-        sum(row["family"] == family for row in rows) / len(rows),
-        sum(row["noise"] != "none" for row in rows) / len(rows),
-        len(draws[0]),
-    )
+    own = sum(row["family"] == family for row in rows) / len(rows)
+    noise = sum(row["noise"] != "none" for row in rows) / len(rows)
+    return Line(found.name, found.loss, found.against, own, noise, len(draws[0]))
 
 
 def _add_comparison(found: Demo) -> None:
@@ -160,15 +154,13 @@ def _add_comparison(found: Demo) -> None:
             name=line.method,
             kind="control" if line.method == "random" else "method",
             value=line.loss,
-            low=line.low,
-            high=line.high,
             rows=line.rows,
             note=f"{line.family_share:.0%} of the target's family, {line.noise_share:.0%} noise",
         )
         for line in found.lines
     ]
     results.append(report.Compared(name="untrained", kind="none", value=found.base_loss))
-    comparison = report.Comparison(results=tuple(results), note="Mean and range over seeds, on held-out rows of the target's family.")
+    comparison = report.Comparison(results=tuple(results), note="Mean over seeds, on held-out rows of the target's family.")
     for chosen in found.selections.values():
         data = report.ReportData.model_validate_json((chosen.folder / "report.json").read_bytes())
         report.write_report(data.model_copy(update={"comparison": comparison}), chosen.folder)

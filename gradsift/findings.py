@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from gradsift import machine, methods, report
-from gradsift.pipeline import Pipeline, Timing
+from gradsift.pipeline import Pipeline
+from gradsift.stages import Timing
 from gradsift.types import Selector, Subset
 
 SHOWN = 20
@@ -168,9 +169,9 @@ def _verdict(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
     read, picked = chosen.pipeline.sides["pool"].funnel["read"], chosen.picked
     share = tokens[picked].sum() / max(tokens[chosen.kept].sum(), 1)
     lines = [
-        report.Verdict(text=f"Selected {picked.sum():,} of {read:,} rows ({picked.sum() / read:.1%}) with {chosen.method}.", level="ok"),
+        report.Verdict(text=f"Selected {picked.sum():,} of {read:,} rows ({100 * picked.sum() / read:.1f} %) with {chosen.method}."),
         report.Verdict(
-            text=f"They hold {share:.1%} of the supervised tokens; mean answer {tokens[picked].mean():.0f} tokens, "
+            text=f"They hold {100 * share:.1f} % of the supervised tokens; mean answer {tokens[picked].mean():.0f} tokens, "
             f"in the pool {tokens[chosen.kept].mean():.0f}."
         ),
     ]
@@ -188,7 +189,7 @@ def _verdict(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
             text = f"Mean pairwise cosine of the stored rows: {cosine:.2f}"
             text += " (a large component is shared by all rows; differences between them are what is left)." if cosine > 0.5 else "."
             lines.append(report.Verdict(text=text, level="warn" if cosine > 0.5 else "note"))
-    lines.append(report.Verdict(text="Whether this trains a better model than random rows is not measured on this page."))
+    lines.append(report.Verdict(text="Whether this trains a better model than random rows is not measured on this page.", level="note"))
     return lines
 
 
@@ -211,10 +212,18 @@ def _coverage(chosen: Chosen) -> report.Table | None:
     if not found:
         return None
     rows = [
-        (row["kind"], row["modules"], ", ".join("x".join(map(str, shape)) for shape in row["shapes"]), row["parameters"], f"{row['share']:.1%}")
+        (
+            row["kind"],
+            row["modules"],
+            ", ".join("x".join(map(str, shape)) for shape in row["shapes"]),
+            row["parameters"],
+            f"{row['share']:.1%}",
+        )
         for row in found["rows"]
     ]
-    caption = f"{found['modules']} modules carry the gradients: {found['share']:.1%} of {found['trainable_parameters']:,} trainable parameters."
+    caption = (
+        f"{found['modules']} modules carry the gradients: {found['share']:.1%} of {found['trainable_parameters']:,} trainable parameters."
+    )
     if found["moe"]:
         caption += f" A mixture of experts: {len(found['experts'])} expert modules, {len(found['uncovered'])} parameters not covered."
     return report.Table(columns=("layer", "modules", "shape", "parameters", "share"), rows=tuple(rows), caption=caption)
@@ -222,7 +231,7 @@ def _coverage(chosen: Chosen) -> report.Table | None:
 
 def _funnel(chosen: Chosen) -> list[report.Step]:
     pool = chosen.pipeline.sides["pool"]
-    steps = [report.Step(name=name, count=count) for name, count in pool.funnel.items()]
+    steps = [report.Step(name=name, count=count) for name, count in pool.funnel.items() if count or name in ("read", "usable")]
     steps.append(report.Step(name="encoded and with a usable signal", count=len(chosen.kept)))
     return [*steps, report.Step(name="selected", count=len(chosen.subset))]
 

@@ -5,9 +5,7 @@ Every stage has a `Recipe`, whose digest depends only on the recipes before it: 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,69 +14,29 @@ import torch
 from torch import Tensor
 
 from gradsift import machine
-from gradsift.artifact import Artifact, folder_hash, recipe
+from gradsift.artifact import Artifact, folder_hash
+from gradsift.checkpoints import adam_transform, load_checkpoints
 from gradsift.config import Config
-from gradsift.durable import read_tensors, recipe_digest, write_tensors
+from gradsift.durable import write_tensors
 from gradsift.encode import EncodedRows, encode, tokenizer_identity
 from gradsift.errors import DataError, MismatchError, UserError
-from gradsift.execute import Executor, Serial
-from gradsift.gradients import extract, output_dim
+from gradsift.execute import Executor, Serial, stop_here
+from gradsift.gradients import output_dim
 from gradsift.influence import score
 from gradsift.model import coverage, load_adapter, load_model, load_tokenizer, model_identity
 from gradsift.pool import Pool
 from gradsift.progress import Progress, silent
 from gradsift.projection import Projection
+from gradsift.rowwork import Scaled, check_quarantine, fill_mean, mean_pairwise_cosine, shard_worker
 from gradsift.run import Run
 from gradsift.signals.loss import row_losses
+from gradsift.stages import Recipe, Stages
 from gradsift.store import RowStore, RowView
-from gradsift.transforms.adam import Adam
 from gradsift.types import Checkpoint, Signal, Signals
-from gradsift.warmup import load_checkpoints, read_moments, warm_up
-
-VERSIONS = {"encode": 1, "warmup": 1, "gradients": 1, "mean": 1, "influence": 1, "loss": 1, "select": 1}
+from gradsift.warmup import warm_up
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What an artifact is made of; equal recipes make equal artifacts."""
-
-    stage: str
-    config: dict[str, Any]
-    inputs: dict[str, str] = field(default_factory=dict)
-    identity: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def parts(self) -> dict[str, Any]:
-        version = VERSIONS[self.stage]
-        return recipe(self.stage, version=version, config=self.config, inputs=self.inputs, identity=self.identity)
-
-    @property
-    def digest(self) -> str:
-        return recipe_digest(self.parts)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One line of the cost table: a stage, whether it was reused, and what making it took."""
-
-    stage: str
-    digest: str
-    reused: bool
-    seconds: float
-    peak_bytes: int
-
-
-class Scaled:
-    """Stored unit rows times their norms: the rows as they were before the store normalised them."""
-
-    def __init__(self, store: RowStore) -> None:
-        self.store, self.shape = store, store.shape
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        return self.store[rows].float() * self.store.scales[rows, None]
-
-
-class Pipeline:
+class Pipeline(Stages):
     """The stages of one run, over a pool and perhaps a target set. Use inside `run.lock()`."""
 
     def __init__(
@@ -92,11 +50,11 @@ class Pipeline:
         executor: Executor | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.run, self.config, self.warmup_from = run, config, warmup_from
+        super().__init__(run)
+        self.config, self.warmup_from = config, warmup_from
         self.sides: dict[str, Pool] = {"pool": pool, **({"target": target} if target is not None else {})}
         self.executor = executor or Serial()
         self.progress = progress or silent()
-        self.timings: list[Timing] = []
         self.threads = machine.settle(config.machine.threads)
         name, remote = config.model.name, config.model.trust_remote_code
         self.tokenizer = load_tokenizer(name, revision=config.model.revision, trust_remote_code=remote)
@@ -112,7 +70,7 @@ class Pipeline:
 
     def warmup_recipe(self) -> Recipe:
         if self.warmup_from is not None:
-            return Recipe("warmup", {"from": recipe_digest(folder_hash(self.warmup_from))}, identity={"model": self.model_identity})
+            return Recipe("warmup", {"from": folder_hash(self.warmup_from)}, identity={"model": self.model_identity})
         return Recipe("warmup", self.config.warmup.canonical(), {"pool": self.encode_recipe("pool").digest}, self._compute_identity())
 
     def gradients_recipe(self, side: str, checkpoint: int, transform: str) -> Recipe:
@@ -177,32 +135,6 @@ class Pipeline:
 
     # Making them.
 
-    def make(self, recipe: Recipe, fill: Callable[[Artifact], None]) -> Artifact:
-        """The complete artifact of a recipe: what is there, or what `fill` makes of the open folder."""
-        artifact = self.run.artifact(
-            recipe.stage,
-            version=VERSIONS[recipe.stage],
-            config=recipe.config,
-            inputs=recipe.inputs,
-            identity=recipe.identity,
-        )
-        started, reused = time.perf_counter(), artifact.complete
-        if not reused:
-            fill(artifact)
-        seconds = 0.0 if reused else time.perf_counter() - started
-        if all(timing.digest != artifact.digest for timing in self.timings):
-            self.timings.append(Timing(recipe.stage, artifact.digest, reused, seconds, machine.peak_bytes()))
-        return artifact
-
-    def stored(self, recipe: Recipe) -> Artifact | None:
-        """The complete artifact of a recipe, if it is there. Writes nothing."""
-        parts = recipe.parts
-        artifact = self.run.artifact(parts.pop("stage"), **parts, create=False)
-        return artifact if artifact.complete else None
-
-    def stats(self, started: float) -> dict[str, Any]:
-        return {"seconds": round(time.perf_counter() - started, 3)}
-
     def encoded(self, side: str) -> EncodedRows:
         if side not in self._encoded:
             artifact = self.make(self.encode_recipe(side), lambda artifact: self._encode(side, artifact))
@@ -210,11 +142,10 @@ class Pipeline:
         return self._encoded[side]
 
     def _encode(self, side: str, artifact: Artifact) -> None:
-        started = time.perf_counter()
         rows = encode(self.sides[side], self.tokenizer, self.config.encode, progress=self.progress)
         rows.save(artifact.path)
         counts = {"rows": len(rows), "usable": int((rows.codes == 0).sum()), "tokens": int(rows.lengths.sum())}
-        artifact.finish(counts=counts, stats=self.stats(started))
+        artifact.finish(counts=counts)
 
     def checkpoints(self) -> list[Checkpoint]:
         if self.warmup_from is not None:
@@ -222,7 +153,6 @@ class Pipeline:
         return load_checkpoints(self.make(self.warmup_recipe(), self._warm_up).path)
 
     def _warm_up(self, artifact: Artifact) -> None:
-        started = time.perf_counter()
         model = self.load_base()
         checkpoints = warm_up(
             model,
@@ -230,10 +160,10 @@ class Pipeline:
             self.config.warmup,
             artifact.path,
             pad_id=self.pad_id,
-            progress=self.progress,
+            progress=_Stopping(self.progress),
             force=self.config.machine.force,
         )
-        artifact.finish(counts={"checkpoints": len(checkpoints), "steps": checkpoints[-1].step}, stats=self.stats(started))
+        artifact.finish(counts={"checkpoints": len(checkpoints), "steps": checkpoints[-1].step})
 
     @property
     def pad_id(self) -> int:
@@ -273,7 +203,7 @@ class Pipeline:
         return RowStore.open(artifact.path)
 
     def _extract(self, artifact: Artifact, side: str, at: Checkpoint, transform: str) -> None:
-        started, settings = time.perf_counter(), self.config.gradients
+        settings = self.config.gradients
         encoded, pool = self.encoded(side), self.sides[side]
         modules = None if settings.modules == "lora" else settings.modules
         dim = output_dim(self.model_at(at), self.projection, modules)
@@ -293,36 +223,30 @@ class Pipeline:
             dtype=settings.store_dtype,
         )
 
-        def make_worker() -> Callable[[int], int]:
+        def make_worker() -> Any:
             model = self.model_at(at)
-            adam = _adam(at, settings.adam_form) if transform == "adam" else None
-            return lambda shard: self._fill_shard(store, shard, model, adam, modules, encoded)
+            force = self.config.machine.force
+            return shard_worker(
+                store,
+                encoded,
+                model,
+                projection=self.projection,
+                transform=adam_transform(at, settings.adam_form, base=model, force=force) if transform == "adam" else None,
+                modules=modules,
+                token_budget=settings.token_budget,
+                advance=self.progress.advance,
+            )
 
+        for problem in store.problems:
+            self.progress.note(f"made anew: {problem}")
         shards = store.missing()
         tokens = sum(int(encoded.lengths[store.shards[shard]].sum()) for shard in shards)
         self.progress.start(tokens, "tokens", f"gradients of the {side}, checkpoint {at.step}, {transform}")
-        for _ in self.executor.map(make_worker, shards):
-            pass
+        halvings = sum(result for _, result in self.executor.map(make_worker, shards))
         self.progress.done()
+        check_quarantine(store, encoded)
         extra = {"mean_pairwise_cosine": mean_pairwise_cosine(store), "coverage": coverage(self.model_at(at), modules).summary()}
-        store.seal(artifact, extra=extra, stats=self.stats(started))
-
-    def _fill_shard(self, store: RowStore, shard: int, model: Any, adam: Adam | None, modules: Any, encoded: EncodedRows) -> int:
-        where = store.shards[shard]
-        count = where.stop - where.start
-        rows, norms = torch.zeros(count, store.shape[1]), torch.zeros(count)
-        losses, tokens = torch.zeros(count), torch.zeros(count, dtype=torch.int32)
-        usable = [i for i in range(where.start, where.stop) if encoded.codes[i] == 0]
-        budget = self.config.gradients.token_budget
-        for batch in extract(
-            model, [encoded[i] for i in usable], projection=self.projection, transform=adam, modules=modules, token_budget=budget
-        ):
-            at = torch.tensor([usable[int(i)] - where.start for i in batch.indices])
-            rows[at], norms[at] = batch.rows.cpu(), batch.norms.cpu()
-            losses[at], tokens[at] = batch.losses.cpu(), batch.tokens.cpu().int()
-            self.progress.advance(int(encoded.lengths[where][at.numpy()].sum()))
-        store.write(shard, rows, norms=norms, losses=losses, tokens=tokens)
-        return count
+        store.seal(artifact, extra=extra, stats={"batch_halvings": halvings})
 
     def mean_rows(self, side: str, transform: str) -> RowStore:
         """Checkpoint mean of unit rows weighted by mean_lr (TAGCOS, released `mean_grad`): not re-normalised, the norm is in `scales`."""
@@ -331,18 +255,12 @@ class Pipeline:
         weights = [checkpoint.mean_lr / sum(c.mean_lr for c in checkpoints) for checkpoint in checkpoints]
 
         def fill(artifact: Artifact) -> None:
-            started, shard_rows = time.perf_counter(), self.config.gradients.shard_rows
+            shard_rows = self.config.gradients.shard_rows
             spec = {**stores[0].spec, "checkpoints": "mean"}
             ids, dim = self.sides[side].ids, stores[0].shape[1]
             mean = RowStore.create(artifact.path, recipe_digest=artifact.digest, ids=ids, dim=dim, spec=spec, shard_rows=shard_rows)
-            for shard in mean.missing():
-                where = mean.shards[shard]
-                rows = sum((w * store[where].float() for w, store in zip(weights, stores, strict=True)), torch.zeros(()))
-                everywhere = torch.stack([store.usable[where] for store in stores]).all(dim=0)
-                rows[~everywhere] = 0
-                first = stores[-1]
-                mean.write(shard, rows, norms=first.norms[where], losses=first.losses[where], tokens=first.tokens[where])
-            mean.seal(artifact, extra={"mean_pairwise_cosine": mean_pairwise_cosine(mean), "weights": weights}, stats=self.stats(started))
+            fill_mean(mean, stores, weights)
+            mean.seal(artifact, extra={"mean_pairwise_cosine": mean_pairwise_cosine(mean), "weights": weights})
 
         return RowStore.open(self.make(self.mean_recipe(side, transform), fill).path)
 
@@ -363,24 +281,22 @@ class Pipeline:
             raise DataError("no target row has a usable gradient", remedy="Look at the target with `gradsift inspect`.")
 
         def fill(artifact: Artifact) -> None:
-            started = time.perf_counter()
             keep = good.nonzero()[:, 0]
             views = [RowView(store, keep) for store in target]
             groups = [self.sides["target"].groups[int(i)] for i in keep]
             weights = [checkpoints[c].mean_lr for c in used]
             scores = score(pool, views, weights, str(signal.backend), groups=groups)
             hash_ = write_tensors(artifact.path / "scores.safetensors", {"scores": scores, "target": keep}, {"recipe": artifact.digest})
-            artifact.finish(files={"scores.safetensors": hash_}, counts={"rows": len(scores)}, stats=self.stats(started))
+            artifact.finish(files={"scores.safetensors": hash_}, counts={"rows": len(scores)})
 
         artifact = self.make(self.influence_recipe(signal), fill)
-        return read_tensors(artifact.path / "scores.safetensors")["scores"]
+        return artifact.tensors("scores.safetensors")["scores"]
 
     def loss(self) -> Tensor:
         """Mean nats per supervised token under the base model, fp32 [n]; NaN for a row that could not be encoded."""
         encoded = self.encoded("pool")
 
         def fill(artifact: Artifact) -> None:
-            started = time.perf_counter()
             usable = np.flatnonzero(encoded.codes == 0)
             self.progress.start(int(encoded.lengths[usable].sum()), "tokens", "loss of the base model")
             rows = [encoded[int(i)] for i in usable]
@@ -389,10 +305,10 @@ class Pipeline:
             losses = torch.full((len(encoded),), float("nan"))
             losses[torch.as_tensor(usable)] = found.mean.float()
             hash_ = write_tensors(artifact.path / "loss.safetensors", {"loss": losses}, {"recipe": artifact.digest})
-            artifact.finish(files={"loss.safetensors": hash_}, counts={"rows": len(losses)}, stats=self.stats(started))
+            artifact.finish(files={"loss.safetensors": hash_}, counts={"rows": len(losses)})
 
         artifact = self.make(self.loss_recipe(), fill)
-        return read_tensors(artifact.path / "loss.safetensors")["loss"]
+        return artifact.tensors("loss.safetensors")["loss"]
 
     def signals(self, needs: frozenset[Signal]) -> tuple[Signals, np.ndarray]:
         """The declared signals over the usable rows (those no signal has quarantined), and the pool indices of these rows."""
@@ -424,8 +340,8 @@ class Pipeline:
         groups = self.sides["target"].groups
         for signal in sorted(needs, key=repr):
             if signal.name == "influence":
-                path = self.make(self.influence_recipe(signal), lambda _: None).path
-                return [groups[int(i)] for i in read_tensors(path / "scores.safetensors")["target"]]
+                made = self.make(self.influence_recipe(signal), lambda _: None)
+                return [groups[int(i)] for i in made.tensors("scores.safetensors")["target"]]
         return list(groups)
 
     def _signal(self, signal: Signal) -> tuple[Any, Tensor | None]:
@@ -446,19 +362,24 @@ class Pipeline:
         return stores if signal.checkpoints == "each" else stores[-1], good
 
 
-def mean_pairwise_cosine(store: RowStore) -> float:
-    """Mean cosine over all pairs of different usable rows: (|sum|^2 - n) / (n (n - 1)). High = a large component shared by all rows."""
-    total, count = torch.zeros(store.shape[1], dtype=torch.float64), int(store.usable.sum())
-    for start in range(0, store.shape[0], 2048):
-        total += store[start : start + 2048].float().sum(dim=0).double()
-    return float((total @ total - count) / max(count * (count - 1), 1))
+class _Stopping:
+    """Progress that is also a place to stop: a warm-up has no shards, and none of its work is lost that could be kept."""
 
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
 
-def _adam(at: Checkpoint, form: Any) -> Adam:
-    moments = read_moments(at)
-    m = {name: pair[0] for name, pair in moments.items()}
-    v = {name: pair[1] for name, pair in moments.items()}
-    return Adam(m, v, at.step, form=form)
+    def start(self, total: int, unit: str, label: str = "") -> None:
+        self._progress.start(total, unit, label)
+
+    def advance(self, k: int = 1) -> None:
+        self._progress.advance(k)
+        stop_here()
+
+    def note(self, text: str) -> None:
+        self._progress.note(text)
+
+    def done(self) -> None:
+        self._progress.done()
 
 
 def _restrict(value: Any, kept: Tensor) -> Any:

@@ -16,10 +16,11 @@ from gradsift import machine, methods, playground
 from gradsift.encode import EncodedRows, encode, pad_batch
 from gradsift.gradients import extract, output_dim
 from gradsift.model import attach_lora
-from gradsift.pipeline import Pipeline, Recipe
+from gradsift.pipeline import Pipeline
 from gradsift.progress import Progress, duration, silent
 from gradsift.run import Run
 from gradsift.selection import as_list, check_target, open_pipeline, settle_config
+from gradsift.stages import Recipe
 from gradsift.transforms.adam import Adam
 from gradsift.types import Selector, Signal
 
@@ -75,11 +76,15 @@ class Plan:
         return asdict(self)
 
     def table(self) -> str:
-        lines = [f"rows     {self.read:,} read, {self.dropped:,} quarantined, {self.usable:,} usable, {self.budget:,} to choose, {self.tokens:,} tokens"]
+        lines = [
+            f"rows     {self.read:,} read, {self.dropped:,} quarantined, {self.usable:,} usable, {self.budget:,} to choose, {self.tokens:,} tokens"
+        ]
         for stage in self.stages:
             cost = "there already" if stage.reused else f"{duration(stage.seconds):>12}  {stage.bytes / 1e6:>10,.1f} MB"
             lines.append(f"{stage.stage:<10} {stage.label:<44} {cost}")
-        lines.append(f"total    {duration(self.seconds)}, {self.bytes / 1e6:,.1f} MB on disk, {self.peak_bytes / 1e6:,.0f} MB of memory at the most")
+        lines.append(
+            f"total    {duration(self.seconds)}, {self.bytes / 1e6:,.1f} MB on disk, {self.peak_bytes / 1e6:,.0f} MB of memory at the most"
+        )
         return "\n".join(lines)
 
 
@@ -164,9 +169,7 @@ def probe(pipeline: Pipeline, encoded: EncodedRows, selector: Selector) -> Rates
         adam = Adam(zeros, {name: torch.ones_like(parameter) for name, parameter in names.items()}, 1)
 
     def gradients() -> None:
-        for _ in extract(
-            model, rows, projection=pipeline.projection, transform=adam, modules=modules, token_budget=settings.token_budget
-        ):
+        for _ in extract(model, rows, projection=pipeline.projection, transform=adam, modules=modules, token_budget=settings.token_budget):
             pass
 
     gradients()  # draws the projection's maps, once
@@ -244,7 +247,9 @@ def _select_cost(pipeline: Pipeline, selector: Selector, rows: int, rates: Rates
     n, clusters = len(pipeline.sides["pool"]), getattr(selector, "clusters", 0)
     steps = getattr(selector, "iterations", 0) + 8  # greedy k-means++ costs about that many passes besides
     seconds = 1.0 + n * rates.dim * clusters * steps * 2 / rates.multiply + n * 2e-5
-    mean_bytes = sum(pipeline.sides["pool"].source(i)[2] - pipeline.sides["pool"].source(i)[1] for i in range(min(n, 200))) / max(min(n, 200), 1)
+    mean_bytes = sum(pipeline.sides["pool"].source(i)[2] - pipeline.sides["pool"].source(i)[1] for i in range(min(n, 200))) / max(
+        min(n, 200), 1
+    )
     return StageCost("select", f"{rows:,} rows", "", False, n, 0, int(rows * mean_bytes + 24 * n + 1_200_000), seconds)
 
 

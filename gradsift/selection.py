@@ -24,11 +24,12 @@ from gradsift.errors import BudgetError, ConfigError, MismatchError, UserError
 from gradsift.execute import interruptible
 from gradsift.findings import Chosen, report_data
 from gradsift.model import load_tokenizer
-from gradsift.pipeline import Pipeline, Recipe, Timing
+from gradsift.pipeline import Pipeline
 from gradsift.pool import Pool, read_pool
 from gradsift.progress import Progress, silent
 from gradsift.report import write_report
 from gradsift.run import Run, readable_command
+from gradsift.stages import Recipe, Timing
 from gradsift.types import Selector, Subset
 
 SETTINGS = "settings.json"

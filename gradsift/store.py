@@ -340,6 +340,12 @@ class RowView:
     def shape(self) -> tuple[int, int]:
         return len(self.indices), self.rows.shape[1]
 
+    @property
+    def scales(self) -> Tensor | None:
+        """The norms that unit rows of a store must be multiplied by; None over rows that carry none."""
+        scales = getattr(self.rows, "scales", None)
+        return None if scales is None else scales[self.indices]
+
     def __len__(self) -> int:
         return len(self.indices)
 

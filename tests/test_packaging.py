@@ -25,7 +25,11 @@ def test_the_wheel_installs_into_a_clean_environment_and_answers(tmp_path: Path)
     ran = subprocess.run([tmp_path / "env" / "bin" / "gradsift", "--version"], check=True, capture_output=True, text=True, cwd=tmp_path)
     assert ran.stdout.startswith("gradsift 0.")
     files = subprocess.run(
-        [python, "-c", "import gradsift.report.page, pathlib; print(*sorted(p.name for p in pathlib.Path(gradsift.__file__).parent.rglob('*.j2')))"],
+        [
+            python,
+            "-c",
+            "import gradsift.report.page, pathlib; print(*sorted(p.name for p in pathlib.Path(gradsift.__file__).parent.rglob('*.j2')))",
+        ],
         check=True,
         capture_output=True,
         text=True,

@@ -1,0 +1,92 @@
+"""Filling stores of gradient rows: one shard of examples at a time, and the weighted mean over checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gradsift.encode import EncodedRows
+from gradsift.errors import DataError
+from gradsift.gradients import Modules, extract
+from gradsift.packing import OUT_OF_MEMORY
+from gradsift.projection import Projection
+from gradsift.store import RowStore
+from gradsift.types import Transform
+
+MOST_QUARANTINED = 0.05  # share of the encoded rows whose gradient may be unusable before a stage stops
+
+
+class Scaled:
+    """Stored unit rows times their norms: the rows as they were before the store normalised them."""
+
+    def __init__(self, store: RowStore) -> None:
+        self.store, self.shape = store, store.shape
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.store[rows].float() * self.store.scales[rows, None]
+
+
+def shard_worker(
+    store: RowStore,
+    encoded: EncodedRows,
+    model: nn.Module,
+    *,
+    projection: Projection,
+    transform: Transform | None,
+    modules: Modules,
+    token_budget: int,
+    advance: Callable[[int], None],
+) -> Callable[[int], int]:
+    """A worker for Executor.map: takes a shard number, writes its rows, returns how often a batch had to be halved for memory."""
+
+    def work(shard: int) -> int:
+        where = store.shards[shard]
+        count, halvings = where.stop - where.start, 0
+        rows, norms, losses = torch.zeros(count, store.shape[1]), torch.zeros(count), torch.zeros(count)
+        tokens, codes = torch.zeros(count, dtype=torch.int32), torch.zeros(count, dtype=torch.uint8)
+        usable = [i for i in range(where.start, where.stop) if encoded.codes[i] == 0]
+        taken = [encoded[i] for i in usable]
+        for batch in extract(model, taken, projection=projection, transform=transform, modules=modules, token_budget=token_budget):
+            at = torch.tensor([usable[int(i)] - where.start for i in batch.indices])
+            rows[at], norms[at], losses[at], tokens[at] = batch.rows, batch.norms, batch.losses, batch.tokens
+            for i in batch.failed:
+                codes[usable[i] - where.start] = OUT_OF_MEMORY
+            halvings += batch.halvings
+            advance(int(encoded.lengths[where][at.numpy()].sum()))
+        store.write(shard, rows, norms=norms, losses=losses, tokens=tokens, codes=codes)
+        return halvings
+
+    return work
+
+
+def check_quarantine(store: RowStore, encoded: EncodedRows) -> None:
+    """Raises DataError when more than 5 % of the encoded rows have no usable gradient: a sign that model or data are wrong."""
+    expected = int((encoded.codes == 0).sum())
+    lost = expected - int(store.usable.sum())
+    if lost > max(1, MOST_QUARANTINED * expected):
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in store.quarantined().items())
+        remedy = "Look at the model's dtype (bfloat16 or float32 instead of float16), the learning rate of the warm-up, and the rows."
+        raise DataError(f"{lost:,} of {expected:,} rows have no usable gradient ({reasons})", where=store.path, remedy=remedy)
+
+
+def fill_mean(mean: RowStore, stores: Sequence[RowStore], weights: Sequence[float]) -> None:
+    """Fills `mean` with sum_t weights_t * unit row_t; a row that any checkpoint quarantined is zero, and so quarantined. Other columns are
+    the last checkpoint's."""
+    for shard in mean.missing():
+        where = mean.shards[shard]
+        rows = torch.zeros(where.stop - where.start, mean.shape[1])
+        for weight, store in zip(weights, stores, strict=True):
+            rows += weight * store[where].float()
+        rows[~torch.stack([store.usable[where] for store in stores]).all(dim=0)] = 0
+        last = stores[-1]
+        mean.write(shard, rows, norms=last.norms[where], losses=last.losses[where], tokens=last.tokens[where])
+
+
+def mean_pairwise_cosine(store: RowStore) -> float:
+    """Mean cosine over all pairs of different usable rows: (|sum|^2 - n) / (n (n - 1)). High = a large component shared by all rows."""
+    total, count = torch.zeros(store.shape[1], dtype=torch.float64), int(store.usable.sum())
+    for start in range(0, store.shape[0], 2048):
+        total += store[start : start + 2048].float().sum(dim=0).double()
+    return float((total @ total - count) / max(count * (count - 1), 1))

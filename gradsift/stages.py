@@ -1,0 +1,74 @@
+"""What a stage is: a recipe with a digest, an artifact made once, and what making it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from gradsift import machine
+from gradsift.artifact import Artifact, recipe
+from gradsift.durable import recipe_digest
+from gradsift.run import Run
+
+VERSIONS = {"encode": 1, "warmup": 1, "gradients": 1, "mean": 1, "influence": 1, "loss": 1, "select": 1}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an artifact is made of; equal recipes make equal artifacts."""
+
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, str] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        version = VERSIONS[self.stage]
+        return recipe(self.stage, version=version, config=self.config, inputs=self.inputs, identity=self.identity)
+
+    @property
+    def digest(self) -> str:
+        return recipe_digest(self.parts)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One line of the cost table: a stage, whether it was reused, and what making it took."""
+
+    stage: str
+    digest: str
+    reused: bool
+    seconds: float
+    peak_bytes: int
+
+
+class Stages:
+    """Makes artifacts of a run by recipe, and keeps the cost of each. `timings`: one line per stage asked for, in order."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.timings: list[Timing] = []
+
+    def make(self, recipe: Recipe, fill: Callable[[Artifact], None]) -> Artifact:
+        """The complete artifact of a recipe: what is there, or what `fill` makes of the open folder."""
+        parts = recipe.parts
+        artifact = self.run.artifact(parts.pop("stage"), **parts)
+        started, reused = time.perf_counter(), artifact.complete
+        before = sum(timing.seconds for timing in self.timings)
+        if not reused:
+            fill(artifact)
+        # What a stage asked for on its way is counted there, not twice.
+        inner = sum(timing.seconds for timing in self.timings) - before
+        seconds = 0.0 if reused else time.perf_counter() - started - inner
+        if all(timing.digest != artifact.digest for timing in self.timings):
+            self.timings.append(Timing(recipe.stage, artifact.digest, reused, seconds, machine.peak_bytes()))
+        return artifact
+
+    def stored(self, recipe: Recipe) -> Artifact | None:
+        """The complete artifact of a recipe, if it is there. Writes nothing."""
+        parts = recipe.parts
+        artifact = self.run.artifact(parts.pop("stage"), **parts, create=False)
+        return artifact if artifact.complete else None
