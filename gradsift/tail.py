@@ -13,7 +13,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest hidden
 
 
 def find_tail(model: nn.Module) -> nn.Module | None:
-    """The last child of the last block that is built of linear layers (two at least) and activations alone, if there is one."""
+    """The last child of the last block that is built of linear layers (two at least) and activations alone, if any."""
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and len({type(block) for block in m}) == 1]
     if not stacks:
         return None
@@ -62,14 +62,14 @@ def _size(module: nn.Module) -> int:
 
 
 def _position_wise(module: nn.Module) -> bool:
-    linear = 0
+    linear = activations = 0
     for child in module.modules():
         if is_linear(child):
             linear += 1
-        elif next(child.children(), None) is None and not isinstance(child, nn.ModuleDict | nn.ParameterDict | nn.Dropout | nn.Identity):
-            home = type(child).__module__
-            if not home.startswith(("torch.nn.modules.activation", "transformers.activations")):
-                return False
+        elif type(child).__module__.startswith(("torch.nn.modules.activation", "transformers.activations")):
+            activations += 1
         elif any(True for _ in child.parameters(recurse=False)):
             return False
-    return linear >= 2
+        elif next(child.children(), None) is None and not isinstance(child, nn.ModuleDict | nn.ParameterDict | nn.Dropout | nn.Identity):
+            return False
+    return linear >= 2 and activations >= 1
