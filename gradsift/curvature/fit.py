@@ -23,7 +23,7 @@ from gradsift.durable import canonical_json, make_folder, read_tensors, recipe_d
 from gradsift.errors import ConfigError, DataError, IntegrityError, MismatchError, OutOfMemory
 from gradsift.gradients import Modules, _measure, _out_of_memory, plan_batches
 from gradsift.progress import Progress, Silent
-from gradsift.transforms.kfac import add_gram, add_second_moments, eigenbasis, rotate_tokens, symmetrise
+from gradsift.transforms.kfac import add_gram, add_second_moments, eigenbasis, symmetrise
 from gradsift.types import Encoded
 
 log = logging.getLogger("gradsift")
@@ -157,25 +157,25 @@ class Fitting:
             return a.sum(1, dtype=self.dtype) if self.form == "reduce" else a.flatten(0, 1)
 
         def visit(layer: Layer, x: Tensor, d: Tensor, lengths: list[int]) -> None:
-            walk.once(layer, lambda: add_gram(sums[f"A/{layer.group}"], rows(x)))
+            walk.once(layer, lambda: add_gram(sums[f"A/{layer.group}"], rows(walk.clean(x))))
             add_gram(sums[f"G/{layer.name}"], rows(d))
 
         self._pass(walk, shard, visit)
         return {key: symmetrise(total).cpu() for key, total in sums.items()}
 
-    def _sum_squares(self, shard: int, basis: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _sum_squares(self, shard: int, fitted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         walk = self.walk
-        moved = {key: value.to(walk.device) for key, value in basis.items() if key.startswith("U")}
+        moved = {key: value.to(walk.device) for key, value in fitted.items() if key.startswith("U")}
         sums = {name: self._zeros(*layer.shape) for name, layer in walk.layers.items()}
 
         def visit(layer: Layer, x: Tensor, d: Tensor, lengths: list[int]) -> None:
             inputs, outputs = moved[f"UA/{layer.group}"].to(x.dtype), moved[f"UG/{layer.name}"].to(x.dtype)
-            o, i = layer.outputs, layer.inputs
-            if rotate_tokens(sum(lengths), len(lengths), o, i, walk.sharing[layer.group]):
-                left, right = layer.sides(walk.once(layer, lambda: x @ inputs), d @ outputs)
-                add_second_moments(sums[layer.name], left, right, lengths)
-            else:
-                add_second_moments(sums[layer.name], *layer.sides(x, d), lengths, layer.sides(inputs, outputs))
+            tokens = sum(lengths) / len(lengths)
+            # a side is rotated where that costs less: on the tokens before the product, or on the gradient after it
+            inputs_first, outputs_first = tokens <= layer.outputs * walk.sharing[layer.group], tokens <= layer.inputs
+            left, right = layer.sides(walk.once(layer, lambda: x @ inputs) if inputs_first else x, d @ outputs if outputs_first else d)
+            basis = layer.sides(None if inputs_first else inputs, None if outputs_first else outputs)
+            add_second_moments(sums[layer.name], left, right, lengths, basis)
 
         self._pass(walk, shard, visit)
         return {f"values/{name}": total.cpu() for name, total in sums.items()}
@@ -238,7 +238,8 @@ class Fitting:
             for shard in range(len(self.shards)):
                 self.factors(shard)
             self.progress.done()
-            self._basis = self._stored("basis", self._decompose, {})
+            # copies: the last bits of a product depend on how its operands lie in memory, and what was just made lies unlike what was read
+            self._basis = {key: value.clone() for key, value in self._stored("basis", self._decompose, {}).items()}
             self._kept = {}
             self._basis_digest = _tensors_digest(self._basis)
         return self._basis
@@ -253,7 +254,8 @@ class Fitting:
                 vectors, values = eigenbasis(factor)
             except DataError as error:
                 raise DataError(error.what, where=name, remedy=error.remedy) from error
-            tensors |= {key: factor.float().cpu(), f"U{kind}/{name}": vectors.float().cpu(), f"e{kind}/{name}": values.float().cpu()}
+            made = {key: factor, f"U{kind}/{name}": vectors, f"e{kind}/{name}": values}
+            tensors |= {key: value.to("cpu", torch.float32).contiguous() for key, value in made.items()}
         return tensors
 
     def result(self) -> Curvature:

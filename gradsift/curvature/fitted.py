@@ -104,11 +104,11 @@ class Curvature:
 
     @classmethod
     def load(cls, path: Path) -> Curvature:
-        """What `save` wrote, verified. Raises IntegrityError, MismatchError for a newer schema."""
+        """What `save` wrote, verified and read into memory. Raises IntegrityError, MismatchError for a newer schema."""
         with TensorFile(Path(path)) as file:
             file.verify()
             file.expect({"kind": "curvature"})
             if file.meta.get("schema") != str(SCHEMA):
                 found = file.meta.get("schema")
                 raise MismatchError(f"has schema {found}, this version reads {SCHEMA}", where=path, remedy="Update gradsift.")
-            return cls(json.loads(file.meta["spec"]), {name: file.tensor(name) for name in file.entries})
+            return cls(json.loads(file.meta["spec"]), {name: file.tensor(name).clone() for name in file.entries})

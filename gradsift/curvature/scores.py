@@ -23,6 +23,8 @@ log = logging.getLogger("gradsift")
 AUTO_RANK = 32
 MEMORY = 4 << 30
 _OVERSAMPLE = 8
+_MANY = 32  # targets from which on holding gradients back pays
+HELD = 512 << 20  # bytes of pool gradients held back
 _CHUNK = {"cpu": 1 << 22}  # numbers a contraction forms at once
 _GPU_CHUNK = 1 << 28
 
@@ -232,66 +234,117 @@ def _stream(walk: Walk, encoded: Sequence[Encoded], targets: Targets, token_budg
     silent = np.flatnonzero(supervised == 0)
     if len(silent):
         yield silent, torch.zeros(len(silent), len(targets))
+    scorer = _Scorer(walk, targets)
     todo, limit = deque(plan_batches(lengths, token_budget)), None
     while todo:
         batch = todo.popleft()
         size = len(batch) * int(lengths[batch].max())
-        scores = None
-        if limit is None or size <= limit or len(batch) == 1:
+        fits = limit is None or size <= limit or len(batch) == 1
+        if fits:
             try:
-                scores = _score(walk, [row(encoded, int(i), int(lengths[i])) for i in batch], targets)
+                scorer.add(batch, [row(encoded, int(i), int(lengths[i])) for i in batch])
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise
-                limit = max(1, size // 2)
+                limit, fits = max(1, size // 2), False
                 log.warning("out of memory at %d rows of %d tokens", len(batch), size // len(batch))
-        if scores is not None or len(batch) == 1:
-            yield batch, torch.full((1, len(targets)), torch.nan) if scores is None else scores
-        else:
+                if len(batch) == 1:
+                    yield batch, torch.full((1, len(targets)), torch.nan)
+        if not fits and len(batch) > 1:
             half = len(batch) // 2
             todo.extendleft([batch[half:], batch[:half]])
+        if scorer.full or not todo:
+            yield from scorer.flush()
 
 
-def _score(walk: Walk, rows: Sequence[Row], targets: Targets) -> Tensor:
-    scores = torch.zeros(len(rows), len(targets), device=walk.device)
+class _Scorer:
+    """Scores batches of pool rows against targets.
 
-    def visit(layer: Layer, x: Tensor, d: Tensor, lengths: list[int]) -> None:
-        left, right = layer.sides(x.float(), d.float())
-        if layer.name in targets.full:
-            _add_full(scores, left, right, targets.full[layer.name])
-        else:
-            _add_low(scores, left, right, *targets.low[layer.name])
+    With many targets the product with them is a matter of reading them from memory: gradients of as many rows as `HELD` bytes take are then
+    held back and multiplied at once. Otherwise, and where one row alone would fill that, each module's gradients go as soon as they are
+    used.
+    """
 
-    walk.show(rows, visit)
-    return scores.cpu()
+    def __init__(self, walk: Walk, targets: Targets) -> None:
+        self.walk, self.targets = walk, targets
+        capacity = HELD // (4 * sum(layer.shape[0] * layer.shape[1] for layer in walk.layers.values()))
+        self.capacity = capacity if len(targets) >= _MANY else 0
+        self.held: dict[str, Tensor] = {}
+        self.by_tokens: dict[str, bool] = {}  # by module, the same for all rows held
+        self.done: list[tuple[np.ndarray, Tensor]] = []
+        self.count = 0
+
+    @property
+    def full(self) -> bool:
+        """True when the next batch, if as large as the last, would not be held."""
+        return not self.done or self.count + len(self.done[-1][0]) > self.capacity
+
+    def add(self, indices: np.ndarray, rows: Sequence[Row]) -> None:
+        """Runs a batch; its scores come with the next `flush`."""
+        first, b, m = self.count, len(rows), len(self.targets)
+        hold = first + b <= self.capacity
+        scores = torch.zeros(b, m, device=self.walk.device)
+
+        def visit(layer: Layer, x: Tensor, d: Tensor, lengths: list[int]) -> None:
+            left, right = layer.sides(x.float(), d.float())
+            low = self.targets.low.get(layer.name)
+            choice = self.by_tokens if hold else {}
+            if low is not None and choice.setdefault(layer.name, _by_tokens(left, right, low[1], self.capacity if hold else b)):
+                _add_tokens(scores, left, right, *low)
+            elif hold:
+                if layer.name not in self.held:
+                    self.held[layer.name] = torch.empty(self.capacity, *layer.shape, device=self.walk.device)
+                torch.bmm(left.transpose(1, 2), right, out=self.held[layer.name][first : first + b])
+            else:
+                step = max(1, _chunk(left.device) // (left.shape[2] * right.shape[2]))
+                for start in range(0, b, step):
+                    part = slice(start, start + step)
+                    _add_product(scores[part], torch.bmm(left[part].transpose(1, 2), right[part]), self.targets, layer.name)
+
+        self.walk.show(rows, visit)
+        self.done.append((indices, scores))
+        self.count += b if hold else 0
+
+    def flush(self) -> list[tuple[np.ndarray, Tensor]]:
+        """(indices, scores on the CPU) of the batches since the last flush."""
+        done, self.done = self.done, []
+        if self.count:
+            scores = torch.cat([scores for _, scores in done])
+            for name, grads in self.held.items():
+                if not self.by_tokens.get(name):
+                    _add_product(scores[: self.count], grads[: self.count], self.targets, name)
+            done = [(i, s) for (i, _), s in zip(done, scores.split([len(i) for i, _ in done]), strict=True)]
+        self.count, self.by_tokens = 0, {}
+        return [(indices, scores.cpu()) for indices, scores in done]
 
 
 def _chunk(device: torch.device) -> int:
     return _CHUNK.get(device.type, _GPU_CHUNK)
 
 
-def _add_full(scores: Tensor, left: Tensor, right: Tensor, whole: Tensor) -> None:
-    """scores [b, m] += <sum_t left_t right_t^T, whole_m>: the gradients are formed for a few rows, then multiplied with all targets at
-    once."""
-    _, r, c = whole.shape
-    step = max(1, _chunk(left.device) // (r * c))
-    for start in range(0, len(left), step):
-        rows = slice(start, start + step)
-        grad = torch.bmm(left[rows].transpose(1, 2), right[rows])
-        scores[rows].addmm_(grad.flatten(1), whole.flatten(1).t())
-
-
-def _add_low(scores: Tensor, left: Tensor, right: Tensor, p: Tensor, q: Tensor) -> None:
-    """As `_add_full` for whole_m = p_m q_m^T, [m, r, k] and [m, c, k], the cheaper way: through the tokens, or by multiplying some targets
-    out again."""
-    (b, t, r), (m, c, k) = left.shape, q.shape
-    if b * t * m * k * (r + c) > b * t * r * c + m * k * r * c + b * m * r * c:
-        step = max(1, _chunk(left.device) // (r * c))
-        grad = torch.bmm(left.transpose(1, 2), right).flatten(1)
-        for start in range(0, m, step):
-            part = slice(start, start + step)
-            scores[:, part].addmm_(grad, torch.bmm(p[part], q[part].transpose(1, 2)).flatten(1).t())
+def _add_product(scores: Tensor, grads: Tensor, targets: Targets, name: str) -> None:
+    """scores [b, m] += <grads_b, target_m> for grads [b, r, c]; low-rank targets are multiplied out, a few at a time."""
+    flat = grads.flatten(1)
+    if name in targets.full:
+        scores.addmm_(flat, targets.full[name].flatten(1).t())
         return
+    left, right = targets.low[name]
+    step = max(1, _chunk(grads.device) // flat.shape[1])
+    for start in range(0, len(left), step):
+        part = slice(start, start + step)
+        scores[:, part].addmm_(flat, torch.bmm(left[part], right[part].transpose(1, 2)).flatten(1).t())
+
+
+def _by_tokens(left: Tensor, right: Tensor, low: Tensor, rows: int) -> bool:
+    """True when the products left_t p_m and right_t q_m cost less than gradients and targets multiplied out, the latter once for `rows`
+    rows."""
+    (b, t, r), (m, c, q) = left.shape, low.shape
+    return b * t * m * q * (r + c) <= b * t * r * c + b * m * r * c + m * q * r * c * b / rows
+
+
+def _add_tokens(scores: Tensor, left: Tensor, right: Tensor, p: Tensor, q: Tensor) -> None:
+    """scores [b, m] += sum_t sum_k (left_t p_m)_k (right_t q_m)_k for targets p_m q_m^T, [m, r, k] and [m, c, k]: no gradient is formed."""
+    (b, t, r), (m, c, k) = left.shape, q.shape
     step = max(1, _chunk(left.device) // (b * t * k))
     for start in range(0, m, step):
         part = slice(start, start + step)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from gradsift.errors import ConfigError
 from gradsift.gradients import Modules
 from gradsift.projection import Projection
 from gradsift.types import Encoded
+
+T = TypeVar("T")
 
 _LOGIT_CHUNK = 1 << 17
 
@@ -54,7 +56,7 @@ class Layer:
     def inputs(self) -> int:
         return self.shape[0] if self.transposed else self.shape[1]
 
-    def sides(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    def sides(self, x: T, d: T) -> tuple[T, T]:
         """(left, right) of the parameter's layout from what belongs to inputs and to outputs."""
         return (x, d) if self.transposed else (d, x)
 
@@ -67,8 +69,8 @@ class Walk(Capture):
     """A model and its tracked layers: `layers` by parameter name, modules that share a parameter under the first one's.
 
     Layers that read the same tensor (query, key and value; gate and up) are found by one forward pass over two tokens, so that what depends
-    on the input alone is computed and kept once (`sharing` counts them). `whole`: inputs at every token of every row and zeros at padding;
-    otherwise only what gradients need: the last feed-forward layer shows supervised positions alone, and inputs of padding are arbitrary.
+    on the input alone is computed and kept once (`sharing` counts them). `whole`: inputs at every token of every row; otherwise only what
+    gradients need: the last feed-forward layer shows supervised positions alone. Inputs of padding are arbitrary, see `clean`.
     Raises as `tracked_modules`.
     """
 
@@ -140,20 +142,23 @@ class Walk(Capture):
         place = held[0][0].seen.data_ptr()
         if self.sharing[layer.group] > 1 and self._places.setdefault(layer.group, place) != place:
             raise ConfigError(f"module {name} does not always read what {layer.group} reads", remedy="Name the modules without it.")
-        pairs = [(_wide(self._clean(source.spread)), _wide(d)) for source, d in held]
-        x, d = pairs[0] if len(pairs) == 1 else (torch.cat([p[k] for p in pairs], 1) for k in (0, 1))
+        if len(held) == 1:
+            x, d = held[0][0].spread, held[0][1]
+        else:
+            x, d = torch.cat([self.clean(source.spread) for source, _ in held], 1), torch.cat([d for _, d in held], 1)
         if d.shape[1] == batch.t:
             lengths = [len(r.ids) for r in self._rows]
         elif d.shape[1] == batch.width:
             lengths = [int((r.targets != IGNORED).sum()) for r in self._rows]
         else:
             lengths = [d.shape[1]] * batch.b
-        self._visit(layer, x, d, lengths)
+        self._visit(layer, _wide(x), _wide(d), lengths)
 
-    def _clean(self, x: Tensor) -> Tensor:
+    def clean(self, x: Tensor) -> Tensor:
+        """Inputs with zeros at padding. Those of a layer that is called more than once come like that."""
         batch = self.batch
         assert batch is not None
-        if not self.whole or x.shape[1] != batch.t or all(len(r.ids) == batch.t for r in self._rows):
+        if x.shape[1] != batch.t or all(len(r.ids) == batch.t for r in self._rows):
             return x
         lengths = torch.tensor([len(r.ids) for r in self._rows], device=x.device)
         return x * (torch.arange(batch.t, device=x.device) < lengths[:, None])[:, :, None]

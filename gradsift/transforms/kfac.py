@@ -38,10 +38,9 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 
 
 def symmetrise(total: Tensor) -> Tensor:
-    """The whole matrix of one that `add_gram` filled, in place."""
-    for a, b in _blocks(total.shape[0]):
-        total[b:, a:b] = total[a:b, b:].t()
-    return total
+    """The whole matrix of one that `add_gram` filled, exactly symmetric, in place."""
+    upper = total.triu(1)
+    return total.triu_().add_(upper.t())
 
 
 def _blocks(n: int) -> list[tuple[int, int]]:
@@ -51,33 +50,25 @@ def _blocks(n: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def rotate_tokens(tokens: int, rows: int, r: int, c: int, sharing: int = 1) -> bool:
-    """True when U_l^T g U_r is cheaper by rotating what the gradients are made of than the gradients.
-
-    `tokens` over `rows` examples; `sharing` modules read the same inputs, whose rotation is then paid once.
-    """
-    return tokens * (r * r + c * c / sharing) <= rows * r * c * (r + c)
-
-
 def add_second_moments(
-    values: Tensor, left: Tensor, right: Tensor, lengths: Sequence[int], basis: tuple[Tensor, Tensor] | None = None
+    values: Tensor, left: Tensor, right: Tensor, lengths: Sequence[int], basis: tuple[Tensor | None, Tensor | None] = (None, None)
 ) -> None:
     """values [r, c] += sum over examples of (U_l^T g U_r)^2, element by element, g = sum_t left[b, t, :, None] right[b, t, None, :].
 
-    left [b, t, r], right [b, t, c]; `basis` (U_l, U_r) when they are not rotated yet. `lengths` [b]: tokens of each example, what follows
-    is padding. Longest first costs least.
+    left [b, t, r], right [b, t, c]; `basis` (U_l, U_r), None for a side that is rotated already: U_l^T left_t costs t r^2 products, U_l^T g
+    r^2 c, so the caller knows best. `lengths` [b]: tokens of each example, what follows is padding. Longest first costs least.
     """
     b, (r, c) = len(left), values.shape
     step = max(1, _CHUNK.get(left.device.type, _GPU_CHUNK) // (r * c))
     for start in range(0, b, step):
         rows = slice(start, min(start + step, b))
-        t = max(lengths[rows])
+        t, k = max(lengths[rows]), rows.stop - rows.start
         grad = torch.bmm(left[rows, :t].transpose(1, 2), right[rows, :t])
-        if basis is not None:
-            k = len(grad)
-            half = (grad.view(k * r, c) @ basis[1]).view(k, r, c)
-            grad = (basis[0].t() @ half.transpose(0, 1).reshape(r, k * c)).view(r, k, c).transpose(0, 1)
-        if len(grad) == 1 and values.dtype == grad.dtype:
+        if basis[1] is not None:
+            grad = (grad.view(k * r, c) @ basis[1]).view(k, r, c)
+        if basis[0] is not None:
+            grad = (basis[0].t() @ grad.transpose(0, 1).reshape(r, k * c)).view(r, k, c).transpose(0, 1)
+        if k == 1 and values.dtype == grad.dtype:
             values.addcmul_(grad[0], grad[0])
         else:
             values += grad.square().sum(0, dtype=values.dtype)
