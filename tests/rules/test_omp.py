@@ -251,9 +251,9 @@ def test_a_store_read_in_blocks_gives_the_same_as_a_tensor(monkeypatch):
 )
 def test_bad_arguments_are_value_errors(change):
     good = {"atoms": torch.eye(2), "target": torch.ones(2), "budget": 2}
-    with pytest.raises(ValueError, match="must|hold|entries|sums to|no columns"):
+    with pytest.raises(ValueError, match=r"must|hold|entries|sums to|no columns"):
         omp.match(**{**good, **change})
-    with pytest.raises(ValueError, match="must|hold|entries|sums to|no columns"):
+    with pytest.raises(ValueError, match=r"must|hold|entries|sums to|no columns"):
         omp.fill(**{**good, **change})
     with pytest.raises(ValueError, match="rng"):
         omp.fill(**good, refill="random")
