@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from gradsift.errors import Interrupted
+from gradsift.progress import Progress
 from gradsift.store import RowStore
 
 T = TypeVar("T")
@@ -95,6 +96,26 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 def _interrupted() -> Interrupted:
     name = (_Stop.asked or signal.SIGINT).name
     return Interrupted(f"stopped by {name}", remedy=f"Resume with: {_Stop.resume}" if _Stop.resume else _RESUME)
+
+
+class Stopping:
+    """Progress that is also a place to stop: a warm-up has no shards, and none of its work is lost that could be kept."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def start(self, total: int, unit: str, label: str = "") -> None:
+        self._progress.start(total, unit, label)
+
+    def advance(self, k: int = 1) -> None:
+        self._progress.advance(k)
+        stop_here()
+
+    def note(self, text: str) -> None:
+        self._progress.note(text)
+
+    def done(self) -> None:
+        self._progress.done()
 
 
 class ShardWriter:

@@ -1,4 +1,4 @@
-"""The stages of a run over one pool: encode, warm-up, gradients, their mean, influence, loss. Each is made once and reused by digest.
+"""The stages of a run over one pool: encode, warm-up, gradients, their mean, influence, embeddings, loss; each made once, reused by digest.
 
 Every stage has a `Recipe`, whose digest depends only on the recipes before it: the whole plan is known before anything runs.
 """
@@ -20,7 +20,7 @@ from gradsift.config import Config
 from gradsift.durable import write_tensors
 from gradsift.encode import EncodedRows, encode, tokenizer_identity
 from gradsift.errors import DataError, MismatchError, UserError
-from gradsift.execute import Executor, Serial, stop_here
+from gradsift.execute import Executor, Serial, Stopping
 from gradsift.gradients import output_dim
 from gradsift.influence import score
 from gradsift.model import coverage, load_adapter, load_model, load_tokenizer, model_identity
@@ -29,6 +29,7 @@ from gradsift.progress import Progress, silent
 from gradsift.projection import Projection
 from gradsift.rowwork import Scaled, check_quarantine, fill_mean, mean_pairwise_cosine, shard_worker
 from gradsift.run import Run
+from gradsift.signals.embeddings import POOLING, TOKEN_BUDGET, embedding_worker, hidden_size
 from gradsift.signals.loss import row_losses
 from gradsift.stages import Recipe, Stages
 from gradsift.store import RowStore, RowView
@@ -94,6 +95,10 @@ class Pipeline(Stages):
     def loss_recipe(self) -> Recipe:
         return Recipe("loss", {}, {"rows": self.encode_recipe("pool").digest}, self._compute_identity())
 
+    def embeddings_recipe(self, side: str) -> Recipe:
+        settings = {"pooling": POOLING, "token_budget": TOKEN_BUDGET, "shard_rows": self.config.gradients.shard_rows}
+        return Recipe("embeddings", settings, {"rows": self.encode_recipe(side).digest}, self._compute_identity())
+
     def _compute_identity(self) -> dict[str, Any]:
         model = self.config.model
         kind = machine.cpu_kind() if model.device == "cpu" else model.device.split(":")[0]
@@ -114,16 +119,22 @@ class Pipeline(Stages):
         last = self.checkpoint_count
         return range(last - 1, last) if signal.checkpoints == "last" else range(last)
 
+    def at_hand(self, needs: frozenset[Signal]) -> list[Signal]:
+        """The declared signals in fixed order, those of a target only where there is one: that is how a method has an optional target."""
+        return [signal for signal in sorted(needs, key=repr) if signal.side in self.sides]
+
     def recipes(self, needs: frozenset[Signal]) -> list[Recipe]:
         """Every stage that `needs` takes, in the order they are made, without repeats."""
         found = [self.encode_recipe(side) for side in self.sides]
-        for signal in sorted(needs, key=repr):
+        for signal in self.at_hand(needs):
             found += self._recipes_of(signal)
         return list({recipe.digest: recipe for recipe in found}.values())
 
     def _recipes_of(self, signal: Signal) -> list[Recipe]:
         if signal.name == "loss":
             return [self.loss_recipe()]
+        if signal.name == "embeddings":
+            return [self.embeddings_recipe(signal.side)]
         sides = [(signal.side, signal.transform)]
         if signal.name == "influence":
             sides = [("pool", signal.transform), ("target", "none")]
@@ -160,7 +171,7 @@ class Pipeline(Stages):
             self.config.warmup,
             artifact.path,
             pad_id=self.pad_id,
-            progress=_Stopping(self.progress),
+            progress=Stopping(self.progress),
             force=self.config.machine.force,
         )
         artifact.finish(counts={"checkpoints": len(checkpoints), "steps": checkpoints[-1].step})
@@ -212,13 +223,7 @@ class Pipeline(Stages):
             recipe_digest=artifact.digest,
             ids=pool.ids,
             dim=dim,
-            spec={
-                "projection": settings.projection,
-                "dim": dim,
-                "seed": settings.seed,
-                "transform": transform,
-                "modules": settings.modules,
-            },
+            spec={**settings.model_dump(include={"projection", "seed", "modules"}), "dim": dim, "transform": transform},
             shard_rows=settings.shard_rows,
             dtype=settings.store_dtype,
         )
@@ -310,76 +315,80 @@ class Pipeline(Stages):
         artifact = self.make(self.loss_recipe(), fill)
         return artifact.tensors("loss.safetensors")["loss"]
 
+    def embeddings(self, side: str) -> RowStore:
+        """Unit embeddings of one side under the base model."""
+        encoded = self.encoded(side)
+
+        def fill(artifact: Artifact) -> None:
+            model, recipe, ids = self.load_base(), artifact.digest, self.sides[side].ids
+            spec = {"pooling": POOLING, "dim": hidden_size(model)}
+            shard_rows = self.config.gradients.shard_rows
+            store = RowStore.create(artifact.path, recipe_digest=recipe, ids=ids, dim=spec["dim"], spec=spec, shard_rows=shard_rows)
+            for problem in store.problems:
+                self.progress.note(f"made anew: {problem}")
+            shards = store.missing()
+            self.progress.start(sum(int(encoded.lengths[store.shards[s]].sum()) for s in shards), "tokens", f"embeddings of the {side}")
+            worker = embedding_worker(store, encoded, model, pad_id=self.pad_id, advance=self.progress.advance)
+            list(self.executor.map(lambda: worker, shards))
+            self.progress.done()
+            check_quarantine(store, encoded, "embedding")
+            store.seal(artifact, extra={"mean_pairwise_cosine": mean_pairwise_cosine(store)})
+
+        return RowStore.open(self.make(self.embeddings_recipe(side), fill).path)
+
     def signals(self, needs: frozenset[Signal]) -> tuple[Signals, np.ndarray]:
         """The declared signals over the usable rows (those no signal has quarantined), and the pool indices of these rows."""
         encoded = self.encoded("pool")
-        usable = torch.as_tensor(encoded.codes == 0)
+        usable = {side: torch.ones(len(rows), dtype=torch.bool) for side, rows in self.sides.items()}
+        usable["pool"] &= torch.as_tensor(encoded.codes == 0)
         values: dict[Signal, Any] = {}
-        for signal in sorted(needs, key=repr):
-            value, good = self._signal(signal)
-            values[signal] = value
+        for signal in self.at_hand(needs):
+            values[signal], good = self._signal(signal)
             if good is not None:
-                usable &= good
-        kept = usable.nonzero()[:, 0]
-        if not len(kept):
-            raise DataError("no usable row in the pool", remedy="See dropped rows with `gradsift inspect`.")
-        if len(kept) < len(encoded):
-            values = {s: _restrict(value, kept) if s.side == "pool" else value for s, value in values.items()}
-        target = self.sides.get("target")
+                usable[signal.side] &= good
+        kept = {side: good.nonzero()[:, 0] for side, good in usable.items()}
+        for side, rows in kept.items():
+            if not len(rows):
+                raise DataError(f"no usable row in the {side}", remedy="See dropped rows with `gradsift inspect`.")
+        values = {s: _restrict(v, kept[s.side]) if len(kept[s.side]) < len(usable[s.side]) else v for s, v in values.items()}
+        pool = kept["pool"]
         signals = Signals(
             values=values,
-            n=len(kept),
-            tokens=encoded.supervised[kept.numpy()],
-            groups=[self.sides["pool"].groups[int(i)] for i in kept],
-            target_groups=self._target_groups(needs) if target is not None else (),
+            n=len(pool),
+            tokens=encoded.supervised[pool.numpy()],
+            groups=[self.sides["pool"].groups[int(i)] for i in pool],
+            target_groups=self._target_groups(needs, kept["target"]) if "target" in self.sides else (),
         )
-        return signals, kept.numpy()
+        return signals, pool.numpy()
 
-    def _target_groups(self, needs: frozenset[Signal]) -> Sequence[str]:
-        """Groups of the target rows behind the columns of an influence matrix: those with a usable gradient."""
+    def _target_groups(self, needs: frozenset[Signal], kept: Tensor) -> Sequence[str]:
+        """Groups of the target rows that signals hold: those `kept`, or those behind the columns of an influence matrix."""
         groups = self.sides["target"].groups
-        for signal in sorted(needs, key=repr):
+        for signal in self.at_hand(needs):
             if signal.name == "influence":
                 made = self.make(self.influence_recipe(signal), lambda _: None)
                 return [groups[int(i)] for i in made.tensors("scores.safetensors")["target"]]
-        return list(groups)
+        return [groups[int(i)] for i in kept]
 
     def _signal(self, signal: Signal) -> tuple[Any, Tensor | None]:
-        """A signal over all rows, and which pool rows it can vouch for (None = all)."""
+        """A signal over all rows of its side, and which of them it can vouch for (None = all)."""
         if signal.name == "loss":
             losses = self.loss()
             return losses, losses.isfinite()
         if signal.name == "influence":
             stores = [self.rows("pool", c, signal.transform) for c in self.used_checkpoints(signal)]
             return self.influence(signal), torch.stack([store.usable for store in stores]).all(dim=0)
+        if signal.name == "embeddings":
+            store = self.embeddings(signal.side)
+            return store, store.usable
         if signal.name != "rows":
             raise UserError(f"the signal {signal.name!r} is not available yet")
         if signal.checkpoints == "mean":
             mean = self.mean_rows(signal.side, signal.transform)
-            return Scaled(mean), mean.usable if signal.side == "pool" else None
+            return Scaled(mean), mean.usable
         stores = [self.rows(signal.side, c, signal.transform) for c in self.used_checkpoints(signal)]
-        good = torch.stack([store.usable for store in stores]).all(dim=0) if signal.side == "pool" else None
+        good = torch.stack([store.usable for store in stores]).all(dim=0)
         return stores if signal.checkpoints == "each" else stores[-1], good
-
-
-class _Stopping:
-    """Progress that is also a place to stop: a warm-up has no shards, and none of its work is lost that could be kept."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def start(self, total: int, unit: str, label: str = "") -> None:
-        self._progress.start(total, unit, label)
-
-    def advance(self, k: int = 1) -> None:
-        self._progress.advance(k)
-        stop_here()
-
-    def note(self, text: str) -> None:
-        self._progress.note(text)
-
-    def done(self) -> None:
-        self._progress.done()
 
 
 def _restrict(value: Any, kept: Tensor) -> Any:

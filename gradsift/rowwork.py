@@ -61,14 +61,17 @@ def shard_worker(
     return work
 
 
-def check_quarantine(store: RowStore, encoded: EncodedRows) -> None:
-    """Raises DataError when more than 5 % of the encoded rows have no usable gradient: a sign that model or data are wrong."""
+def check_quarantine(store: RowStore, encoded: EncodedRows, what: str = "gradient") -> None:
+    """Raises DataError when more than 5 % of the encoded rows have no usable gradient (or `what` else the store holds).
+
+    That many are a sign that model or data are wrong.
+    """
     expected = int((encoded.codes == 0).sum())
     lost = expected - int(store.usable.sum())
     if lost > max(1, MOST_QUARANTINED * expected):
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in store.quarantined().items())
         remedy = "Look at the model's dtype (bfloat16 or float32 instead of float16), the learning rate of the warm-up, and the rows."
-        raise DataError(f"{lost:,} of {expected:,} rows have no usable gradient ({reasons})", where=store.path, remedy=remedy)
+        raise DataError(f"{lost:,} of {expected:,} rows have no usable {what} ({reasons})", where=store.path, remedy=remedy)
 
 
 def fill_mean(mean: RowStore, stores: Sequence[RowStore], weights: Sequence[float]) -> None:

@@ -1,0 +1,84 @@
+"""Embeddings: the hidden states that enter the output head, pooled over the whole templated row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsift.encode import EncodedRows, pad_batch, token_batches
+from gradsift.store import RowStore
+
+POOLING = "position-weighted mean of the last hidden states"
+TOKEN_BUDGET = 4096  # padded tokens of a forward pass
+
+
+def hidden_size(model: Any) -> int:
+    """How many numbers an embedding of this model has: the inputs of its output head."""
+    return int(model.get_output_embeddings().weight.shape[1])
+
+
+@torch.no_grad()
+def embed(
+    model: Any,
+    encoded: Sequence[Any],
+    *,
+    token_budget: int = TOKEN_BUDGET,
+    pad_id: int = 0,
+    advance: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Embeddings fp32 [n, hidden] on the CPU, not normalised, in the order given; the model runs in eval mode, its mode is restored.
+
+    Row i is sum_t t h_t / sum_t t over all its tokens, prompt and answer, t = 1 for the first; h_t is what enters the output head (after
+    the last norm), pooled in fp32. Source: RDS+ (arXiv 2503.01807). The head itself runs on one position per row, and its result
+    is not used. Independent of batch composition and padding up to float rounding. `advance` is called with the tokens of each batch.
+    """
+    device = next(model.parameters()).device
+    found = torch.empty(len(encoded), hidden_size(model))
+    seen: list[Tensor] = []
+
+    def keep(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen.append(args[0])
+        return (args[0][:, :1], *args[1:])
+
+    training = model.training
+    model.eval()
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        for batch in token_batches([len(row["input_ids"]) for row in encoded], token_budget):
+            ids, attention, _ = pad_batch([encoded[int(i)] for i in batch], pad_id)
+            ids, attention = ids.to(device), attention.to(device)
+            model(input_ids=ids, attention_mask=attention, use_cache=False)
+            weights = (attention.cumsum(dim=1) * attention).float()
+            states = seen.pop().float()
+            # Zero weights alone would let a non-finite padding state through.
+            states = states.masked_fill(attention[:, :, None] == 0, 0)
+            pooled = torch.einsum("bt,bth->bh", weights / weights.sum(dim=1, keepdim=True), states)
+            found[torch.as_tensor(batch)] = pooled.cpu()
+            if advance:
+                advance(int(attention.sum()))
+    finally:
+        hook.remove()
+        model.train(training)
+    return found
+
+
+def embedding_worker(
+    store: RowStore, encoded: EncodedRows, model: Any, *, pad_id: int, advance: Callable[[int], None]
+) -> Callable[[int], None]:
+    """A worker for Executor.map: takes a shard number and writes its embeddings. `losses` are not measured here and are zeros."""
+
+    def work(shard: int) -> None:
+        where = store.shards[shard]
+        count = where.stop - where.start
+        usable = [i for i in range(where.start, where.stop) if encoded.codes[i] == 0]
+        rows = torch.zeros(count, store.shape[1])
+        if usable:
+            at = torch.tensor(usable) - where.start
+            rows[at] = embed(model, [encoded[i] for i in usable], pad_id=pad_id, advance=advance)
+        tokens = torch.as_tensor(encoded.supervised[where].copy())
+        store.write(shard, rows, norms=rows.norm(dim=1), losses=torch.zeros(count), tokens=tokens)
+
+    return work
