@@ -2,11 +2,12 @@
 
     python bench/curvature.py [--rounds 5] [--rows 48] [--targets 8 64 256] [--json FILE]
 
-Model, rows and floor are those of bench/engine.py: a random Llama, all 28 block linears, fp32, one thread; the floor is forward and backward with
-the batch's weight gradients. Arms and floor take turns within a round; a ratio is the arm's CPU time over the floor's of the same round, printed
-as median (min, max). `fit` is both passes, `factors` and `eigenvalues`, without the eigendecompositions, which are paid once per fit and given
-apart in ms (`once_cpu_ms`). `scores-M`: the pool's side of M whole (full rank) targets, prepared beforehand; `scores-M-low`: the same at rank 32.
-What preparing costs is given apart, in ms per target. `goal` is the bound the project set itself; nothing fails when it is missed.
+Model, rows and floor are those of bench/engine.py: a random Llama, all 28 block linears, fp32, one thread; the floor is forward and
+backward with the batch's weight gradients. Arms and floor take turns within a round; a ratio is the arm's CPU time over the floor's of the
+same round, printed as median (min, max). `fit` is both passes, `factors` and `eigenvalues`, without the eigendecompositions, which are paid
+once per fit and given apart in ms (`once_cpu_ms`). `scores-M`: the pool's side of M whole (full rank) targets, prepared before;
+`scores-M-low`: the same at rank 32, with `--low`. What preparing costs is given apart, in ms per target. `goal` is the bound the project
+set itself; nothing fails when it is missed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from gradsift.model import tracked_modules
 GOALS = {"fit": 2.0, "scores-8": 1.2, "scores-64": 1.5, "scores-256": 3.0}
 
 
-def make_arms(n: int, budget: int, counts: list[int]) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
+def make_arms(n: int, budget: int, counts: list[int], low: bool) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
     """The arms by name, and what is paid once, in ms."""
     model, rows = base_model(), make_rows(n)
     targets = make_rows(max(counts))
@@ -51,7 +52,7 @@ def make_arms(n: int, budget: int, counts: list[int]) -> tuple[dict[str, Callabl
         "eigenvalues": lambda: void(work._sum_squares(0, basis)),
     }
     for m in counts:
-        for name, rank in ((f"scores-{m}", None), (f"scores-{m}-low", 32)):
+        for name, rank in ((f"scores-{m}", None), (f"scores-{m}-low", 32))[: 1 + low]:
             start = time.process_time()
             memory = 1 << 62 if rank is None else 1 << 29
             prepared = prepare_targets(model, targets[:m], inverse, modules="linear", rank=rank, memory=memory)
@@ -70,10 +71,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--budget", type=int, default=1024, help="padded tokens per batch of the engine")
     parser.add_argument("--targets", type=int, nargs="*", default=[8, 64, 256])
+    parser.add_argument("--low", action="store_true", help="also score against targets of rank 32")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    arms, once = make_arms(args.rows, args.budget, args.targets)
+    arms, once = make_arms(args.rows, args.budget, args.targets, args.low)
     for run in arms.values():
         run()
     cpu: dict[str, list[float]] = {name: [] for name in arms}

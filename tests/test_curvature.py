@@ -245,6 +245,42 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def tied() -> nn.Module:
+    """Two layers that share one weight, one of them in the last feed-forward layer: its gradient is the sum over both uses."""
+    model = base()
+    model.model.layers[0].mlp.down_proj.weight = model.model.layers[1].mlp.down_proj.weight  # type: ignore[union-attr,index]
+    return model
+
+
+def checkpointed() -> nn.Module:
+    model = base()
+    model.gradient_checkpointing_enable()  # type: ignore[operator]
+    return model
+
+
+@pytest.mark.parametrize("make", [tied, checkpointed])
+def test_shared_weights_and_checkpointing_change_nothing(make: Any) -> None:
+    model, rows = make(), make_rows(7)
+    curvature = fit(model, rows, modules="linear", token_budget=64)
+    naive = Naive(model.eval(), curvature.names, rows)
+    for name in curvature.names:
+        e, grads = curvature.eigen(name), torch.stack(naive.grads[name])
+        assert close(e.values, (e.left.t().double() @ grads @ e.right.double()).square().mean(0)), name
+    found = gather(influence_scores(model, rows, rows, curvature.inverse(), modules="linear", token_budget=64), 7)
+    assert close(found, naive_scores(curvature.inverse(), naive, naive))
+
+
+def test_half_precision_models_are_summed_in_single() -> None:
+    rows, model = make_rows(7), base()
+    inverse = fit(model, rows, modules="linear").inverse()
+    expected = gather(influence_scores(model, rows, rows, inverse, modules="linear"), 7)
+    half = fit(model.bfloat16(), rows, modules="linear")
+    assert all(tensor.dtype == torch.float32 for tensor in half.tensors.values())
+    found = gather(influence_scores(model, rows, rows, inverse, modules="linear"), 7)
+    assert found.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.995
+
+
 # --- stores, resume
 
 

@@ -72,8 +72,7 @@ def influence_scores(
     """Yields (indices [b], scores [b, m]): score = <g_pool, (H + lambda I)^-1 g_target>, positive = training on the row helps the target.
     fp32, CPU.
 
-    `prepare_targets` (which see for the arguments and errors) followed by `score_pool`; use those to score several pools, or to look at the
-    rank.
+    `prepare_targets` (which see for the arguments and errors) followed by `score_pool`: use those to score several pools.
     """
     targets = prepare_targets(
         model, encoded_target, preconditioner, modules=modules, target_batch=target_batch, drop_last=drop_last, rank=rank, memory=memory,
@@ -97,12 +96,11 @@ def prepare_targets(
 ) -> Targets:
     """The targets' gradients, multiplied by the inverse curvature (None: by nothing), grouped and, where asked or needed, compressed.
 
-    target_batch: rows per target, in order; the loss of a target is the mean over all of its tokens (the released G-DIG code groups 2, and
-    with
-      `drop_last` loses an odd one, which otherwise makes a target of its own).
-    rank: keep a matrix of each target as its best rank-q approximation (randomised, seeded; whole where q >= min(r, c)). None: whole as
-    long as all of them
-      fit in `memory` bytes, else 32, which the log says. `rank_agreement` measures what that costs in order.
+    target_batch: rows per target, in order; the loss of a target is the mean over all of its tokens. The released G-DIG code groups 2, and
+      with `drop_last` loses an odd one, which otherwise makes a target of its own.
+    rank: keep each module's matrix as its best rank-q approximation (randomised, seeded; whole where q >= min(r, c)). None: whole as long
+      as all targets fit in `memory` bytes, else 32, which the log says. `rank_agreement` measures what that costs in order. Eigenvalue
+      damping raises the rank of a gradient, which is at most its tokens; factored damping does not.
 
     Raises DataError for a target row without a supervised token or with a gradient that is not finite, ConfigError for a rank or
     target_batch below 1, MismatchError when the preconditioner was fitted for other parameters, OutOfMemory.
@@ -261,8 +259,7 @@ class _Scorer:
     """Scores batches of pool rows against targets.
 
     With many targets the product with them is a matter of reading them from memory: gradients of as many rows as `HELD` bytes take are then
-    held back and multiplied at once. Otherwise, and where one row alone would fill that, each module's gradients go as soon as they are
-    used.
+    held back and multiplied at once. Otherwise, and where a batch alone would fill that, each module's gradients go once they are used.
     """
 
     def __init__(self, walk: Walk, targets: Targets) -> None:
