@@ -68,8 +68,9 @@ def _position_wise(module: nn.Module) -> bool:
             linear += 1
         elif type(child).__module__.startswith(("torch.nn.modules.activation", "transformers.activations")):
             activations += 1
-        elif any(True for _ in child.parameters(recurse=False)):
-            return False
-        elif next(child.children(), None) is None and not isinstance(child, nn.ModuleDict | nn.ParameterDict | nn.Dropout | nn.Identity):
-            return False
+        else:
+            leaf = next(child.children(), None) is None
+            known = isinstance(child, nn.ModuleDict | nn.ParameterDict | nn.Dropout | nn.Identity)
+            if any(True for _ in child.parameters(recurse=False)) or (leaf and not known):
+                return False
     return linear >= 2 and activations >= 1
