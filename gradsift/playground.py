@@ -19,6 +19,7 @@ from gradsift.artifact import write_atomic
 from gradsift.errors import UserError
 from gradsift.families import FAMILIES, GENERATOR_VERSION, TARGET_FAMILY, Family, Question, Split, clean_row, draw
 from gradsift.model import BUILTIN
+from gradsift.rules.topk import apportion
 from gradsift.tiny import TinySettings, tiny_model
 
 __all__ = ["FAMILIES", "TARGET_FAMILY", "Paths", "TinySettings", "generate", "register", "target_rows", "tiny_model", "write_playground"]
@@ -26,7 +27,7 @@ __all__ = ["FAMILIES", "TARGET_FAMILY", "Paths", "TinySettings", "generate", "re
 NOISE_SHARE = 0.20
 DUPLICATE_SHARE = 0.05
 PARAPHRASE_SHARE = 0.05
-NOISE_KINDS = ("wrong", "misaligned", "truncated", "gibberish")
+NOISE_KINDS = {"wrong": 0.15, "misaligned": 0.30, "truncated": 0.25, "gibberish": 0.30}  # share of the noise
 SOURCES: dict[str, tuple[float, float]] = {
     "handbook": (0.36, 0.08),
     "forum": (0.40, 0.40),
@@ -40,20 +41,11 @@ def _clean_rows(family: Family, count: int, split: Split, rng: Random) -> list[t
     return [(clean_row(family, question, rng), question) for question in questions]
 
 
-def _counts(total: int) -> dict[str, int]:
-    """Rows per family, by largest remainder; sums to `total`."""
-    exact = {family.name: family.share * total for family in FAMILIES}
-    counts = {name: int(value) for name, value in exact.items()}
-    for name in sorted(exact, key=lambda name: counts[name] - exact[name])[: total - sum(counts.values())]:
-        counts[name] += 1
-    return counts
-
-
 def _spoil(row: dict[str, Any], kind: str, family: Family, answers: list[str], rng: Random) -> None:
-    """Replace the row's answer by a bad one, in place, and label it. An answer too short to cut is replaced by a wrong one."""
+    """Replace the row's answer by a bad one, in place, and label it. An answer too short to cut is replaced by another row's."""
     right = row["messages"][1]["content"]
     if kind == "truncated" and len(right) < 4:
-        kind = "wrong"
+        kind = "misaligned"
     bad = right
     while bad == right:
         if kind == "wrong":
@@ -79,17 +71,18 @@ def generate(seed: int = 0, rows: int = 2000) -> list[dict[str, Any]]:
         raise UserError(f"a playground of {rows} rows is too small to hold every family", remedy="Ask for at least 100 rows.")
     rng = Random(f"gradsift playground {GENERATOR_VERSION} pool {seed}")
     duplicates, paraphrases = round(rows * DUPLICATE_SHARE), round(rows * PARAPHRASE_SHARE)
-    counts = _counts(rows - duplicates - paraphrases)
-    clean = {family.name: _clean_rows(family, counts[family.name], "pool", rng) for family in FAMILIES}
+    counts = apportion(rows - duplicates - paraphrases, [family.share for family in FAMILIES])
+    clean = {family.name: _clean_rows(family, count, "pool", rng) for family, count in zip(FAMILIES, counts, strict=True)}
     answers = [row["messages"][1]["content"] for family_rows in clean.values() for row, _ in family_rows]
     pool: list[dict[str, Any]] = []
     candidates: list[tuple[dict[str, Any], Family, Question]] = []
     for family in FAMILIES:
         # Paraphrases stay clean and duplicates copy anything, so the originals carry a little more than the share of the whole.
-        bad = round(len(clean[family.name]) * NOISE_SHARE / (1 - PARAPHRASE_SHARE))
+        bad = apportion(round(len(clean[family.name]) * NOISE_SHARE / (1 - PARAPHRASE_SHARE)), list(NOISE_KINDS.values()))
+        kinds = [kind for kind, count in zip(NOISE_KINDS, bad, strict=True) for _ in range(count)]
         for position, (row, question) in enumerate(clean[family.name]):
-            if position < bad:
-                _spoil(row, NOISE_KINDS[position % len(NOISE_KINDS)], family, answers, rng)
+            if position < len(kinds):
+                _spoil(row, kinds[position], family, answers, rng)
             else:
                 candidates.append((row, family, question))
             pool.append(row)

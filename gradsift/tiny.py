@@ -51,7 +51,7 @@ class TinySettings(Settings):
     tokens: int = 1024
     lr: float = 5e-3
     weight_decay: float = 0.1
-    target_weight: float = 0.3
+    target_weight: float = 0.1
     prompt_weight: float = 0.2
     seed: int = 0
 
