@@ -1,4 +1,6 @@
-"""The command line: a thin skin, every command is one library call. Data on stdout, log on stderr."""
+"""The command line: a thin skin, every command is one library call. Data on stdout, log on stderr.
+
+More than 400 lines because every flag stands here once, with its help."""
 
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ app = typer.Typer(
 )
 
 STAGES = "Settings of the run (one for all methods; also keys of --config)"
+LIMITS = "Constraints on the selection, for any method"
 MACHINE = "Machine"
 
 Method = Annotated[str, typer.Argument(help="A name from `gradsift methods`.", show_default=False)]
@@ -46,7 +49,10 @@ ModelName = Annotated[
 BudgetText = Annotated[
     str,
     typer.Option(
-        "--budget", metavar="5%|0.05|1000", help="How many rows to choose: a share of the rows read, or a count.", show_default=False
+        "--budget",
+        metavar="5%|0.05|1000|10M-tokens",
+        help="How many rows to choose: a share of the rows read, a count, or what so many tokens pay for.",
+        show_default=False,
     ),
 ]
 RunFolder = Annotated[
@@ -83,7 +89,47 @@ MaxBad = Annotated[
 ]
 Dedup = Annotated[
     str | None,
-    typer.Option("--dedup", metavar="none|exact", help="Drop exact duplicates. (default none)", rich_help_panel=STAGES, show_default=False),
+    typer.Option("--dedup", metavar="none|exact|near", help="Drop duplicates. (default none)", rich_help_panel=STAGES, show_default=False),
+]
+PerGroup = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--per-group",
+        metavar="NAME=MIN:MAX",
+        help="Rows (100:500) or shares (10%:30%) of a pool group. Repeatable.",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
+]
+IncludeIds = Annotated[
+    Path | None, typer.Option("--include-ids", metavar="FILE", help="Choose these rows, one id a line.", rich_help_panel=LIMITS)
+]
+ExcludeIds = Annotated[
+    Path | None, typer.Option("--exclude-ids", metavar="FILE", help="Never choose these rows, one id a line.", rich_help_panel=LIMITS)
+]
+Decontaminate = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--decontaminate",
+        metavar="FILE",
+        help="Leave out rows that share 13 words in a row with this test set. Repeatable.",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
+]
+Near = Annotated[
+    float | None,
+    typer.Option("--near", metavar="COSINE", help="What --dedup near drops. (default 0.95)", rich_help_panel=LIMITS, show_default=False),
+]
+NearBy = Annotated[
+    str | None,
+    typer.Option(
+        "--near-by",
+        metavar="rows|embeddings",
+        help="Cosine of gradient rows or of embeddings. (default rows)",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
 ]
 WarmupFrom = Annotated[
     Path | None,
@@ -198,6 +244,12 @@ def select(
     allow_short: Annotated[
         bool, typer.Option("--allow-short", help="Accept fewer rows than the budget when the pool has no more.")
     ] = False,
+    per_group: PerGroup = None,
+    include_ids: IncludeIds = None,
+    exclude_ids: ExcludeIds = None,
+    decontaminate: Decontaminate = None,
+    near: Near = None,
+    near_by: NearBy = None,
     add_scores: Annotated[bool, typer.Option("--add-scores", help="Write rank, gain and weight into the chosen rows.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -221,6 +273,7 @@ def select(
         warmup_from=warmup_from,
         allow_short=allow_short,
         add_scores=add_scores,
+        constraints=_constraints(locals()),
         progress=_progress(quiet),
     )
     _print_selection(result, as_json)
@@ -232,7 +285,7 @@ def _gather(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
         values["config"],
         pool__format=values["format"],
         pool__max_bad_rows=_number(values["max_bad_rows"]),
-        pool__dedup=values["dedup"],
+        pool__dedup=None if values["dedup"] == "near" else values["dedup"],
         encode__max_length=values["max_length"],
         gradients__dim=values["dim"],
         gradients__shard_rows=values["shard_rows"],
@@ -243,6 +296,17 @@ def _gather(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
         machine__threads=values["threads"],
         machine__force=values["force"],
     )
+
+
+def _constraints(values: dict[str, Any]) -> dict[str, Any]:
+    """Constraints from the arguments of `select`, only what the user gave."""
+    from gradsift.errors import ConfigError
+
+    near = values["dedup"] == "near"
+    if not near and (values["near"] is not None or values["near_by"] is not None):
+        raise ConfigError("--near and --near-by say how --dedup near works, which was not asked for", remedy="Add --dedup near.")
+    found = {name: values[name] for name in ("per_group", "include_ids", "exclude_ids", "decontaminate", "near_by") if values[name]}
+    return {**found, **({"near": 0.95 if values["near"] is None else values["near"]} if near else {})}
 
 
 def _progress(quiet: bool) -> Any:

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from gradsift import machine, methods, report
+from gradsift.budget import Budget
+from gradsift.constraints import Screen
 from gradsift.pipeline import Pipeline
+from gradsift.reading import Dropped
 from gradsift.stages import Timing
 from gradsift.types import Selector, Subset
 
@@ -20,7 +23,7 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Chosen:
-    """A subset of the pool (indices and per-row notes over all n pool rows) with what it came from. `kept`: the usable pool rows."""
+    """A subset of the pool (indices and per-row notes over all n pool rows) with what it came from. `screen`: the rows it could choose."""
 
     pipeline: Pipeline
     method: str
@@ -28,11 +31,26 @@ class Chosen:
     subset: Subset
     asked: int
     seed: int
-    kept: np.ndarray
+    screen: Screen
+    budget: Budget
 
     @property
     def n(self) -> int:
         return len(self.pipeline.sides["pool"])
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """Pool rows that could be chosen, in order."""
+        return np.sort(np.concatenate([self.screen.candidates, self.screen.included]))
+
+    def left_out(self) -> list[Dropped]:
+        """The rows that were not to be chosen, as lines of dropped.jsonl."""
+        pool = self.pipeline.sides["pool"]
+        found = []
+        for row, (code, what) in sorted(self.screen.reasons.items()):
+            file, _, line = pool.place(row).rpartition(":")
+            found.append(Dropped(file, int(line), pool.ids[row], f"{code}: {what}", "left out by a constraint of this selection"))
+        return found
 
     @cached_property
     def picked(self) -> np.ndarray:
@@ -50,7 +68,7 @@ class Chosen:
     def norms(self) -> np.ndarray | None:
         """[n] gradient norms at the last checkpoint, where the method read gradients."""
         for signal in sorted(self.selector.needs(), key=repr):
-            if signal.name in ("rows", "influence"):
+            if signal.name in ("rows", "influence") and signal.side == "pool":
                 return self.pipeline.rows("pool", self.pipeline.checkpoint_count - 1, signal.transform).norms.numpy()
         return None
 
@@ -59,7 +77,7 @@ class Chosen:
         for signal in sorted(self.selector.needs(), key=repr):
             if signal.name == "loss":
                 return self.pipeline.loss().numpy()
-            if signal.name in ("rows", "influence"):
+            if signal.name in ("rows", "influence") and signal.side == "pool":
                 return self.pipeline.rows("pool", self.pipeline.checkpoint_count - 1, signal.transform).losses.numpy()
         return None
 
@@ -72,6 +90,8 @@ class Chosen:
             parts.append(f"nearest target group {notes['nearest_group'][row]}")
         if "cluster" in notes and notes["cluster"][row] >= 0:
             parts.append(f"gradient cluster {notes['cluster'][row]}")
+        if row in self.screen.included:
+            parts = ["named in --include-ids"]
         if not parts:
             parts.append("drawn at random" if self.method == "random" else "chosen" if self.picked[row] else "not chosen")
         return ", ".join(parts)
@@ -88,11 +108,14 @@ class Chosen:
 
     def warnings(self) -> list[str]:
         found = []
+        found += self.screen.warnings
         if len(self.subset) < self.asked:
             found.append(f"{len(self.subset):,} rows were chosen where {self.asked:,} were asked")
         overlap = self.overlap()
         if overlap:
             found.append(f"{overlap} target rows stand in the pool word for word")
+        if "note" in self.subset.notes:
+            found.append(str(self.subset.notes["note"]))
         return found
 
     def overlap(self) -> int:
@@ -102,6 +125,12 @@ class Chosen:
             return 0
         wanted = {example.messages for example in target if example.messages}
         return len(wanted & {example.messages for example in self.pipeline.sides["pool"]}) if wanted else 0
+
+
+def _least(gains: np.ndarray) -> float | None:
+    """The smallest gain, of the rows that have one: those of --include-ids do not."""
+    known = np.asarray(gains)[np.isfinite(gains)]
+    return float(known.min()) if len(known) else None
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -125,7 +154,7 @@ def report_data(chosen: Chosen, timings: Sequence[Timing]) -> report.ReportData:
     """The report of a finished selection."""
     pool, subset = chosen.pipeline.sides["pool"], chosen.subset
     tokens = chosen.pipeline.encoded("pool").supervised.astype(np.float64)
-    cut = None if chosen.score is None or subset.gains is None else float(np.min(subset.gains))
+    cut = None if chosen.score is None or subset.gains is None else _least(subset.gains)
     scores = None if chosen.score is None else report.histogram(chosen.score, chosen.picked, label=f"{chosen.method} score", cut=cut)
     best, borderline, worst = _ends(chosen)
     return report.ReportData(
@@ -175,6 +204,7 @@ def _verdict(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
             f"in the pool {tokens[chosen.kept].mean():.0f}."
         ),
     ]
+    lines += [report.Verdict(text=text) for text in _constraint_lines(chosen)]
     lines += [report.Verdict(text=f"{text}.", level="warn") for text in chosen.warnings()]
     if chosen.score is not None:
         rho = spearman(chosen.score[chosen.kept], tokens[chosen.kept])
@@ -190,6 +220,18 @@ def _verdict(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
             text += " (a large component is shared by all rows; differences between them are what is left)." if cosine > 0.5 else "."
             lines.append(report.Verdict(text=text, level="warn" if cosine > 0.5 else "note"))
     lines.append(report.Verdict(text="Whether this trains a better model than random rows is not measured on this page.", level="note"))
+    return lines
+
+
+def _constraint_lines(chosen: Chosen) -> list[str]:
+    lines = [f"Left out before choosing, {reason}: {count:,} rows." for reason, count in chosen.screen.counts().items()]
+    if len(chosen.screen.included):
+        lines.append(f"{len(chosen.screen.included):,} rows are there because --include-ids names them; they have no gain.")
+    if chosen.budget.unit != "rows":
+        encoded = chosen.pipeline.encoded("pool")
+        cost = encoded.lengths if chosen.budget.unit == "tokens" else encoded.supervised
+        kind = "tokens, prompts included," if chosen.budget.unit == "tokens" else "supervised tokens"
+        lines.append(f"The budget of {chosen.budget.text} is met with {int(cost[chosen.picked].sum()):,} {kind} of the encoded rows.")
     return lines
 
 
@@ -232,7 +274,9 @@ def _coverage(chosen: Chosen) -> report.Table | None:
 def _funnel(chosen: Chosen) -> list[report.Step]:
     pool = chosen.pipeline.sides["pool"]
     steps = [report.Step(name=name, count=count) for name, count in pool.funnel.items() if count or name in ("read", "usable")]
-    steps.append(report.Step(name="encoded and with a usable signal", count=len(chosen.kept)))
+    reasons = chosen.screen.counts()
+    steps.append(report.Step(name="encoded and with a usable signal", count=len(chosen.kept) + sum(reasons.values())))
+    steps += [report.Step(name=f"left out: {reason}", count=count) for reason, count in reasons.items()]
     return [*steps, report.Step(name="selected", count=len(chosen.subset))]
 
 

@@ -17,6 +17,7 @@ from gradsift.artifact import make_folder, write_atomic
 from gradsift.containers import Table
 from gradsift.errors import UnknownName, UserError
 from gradsift.pool import Pool
+from gradsift.reading import Dropped
 from gradsift.types import Subset
 from gradsift.writing import subset_suffix, write_dropped, write_subset
 
@@ -52,13 +53,15 @@ def write_outputs(
     max_length: int = 1024,
     template: str | None = None,
     say: Callable[[str], None] | None = None,
+    left_out: Sequence[Dropped] = (),
 ) -> list[Path]:
     """Write a selection into `folder` (made if missing) and return the files written.
 
     `subset.indices` are pool rows. `columns`: further columns of scores.parquet, each of length n over the pool (see SCORES; NaN, None and
     a negative cluster mean unknown); `selected` and `rank` always come from the subset. `model`, `max_length` and `template` (a chat
     template that is not the tokenizer's own) become the defaults of the TRL script. `say` is told where a chosen row could not stay as it
-    was. Raises UserError for indices or columns that do not fit the pool, DiskFull and ResourceError.
+    was. `left_out`: rows that were not to be chosen, listed in dropped.jsonl after the quarantine. Raises UserError for indices or columns
+    that do not fit the pool, DiskFull and ResourceError.
     """
     folder = Path(folder)
     make_folder(folder)
@@ -72,7 +75,7 @@ def write_outputs(
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     write_atomic(written[1], sink.getvalue())
-    write_dropped(pool, written[2])
+    write_dropped(pool, written[2], left_out)
     if subset.weights is not None:
         written.append(folder / "weights.jsonl")
         write_atomic(written[-1], _weight_lines(pool, subset))

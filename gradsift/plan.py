@@ -120,6 +120,9 @@ def plan(
     stages = [_cost(pipeline, recipe, tokens, rates) for recipe in pipeline.recipes(selector.needs())]
     candidates = pipeline.sides["pool"]
     rows = wanted.rows(candidates.funnel["read"])
+    if wanted.unit != "rows":  # at the pool's mean length
+        mean = (encoded["pool"][0].lengths if wanted.unit == "tokens" else encoded["pool"][0].supervised).mean()
+        rows = min(len(candidates), int(wanted.tokens(int(mean * len(candidates))) / max(mean, 1)))
     stages.append(_select_cost(pipeline, selector, rows, rates))
     return Plan(
         method=method,

@@ -17,8 +17,11 @@ from rich.console import RenderableType
 from gradsift import budget as budgets
 from gradsift import methods, outputs, playground
 from gradsift.artifact import Artifact, file_hash
+from gradsift.choice import choose
 from gradsift.config import Config, build
-from gradsift.durable import read_tensors, write_atomic, write_tensors
+from gradsift.constraints import Constraints, screen
+from gradsift.constraints import build as build_constraints
+from gradsift.durable import make_folder, read_tensors, write_atomic, write_tensors
 from gradsift.encode import coloured, encode
 from gradsift.errors import BudgetError, ConfigError, MismatchError, UserError
 from gradsift.execute import interruptible
@@ -102,13 +105,15 @@ def select(
     warmup_from: str | Path | None = None,
     allow_short: bool = False,
     add_scores: bool = False,
+    constraints: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Selection:
     """Choose rows of `pool` with a method of METHODS, reusing whatever the folder `run` already holds.
 
-    pool, target: files as `[NAME=]FILE` or hf:NAME (see docs/formats.md). budget: "5%", 0.05 or a count. settings: sections of Config that
-    differ from the run's (or, in a new run, from the defaults). options: the method's hyper-parameters. Killed at any point, the same call
-    goes on where it stopped and ends with the same subset.
+    pool, target: files as `[NAME=]FILE` or hf:NAME (see docs/formats.md). budget: "5%", 0.05, a count or "10M-tokens". settings: sections of
+    Config that differ from the run's (or, in a new run, from the defaults). options: the method's hyper-parameters. constraints: arguments
+    of `gradsift.constraints.build`, test sets as files, applied to any method (docs/constraints.md). Killed at any point, the same call goes
+    on where it stopped and ends with the same subset.
 
     Raises UserError (a wrong name, option, budget or combination), DataError (unusable input), ResourceError (disk, memory),
     IntegrityError (damaged work in `run`), Interrupted (a signal; resumable).
@@ -117,13 +122,17 @@ def select(
     wanted = budgets.parse(budget)
     targets = as_list(target)
     check_target(method, selector, targets)
+    if out is not None and any(Path(out).resolve() == Path(str(file).rpartition("=")[2]).resolve() for file in [*as_list(pool), *targets]):
+        raise UserError("--out names an input file", where=out, remedy="Choose another name for the chosen rows.")
     playground.register()
     folder = Run(Path(run))
     with folder.lock(sys.argv), interruptible(readable_command(sys.argv)):
         config = settle_config(folder, model, settings or {}, pool_group)
         pipeline = open_pipeline(folder, config, as_list(pool), targets, target_group, warmup_from, progress or silent())
-        rows = _budget_rows(wanted, pipeline.sides["pool"], allow_short)
-        return _choose(pipeline, method, selector, rows, seed, allow_short, add_scores, None if out is None else Path(out))
+        limits = _limits(constraints or {}, config, progress or silent())
+        limits.check(pipeline.sides["pool"])
+        _check_budget(wanted, pipeline.sides["pool"], allow_short)
+        return _choose(pipeline, method, selector, wanted, limits, seed, allow_short, add_scores, None if out is None else Path(out))
 
 
 def as_list(files: Sequence[str | Path] | str | Path) -> list[str | Path]:
@@ -214,44 +223,48 @@ def read_side(files: Sequence[str | Path], config: Config, group_field: str | No
     return rows
 
 
-def _budget_rows(wanted: budgets.Budget, pool: Pool, allow_short: bool) -> int:
-    rows = wanted.rows(pool.funnel["read"])
-    return _within(rows, len(pool), allow_short)
+def _limits(given: Mapping[str, Any], config: Config, progress: Progress) -> Constraints:
+    """Constraints as asked for; `decontaminate` names files, read as targets are."""
+    tests = {str(file): read_side([file], config, None, progress) for file in as_list(given.get("decontaminate") or ())}
+    return build_constraints(**{**given, "decontaminate": tests})
 
 
-def _within(rows: int, usable: int, allow_short: bool) -> int:
-    if rows > usable and not allow_short:
-        raise BudgetError(f"the budget is {rows:,} rows and {usable:,} are usable", remedy="Lower --budget, or add --allow-short.")
-    return min(rows, usable)
+def _check_budget(wanted: budgets.Budget, pool: Pool, allow_short: bool) -> None:
+    """What can be told before anything is computed."""
+    if wanted.unit == "rows" and (rows := wanted.rows(pool.funnel["read"])) > len(pool) and not allow_short:
+        raise BudgetError(f"the budget is {rows:,} rows and {len(pool):,} are usable", remedy="Lower --budget, or add --allow-short.")
 
 
 def _choose(
     pipeline: Pipeline,
     method: str,
     selector: Selector,
-    rows: int,
+    wanted: budgets.Budget,
+    limits: Constraints,
     seed: int,
     allow_short: bool,
     add_scores: bool,
     out: Path | None,
 ) -> Selection:
-    needs = selector.needs()
-    config = {"method": method, "options": methods.options_of(selector), "budget": rows, "seed": seed, "add_scores": add_scores}
-    inputs = {f"{i:02d}-{recipe.stage}": recipe.digest for i, recipe in enumerate(pipeline.recipes(needs))}
+    needs, read = selector.needs(), pipeline.sides["pool"].funnel["read"]
+    config = {"method": method, "options": methods.options_of(selector), "budget": wanted.canonical(read), "seed": seed}
+    config |= {"add_scores": add_scores, **({"constraints": limits.canonical()} if limits.canonical() else {})}
+    inputs = {f"{i:02d}-{recipe.stage}": recipe.digest for i, recipe in enumerate(pipeline.recipes(needs | limits.needs()))}
 
     def fill(artifact: Artifact) -> None:
-        signals, kept = pipeline.signals(needs)
-        budget = _within(rows, len(kept), allow_short)
-        subset = selector.select(signals, budget, rng=np.random.default_rng(seed))
-        check_subset(subset, signals.n, budget, method)
-        chosen = Chosen(pipeline, method, selector, spread(subset, kept, len(pipeline.sides["pool"])), rows, seed, kept)
-        _write(artifact, chosen, add_scores)
+        signals, kept = pipeline.signals(needs | limits.needs())
+        pool, lengths = pipeline.sides["pool"], pipeline.encoded("pool").lengths
+        left = screen(limits, pool, signals, kept)
+        subset = choose(selector, signals, left, kept, limits, wanted, read=read, lengths=lengths, seed=seed, allow_short=allow_short)
+        asked = wanted.rows(read) if wanted.unit == "rows" else len(subset)
+        _write(artifact, Chosen(pipeline, method, selector, spread(subset, kept, len(pool)), asked, seed, left, wanted), add_scores)
 
     artifact = pipeline.make(Recipe("select", config, inputs), fill)
     pool = pipeline.sides["pool"]
     indices = read_tensors(artifact.path / "subset.safetensors")["indices"].numpy()
     path = next(p for p in sorted(artifact.path.glob("selected.*")))
     if out is not None:
+        make_folder(out.absolute().parent)
         shutil.copyfile(path, out)
         path = out
     return Selection(
@@ -260,21 +273,12 @@ def _choose(
         subset_path=path,
         indices=indices,
         ids=[pool.ids[int(i)] for i in indices],
-        asked=rows,
-        read=pool.funnel["read"],
+        asked=artifact.manifest["counts"]["asked"],
+        read=read,
         timings=pipeline.timings,
         warnings=[*pool.warnings, *artifact.manifest.get("extra", {}).get("warnings", [])],
         funnel=pool.funnel,
     )
-
-
-def check_subset(subset: Subset, n: int, budget: int, method: str) -> None:
-    """What every selection must hold; a method that breaks it is at fault, not the user."""
-    indices = np.asarray(subset.indices)
-    if len(np.unique(indices)) != len(indices):
-        raise RuntimeError(f"{method} chose a row twice")
-    if len(indices) > budget or (len(indices) and not (indices.min() >= 0 and indices.max() < n)):
-        raise RuntimeError(f"{method} chose rows outside its budget or pool")
 
 
 def spread(subset: Subset, kept: np.ndarray, n: int) -> Subset:
@@ -305,6 +309,7 @@ def _write(artifact: Artifact, chosen: Chosen, add_scores: bool) -> None:
         max_length=config.encode.max_length,
         template=config.encode.template,
         say=chosen.pipeline.progress.note,
+        left_out=chosen.left_out(),
     )
     tensors = {"indices": torch.as_tensor(np.asarray(subset.indices))}
     for name in ("gains", "weights"):

@@ -25,6 +25,7 @@ from gradsift.types import Subset
 
 if TYPE_CHECKING:
     from gradsift.pool import Pool
+    from gradsift.reading import Dropped
 
 _SUFFIX = {"lines": ".jsonl", "array": ".json", "parquet": ".parquet", "arrow": ".arrow"}
 
@@ -76,10 +77,10 @@ def write_subset(
     return [f"{anew:,} rows that are no line of JSON in their file are written anew as one line each{mixed}"]
 
 
-def write_dropped(pool: Pool, path: str | Path) -> None:
-    """The quarantine as jsonl: file, line, id, reason, fix."""
+def write_dropped(pool: Pool, path: str | Path, also: Sequence[Dropped] = ()) -> None:
+    """The quarantine, and rows a selection left out besides, as jsonl: file, line, id, reason, fix."""
     with _replacing(Path(path), _kind(Path(path))[1]) as out:
-        for row in pool.dropped:
+        for row in [*pool.dropped, *also]:
             told = {"file": row.file, "line": row.line, "id": row.id, "reason": row.reason, "fix": row.fix}
             out.write(json.dumps(told, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
