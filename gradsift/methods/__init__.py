@@ -16,10 +16,16 @@ from gradsift.errors import ConfigError, UnknownName
 from gradsift.types import Selector
 
 METHODS: dict[str, str] = {
+    "bids": "gradsift.methods.bids:Bids",
+    "g2is": "gradsift.methods.g2is:G2is",
+    "gist": "gradsift.methods.gist:Gist",
+    "gradmatch": "gradsift.methods.gradmatch:Gradmatch",
+    "kcenter": "gradsift.methods.kcenter:Kcenter",
     "length": "gradsift.methods.length:Length",
     "less": "gradsift.methods.less:Less",
     "perplexity": "gradsift.methods.perplexity:Perplexity",
     "random": "gradsift.methods.random:Random",
+    "rds": "gradsift.methods.rds:Rds",
     "tagcos": "gradsift.methods.tagcos:Tagcos",
 }
 

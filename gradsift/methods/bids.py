@@ -1,0 +1,60 @@
+"""BIDS: raise the influence on whichever target row is served worst so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+
+from gradsift.rules import balance
+from gradsift.types import Signal, Signals, Subset
+
+
+@dataclass(frozen=True)
+class Bids:
+    """Rows that, one by one, exceed most what those chosen before offer to some target row: influence balanced over abilities.
+
+    Source: arXiv 2501.12147 (Findings of EMNLP 2025), section 4, algorithm 1: influence on every target row (not group), each column
+    brought to mean 0 and standard deviation 1 over the pool; then, again and again, the row with the largest max_j (Z_ij - mean of Z_j
+    over the chosen).
+    Cost: gradients of pool and target at every checkpoint, the n x m matrix in memory, then lazily evaluated picks.
+
+    gain = that value when the row was picked; score = the same against the means at the end.
+
+    Differences from the paper: the standard deviation is over n - 1, the mean over no row is 0 and ties go to the lowest row, all of which
+    it leaves open; constant columns are left out. Where the pool's rows are all alike, none is better than another: the first ones are
+    taken, and a warning says so. `standardise=false` is its ablation.
+    """
+
+    target: ClassVar[Literal["required", "optional", "none"]] = "required"
+    standardise: bool = True
+    transform: Literal["adam", "none"] = "adam"
+
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({self.influence})
+
+    @property
+    def influence(self) -> Signal:
+        return Signal("influence", transform=self.transform, checkpoints="mean", backend="less")
+
+    def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        scores = torch.as_tensor(signals[self.influence], dtype=torch.float32)
+        if bool((scores == scores[:1]).all()):
+            note = "every pool row has the same influence on every target row: the first rows were taken"
+            return Subset(indices=np.arange(budget), notes={"note": note})
+        picks = balance.greedy(scores, budget, standardise=self.standardise)
+        indices = picks.indices.numpy()
+        columns = torch.nonzero(scores.amin(dim=0) < scores.amax(dim=0))[:, 0]
+        values = scores[:, columns].double()
+        if self.standardise:
+            values = (values - values.mean(dim=0)) / values.std(dim=0)
+        best, which = (values - values[picks.indices].mean(dim=0)).max(dim=1)
+        groups = list(signals.target_groups) or ["target"] * scores.shape[1]
+        notes = {
+            "score": best.numpy(),
+            "influence": scores.amax(dim=1).numpy(),
+            "nearest_group": np.array([groups[j] for j in columns[which].tolist()], dtype=object),
+        }
+        return Subset(indices=indices, gains=picks.gains.double().numpy(), notes=notes)

@@ -1,0 +1,50 @@
+"""RDS+: rows whose embedding is close to a target row's, the target rows taking turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+
+from gradsift.methods.reading import products, whole
+from gradsift.rules import topk
+from gradsift.types import Signal, Signals, Subset
+
+POOL, TARGET = Signal("embeddings"), Signal("embeddings", side="target")
+
+
+@dataclass(frozen=True)
+class Rds:
+    """Rows whose position-weighted hidden states are most like those of a target row, each target row picking in turn.
+
+    Source: arXiv 2503.01807 (RDS+): weight of token t proportional to t, last hidden states of the base model over prompt and answer, unit
+    norm, cosine. Cost: one forward pass over pool and target, then n x m x h multiply-adds (h = hidden size): no gradients, no warm-up.
+
+    aggregate: "rows" = every target row in turn takes its nearest unused row; "groups" = a row's score for a group is that of the group's
+    nearest row, and the groups take turns (the paper's setting for several tasks); "max" = the rows of highest score for any target row.
+
+    Differences from the paper: none known. Differences from the released code: float32 pooling whatever the model's dtype.
+    """
+
+    target: ClassVar[Literal["required", "optional", "none"]] = "required"
+    aggregate: Literal["rows", "groups", "max"] = "rows"
+
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({POOL, TARGET})
+
+    def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        scores = products(signals[POOL], whole(signals[TARGET]))
+        columns = list(signals.target_groups) or ["target"] * scores.shape[1]
+        groups = list(dict.fromkeys(columns))
+        of = torch.tensor([groups.index(group) for group in columns])
+        by_group = torch.stack([scores[:, of == g].amax(dim=1) for g in range(len(groups))], dim=1)
+        best, which = by_group.max(dim=1)
+        if self.aggregate == "max":
+            indices = topk.top(best, budget).numpy()
+        else:
+            indices = topk.round_robin(scores if self.aggregate == "rows" else by_group, budget).numpy()
+        gain = best.numpy()
+        why = np.array([groups[g] for g in which.tolist()], dtype=object)
+        return Subset(indices=indices, gains=gain[indices], notes={"score": gain, "nearest_group": why})

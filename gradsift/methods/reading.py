@@ -1,0 +1,57 @@
+"""How methods read stored rows: at their own length instead of unit length, whole for a target, in blocks for a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gradsift.types import Rows
+
+BLOCK = 2048
+
+
+class Raw:
+    """Rows at the length they had before the store brought them to 1. Rows that carry no `scales` are as they are."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.shape = rows, tuple(rows.shape)
+
+    def __getitem__(self, where: slice) -> Tensor:
+        block = torch.as_tensor(self.rows[where]).float()
+        scales = getattr(self.rows, "scales", None)
+        return block if scales is None else block * scales[where, None].to(block.device)
+
+
+def blocks(rows: Rows) -> Iterator[tuple[int, Tensor]]:
+    """(first row, fp32 rows) of every 2,048 rows, in order."""
+    for start in range(0, rows.shape[0], BLOCK):
+        yield start, torch.as_tensor(rows[start : min(start + BLOCK, rows.shape[0])]).float()
+
+
+def whole(rows: Rows) -> Tensor:
+    """All rows, fp32 [m, d]: for a target, which is small."""
+    return torch.cat([block for _, block in blocks(rows)])
+
+
+def mean(rows: Rows) -> Tensor:
+    """The mean row, fp64 [d]."""
+    total = torch.zeros(rows.shape[1], dtype=torch.float64)
+    for _, block in blocks(rows):
+        total += block.sum(dim=0, dtype=torch.float64).cpu()
+    return total / rows.shape[0]
+
+
+def group_means(rows: Tensor, groups: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """Mean row of each group [g, d] and the groups' names in order of first appearance; one group when `groups` is empty."""
+    names = list(dict.fromkeys(groups)) or ["target"]
+    of = torch.tensor([names.index(group) for group in groups] if groups else [0] * len(rows))
+    return torch.stack([rows[of == g].mean(dim=0) for g in range(len(names))]), names
+
+
+def products(rows: Rows, columns: Tensor) -> Tensor:
+    """Cosines of rows [n, d] with columns [c, d] (normalised here), fp32 [n, c]; 0 for a zero row."""
+    unit = torch.nn.functional.normalize(columns.float(), dim=1)
+    found = [(torch.nn.functional.normalize(block, dim=1) @ unit.T.to(block.device)).cpu() for _, block in blocks(rows)]
+    return torch.cat(found)
