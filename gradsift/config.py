@@ -100,6 +100,24 @@ class GradientSettings(Settings):
     store_dtype: Literal["float16", "int8"] = "float16"
 
 
+class CurvatureSettings(Settings):
+    """Influence through the inverse curvature (backends ekfac, kfac): what it is fitted on and how it is damped and kept.
+
+    fit_rows: pool rows, drawn with `seed`. form, labels: see `gradsift.curvature.Fitting`. damping: in units of each parameter's mean
+    eigenvalue, or the very number when `absolute`. rank: of the target's preconditioned gradients; None = whole while they fit in memory.
+    """
+
+    fit_rows: int = Field(default=4096, ge=1)
+    form: Literal["expand", "expand-sum", "reduce"] = "expand"
+    labels: Literal["empirical", "sampled"] = "sampled"
+    seed: int = 0
+    damping: float = Field(default=0.1, gt=0)
+    absolute: bool = False
+    style: Literal["eigen", "pi"] = "eigen"
+    rank: int | None = Field(default=None, ge=1)
+    target_batch: int = Field(default=1, ge=1)
+
+
 class MachineSettings(Settings):
     """Where work runs. `threads` 0 = the physical cores; the number in force enters the digests of training and gradients."""
 
@@ -109,13 +127,14 @@ class MachineSettings(Settings):
 
 
 class Config(Settings):
-    """All stages. TOML sections carry the field names: [pool], [encode], [model], [warmup], [gradients], [machine]."""
+    """All stages. TOML sections carry the field names: [pool], [encode], [model], [warmup], [gradients], [curvature], [machine]."""
 
     pool: PoolSettings = PoolSettings()
     encode: EncodeSettings = EncodeSettings()
     model: ModelSettings = ModelSettings()
     warmup: WarmupSettings = WarmupSettings()
     gradients: GradientSettings = GradientSettings()
+    curvature: CurvatureSettings = CurvatureSettings()
     machine: MachineSettings = MachineSettings()
 
     def with_values(self, section: str, where: str = "flags", **values: Any) -> Config:

@@ -13,10 +13,10 @@ import numpy as np
 from gradsift import machine, methods, report
 from gradsift.budget import Budget
 from gradsift.constraints import Screen
-from gradsift.pipeline import Pipeline
+from gradsift.pipeline import Pipeline, through_curvature
 from gradsift.reading import Dropped
 from gradsift.stages import Timing
-from gradsift.types import Selector, Subset
+from gradsift.types import Selector, Signal, Subset
 
 SHOWN = 20
 
@@ -68,7 +68,7 @@ class Chosen:
     def norms(self) -> np.ndarray | None:
         """[n] gradient norms at the last checkpoint, where the method read gradients."""
         for signal in sorted(self.selector.needs(), key=repr):
-            if signal.name in ("rows", "influence") and signal.side == "pool":
+            if reads_stored_rows(signal):
                 return self.pipeline.rows("pool", self.pipeline.checkpoint_count - 1, signal.transform).norms.numpy()
         return None
 
@@ -77,7 +77,7 @@ class Chosen:
         for signal in sorted(self.selector.needs(), key=repr):
             if signal.name == "loss":
                 return self.pipeline.loss().numpy()
-            if signal.name in ("rows", "influence") and signal.side == "pool":
+            if reads_stored_rows(signal):
                 return self.pipeline.rows("pool", self.pipeline.checkpoint_count - 1, signal.transform).losses.numpy()
         return None
 
@@ -219,7 +219,31 @@ def _verdict(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
             text = f"Mean pairwise cosine of the stored rows: {cosine:.2f}"
             text += " (a large component is shared by all rows; differences between them are what is left)." if cosine > 0.5 else "."
             lines.append(report.Verdict(text=text, level="warn" if cosine > 0.5 else "note"))
+    lines += [report.Verdict(text=text) for text in _influence_lines(chosen)]
     lines.append(report.Verdict(text="Whether this trains a better model than random rows is not measured on this page.", level="note"))
+    return lines
+
+
+def reads_stored_rows(signal: Signal) -> bool:
+    return signal.side == "pool" and (signal.name == "rows" or (signal.name == "influence" and not through_curvature(signal)))
+
+
+def _influence_lines(chosen: Chosen) -> list[str]:
+    """What curvature did, and how many rows help every target row, where the method says so."""
+    lines, notes = [], chosen.subset.notes
+    for signal in sorted(chosen.selector.needs(), key=repr):
+        made = chosen.pipeline.stored(chosen.pipeline.influence_recipe(signal)) if through_curvature(signal) else None
+        if made is not None:
+            ratio = made.manifest["extra"]["damping_to_mean_eigenvalue"]
+            lines.append(
+                f"Damping over mean eigenvalue of the curvature: {ratio['least']:.2g} to {ratio['most']:.2g} (median {ratio['median']:.2g}); "
+                "far above 1 the curvature hardly matters and scores are plain products of gradients."
+            )
+    if "helps_every_target" in notes:
+        lines.append(
+            f"{notes['helps_every_target']:,} rows help every target row; {notes['survivors']:,} help at least {100 * notes['quantile']:.1f} % "
+            "of them and were clustered."
+        )
     return lines
 
 

@@ -6,9 +6,9 @@ Positive = training on i helps j.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,14 +22,22 @@ BLOCK = 2048
 @dataclass(frozen=True)
 class Backend:
     """One line of the table: `pool` and `target` say whether rows enter raw or at unit norm; `merge` whether a group's target rows are first
-    averaged (raw) into one; `transform` what the pool's rows carry unless a method asks otherwise."""
+    averaged (raw) into one; `transform` what the pool's rows carry unless a method asks otherwise; `curvature`: settings it fixes, over
+    those of the run, where scores go through the inverse curvature of whole gradients and no stored row is read."""
 
     pool: Literal["raw", "unit"]
     target: Literal["raw", "unit"]
     transform: Literal["none", "adam"] = "none"
     merge: bool = False
     source: str = ""
+    curvature: Mapping[str, Any] | None = None
 
+
+# Token sums before the outer product, true labels, factored damping 0.5, two target rows at a time, an odd one lost.
+RELEASED: Mapping[str, Any] = {
+    "form": "reduce", "labels": "empirical", "correct": False, "style": "pi", "damping": 0.5, "absolute": True, "rank": 32,
+    "target_batch": 2, "drop_last": True,
+}  # fmt: skip
 
 BACKENDS: dict[str, Backend] = {
     "dot": Backend("raw", "raw", source="first-order influence (TracIn, arXiv 2002.08484)"),
@@ -38,6 +46,9 @@ BACKENDS: dict[str, Backend] = {
     "less-mean": Backend(
         "unit", "unit", transform="adam", merge=True, source="LESS as in the paper: one column per target group, its mean gradient"
     ),
+    "ekfac": Backend("raw", "raw", source="influence functions by EK-FAC, arXiv 2308.03296", curvature={}),
+    "kfac": Backend("raw", "raw", source="the same by K-FAC, without corrected eigenvalues", curvature={"correct": False}),
+    "kfac-released": Backend("raw", "raw", source="G-DIG, arXiv 2405.12915, released code", curvature=RELEASED),
 }
 
 
@@ -56,6 +67,8 @@ def score(pool: Sequence[Rows], target: Sequence[Rows], weights: Sequence[float]
     Raises UserError if the sides differ in number of checkpoints or dimension.
     """
     chosen = backend(name)
+    if chosen.curvature is not None:
+        raise UserError(f"the backend {name} reads whole gradients, not stored rows", remedy="Use gradsift.curvature.influence_scores.")
     if not len(pool) == len(target) == len(weights):
         raise UserError(f"{len(pool)} pool stores, {len(target)} target stores and {len(weights)} weights do not pair up")
     total = float(sum(weights))

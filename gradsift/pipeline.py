@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift import machine
+from gradsift import curved, machine, scalars
 from gradsift.artifact import Artifact, folder_hash
 from gradsift.checkpoints import adam_transform, load_checkpoints
 from gradsift.config import Config
@@ -22,7 +22,7 @@ from gradsift.encode import EncodedRows, encode, tokenizer_identity
 from gradsift.errors import DataError, MismatchError, UserError
 from gradsift.execute import Executor, Serial, Stopping
 from gradsift.gradients import output_dim
-from gradsift.influence import score
+from gradsift.influence import backend, score
 from gradsift.model import coverage, load_adapter, load_model, load_tokenizer, model_identity
 from gradsift.pool import Pool
 from gradsift.progress import Progress, silent
@@ -30,7 +30,6 @@ from gradsift.projection import Projection
 from gradsift.rowwork import Scaled, check_quarantine, fill_mean, mean_pairwise_cosine, shard_worker
 from gradsift.run import Run
 from gradsift.signals.embeddings import POOLING, TOKEN_BUDGET, embedding_worker, hidden_size
-from gradsift.signals.loss import row_losses
 from gradsift.stages import Recipe, Stages
 from gradsift.store import RowStore, RowView
 from gradsift.types import Checkpoint, Signal, Signals
@@ -72,34 +71,33 @@ class Pipeline(Stages):
     def warmup_recipe(self) -> Recipe:
         if self.warmup_from is not None:
             return Recipe("warmup", {"from": folder_hash(self.warmup_from)}, identity={"model": self.model_identity})
-        return Recipe("warmup", self.config.warmup.canonical(), {"pool": self.encode_recipe("pool").digest}, self._compute_identity())
+        return Recipe("warmup", self.config.warmup.canonical(), {"pool": self.encode_recipe("pool").digest}, self.compute_identity())
 
     def gradients_recipe(self, side: str, checkpoint: int, transform: str) -> Recipe:
         settings = self.config.gradients.canonical()
         if transform == "none":
             del settings["adam_form"]
         inputs = {"rows": self.encode_recipe(side).digest, "warmup": self.warmup_recipe().digest}
-        return Recipe("gradients", {**settings, "transform": transform, "checkpoint": checkpoint}, inputs, self._compute_identity())
+        return Recipe("gradients", {**settings, "transform": transform, "checkpoint": checkpoint}, inputs, self.compute_identity())
 
     def mean_recipe(self, side: str, transform: str) -> Recipe:
         inputs = {str(c): self.gradients_recipe(side, c, transform).digest for c in range(self.checkpoint_count)}
         return Recipe("mean", {"weights": "mean_lr"}, inputs)
 
     def influence_recipe(self, signal: Signal) -> Recipe:
+        if through_curvature(signal):
+            return curved.influence_recipe(self, signal)
         inputs = {}
         for c in self.used_checkpoints(signal):
             inputs[f"pool{c}"] = self.gradients_recipe("pool", c, signal.transform).digest
             inputs[f"target{c}"] = self.gradients_recipe("target", c, "none").digest
         return Recipe("influence", {"backend": signal.backend, "checkpoints": signal.checkpoints}, inputs)
 
-    def loss_recipe(self) -> Recipe:
-        return Recipe("loss", {}, {"rows": self.encode_recipe("pool").digest}, self._compute_identity())
-
     def embeddings_recipe(self, side: str) -> Recipe:
         settings = {"pooling": POOLING, "token_budget": TOKEN_BUDGET, "shard_rows": self.config.gradients.shard_rows}
-        return Recipe("embeddings", settings, {"rows": self.encode_recipe(side).digest}, self._compute_identity())
+        return Recipe("embeddings", settings, {"rows": self.encode_recipe(side).digest}, self.compute_identity())
 
-    def _compute_identity(self) -> dict[str, Any]:
+    def compute_identity(self) -> dict[str, Any]:
         model = self.config.model
         kind = machine.cpu_kind() if model.device == "cpu" else model.device.split(":")[0]
         return {
@@ -131,10 +129,12 @@ class Pipeline(Stages):
         return list({recipe.digest: recipe for recipe in found}.values())
 
     def _recipes_of(self, signal: Signal) -> list[Recipe]:
-        if signal.name == "loss":
-            return [self.loss_recipe()]
         if signal.name == "embeddings":
             return [self.embeddings_recipe(signal.side)]
+        if signal.name in scalars.SCALARS:
+            return scalars.recipes(self, signal.name)
+        if through_curvature(signal):
+            return curved.recipes(self, signal)
         sides = [(signal.side, signal.transform)]
         if signal.name == "influence":
             sides = [("pool", signal.transform), ("target", "none")]
@@ -200,6 +200,11 @@ class Pipeline(Stages):
         return self._model[1]
 
     @property
+    def modules(self) -> Literal["linear"] | None:
+        """What `extract` and the curvature take gradients of: None = the LoRA modules."""
+        return None if self.config.gradients.modules == "lora" else "linear"
+
+    @property
     def projection(self) -> Projection:
         settings = self.config.gradients
         return Projection(dim=settings.dim, seed=settings.seed, kind=settings.projection)
@@ -216,7 +221,7 @@ class Pipeline(Stages):
     def _extract(self, artifact: Artifact, side: str, at: Checkpoint, transform: str) -> None:
         settings = self.config.gradients
         encoded, pool = self.encoded(side), self.sides[side]
-        modules = None if settings.modules == "lora" else settings.modules
+        modules = self.modules
         dim = output_dim(self.model_at(at), self.projection, modules)
         store = RowStore.create(
             artifact.path,
@@ -299,21 +304,7 @@ class Pipeline(Stages):
 
     def loss(self) -> Tensor:
         """Mean nats per supervised token under the base model, fp32 [n]; NaN for a row that could not be encoded."""
-        encoded = self.encoded("pool")
-
-        def fill(artifact: Artifact) -> None:
-            usable = np.flatnonzero(encoded.codes == 0)
-            self.progress.start(int(encoded.lengths[usable].sum()), "tokens", "loss of the base model")
-            rows = [encoded[int(i)] for i in usable]
-            found = row_losses(self.load_base(), rows, pad_id=self.pad_id, advance=self.progress.advance)
-            self.progress.done()
-            losses = torch.full((len(encoded),), float("nan"))
-            losses[torch.as_tensor(usable)] = found.mean.float()
-            hash_ = write_tensors(artifact.path / "loss.safetensors", {"loss": losses}, {"recipe": artifact.digest})
-            artifact.finish(files={"loss.safetensors": hash_}, counts={"rows": len(losses)})
-
-        artifact = self.make(self.loss_recipe(), fill)
-        return artifact.tensors("loss.safetensors")["loss"]
+        return scalars.values(self, "loss")
 
     def embeddings(self, side: str) -> RowStore:
         """Unit embeddings of one side under the base model."""
@@ -372,23 +363,27 @@ class Pipeline(Stages):
 
     def _signal(self, signal: Signal) -> tuple[Any, Tensor | None]:
         """A signal over all rows of its side, and which of them it can vouch for (None = all)."""
-        if signal.name == "loss":
-            losses = self.loss()
-            return losses, losses.isfinite()
+        if signal.name in scalars.SCALARS:
+            found = scalars.values(self, signal.name)
+            return found, found.isfinite()
+        if through_curvature(signal):
+            return curved.influence(self, signal)
         if signal.name == "influence":
             stores = [self.rows("pool", c, signal.transform) for c in self.used_checkpoints(signal)]
             return self.influence(signal), torch.stack([store.usable for store in stores]).all(dim=0)
         if signal.name == "embeddings":
             store = self.embeddings(signal.side)
             return store, store.usable
-        if signal.name != "rows":
-            raise UserError(f"the signal {signal.name!r} is not available yet")
         if signal.checkpoints == "mean":
             mean = self.mean_rows(signal.side, signal.transform)
             return Scaled(mean), mean.usable
         stores = [self.rows(signal.side, c, signal.transform) for c in self.used_checkpoints(signal)]
         good = torch.stack([store.usable for store in stores]).all(dim=0)
         return stores if signal.checkpoints == "each" else stores[-1], good
+
+
+def through_curvature(signal: Signal) -> bool:
+    return signal.name == "influence" and backend(str(signal.backend)).curvature is not None
 
 
 def _restrict(value: Any, kept: Tensor) -> Any:

@@ -36,7 +36,7 @@ from gradsift.stages import Recipe, Timing
 from gradsift.types import Selector, Subset
 
 SETTINGS = "settings.json"
-RUN_SECTIONS = ("pool", "encode", "model", "warmup", "gradients")  # what a run is made with; [machine] may differ from command to command
+RUN_SECTIONS = ("pool", "encode", "model", "warmup", "gradients", "curvature")  # what a run is made with; [machine] may differ from command to command
 
 
 @dataclass(frozen=True)
@@ -319,8 +319,9 @@ def _write(artifact: Artifact, chosen: Chosen, add_scores: bool) -> None:
     files["subset.safetensors"] = write_tensors(artifact.path / "subset.safetensors", tensors, {"recipe": artifact.digest})
     # The report is not hashed: it shows clocks, and `gradsift report` may write it anew.
     write_report(report_data(chosen, chosen.pipeline.timings), artifact.path)
+    numbers = {name: value for name, value in subset.notes.items() if isinstance(value, (int, float))}
     counts = {"selected": len(subset), "asked": chosen.asked, "read": pool.funnel["read"]}
-    artifact.finish(files=files, counts=counts, extra={"warnings": chosen.warnings()})
+    artifact.finish(files=files, counts=counts, extra={"warnings": chosen.warnings(), "notes": numbers})
 
 
 def inspect(

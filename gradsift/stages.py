@@ -12,7 +12,20 @@ from gradsift.artifact import Artifact, recipe
 from gradsift.durable import recipe_digest
 from gradsift.run import Run
 
-VERSIONS = {"encode": 1, "warmup": 1, "gradients": 1, "mean": 1, "influence": 1, "embeddings": 1, "loss": 1, "select": 1}
+VERSIONS = {
+    "encode": 1,
+    "warmup": 1,
+    "gradients": 1,
+    "mean": 1,
+    "curvature": 1,
+    "influence": 1,
+    "embeddings": 1,
+    "loss": 1,
+    "ifd": 1,
+    "ngrams": 1,
+    "difficulty": 1,
+    "select": 1,
+}
 
 
 @dataclass(frozen=True)

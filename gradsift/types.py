@@ -68,10 +68,11 @@ class Signal:
     embeddings    Rows [n, d] of unit pooled hidden states
     loss          Tensor [n], mean negative log-likelihood per supervised token under the base model, nats
     ngrams        Tensor [n], log importance weights
-    difficulty    Tensor [n]
+    difficulty    Tensor [n], minus the score a net gave the row while a model was fine-tuned
+    ifd           Tensor [n], perplexity of the answer after its prompt over that of the answer alone
     """
 
-    name: Literal["rows", "influence", "embeddings", "loss", "ngrams", "difficulty"]
+    name: Literal["rows", "influence", "embeddings", "loss", "ngrams", "difficulty", "ifd"]
     side: Literal["pool", "target"] = "pool"
     transform: Literal["none", "adam"] = "none"
     modules: Literal["lora", "linear"] = "lora"

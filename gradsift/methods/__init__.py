@@ -17,15 +17,19 @@ from gradsift.types import Selector
 
 METHODS: dict[str, str] = {
     "bids": "gradsift.methods.bids:Bids",
+    "dsir": "gradsift.methods.dsir:Dsir",
     "g2is": "gradsift.methods.g2is:G2is",
+    "gdig": "gradsift.methods.gdig:Gdig",
     "gist": "gradsift.methods.gist:Gist",
     "gradmatch": "gradsift.methods.gradmatch:Gradmatch",
+    "ifd": "gradsift.methods.ifd:Ifd",
     "kcenter": "gradsift.methods.kcenter:Kcenter",
     "length": "gradsift.methods.length:Length",
     "less": "gradsift.methods.less:Less",
     "perplexity": "gradsift.methods.perplexity:Perplexity",
     "random": "gradsift.methods.random:Random",
     "rds": "gradsift.methods.rds:Rds",
+    "selffilter": "gradsift.methods.selffilter:Selffilter",
     "tagcos": "gradsift.methods.tagcos:Tagcos",
 }
 

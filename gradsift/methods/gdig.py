@@ -1,0 +1,108 @@
+"""G-DIG: rows that help every trusted example, spread over gradient clusters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradsift.methods.reading import Raw
+from gradsift.rules import kmeans, topk
+from gradsift.rules.blocks import gather
+from gradsift.types import Rows, Signal, Signals, Subset
+
+
+@dataclass(frozen=True)
+class Gdig:
+    """Rows whose influence on every trusted example (the target) is positive, drawn evenly from clusters of their gradients.
+
+    Source: arXiv 2405.12915 (ACL 2024), section 3 and equation 4: influence = <gradient of the row, inverse curvature x gradient of the
+    trusted example>, kept if it helps all of them, then k-means of the gradients and even resampling. Positive = training on the row lowers
+    the trusted example's loss (the paper's sign, reversed).
+    Cost: two passes over `curvature.fit_rows` rows for the curvature, one over the pool for influence and one for the stored rows that are
+    clustered; k-means is clusters x rows x d per step.
+
+    Where fewer rows than the budget help all trusted examples, the share of these that must be helped is lowered to the largest one that
+    leaves enough rows (`fill=none`: fewer come back instead). Both counts and the share stand in the report.
+
+    Differences from the paper: curvature is EK-FAC of LoRA or linear layers at the warm-up's last checkpoint; the paper fine-tunes the
+    whole model on the pool and takes K-FAC (`backend=kfac`). Clusters are those of the projected rows, at their own length or with
+    `cosine=true` at unit length. 512 clusters is from memory of the paper; there are as many as rows at most.
+    Differences from the released code: `preset=released` ranks by the mean score over trusted examples taken two at a time, K-FAC with
+    summed tokens, factored damping 0.5 and rank 32, and neither filters nor clusters, as the code does; padding is masked here.
+    """
+
+    target: ClassVar[Literal["required", "optional", "none"]] = "required"
+    preset: Literal["paper", "released"] = "paper"
+    backend: str | None = None
+    clusters: int = 512
+    cosine: bool = False
+    iterations: int = 25
+    restarts: int = 1
+    fill: Literal["quantile", "none"] = "quantile"
+
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({self.influence}) if self.preset == "released" else frozenset({self.influence, Signal("rows")})
+
+    @property
+    def influence(self) -> Signal:
+        return Signal("influence", backend=self.backend or ("kfac-released" if self.preset == "released" else "ekfac"))
+
+    def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        scores = torch.as_tensor(signals[self.influence], dtype=torch.float32).cpu()
+        mean = scores.double().mean(dim=1).numpy()
+        if self.preset == "released":
+            indices = topk.top(mean, budget).numpy()
+            return Subset(indices, gains=mean[indices], notes={"score": mean, "influence": mean})
+        helped = (scores > 0).sum(dim=1).numpy()
+        least = scores.shape[1] if self.fill == "none" else threshold(helped, scores.shape[1], budget)
+        good = np.flatnonzero(helped >= least)
+        notes = self._counts(helped, least, scores.shape[1])
+        labels = np.full(signals.n, -1, dtype=np.int64)
+        picks = np.empty(0, dtype=np.int64)
+        if len(good):
+            rows = _Part(signals[Signal("rows")], good, raw=not self.cosine)
+            clusters = min(self.clusters, len(good))
+            labels[good] = kmeans.fit(
+                rows, clusters, rng=rng, cosine=self.cosine, iterations=self.iterations, restarts=self.restarts
+            ).labels.numpy()
+            picks = resample(labels, min(budget, len(good)), rng)
+        return Subset(picks, gains=mean[picks], notes={"score": mean, "influence": mean, "cluster": labels, **notes})
+
+    def _counts(self, helped: np.ndarray, least: int, m: int) -> dict[str, Any]:
+        every, kept = int((helped == m).sum()), int((helped >= least).sum())
+        notes: dict[str, Any] = {"helps_every_target": every, "survivors": kept, "quantile": least / m}
+        if least < m:
+            notes["note"] = (
+                f"{every:,} rows help all {m:,} trusted examples, fewer than the budget: the {kept:,} rows that help "
+                f"at least {least:,} of them ({least / m:.1%}) were clustered"
+            )
+        return notes
+
+
+def threshold(helped: np.ndarray, m: int, budget: int) -> int:
+    """The largest number of trusted examples, of m, that at least `budget` rows help; `helped` [n]: how many each row does."""
+    return m if int((helped == m).sum()) >= budget else int(np.sort(helped)[::-1][budget - 1])
+
+
+def resample(labels: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
+    """`budget` rows, the same number from each cluster as far as it goes, drawn at random within; clusters take turns. -1 = in none."""
+    sizes = np.bincount(labels[labels >= 0])
+    seats = topk.apportion(budget, [1] * len(sizes), capacity=sizes)
+    drawn = [rng.permutation(np.flatnonzero(labels == c))[: seats[c]] for c in range(len(sizes))]
+    order = sorted((rank, c) for c, rows in enumerate(drawn) for rank in range(len(rows)))
+    return np.array([drawn[c][rank] for rank, c in order], dtype=np.int64)
+
+
+class _Part:
+    """Some of the rows, at the length their gradients have or as they are stored."""
+
+    def __init__(self, rows: Rows, indices: np.ndarray, *, raw: bool) -> None:
+        self.rows = Raw(rows) if raw else rows
+        self.indices, self.shape = torch.as_tensor(indices), (len(indices), rows.shape[1])
+
+    def __getitem__(self, where: slice) -> Tensor:
+        return gather(self.rows, self.indices[where])

@@ -1,0 +1,46 @@
+"""IFD: rows whose instruction helps the model little in writing the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from gradsift.rules import topk
+from gradsift.types import Signal, Signals, Subset
+
+IFD = Signal("ifd")
+
+
+@dataclass(frozen=True)
+class Ifd:
+    """The rows of highest instruction-following difficulty below 1: perplexity of the answer after its instruction, over that of the answer
+    alone.
+
+    Source: arXiv 2308.12032 and Superfiltering (arXiv 2402.00530): rows at 1 or more are discarded (the instruction does not help), of the
+    rest the highest are kept. Cost: two forward passes over the pool's answers under the base model, one of them with the prompt.
+    Where fewer rows than the budget lie below 1, the others follow from the lowest on (`fill=none`: fewer rows come back).
+
+    Differences from the paper: there a model fine-tuned on a few of the rows scores (Superfiltering: GPT-2); here the base model does. The
+    details of the papers are from memory.
+    """
+
+    target: ClassVar[Literal["required", "optional", "none"]] = "none"
+    most: float = 1.0
+    fill: Literal["rest", "none"] = "rest"
+
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({IFD})
+
+    def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        value = np.asarray(signals[IFD], dtype=np.float64)
+        fine = value < self.most
+        # Rows to be discarded rank after all others, the least bad first.
+        rank = np.where(fine, value - value.min(), -1 - (value - value.min()))
+        seats = budget if self.fill == "rest" else min(budget, int(fine.sum()))
+        indices = topk.top(rank, seats).numpy()
+        notes: dict[str, Any] = {"score": value, "below_most": int(fine.sum())}
+        if fine.sum() < seats:
+            notes["note"] = f"{int(fine.sum()):,} rows have a difficulty below {self.most:g}; the budget was filled with rows above"
+        return Subset(indices, gains=np.where(fine, value, -value)[indices], notes=notes)

@@ -1,0 +1,28 @@
+"""Instruction-following difficulty: the answer's loss after its instruction, against its loss alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gradsift.signals.loss import row_losses
+
+
+def alone(row: Any) -> dict[str, list[int]]:
+    """A row's supervised tokens with nothing before them but the row's first token (which begins a text under most tokenizers)."""
+    answer = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    return {"input_ids": [row["input_ids"][0], *answer], "labels": [-100, *answer]}
+
+
+def difficulty(
+    model: Any, encoded: Sequence[Any], *, token_budget: int = 4096, pad_id: int = 0, advance: Callable[[int], None] | None = None
+) -> Tensor:
+    """exp(mean loss of the answer after its prompt - mean loss of the answer alone), fp64 [n]; below 1 where the prompt helps.
+
+    Source: arXiv 2308.12032, equation 3. Several answers in a row count as one text. NaN where nothing is supervised.
+    """
+    given = row_losses(model, encoded, token_budget=token_budget, pad_id=pad_id, advance=advance)
+    without = row_losses(model, [alone(row) for row in encoded], token_budget=token_budget, pad_id=pad_id, advance=advance)
+    return (given.mean - without.mean).exp()
