@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradsift.budget import Budget
 from gradsift.constraints import Bound, Constraints, Screen
-from gradsift.errors import BudgetError
+from gradsift.errors import BudgetError, DataError
 from gradsift.store import RowView
 from gradsift.types import Selector, Signal, Signals, Subset
 
@@ -125,7 +125,12 @@ class Choice:
         asked = np.flatnonzero(mask)
         if seats == 0 or not len(asked):
             return np.empty(0, dtype=np.int64), None, asked
-        found = self.selector.select(narrow(self.signals, self.candidates[asked], self.needs), min(seats, len(asked)), rng=rng)
+        given = narrow(self.signals, self.candidates[asked], self.needs)
+        try:
+            found = self.selector.select(given, min(seats, len(asked)), rng=rng)
+        except ValueError as error:
+            name = type(self.selector).__name__.lower()
+            raise DataError(f"{name} cannot choose: {error}", remedy="See its options in `gradsift methods` (-o), or the rows.") from error
         check(found, len(asked), seats, type(self.selector).__name__)
         return asked[np.asarray(found.indices, dtype=np.int64)], found, asked
 

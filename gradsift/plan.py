@@ -20,6 +20,7 @@ from gradsift.pipeline import Pipeline
 from gradsift.progress import Progress, duration, silent
 from gradsift.run import Run
 from gradsift.selection import as_list, check_target, open_pipeline, settle_config
+from gradsift.signals.embeddings import hidden_size
 from gradsift.stages import Recipe
 from gradsift.transforms.adam import Adam
 from gradsift.types import Selector, Signal
@@ -55,6 +56,7 @@ class Rates:
     peak_bytes: int
     dim: int
     parameters: int
+    hidden: int
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def probe(pipeline: Pipeline, encoded: EncodedRows, selector: Selector) -> Rates
     a, b = torch.randn(1024, 2048), torch.randn(2048, 128)
     multiply = a.numel() * 128 / min(_timed(lambda: a @ b) for _ in range(5))
     if not selector.needs():
-        return Rates(1, 1, 1, encode_rate, multiply, machine.peak_bytes(), 0, 0)
+        return Rates(1, 1, 1, encode_rate, multiply, machine.peak_bytes(), 0, 0, 0)
     model = attach_lora(pipeline.load_base(), pipeline.config.warmup.lora)
     train = tokens / _timed(lambda: _train_pass(model, rows, pipeline.pad_id))
     settings = pipeline.config.gradients
@@ -180,7 +182,8 @@ def probe(pipeline: Pipeline, encoded: EncodedRows, selector: Selector) -> Rates
     with torch.no_grad():
         forward = tokens / _timed(lambda: _train_pass(model, rows, pipeline.pad_id, backward=False))
     dim = output_dim(model, pipeline.projection, modules)
-    return Rates(train, taken, forward, encode_rate, multiply, machine.peak_bytes(), dim, sum(p.numel() for p in names.values()))
+    parameters = sum(p.numel() for p in names.values())
+    return Rates(train, taken, forward, encode_rate, multiply, machine.peak_bytes(), dim, parameters, hidden_size(model))
 
 
 def _timed(work: Any) -> float:
@@ -218,6 +221,8 @@ def _cost(pipeline: Pipeline, recipe: Recipe, tokens: Mapping[str, int], rates: 
         m = len(pipeline.sides["target"])
         label, bytes_ = str(recipe.config["backend"]), 4 * rows * m
         seconds = rows * m * rates.dim * pipeline.checkpoint_count / rates.multiply
+    elif recipe.stage == "embeddings":
+        label, bytes_, seconds = side, rows * (2 * rates.hidden + SHARD_META) + ids, n / rates.forward
     elif recipe.stage == "loss":
         label, bytes_, seconds = "base model", 4 * rows, n / rates.forward
     if pipeline.stored(recipe) is not None:
@@ -240,16 +245,17 @@ def _side(pipeline: Pipeline, recipe: Recipe) -> str:
     inputs = set(recipe.inputs.values())
     if "target" in pipeline.sides:
         own = {pipeline.sides["target"].digest, pipeline.encode_recipe("target").digest}
-        if recipe.stage in ("encode", "gradients") and inputs & own:
+        if recipe.stage in ("encode", "gradients", "embeddings") and inputs & own:
             return "target"
     return "pool"
 
 
 def _select_cost(pipeline: Pipeline, selector: Selector, rows: int, rates: Rates) -> StageCost:
-    """k-means dominates where a method clusters; elsewhere selecting is reading the signals once."""
+    """k-means or the graph of neighbours dominates where a method makes one; elsewhere selecting is reading the signals once."""
     n, clusters = len(pipeline.sides["pool"]), getattr(selector, "clusters", 0)
     steps = getattr(selector, "iterations", 0) + 8  # greedy k-means++ costs about that many passes besides
-    seconds = 1.0 + n * rates.dim * clusters * steps * 2 / rates.multiply + n * 2e-5
+    pairs = n * n / 2 if hasattr(selector, "neighbours") and hasattr(selector, "exact") else 0
+    seconds = 1.0 + (n * clusters * steps * 2 + pairs) * rates.dim / rates.multiply + n * 2e-5
     mean_bytes = sum(pipeline.sides["pool"].source(i)[2] - pipeline.sides["pool"].source(i)[1] for i in range(min(n, 200))) / max(
         min(n, 200), 1
     )
