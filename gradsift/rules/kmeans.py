@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .blocks import Rows, check_rng, floating, read, sizes, spans, unit
+from .blocks import Rows, check_finite, check_rng, floating, read, sizes, spans, unit
 
 SKETCH = 512  # columns of the rehearsal
 SAMPLE, SAMPLE_LEAST, SAMPLE_MOST = 256, 8192, 1 << 18  # rows of the rehearsal: per cluster, and bounds on all of them
@@ -244,6 +244,7 @@ def _rehearse(
         return block.clone() if fold is None else fold(block)
 
     points = torch.cat(list(map(sketch, spans(n))))
+    check_finite(points.sum(1), "rows")
     if not cosine:
         points -= points.mean(0)
     best: _Lloyd | None = None

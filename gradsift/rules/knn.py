@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .blocks import Rows, check_finite, check_rng, gather, read, sizes, spans, stream, unit
 
-EXTRA = 24  # candidates beyond k that the bfloat16 pass keeps for the re-rank
+EXTRA = 16  # candidates beyond k that the bfloat16 pass keeps for the re-rank
 WIDE = 64  # a block adds at most so many candidates per row by threshold; else the best are taken first
 RESIDENT = 1 << 30  # bytes of normalised rows kept between block products; larger ones are read again (same numbers)
 
@@ -19,8 +19,8 @@ def graph(rows: Rows, k: int, *, exact: bool = True) -> tuple[Tensor, Tensor]:
     A row is never its own neighbour; a zero row has similarity 0 to all. Ties go to the lowest index. Each pair of 2,048-row blocks is
     multiplied once and serves both sides: n^2 d multiply-adds in all, memory n x k and a few blocks.
 
-    `exact=True`: products in float32. `exact=False`: products in bfloat16 (several times faster where the processor has it), then the best
-    k + 24 candidates of each row are compared again in float32; a neighbour can be missed: `recall` measures how many were not.
+    `exact=True`: products in float32. `exact=False`: products in bfloat16 (faster only where the processor has it), then the best
+    k + 16 candidates of each row are compared again in float32; a neighbour can be missed: `recall` measures how many were not.
     Raises ValueError for k outside 1..n-1 and rows that are not finite.
     """
     n, _ = sizes(rows)
@@ -31,7 +31,7 @@ def graph(rows: Rows, k: int, *, exact: bool = True) -> tuple[Tensor, Tensor]:
         check_finite(block.sum(1), "rows")
     keep = k if exact else min(n - 1, k + EXTRA)
     units = _Units(rows, torch.float32 if exact else torch.bfloat16)
-    lists = [_Best(b - a, keep) for a, b in spans(n)]
+    lists = [_Best(b - a, keep, exact) for a, b in spans(n)]
     for i, (a, b) in enumerate(spans(n)):
         left = units[i]
         for j in range(i, len(lists)):
@@ -84,15 +84,15 @@ class _Units:
 class _Best:
     """The best `keep` columns met so far by each row of a block, descending, ties to the lowest column."""
 
-    def __init__(self, rows: int, keep: int) -> None:
-        self.keep = keep
+    def __init__(self, rows: int, keep: int, strict: bool) -> None:
+        self.keep, self.strict = keep, strict
         self.values = torch.full((rows, 0), -torch.inf)
         self.columns = torch.zeros((rows, 0), dtype=torch.int64)
 
     def add(self, product: Tensor, first: int) -> None:
         """product [rows, w]: similarities to the columns first .. first + w - 1, all of them higher than those met before."""
         if self.values.shape[1] < self.keep:
-            values, places = _top(product, min(self.keep, product.shape[1]))
+            values, places = _top(product, min(self.keep, product.shape[1]), self.strict)
         else:
             values, places = self._above(product)
             if values.shape[1] == 0:
@@ -109,7 +109,7 @@ class _Best:
         counts = torch.bincount(row, minlength=len(product))
         width = int(counts.max())
         if width > max(WIDE, self.keep):
-            return _top(product, min(self.keep, product.shape[1]))
+            return _top(product, min(self.keep, product.shape[1]), self.strict)
         place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
         values = torch.full((len(product), width), -torch.inf, dtype=product.dtype, device=product.device)
         columns = torch.zeros((len(product), width), dtype=torch.int64, device=product.device)
@@ -135,11 +135,15 @@ class _Best:
         self.values, self.columns = order.values, by_column.values.gather(1, order.indices)
 
 
-def _top(product: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """The best `keep` columns of each row, in ascending column order where values tie."""
+def _top(product: Tensor, keep: int, strict: bool) -> tuple[Tensor, Tensor]:
+    """The best `keep` columns of each row, in ascending column order where values tie.
+
+    At the last place top-k does not say which of the equals it takes: `strict` takes the lowest ones. (Products in bfloat16 tie by
+    the dozen for no reason; there it is the re-rank that orders.)
+    """
     values, places = product.topk(keep, dim=1)
-    torn = torch.nonzero((product >= values[:, -1:]).sum(1) > keep).flatten()
-    if len(torn):  # a tie at the last place: top-k does not say which of the equals it takes
+    torn = torch.nonzero((product >= values[:, -1:]).sum(1) > keep).flatten() if strict else places[:0, 0]
+    if len(torn):
         full = product[torn].sort(dim=1, descending=True, stable=True)
         values[torn], places[torn] = full.values[:, :keep], full.indices[:, :keep]
     by_column = places.sort(dim=1)
