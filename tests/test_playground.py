@@ -176,7 +176,7 @@ def test_too_few_and_too_many_rows_are_refused() -> None:
     with pytest.raises(UserError, match="at least 100"):
         generate(0, 99)
     with pytest.raises(UserError, match="Ask for fewer rows"):
-        generate(0, 60_000)
+        generate(0, 30_000)
 
 
 @pytest.fixture(scope="module")
