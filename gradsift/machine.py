@@ -11,9 +11,9 @@ import sys
 import psutil
 import torch
 
-# glibc's mallopt numbers (malloc.h) and the values that keep freed tensors in the process: on a CPU half of a small model's training
-# time is page faults of memory handed back to the kernel and asked for again.
-_MALLOPT = ((-4, 0), (-1, 2**31 - 1), (-2, 268_435_456))  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+# glibc's mallopt numbers (malloc.h). Freed tensors stay in the process instead of going back to the kernel, whose page faults can cost half
+# of a small model's time; blocks of 32 MB and more (shards, wide logits) still come and go by mmap, or they would fragment the heap.
+_MALLOPT = ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
 def settle(threads: int) -> int:

@@ -217,12 +217,26 @@ def _cost(pipeline: Pipeline, recipe: Recipe, tokens: Mapping[str, int], rates: 
         bytes_, seconds = store, n / rates.gradients
     elif recipe.stage == "mean":
         label, bytes_, seconds = side, store, rows * rates.dim * 20 / 1e9
+    elif recipe.stage == "curvature":
+        fitted = n * min(1.0, recipe.config["fit_rows"] / max(rows, 1))
+        label, bytes_, seconds = recipe.config["form"], 16 * rates.parameters, 3 * fitted / rates.gradients
+    elif recipe.stage == "influence" and "curvature" in recipe.inputs:
+        m = len(pipeline.sides["target"])
+        label, bytes_ = str(recipe.config["backend"]), 8 * rows * m
+        seconds = n / rates.gradients + rows * m * rates.parameters / rates.multiply
     elif recipe.stage == "influence":
         m = len(pipeline.sides["target"])
         label, bytes_ = str(recipe.config["backend"]), 4 * rows * m
         seconds = rows * m * rates.dim * pipeline.checkpoint_count / rates.multiply
     elif recipe.stage == "embeddings":
         label, bytes_, seconds = side, rows * (2 * rates.hidden + SHARD_META) + ids, n / rates.forward
+    elif recipe.stage == "difficulty":
+        label, trained = _warmup_label(pipeline, n, rows)
+        bytes_, seconds = 4 * rows, trained / rates.train
+    elif recipe.stage == "ifd":
+        label, bytes_, seconds = "base model", 8 * rows, 2 * n / rates.forward
+    elif recipe.stage == "ngrams":
+        label, bytes_, seconds = "texts", 8 * rows, rows * 1e-4
     elif recipe.stage == "loss":
         label, bytes_, seconds = "base model", 4 * rows, n / rates.forward
     if pipeline.stored(recipe) is not None:

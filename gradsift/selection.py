@@ -36,7 +36,7 @@ from gradsift.stages import Recipe, Timing
 from gradsift.types import Selector, Subset
 
 SETTINGS = "settings.json"
-RUN_SECTIONS = ("pool", "encode", "model", "warmup", "gradients", "curvature")  # what a run is made with; [machine] may differ from command to command
+RUN_SECTIONS = ("pool", "encode", "model", "warmup", "gradients", "curvature")  # what a run is made with, besides the number of threads
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,7 @@ def settle_config(run: Run, model: str | None, settings: Mapping[str, Mapping[st
     kept: dict[str, Any] = json.loads(path.read_bytes())
     merged = {name: _overlaid(kept.get(name, {}), asked.get(name, {})) for name in {*kept, *asked}}
     config = build(merged, "settings")
+    _same("machine.threads", kept.get("machine", {}).get("threads", 0), config.machine.threads, run.root)
     for name in RUN_SECTIONS:
         _same(name, build({name: kept.get(name, {})}, path).model_dump()[name], config.model_dump()[name], run.root)
     return config
@@ -200,7 +201,7 @@ def open_pipeline(
     pipeline = Pipeline(run, config, candidates, wanted, warmup_from=None if warmup_from is None else Path(warmup_from), progress=progress)
     path = run.root / SETTINGS
     if keep and not path.exists():
-        kept = {name: config.model_dump(mode="json")[name] for name in RUN_SECTIONS}
+        kept = {name: config.model_dump(mode="json")[name] for name in RUN_SECTIONS} | {"machine": {"threads": pipeline.threads}}
         write_atomic(path, (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode())
     return pipeline
 

@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 RECORD = "warmup.json"
-_MICRO_ROWS, _MICRO_TOKENS = 4, 8192
+_MICRO_ROWS, _MICRO_TOKENS = 4, 2048
 
 
 class TrajectoryCallback(TrainerCallback):
@@ -129,7 +129,7 @@ def plan_warmup(encoded: Sequence[Any], settings: WarmupSettings) -> Plan:
 
     Rows: `share` of the usable ones, at least `min_rows`. Batch: `batch_size`, or 16 below 10,000 pool rows and 128 from there. Steps:
     max(min_steps, ceil(epochs x rows / batch)); epochs follow each other without a gap, each a fresh permutation. The rows of a step are
-    sorted by length and cut where padding is least into micro-batches, four rows each on average and at most 8,192 padded tokens (or one
+    sorted by length and cut where padding is least into micro-batches, four rows each on average and at most 2,048 padded tokens (or one
     row): gradient accumulation keeps memory small and leaves the loss what it is. Raises DataError when no row is usable.
     """
     usable = _usable(encoded)
@@ -154,7 +154,7 @@ def plan_warmup(encoded: Sequence[Any], settings: WarmupSettings) -> Plan:
 
 
 def _fewest(lengths: np.ndarray) -> int:
-    """The fewest contiguous pieces of ascending `lengths` that each hold one row or at most 8,192 padded tokens."""
+    """The fewest contiguous pieces of ascending `lengths` that each hold one row or at most 2,048 padded tokens."""
     count, size = 1, 0
     for length in lengths:
         size += 1
@@ -164,7 +164,7 @@ def _fewest(lengths: np.ndarray) -> int:
 
 
 def _cheapest_cuts(lengths: np.ndarray, pieces: int) -> list[int]:
-    """Where to cut ascending `lengths` [b] into `pieces` non-empty parts with the fewest padded tokens, none over 8,192 but a single row.
+    """Where to cut ascending `lengths` [b] into `pieces` non-empty parts with the fewest padded tokens, none over 2,048 but a single row.
 
     Dynamic programme over (parts so far, rows so far); `pieces` must allow a cut.
     """

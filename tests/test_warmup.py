@@ -79,7 +79,7 @@ def test_micro_batches_are_cut_where_padding_is_least() -> None:
     """Against every way to cut."""
     rng = np.random.default_rng(0)
     for _ in range(30):
-        n, limit = int(rng.integers(1, 10)), 8192
+        n, limit = int(rng.integers(1, 10)), 2048
         lengths = np.sort(rng.integers(5, int(rng.choice([40, 6000])), size=n))
         k = max(_fewest(lengths), int(rng.integers(1, n + 1)))
 
