@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from gradsift.methods.reading import Raw, blocks, mean
+from gradsift.methods.reading import Raw, Unit, blocks, mean
 from gradsift.rules import omp, topk
 from gradsift.types import Rows, Signal, Signals, Subset
 
@@ -20,18 +20,19 @@ class Gradmatch:
     """Weighted rows whose gradients together reproduce the mean gradient of the pool, or of the target where one is given.
 
     Source: arXiv 2103.00123 (ICML 2021), section 3.2: orthogonal matching pursuit with non-negative coefficients. Weights are the
-    coefficients x of sum_i x_i g_i = mean gradient; they are for training with `weights.jsonl`.
+    coefficients x of sum_i x_i g_i = mean gradient; they are written to `weights.jsonl`.
     Cost: plain gradients at the last checkpoint; one pass over the rows per pick, and k^2 d for k picks.
 
     Matching may end before the budget (the mean is reproduced to `tol`, or no row points its way). Then `refill` completes the budget:
     "repeat" matches the same mean with the rows left and, when none fits, takes those of highest product with it; "random" draws.
     Such a row gets weight 1 / n, its own in the pool's mean, and a warning says how many they are.
-    normalise: match unit rows, which frees the choice from the length of answers; the weights are then those of unit gradients.
 
-    Differences from the paper: one choice instead of one every few epochs of training; gradients of the adapter (randomly projected)
-    instead of the last layer's; all rows at once instead of per class or batch. ridge is 0, as its code sets it.
-    Differences from the released code (`preset=released`: a second pick of an atom ends the matching, refill at random): the answer
-    is always a completed solve, and a filled row weighs 1 / n against the mean where the code has 1 against the sum.
+    Differences from the paper: gradients are brought to unit length first, on both sides; as they are (`normalise=false`), answers of a
+    few tokens have by far the largest ones and take nearly the whole budget. One choice instead of one every few epochs of training;
+    gradients of the adapter (randomly projected) instead of the last layer's; all rows at once instead of per class or batch.
+    ridge is 0, as its code sets it.
+    Differences from the released code (`preset=released`: lengths kept, a second pick of an atom ends the matching, refill at random): the
+    answer is always a completed solve, and a filled row weighs 1 / n against the mean where the code has 1 against the sum.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "optional"
@@ -39,7 +40,7 @@ class Gradmatch:
     ridge: float = 0.0
     tol: float = 1e-4
     refill: Literal["repeat", "random"] | None = None
-    normalise: bool = False
+    normalise: bool | None = None
     transform: Literal["none", "adam"] = "none"
 
     def needs(self) -> frozenset[Signal]:
@@ -50,8 +51,10 @@ class Gradmatch:
         return Signal("rows", transform=self.transform)
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
-        atoms: Rows = signals[self.rows] if self.normalise else Raw(signals[self.rows])
-        goal = mean(Raw(signals[TARGET]) if TARGET in signals.values else atoms)
+        unit = self.normalise if self.normalise is not None else self.preset == "paper"
+        form = Unit if unit else Raw
+        atoms: Rows = form(signals[self.rows])
+        goal = mean(form(signals[TARGET]) if TARGET in signals.values else atoms)
         n = atoms.shape[0]
         refill = self.refill or ("random" if self.preset == "released" else "repeat")
         on_repeat = "stop" if self.preset == "released" else "mask"

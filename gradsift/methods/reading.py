@@ -1,4 +1,4 @@
-"""How methods read stored rows: at their own length instead of unit length, whole for a target, in blocks for a pool."""
+"""How methods read stored rows: at their own length or at length 1, whole for a target, in blocks for a pool."""
 
 from __future__ import annotations
 
@@ -22,6 +22,16 @@ class Raw:
         block = torch.as_tensor(self.rows[where]).float()
         scales = getattr(self.rows, "scales", None)
         return block if scales is None else block * scales[where, None].to(block.device)
+
+
+class Unit:
+    """Rows at length 1, whatever length they come with; a zero row stays zero."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.shape = rows, tuple(rows.shape)
+
+    def __getitem__(self, where: slice) -> Tensor:
+        return torch.nn.functional.normalize(torch.as_tensor(self.rows[where]).float(), dim=1)
 
 
 def blocks(rows: Rows) -> Iterator[tuple[int, Tensor]]:

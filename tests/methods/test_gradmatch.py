@@ -10,6 +10,7 @@ from gradsift.methods import make
 from gradsift.types import Subset
 from tests.methods.parts import Stored, choose, random_rows
 
+RAW = {"normalise": "false"}
 GOAL = torch.tensor([[3.0, 0.0, 2.0, 0.0]])
 
 
@@ -19,7 +20,7 @@ def weights(chosen: Subset) -> np.ndarray:
 
 
 def test_orthonormal_rows_get_the_targets_own_coefficients() -> None:  # T1.1
-    chosen = choose(make("gradmatch"), torch.eye(4), GOAL, 4)
+    chosen = choose(make("gradmatch", RAW), torch.eye(4), GOAL, 4)
     assert chosen.indices.tolist()[:2] == [0, 2] and chosen.notes["matched"] == 2
     assert weights(chosen).tolist() == pytest.approx([3, 2, 0.25, 0.25])
     assert chosen.notes["residual"] == pytest.approx(0, abs=1e-12)
@@ -36,7 +37,7 @@ def test_ridge_and_stop_are_the_released_routines() -> None:  # T1.2
 def test_without_a_target_the_weights_reproduce_the_pools_mean() -> None:  # T1.4
     assert np.allclose(weights(choose(make("gradmatch"), torch.eye(7), None, 7)), 1 / 7)
     pool = random_rows(200, 10, 1) * torch.linspace(0.2, 5, 200)[:, None] + 0.5
-    chosen = choose(make("gradmatch"), Stored(pool), None, 10)
+    chosen = choose(make("gradmatch", RAW), Stored(pool), None, 10)
     matched = chosen.notes["matched"]
     made = torch.as_tensor(weights(chosen)[:matched]) @ pool[torch.as_tensor(chosen.indices[:matched])].double()
     mean = pool.double().mean(0)
@@ -46,27 +47,32 @@ def test_without_a_target_the_weights_reproduce_the_pools_mean() -> None:  # T1.
 
 def test_a_target_is_matched_by_its_raw_mean() -> None:
     pool, target = torch.eye(3), torch.tensor([[4.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
-    chosen = choose(make("gradmatch"), pool, Stored(target), 2)
+    chosen = choose(make("gradmatch", RAW), pool, Stored(target), 2)
     assert chosen.indices.tolist() == [0, 1] and weights(chosen).tolist() == pytest.approx([2, 1])
 
 
-def test_unit_rows_free_the_choice_from_lengths() -> None:
+def test_unit_rows_free_the_choice_from_lengths_on_both_sides() -> None:
     pool = Stored(torch.tensor([[5.0, 5.0], [0.1, 0.0], [0.0, 4.0]]))
     target = torch.tensor([[1.0, 0.0]])
-    assert choose(make("gradmatch"), pool, target, 1).indices.tolist() == [0]
-    assert choose(make("gradmatch", {"normalise": True}), pool, target, 1).indices.tolist() == [1]
+    assert choose(make("gradmatch", RAW), pool, target, 1).indices.tolist() == [0]
+    assert choose(make("gradmatch"), pool, target, 1).indices.tolist() == [1]
+    rows, goal = random_rows(40, 8, 2), random_rows(3, 8, 3)
+    plain = choose(make("gradmatch"), rows, goal, 6)
+    scaled = choose(make("gradmatch"), Stored(rows * torch.linspace(0.1, 9, 40)[:, None]), goal * torch.tensor([[3.0], [0.2], [1.0]]), 6)
+    assert plain.indices.tolist() == scaled.indices.tolist()
+    assert np.allclose(weights(plain), weights(scaled), atol=1e-5)
 
 
 def test_repeat_fills_with_the_next_best_and_random_draws() -> None:
     pool = torch.cat([torch.eye(4), 0.9 * torch.eye(4), -torch.eye(4)])
-    repeat = choose(make("gradmatch"), pool, GOAL, 6)
+    repeat = choose(make("gradmatch", RAW), pool, GOAL, 6)
     # eye and 0.9 eye rows match 3 e0 + 2 e2; of the rest e1, e3 and so on have product 0, the negative ones come last
     assert repeat.indices.tolist() == [0, 2, 4, 6, 1, 3]
     assert weights(repeat)[2:].tolist() == pytest.approx([1 / 12] * 4)
-    draws = {tuple(choose(make("gradmatch", {"refill": "random"}), pool, GOAL, 6, seed=s).indices.tolist()) for s in range(6)}
+    draws = {tuple(choose(make("gradmatch", {**RAW, "refill": "random"}), pool, GOAL, 6, seed=s).indices.tolist()) for s in range(6)}
     assert len(draws) > 1 and all(d[:2] == (0, 2) for d in draws)
 
 
 def test_gains_are_products_with_the_mean() -> None:
-    chosen = choose(make("gradmatch"), torch.eye(4), GOAL, 2)
+    chosen = choose(make("gradmatch", RAW), torch.eye(4), GOAL, 2)
     assert chosen.gains is not None and chosen.gains.tolist() == pytest.approx([3, 2])
