@@ -30,7 +30,7 @@ def recipes(pipeline: Pipeline, name: str) -> list[Recipe]:
     rows = {"rows": pipeline.encode_recipe("pool").digest}
     if name == "ngrams":
         inputs = {side: rows.digest for side, rows in pipeline.sides.items()}
-        return [Recipe("ngrams", {"buckets": ngrams.BUCKETS}, inputs)]
+        return [Recipe("ngrams", {"buckets": ngrams.BUCKETS, "prior": ngrams.PRIOR}, inputs)]
     if name in ("ifd", "loss"):
         return [Recipe(name, {}, rows, pipeline.compute_identity())]
     settings = pipeline.config.warmup.canonical()

@@ -23,8 +23,8 @@ class Dsir:
     of the texts, no model.
     `draw=top`: the heaviest rows, without noise. `temperature` divides the log weights before the noise: above 1 nearer to uniform.
 
-    Differences from the paper: one count is added to every bucket of both sides, so that a small target gives no bucket the probability 0;
-    the text is that of all messages. The details of the paper are from memory.
+    Differences from the paper: the target's counts are joined by 1,000 grams spread as in the pool, so that a small target says little of
+    words it does not hold; the text is that of all messages. The details of the paper are from memory.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"

@@ -25,6 +25,7 @@ class Selffilter:
     Differences from the paper: text only, so features are the base model's embeddings where the paper has CLIP's of image and text; the net
     is trained during a short LoRA fine-tune on a share of the pool (the run's warm-up settings) and not during a full training; it starts
     from zero weights, not random ones.
+    The net sees summed losses, so a long answer counts as difficult.
     Differences from the released code: the net's softmax is over an optimiser step, not over one device's part of it; a row of negative
     difficulty raises its neighbours, as there (`clamp=true` sets it to 0 instead).
     """

@@ -9,6 +9,7 @@ import numpy as np
 import xxhash
 
 BUCKETS = 10_000
+PRIOR = 1000.0  # grams
 _TOKEN = re.compile(r"\w+|[^\w\s]+")
 
 
@@ -19,17 +20,21 @@ def buckets(text: str, count: int = BUCKETS) -> np.ndarray:
     return np.fromiter((xxhash.xxh32_intdigest(gram.encode("utf-8", "backslashreplace")) % count for gram in grams), np.int64, len(grams))
 
 
-def importance(pool: Iterable[str], target: Iterable[str], count: int = BUCKETS) -> np.ndarray:
-    """Log importance weights [n] of the pool's texts: sum over a row's grams of log p_target - log p_pool, each with one count added to
-    every bucket. A row without words weighs 0.
+def importance(pool: Iterable[str], target: Iterable[str], count: int = BUCKETS, prior: float = PRIOR) -> np.ndarray:
+    """Log importance weights [n] of the pool's texts: sum over a row's grams of log p_target - log p_pool. A row without words weighs 0.
 
-    Source: DSIR (arXiv 2302.03169), section 3.
+    p_pool: shares of the buckets. p_target: the same, with `prior` grams spread as in the pool added to the target's own, so that a small
+    target says little about words it does not hold, and one like the pool weighs every row 0. Source: DSIR (arXiv 2302.03169), section 3.
     """
     rows = [buckets(text, count) for text in pool]
-    ours, theirs = np.ones(count), np.ones(count)
+    ours, theirs = np.zeros(count), np.zeros(count)
     for row in rows:
         ours += np.bincount(row, minlength=count)
     for text in target:
         theirs += np.bincount(buckets(text, count), minlength=count)
-    gain = np.log(theirs / theirs.sum()) - np.log(ours / ours.sum())
+    p = ours / max(ours.sum(), 1)
+    q = (theirs + prior * p) / (theirs.sum() + prior)
+    seen = ours > 0
+    gain = np.zeros(count)
+    gain[seen] = np.log(q[seen]) - np.log(p[seen])
     return np.array([gain[row].sum() for row in rows])
