@@ -154,6 +154,8 @@ class Pipeline(Stages):
 
     def _encode(self, side: str, artifact: Artifact) -> None:
         rows = encode(self.sides[side], self.tokenizer, self.config.encode, progress=self.progress)
+        for note in rows.notes:
+            self.progress.note(note)
         rows.save(artifact.path)
         counts = {"rows": len(rows), "usable": int((rows.codes == 0).sum()), "tokens": int(rows.lengths.sum())}
         artifact.finish(counts=counts)
@@ -255,7 +257,10 @@ class Pipeline(Stages):
         halvings = sum(result for _, result in self.executor.map(make_worker, shards))
         self.progress.done()
         check_quarantine(store, encoded)
-        extra = {"mean_pairwise_cosine": mean_pairwise_cosine(store), "coverage": coverage(self.model_at(at), modules).summary()}
+        covered, cosine = coverage(self.model_at(at), modules), mean_pairwise_cosine(store)
+        what = f"{covered.modules} modules, {covered.share:.1%} of the trainable parameters"
+        self.progress.note(f"gradients of the {side}, checkpoint {at.step}: {what}; mean pairwise cosine {cosine:.2f}")
+        extra = {"mean_pairwise_cosine": cosine, "coverage": covered.summary()}
         store.seal(artifact, extra=extra, stats={"batch_halvings": halvings})
 
     def mean_rows(self, side: str, transform: str) -> RowStore:

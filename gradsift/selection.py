@@ -198,6 +198,9 @@ def open_pipeline(
     """Reads pool and target; with `keep`, writes the run's settings down, so that later commands agree with them."""
     candidates = read_side(pool, config, config.pool.group_field, progress)
     wanted = read_side(target, config, target_group, progress) if target else None
+    for rows in (candidates, wanted) if wanted is not None else (candidates,):
+        for name, format in rows.formats.items():
+            progress.note(f"{name}: {format} rows")
     pipeline = Pipeline(run, config, candidates, wanted, warmup_from=None if warmup_from is None else Path(warmup_from), progress=progress)
     path = run.root / SETTINGS
     if keep and not path.exists():

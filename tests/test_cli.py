@@ -39,7 +39,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, pool_file: Path, model_folder
 
 
 def test_select_prints_where_things_are(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    run, found = done
+    _, found = done
     assert found.returncode == 0, found.stderr
     assert "selected  7 (9.72% of the rows read) with length" in found.stdout
     subset = Path(found.stdout.split("subset")[-1].strip())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import torch
 import gradsift
 from gradsift import holdings
 from gradsift.artifact import Artifact
-from gradsift.errors import BudgetError, ConfigError, DataError, MismatchError, UnknownName, UserError
+from gradsift.errors import BudgetError, ConfigError, DataError, GradsiftError, MismatchError, UnknownName, UserError
+from gradsift.progress import Lines
 from gradsift.report import ReportData
 from gradsift.run import Run
 from gradsift.selection import Selection
@@ -301,3 +304,37 @@ def test_a_flipped_bit_is_found_and_mended(tmp_path: Path, pool_file: Path, mode
     again = select("perplexity", pool_file, model_folder, run, budget=4)
     assert set(again.indices.tolist()) < set(chosen.indices.tolist())
     assert holdings.verify(run) == []
+
+
+def test_a_run_of_ones_own_serves_as_the_warm_up(
+    tmp_path: Path, tagcos: Selection, run: Path, pool_file: Path, target_file: Path, model_folder: Path
+) -> None:
+    (warmup,) = run.glob("warmup-*")
+    own = tmp_path / "own"
+    shutil.copytree(warmup, own, ignore=shutil.ignore_patterns("manifest.json", "recipe.json", "stats.json"))
+    chosen = select("tagcos", pool_file, model_folder, tmp_path / "r", warmup_from=own, options={"clusters": 4})
+    assert chosen.indices.tolist() == tagcos.indices.tolist()
+    for moments in own.glob("*/moments.safetensors"):
+        moments.unlink()
+    with pytest.raises(GradsiftError, match=r"moments\.safetensors: is missing"):
+        select("less", pool_file, model_folder, tmp_path / "r2", warmup_from=own, target=target_file)
+
+
+def test_an_adapter_without_moments_offers_plain_gradients(
+    tmp_path: Path, run: Path, tagcos: Selection, pool_file: Path, target_file: Path, model_folder: Path
+) -> None:
+    own = tmp_path / "own"
+    source = sorted(run.glob("warmup-*/checkpoint-*"))[-1]
+    shutil.copytree(source, own / source.name, ignore=shutil.ignore_patterns("moments.safetensors", "checkpoint.json"))
+    more = {"warmup_from": own, "target": target_file}
+    with pytest.raises(GradsiftError, match="transform=none"):
+        select("less", pool_file, model_folder, tmp_path / "r", **more)
+    plain = select("less", pool_file, model_folder, tmp_path / "r", options={"transform": "none"}, **more)
+    assert len(plain) == 18
+
+
+def test_what_happens_is_said_aloud(tmp_path: Path, pool_file: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    select("tagcos", pool_file, model_folder, tmp_path / "r", options={"clusters": 4}, progress=Lines())
+    said = capsys.readouterr().err
+    assert "pool.jsonl: messages rows" in said
+    assert re.search(r"checkpoint \d+: \d+ modules, 100.0% of the trainable parameters; mean pairwise cosine", said)

@@ -68,7 +68,7 @@ def test_every_epoch_is_a_permutation_and_micro_batches_are_small() -> None:
 
 
 def test_long_rows_make_smaller_micro_batches() -> None:
-    rows = [{"input_ids": [1] * 4000, "labels": [1] * 4000}] * 8
+    rows = [{"input_ids": [1] * 1000, "labels": [1] * 1000}] * 8
     plan = plan_warmup(rows, WarmupSettings(batch_size=8))
     assert {len(piece) for step in plan.steps for piece in step} == {2}
     longer = [{"input_ids": [1] * 9000, "labels": [1] * 9000}] * 8

@@ -50,10 +50,8 @@ class Less:
         merged = scores.shape[1] == len(groups) and self.influence.backend == "less-mean"
         by_group = scores if merged else topk.group_scores(scores, columns)
         best, which = by_group.max(dim=1)
-        if self.aggregate == "max":
-            indices = topk.top(best.numpy(), budget).numpy()
-        else:
-            indices = topk.round_robin(scores, budget).numpy()
+        by_turns = self.aggregate == "round-robin"
+        indices = (topk.round_robin(scores, budget) if by_turns else topk.top(best, budget)).numpy()
         gain = best.numpy()
         why = np.array([groups[g] for g in which.tolist()], dtype=object)
         return Subset(indices=indices, gains=gain[indices], notes={"influence": gain, "score": gain, "nearest_group": why})
