@@ -1,0 +1,143 @@
+"""Exact influence, constraints and the new signals through the whole job, on a random model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from gradsift.artifact import Artifact
+from gradsift.config import build
+from gradsift.curvature import Curvature, influence_scores
+from gradsift.encode import EncodedRows
+from gradsift.errors import UserError
+from gradsift.pipeline import Pipeline
+from gradsift.pool import read_pool
+from gradsift.run import Run
+from gradsift.selection import Selection, select
+from tests.conftest import SETTINGS, rows, write_rows
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("files")
+    target = [row for row in rows(16, seed=9) if row["kind"] == "back"][:5]
+    return write_rows(folder / "pool.jsonl", rows(40)), write_rows(folder / "dev.jsonl", target)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("more") / "run"
+
+
+def choose(method: str, files: tuple[Path, Path], folder: Path, model: Path, *, target: bool = False, **more: Any) -> Selection:
+    given = {"budget": 8, "settings": {**SETTINGS, "curvature": {"fit_rows": 24}}, "pool_group": "kind", **more}
+    return select(method, pool=files[0], target=files[1] if target else (), model=str(model), run=folder, **given)
+
+
+@pytest.fixture(scope="module")
+def gdig(files: tuple[Path, Path], folder: Path, model_folder: Path) -> Selection:
+    return choose("gdig", files, folder, model_folder, target=True, options={"clusters": 3})
+
+
+def made(folder: Path, stage: str, **config: Any) -> Artifact:
+    found = [a for a in Run(folder).artifacts() if a.path.name.startswith(f"{stage}-") and a.complete]
+    return next(a for a in found if all(a.manifest["config"].get(key) == value for key, value in config.items()))
+
+
+def test_stored_scores_are_the_streamed_ones_whatever_the_shards(gdig: Selection, files: tuple[Path, Path], folder: Path) -> None:
+    settings = json.loads((folder / "settings.json").read_text())
+    config = build({**settings, "machine": {"threads": 1}}, "test")
+    pipeline = Pipeline(Run(folder), config, *(read_pool([file], group_field="kind") for file in files))
+    curvature = Curvature.load(made(folder, "curvature", correct=True).path / "curvature.safetensors")
+    model = pipeline.model_at(pipeline.checkpoints()[-1])
+    pool, target = pipeline.encoded("pool"), pipeline.encoded("target")
+    stream = influence_scores(model, list(pool), list(target), curvature.inverse(0.1))
+    wanted = torch.zeros(40, 5)
+    for indices, scores in stream:
+        wanted[torch.as_tensor(indices)] = scores
+    stored = made(folder, "influence", backend="ekfac").tensors("scores.safetensors")
+    assert torch.allclose(stored["scores"], wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
+    assert stored["target"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_gdig_says_how_it_damped_and_whom_its_rows_help(gdig: Selection, folder: Path) -> None:
+    notes, influence = made(folder, "select", method="gdig").manifest["extra"]["notes"], made(folder, "influence", backend="ekfac")
+    scores = influence.tensors("scores.safetensors")["scores"]
+    helps = (scores > 0).all(dim=1)
+    assert notes["helps_every_target"] == int(helps.sum())
+    assert (scores[gdig.indices] > 0).float().mean(dim=1).min() >= notes["quantile"] - 1e-6
+    assert influence.manifest["extra"]["damping_to_mean_eigenvalue"]["median"] == pytest.approx(0.1)
+    report = (gdig.folder / "report.md").read_text()
+    assert "Damping over mean eigenvalue" in report and "help every target row" in report
+    assert sorted(p.name for p in influence.path.iterdir() if p.suffix == ".safetensors") == ["scores.safetensors"]
+
+
+def test_as_released_two_target_rows_make_one_column_and_an_odd_one_is_lost(
+    gdig: Selection, files: tuple[Path, Path], folder: Path, model_folder: Path
+) -> None:
+    found = choose("gdig", files, folder, model_folder, target=True, options={"preset": "released"})
+    stored = made(folder, "influence", backend="kfac-released").tensors("scores.safetensors")
+    assert stored["scores"].shape == (40, 2) and stored["target"].tolist() == [0, 2]
+    assert found.indices.tolist() == np.argsort(-stored["scores"].double().mean(dim=1).numpy(), kind="stable")[:8].tolist()
+
+
+def test_lost_scores_are_made_again_with_the_same_bytes(
+    gdig: Selection, files: tuple[Path, Path], folder: Path, model_folder: Path
+) -> None:
+    influence = made(folder, "influence", backend="ekfac")
+    before = influence.manifest["content"]
+    shutil.rmtree(influence.path)
+    shutil.rmtree(gdig.folder)
+    again = choose("gdig", files, folder, model_folder, target=True, options={"clusters": 3})
+    assert again.indices.tolist() == gdig.indices.tolist()
+    assert made(folder, "influence", backend="ekfac").manifest["content"] == before
+
+
+@pytest.mark.parametrize(("method", "target"), [("selffilter", False), ("dsir", True), ("ifd", False)])
+def test_the_other_methods_run(method: str, target: bool, files: tuple[Path, Path], folder: Path, model_folder: Path) -> None:
+    first = choose(method, files, folder, model_folder, target=target)
+    assert len(first) == 8
+    assert choose(method, files, folder, model_folder, target=target).indices.tolist() == first.indices.tolist()
+
+
+def test_constraints_reach_the_rows_the_report_and_the_list_of_dropped_ones(
+    files: tuple[Path, Path], folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("r001\nr003\n")
+    (tmp_path / "in").write_text("r002\n")
+    limits = {"exclude_ids": tmp_path / "out", "include_ids": tmp_path / "in", "per_group": ["back=:25%"]}
+    found = choose("random", files, folder, model_folder, constraints=limits)
+    plain = choose("random", files, folder, model_folder)
+    assert found.folder != plain.folder and found.ids[0] == "r002" and not {"r001", "r003"} & set(found.ids)
+    assert sum(int(i[1:]) % 2 for i in found.ids) <= 2
+    dropped = [json.loads(line) for line in (found.folder / "dropped.jsonl").read_text().splitlines()]
+    assert [(d["id"], d["line"], d["reason"].partition(":")[0]) for d in dropped] == [(f"r00{i}", i + 1, "excluded by id") for i in (1, 3)]
+    report = (found.folder / "report.md").read_text()
+    assert "excluded by id: 2 rows" in report and "--include-ids" in report
+    table = pq.read_table(found.folder / "scores.parquet").to_pydict()
+    assert table["why"][2] == "named in --include-ids" and table["gain"][2] is None
+
+
+def test_a_token_budget_pays_for_whole_rows(files: tuple[Path, Path], folder: Path, model_folder: Path) -> None:
+    found = choose("length", files, folder, model_folder, budget="300-tokens")
+    encoded = next(a for a in Run(folder).artifacts() if a.path.name.startswith("encode-") and a.manifest["counts"]["rows"] == 40)
+    lengths = EncodedRows.load(encoded.path).lengths
+    assert 300 - 64 < int(lengths[found.indices].sum()) <= 300
+    assert "300-tokens is met with" in (found.folder / "report.md").read_text()
+
+
+def test_near_duplicates_by_embeddings(files: tuple[Path, Path], folder: Path, model_folder: Path) -> None:
+    found = choose("random", files, folder, model_folder, budget=1, constraints={"near": 0.2, "near_by": "embeddings"})
+    assert "near duplicate" in (found.folder / "dropped.jsonl").read_text()
+
+
+def test_unknown_ids_are_refused_before_anything_is_made(files: tuple[Path, Path], tmp_path: Path, model_folder: Path) -> None:
+    with pytest.raises(UserError, match="'nobody'"):
+        choose("random", files, tmp_path / "run", model_folder, constraints={"include_ids": ["nobody"]})
