@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift.methods.reading import Raw, products
+from gradsift.methods.reading import Centred, Raw, products
 from gradsift.rules import components, knn, topk, walk
 from gradsift.types import Rows, Signal, Signals, Subset
 
@@ -26,10 +26,12 @@ class G2is:
     at unit norm).
 
     Differences from the paper (`preset=paper`): the directions are those of the uncentred rows, since centring removes the mean gradient,
-    which is the way the target's loss falls; they point the way of the target's mean; seats that a walk cannot fill go to the others,
-    and what is still open after that to the rows of highest weighted product with the directions (a warning says how many).
-    Differences from the released code (`preset=released`: centred, signs as they fall, no redistribution): what its walks leave open is
-    topped up here, and `neighbours` is a setting (the graph is an input there).
+    which is the way the target's loss falls; they point the way of the target's mean; the pool's mean unit row is taken out of the pool
+    (`remove_mean`), since Adam directions share their momentum and with it no two rows are ever in conflict; seats that a walk cannot
+    fill go to the others, and what is still open after that to the rows of highest weighted product with the directions (a warning
+    says how many).
+    Differences from the released code (`preset=released`: centred, signs as they fall, pool as it is, no redistribution): what its walks
+    leave open is topped up here, and `neighbours` is a setting (the graph is an input there).
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
@@ -40,6 +42,7 @@ class G2is:
     centred: bool | None = None
     orient: bool | None = None
     redistribute: bool | None = None
+    remove_mean: bool | None = None
     exact: bool = True
     transform: Literal["adam", "none"] = "adam"
     checkpoints: Literal["last", "mean"] = "last"
@@ -57,6 +60,7 @@ class G2is:
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         rows: Rows = signals[self.pool_rows]
+        rows = Centred(rows) if self._or(self.remove_mean, True) else rows
         core = components.principal(
             Raw(signals[self.target_rows]), self.keep, centred=self._or(self.centred, False), orient=self._or(self.orient, True)
         )

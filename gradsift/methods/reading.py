@@ -34,6 +34,18 @@ class Unit:
         return torch.nn.functional.normalize(torch.as_tensor(self.rows[where]).float(), dim=1)
 
 
+class Centred:
+    """Rows at length 1, less the mean of all of them: what is left when the part that every row shares is taken out."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = Unit(rows)
+        self.shape, self.mean = self.rows.shape, mean(self.rows).float()
+
+    def __getitem__(self, where: slice) -> Tensor:
+        block = self.rows[where]
+        return block - self.mean.to(block.device)
+
+
 def blocks(rows: Rows) -> Iterator[tuple[int, Tensor]]:
     """(first row, fp32 rows) of every 2,048 rows, in order."""
     for start in range(0, rows.shape[0], BLOCK):

@@ -10,13 +10,14 @@ from gradsift.methods import make
 from gradsift.rules import components
 from tests.methods.parts import Stored, at_angles, choose, random_rows
 
+AS_IT_IS = {"remove_mean": False}
 EAST = torch.tensor([[1.0, 0.0]])
 FOUR = at_angles(0, 20, 100, -36.87)
 
 
 def test_three_rows_agree_and_the_fourth_is_topped_up_and_noted() -> None:  # T3.1
-    assert choose(make("g2is"), FOUR, EAST, 3).indices.tolist() == [0, 1, 3]
-    four = choose(make("g2is"), FOUR, EAST, 4)
+    assert choose(make("g2is", AS_IT_IS), FOUR, EAST, 3).indices.tolist() == [0, 1, 3]
+    four = choose(make("g2is", AS_IT_IS), FOUR, EAST, 4)
     assert four.indices.tolist() == [0, 1, 3, 2]
     assert four.notes["walked"] == 3 and four.notes["component"].tolist() == [0, 0, -1, 0]
     assert "ended after 3 rows" in four.notes["note"]
@@ -25,25 +26,25 @@ def test_three_rows_agree_and_the_fourth_is_topped_up_and_noted() -> None:  # T3
 @pytest.mark.parametrize(("consistency", "expected"), [(0.8, [0, 2]), (0.6, [0, 1])])
 def test_consistency_decides_who_may_follow(consistency: float, expected: list[int]) -> None:  # T3.1b with neighbours as they are
     # From 30 degrees the nearest row is at 85; their sum points to 57.5 and keeps 0.62 of the alignment with east. -40 keeps all.
-    chosen = choose(make("g2is", {"consistency": consistency}), at_angles(30, 85, -40), EAST, 2)
+    chosen = choose(make("g2is", {**AS_IT_IS, "consistency": consistency}), at_angles(30, 85, -40), EAST, 2)
     assert chosen.indices.tolist() == expected and chosen.notes["walked"] == 2
 
 
 def test_the_start_is_the_row_of_highest_signed_product() -> None:  # T3.1c
-    assert choose(make("g2is"), FOUR, -EAST, 2).indices.tolist() == [2, 1]
+    assert choose(make("g2is", AS_IT_IS), FOUR, -EAST, 2).indices.tolist() == [2, 1]
 
 
 def test_seats_follow_the_shares_of_the_directions() -> None:  # T3.2
     target = torch.diag(torch.tensor([0.46, 0.29, 0.25]).sqrt())
     pool = torch.eye(3).repeat_interleave(12, dim=0) + 0.02 * random_rows(36, 3, 1).abs()
-    chosen = choose(make("g2is", {"keep": 1.0}), pool, target, 10)
+    chosen = choose(make("g2is", {**AS_IT_IS, "keep": 1.0}), pool, target, 10)
     assert np.bincount(chosen.notes["component"][chosen.indices]).tolist() == [5, 3, 2]
     assert np.allclose(chosen.notes["component_weights"], [0.46, 0.29, 0.25], atol=1e-6)
 
 
 def test_every_walk_is_free_of_conflict_and_stays_consistent() -> None:  # T3.3
     pool, target = random_rows(80, 6, 2), random_rows(9, 6, 3) + 0.5
-    chosen = choose(make("g2is", {"keep": 0.9, "neighbours": 10}), pool, target, 24)
+    chosen = choose(make("g2is", {**AS_IT_IS, "keep": 0.9, "neighbours": 10}), pool, target, 24)
     unit = torch.nn.functional.normalize(pool.double(), dim=1)
     core = components.principal(target, 0.9, centred=False)
     origin = chosen.notes["component"][chosen.indices]
@@ -57,7 +58,7 @@ def test_every_walk_is_free_of_conflict_and_stays_consistent() -> None:  # T3.3
 
 def test_without_tests_the_walk_goes_to_the_nearest_unused_neighbour() -> None:  # T3.4
     pool = random_rows(20, 5, 4).abs()
-    chosen = choose(make("g2is", {"consistency": 0, "neighbours": 19}), pool, torch.ones(1, 5), 20)
+    chosen = choose(make("g2is", {**AS_IT_IS, "consistency": 0, "neighbours": 19}), pool, torch.ones(1, 5), 20)
     unit = torch.nn.functional.normalize(pool, dim=1)
     expected = [int((unit @ torch.ones(5)).argmax())]
     while len(expected) < 20:
@@ -70,9 +71,9 @@ def test_without_tests_the_walk_goes_to_the_nearest_unused_neighbour() -> None: 
 def test_lengths_of_pool_rows_do_not_count() -> None:  # T3.5
     pool, target = random_rows(50, 8, 5), random_rows(6, 8, 6)
     scaled = pool * torch.linspace(0.01, 30, 50)[:, None]
-    plain = choose(make("g2is"), pool, target, 15).indices.tolist()
-    assert choose(make("g2is"), scaled, target, 15).indices.tolist() == plain
-    assert choose(make("g2is"), Stored(scaled), Stored(target), 15).indices.tolist() == plain
+    plain = choose(make("g2is", AS_IT_IS), pool, target, 15).indices.tolist()
+    assert choose(make("g2is", AS_IT_IS), scaled, target, 15).indices.tolist() == plain
+    assert choose(make("g2is", AS_IT_IS), Stored(scaled), Stored(target), 15).indices.tolist() == plain
 
 
 def test_lengths_of_target_rows_do() -> None:
@@ -80,22 +81,32 @@ def test_lengths_of_target_rows_do() -> None:
     long[0] *= 20
     (first,) = components.principal(long, 0.5, centred=False).directions
     assert abs(float(first @ long[0]) / float(long[0].norm())) > 0.99
-    stored = choose(make("g2is"), pool, Stored(long), 10)
-    assert stored.indices.tolist() == choose(make("g2is"), pool, long, 10).indices.tolist()
-    assert stored.indices.tolist() != choose(make("g2is"), pool, torch.nn.functional.normalize(long, dim=1), 10).indices.tolist()
+    stored = choose(make("g2is", AS_IT_IS), pool, Stored(long), 10)
+    assert stored.indices.tolist() == choose(make("g2is", AS_IT_IS), pool, long, 10).indices.tolist()
+    assert stored.indices.tolist() != choose(make("g2is", AS_IT_IS), pool, torch.nn.functional.normalize(long, dim=1), 10).indices.tolist()
 
 
-def test_released_centres_does_not_orient_and_does_not_redistribute() -> None:
+def test_released_centres_does_not_orient_and_leaves_the_pool_as_it_is() -> None:
     pool, target = random_rows(60, 6, 7), random_rows(7, 6, 8) + 1.0
     released = choose(make("g2is", {"preset": "released"}), pool, target, 20)
-    spelled = choose(make("g2is", {"centred": True, "orient": False, "redistribute": False}), pool, target, 20)
+    spelled = choose(make("g2is", {**AS_IT_IS, "centred": True, "orient": False, "redistribute": False}), pool, target, 20)
     assert released.indices.tolist() == spelled.indices.tolist()
-    assert released.indices.tolist() != choose(make("g2is"), pool, target, 20).indices.tolist()
+    assert released.indices.tolist() != choose(make("g2is", AS_IT_IS), pool, target, 20).indices.tolist()
+
+
+def test_what_all_pool_rows_share_is_taken_out() -> None:
+    pool, target, shared = random_rows(60, 8, 11), random_rows(6, 8, 12), 5 * random_rows(1, 8, 13)
+    unit = torch.nn.functional.normalize(pool + shared, dim=1)
+    removed = choose(make("g2is"), pool + shared, target, 20)
+    by_hand = choose(make("g2is", AS_IT_IS), unit - unit.mean(0), target, 20)
+    assert removed.indices.tolist() == by_hand.indices.tolist()
+    assert bool((unit @ unit.T > 0).all())  # with the shared part no two rows are in conflict
+    assert removed.indices.tolist() != choose(make("g2is", AS_IT_IS), unit, target, 20).indices.tolist()
 
 
 def test_a_target_of_equal_rows_has_a_direction_only_when_uncentred() -> None:  # T3.6
     same = torch.ones(4, 2)
-    assert len(choose(make("g2is"), FOUR, same, 2)) == 2
+    assert len(choose(make("g2is", AS_IT_IS), FOUR, same, 2)) == 2
     with pytest.raises(ValueError, match="no principal direction"):
         choose(make("g2is", {"preset": "released"}), FOUR, same, 2)
 
@@ -103,17 +114,17 @@ def test_a_target_of_equal_rows_has_a_direction_only_when_uncentred() -> None:  
 def test_redistribution_fills_seats_of_walks_that_ended() -> None:
     east, north = at_angles(0, 2, 4), at_angles(90)
     pool, target = torch.cat([east, north]), torch.tensor([[1.0, 0.0], [0.0, 1.1]])
-    moved = choose(make("g2is", {"keep": 1.0, "consistency": 0.95}), pool, target, 4)
+    moved = choose(make("g2is", {**AS_IT_IS, "keep": 1.0, "consistency": 0.95}), pool, target, 4)
     assert moved.notes["walked"] == 4
-    ended = choose(make("g2is", {"keep": 1.0, "consistency": 0.95, "redistribute": False}), pool, target, 4)
+    ended = choose(make("g2is", {**AS_IT_IS, "keep": 1.0, "consistency": 0.95, "redistribute": False}), pool, target, 4)
     assert ended.notes["walked"] < 4 and len(ended) == 4
 
 
 def test_approximate_neighbours_find_the_same_rows() -> None:
     pool, target = random_rows(70, 8, 9), random_rows(5, 8, 10)
-    exact, fast = (choose(make("g2is", {"exact": e, "neighbours": 12}), pool, target, 12).indices.tolist() for e in (True, False))
+    exact, fast = (choose(make("g2is", {**AS_IT_IS, "exact": e, "neighbours": 12}), pool, target, 12).indices.tolist() for e in (True, False))
     assert exact == fast
 
 
 def test_a_pool_of_one_row_is_chosen() -> None:
-    assert choose(make("g2is"), torch.ones(1, 3), torch.ones(2, 3), 1).indices.tolist() == [0]
+    assert choose(make("g2is", AS_IT_IS), torch.ones(1, 3), torch.ones(2, 3), 1).indices.tolist() == [0]
