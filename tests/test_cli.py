@@ -23,12 +23,12 @@ def gradsift(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Comp
 
 
 def refused(code: int, what: str, *arguments: str | Path) -> None:
-    """The process ends with this code and one line on stderr that says what, nothing on stdout."""
+    """The process ends with this code, nothing on stdout, and one last line on stderr that says what; before it, at most what was read."""
     found = gradsift(*arguments)
-    lines = found.stderr.strip().splitlines()
-    assert (found.returncode, found.stdout) == (code, "")
-    assert len(lines) == 1, found.stderr
-    assert re.search(what, lines[0]), lines[0]
+    *before, last = found.stderr.strip().splitlines()
+    assert (found.returncode, found.stdout) == (code, ""), found.stderr
+    assert last.startswith("gradsift: ") and re.search(what, last), last
+    assert all(line.endswith(" rows") for line in before), found.stderr
 
 
 @pytest.fixture(scope="module")

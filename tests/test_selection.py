@@ -100,6 +100,18 @@ def step(path: Path) -> int:
     return json.loads(path.read_text())["step"]
 
 
+def test_the_mean_over_checkpoints_is_weighted_by_their_mean_learning_rates(tagcos: Selection, run: Path) -> None:  # T1.8
+    found = {a.stage: a for a in Run(run).artifacts() if a.stage == "mean"}["mean"]
+    rates = [json.loads(p.read_text())["mean_lr"] for p in sorted(run.glob("warmup-*/checkpoint-*/checkpoint.json"), key=step)]
+    weights = [rate / sum(rates) for rate in rates]
+    assert found.manifest["extra"]["weights"] == pytest.approx(weights)
+    parts = {a.digest: RowStore.open(a.path) for a in Run(run).artifacts() if a.stage == "gradients"}
+    expected = sum(w * parts[found.recipe["inputs"][str(c)]][0:72].double() for c, w in enumerate(weights))
+    mean = RowStore.open(found.path)
+    assert torch.allclose(mean[0:72].double() * mean.scales[:, None], torch.as_tensor(expected), atol=1e-3)
+    assert mean.scales.max() <= 1.001
+
+
 def test_a_second_method_reuses_warm_up_and_gradients(less: Selection) -> None:
     found = stages(less)
     assert found["warmup"] == [True]
