@@ -36,9 +36,7 @@ class Dsir:
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         weights = torch.as_tensor(signals[NGRAMS], dtype=torch.float64)
-        if self.draw == "top":
-            indices = topk.top(weights, budget).numpy()
-        else:
-            indices = sample.gumbel_topk(weights / self.temperature, budget, rng=rng).numpy()
+        drawn = self.draw == "gumbel"
+        indices = (sample.gumbel_topk(weights / self.temperature, budget, rng=rng) if drawn else topk.top(weights, budget)).numpy()
         gain = weights.numpy()
         return Subset(indices, gains=gain[indices], notes={"score": gain})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 
@@ -16,7 +17,7 @@ _TOKEN = re.compile(r"\w+|[^\w\s]+")
 def buckets(text: str, count: int = BUCKETS) -> np.ndarray:
     """int64 [grams]: the bucket of every word and pair of neighbouring words of `text`, lower-cased; a run of punctuation is a word."""
     tokens = _TOKEN.findall(text.lower())
-    grams = tokens + [f"{a} {b}" for a, b in zip(tokens, tokens[1:], strict=False)]
+    grams = tokens + [f"{a} {b}" for a, b in itertools.pairwise(tokens)]
     return np.fromiter((xxhash.xxh32_intdigest(gram.encode("utf-8", "backslashreplace")) % count for gram in grams), np.int64, len(grams))
 
 
