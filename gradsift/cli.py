@@ -515,8 +515,12 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 def main() -> None:
     """Entry point: gradsift's own errors become one line on stderr and an exit code."""
+    import warnings
+
     from gradsift.errors import GradsiftError
 
+    # Deprecations between libraries are for their developers, not for whoever reads this log.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app()
     except GradsiftError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import os
 import platform
 import resource
 import sys
@@ -16,8 +17,18 @@ import torch
 _MALLOPT = ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
+# oneDNN keeps compiled kernels for every shape it has met, 1,024 of them by default: batches of ever new lengths fill a gigabyte with bfloat16
+# kernels that are hardly used again. Measured on a 6M-parameter model: 2.0 GB and growing, against 0.64 GB, and 10 % slower.
+_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+
+
 def settle(threads: int) -> int:
-    """Set torch's threads (0 = physical cores) and, with glibc, the allocator. Returns the number of threads in force."""
+    """Set torch's threads (0 = physical cores), the kernel caches (before the first bfloat16 product) and, with glibc, the allocator.
+
+    Returns the number of threads in force. Variables that the user has set stay as they are.
+    """
+    for name in _KERNEL_CACHES:
+        os.environ.setdefault(name, "8")
     threads = threads or psutil.cpu_count(logical=False) or 1
     torch.set_num_threads(threads)
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":

@@ -208,7 +208,7 @@ def _cost(pipeline: Pipeline, recipe: Recipe, tokens: Mapping[str, int], rates: 
     store = rows * (rates.dim * (2 if pipeline.config.gradients.store_dtype == "float16" else 1) + SHARD_META) + ids
     bytes_, seconds = 0, 0.0
     if recipe.stage == "encode":
-        label, bytes_, seconds = side, 5 * n + 17 * rows, rows / rates.encode_rows
+        label, bytes_, seconds = side, 8 * n + 9 * rows, rows / rates.encode_rows
     elif recipe.stage == "warmup":
         label, trained = _warmup_label(pipeline, n, rows)
         bytes_, seconds = pipeline.checkpoint_count * rates.parameters * 12, trained / rates.train
