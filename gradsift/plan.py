@@ -13,7 +13,7 @@ import torch
 
 from gradsift import budget as budgets
 from gradsift import machine, methods, playground
-from gradsift.encode import EncodedRows, encode, pad_batch
+from gradsift.encode import EncodedRows, encode, pad_batch, token_batches
 from gradsift.gradients import extract, output_dim
 from gradsift.model import attach_lora
 from gradsift.pipeline import Pipeline
@@ -193,9 +193,11 @@ def _timed(work: Any) -> float:
 
 
 def _train_pass(model: Any, rows: list[Any], pad_id: int, *, backward: bool = True) -> None:
-    for start in range(0, len(rows), 8):
-        ids, mask, labels = pad_batch(rows[start : start + 8], pad_id)
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    for batch in token_batches([len(row["input_ids"]) for row in rows], 2048):  # as the warm-up cuts its steps
+        ids, mask, labels = pad_batch([rows[int(i)] for i in batch], pad_id)
+        kept = labels[:, 1:] != -100
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1][kept].float()
+        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][kept])
         if backward:
             loss.backward()
     model.zero_grad(set_to_none=True)
