@@ -109,6 +109,7 @@ def test_signals_that_were_ignored_stay_ignored() -> None:
         with interruptible():
             os.kill(os.getpid(), signal.SIGINT)
             stop_here()
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
 

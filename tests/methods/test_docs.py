@@ -23,8 +23,10 @@ def test_every_section_is_a_method_and_its_options_exist() -> None:
 
 
 def test_commands_in_the_tables_are_taken() -> None:
-    for name, options in re.findall(r"`(\w+)((?: -o \w+=[\w.-]+)+)`", PAGE):
-        methods.make(name, dict(re.findall(r"-o (\w+)=([\w.-]+)", options)))
+    found = re.findall(r"`(\w+)((?: -o \w+=[\w.-]+)+)`", PAGE)
+    assert found
+    for name, options in found:
+        assert isinstance(methods.make(name, dict(re.findall(r"-o (\w+)=([\w.-]+)", options))), methods.load(name))
 
 
 def test_targets_and_sources_are_those_of_the_code() -> None:
