@@ -6,6 +6,7 @@ Nothing is projected: the target's gradients are preconditioned and held, the po
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,18 +14,19 @@ import torch
 from torch import Tensor
 
 from gradsift.artifact import Artifact
-from gradsift.curvature import Curvature, Fitting, prepare_targets, score_pool
-from gradsift.durable import make_folder, read_tensors, write_tensors
-from gradsift.errors import DataError, IntegrityError, UserError
-from gradsift.execute import Stopping, stop_here
+from gradsift.curvature import Curvature, Fitting, prepare_targets
+from gradsift.durable import write_tensors
+from gradsift.errors import DataError, UserError
+from gradsift.execute import Stopping
 from gradsift.influence import backend
+from gradsift.parts import FOLDER, Parts
 from gradsift.stages import Recipe
 from gradsift.types import Signal
+from gradsift.workers import FittingWork, ScoreWork
 
 if TYPE_CHECKING:
     from gradsift.pipeline import Pipeline
 
-PARTS = "parts"  # sums and scores of finished shards, kept until the stage is complete
 _FIT = ("fit_rows", "form", "labels", "correct", "seed")
 
 
@@ -64,41 +66,48 @@ def curvature(pipeline: Pipeline, signal: Signal) -> Curvature:
         count = min(len(usable), chosen["fit_rows"])
         rows = np.sort(np.random.default_rng(chosen["seed"]).choice(usable, size=count, replace=False)).tolist()
         gradients = pipeline.config.gradients
-        fitted = Fitting(
-            pipeline.model_at(at),
-            [encoded[i] for i in rows],
-            modules=pipeline.modules,
-            form=chosen["form"],
-            labels=chosen["labels"],
-            correct=chosen["correct"],
-            seed=chosen["seed"],
-            token_budget=gradients.token_budget,
-            store=artifact.path / PARTS,
-            shard_rows=gradients.shard_rows,
-            ids=[ids[i] for i in rows],
-            identity=artifact.digest,
-            progress=Stopping(pipeline.progress),
-        ).result()
+        taken, model = [encoded[i] for i in rows], pipeline.model_at(at)
+        about = {name: chosen[name] for name in ("form", "labels", "correct", "seed")}
+        about |= {"modules": pipeline.modules, "token_budget": gradients.token_budget, "shard_rows": gradients.shard_rows}
+        about |= {"ids": [ids[i] for i in rows], "identity": artifact.digest}
+        fitting = Fitting(model, taken, store=artifact.path / FOLDER, progress=Stopping(pipeline.progress), **about)
+        if pipeline.executor.remote:
+            _spread(pipeline, fitting, FittingWork(pipeline.lend(model, at), taken, about))
+        fitted = fitting.result()
         hash_ = fitted.save(artifact.path / "curvature.safetensors")
-        shutil.rmtree(artifact.path / PARTS)
+        shutil.rmtree(artifact.path / FOLDER)
         artifact.finish(files={"curvature.safetensors": hash_}, counts={"rows": count, "parameters": len(fitted.names)})
 
     return Curvature.load(pipeline.make(recipe, fill).path / "curvature.safetensors")
 
 
+def _spread(pipeline: Pipeline, fitting: Fitting, work: FittingWork) -> None:
+    """Both passes of a fit, shard by shard, by workers elsewhere; `fitting.result()` then only adds up."""
+    for shard, sums in pipeline.executor.map(work, fitting.missing("factors")):
+        fitting.factors(shard, sums)
+    if fitting.correct:
+        for shard, sums in pipeline.executor.map(replace(work, basis=fitting.basis()), fitting.missing("eigenvalues")):
+            fitting.eigenvalues(shard, sums)
+
+
 def influence(pipeline: Pipeline, signal: Signal) -> tuple[Tensor, Tensor]:
     """Scores [n, m] at the last checkpoint and which rows have one [n]; the file's "target" [m] is the first row of each target."""
+    scores = made(pipeline, signal).tensors("scores.safetensors")["scores"]
+    return scores, torch.isfinite(scores).all(dim=1)
+
+
+def made(pipeline: Pipeline, signal: Signal) -> Artifact:
+    """The complete artifact that `influence` reads."""
     if "target" not in pipeline.sides:
         raise UserError("influence needs a target", remedy="Add --target FILE.")
-    artifact = pipeline.make(influence_recipe(pipeline, signal), lambda artifact: _score(pipeline, signal, artifact))
-    scores = artifact.tensors("scores.safetensors")["scores"]
-    return scores, torch.isfinite(scores).all(dim=1)
+    return pipeline.make(influence_recipe(pipeline, signal), lambda artifact: _score(pipeline, signal, artifact))
 
 
 def _score(pipeline: Pipeline, signal: Signal, artifact: Artifact) -> None:
     chosen, gradients = settings(pipeline, signal), pipeline.config.gradients
     inverse = curvature(pipeline, signal).inverse(chosen["damping"], chosen["style"], absolute=chosen["absolute"])
-    model = pipeline.model_at(pipeline.checkpoints()[-1])
+    at = pipeline.checkpoints()[-1]
+    model = pipeline.model_at(at)
     wanted, pool = pipeline.encoded("target"), pipeline.encoded("pool")
     usable = np.flatnonzero(wanted.codes == 0)
     if not len(usable):
@@ -113,36 +122,23 @@ def _score(pipeline: Pipeline, signal: Signal, artifact: Artifact) -> None:
         rank=chosen["rank"],
         **shared,
     )
-    parts = artifact.path / PARTS
-    make_folder(parts)
-    starts = range(0, len(pool), gradients.shard_rows)
-    pipeline.progress.start(int(pool.lengths.sum()), "tokens", f"influence on {len(targets)} targets, {signal.backend}")
-    for start in starts:
-        stop_here()
-        path, meta = parts / f"scores-{start:09d}.safetensors", {"recipe": artifact.digest, "start": str(start)}
-        rows = range(start, min(start + gradients.shard_rows, len(pool)))
-        if not _there(path, meta):
-            found = torch.full((len(rows), len(targets)), torch.nan)
-            fine = [i for i in rows if pool.codes[i] == 0]
-            for indices, scores in score_pool(model, [pool[i] for i in fine], targets, **shared):
-                found[torch.tensor([fine[int(i)] - start for i in indices])] = scores
-            write_tensors(path, {"scores": found}, meta)
-        pipeline.progress.advance(int(pool.lengths[rows.start : rows.stop].sum()))
+    parts = Parts(artifact, len(pool), gradients.shard_rows)
+    missing = parts.missing()
+    tokens = sum(int(pool.lengths[parts.shards[shard]].sum()) for shard in missing)
+    pipeline.progress.start(tokens, "tokens", f"influence on {len(targets)} targets, {signal.backend}")
+    work = ScoreWork(pipeline.lend(model, at), targets, **shared)
+    del model
+    for shard, found in pipeline.executor.map(work, missing, lambda shard: pool.part(parts.shards[shard])):
+        parts.keep(shard, {"scores": found})
+        pipeline.progress.advance(int(pool.lengths[parts.shards[shard]].sum()))
     pipeline.progress.done()
-    every = torch.cat([read_tensors(path)["scores"] for path in sorted(parts.glob("scores-*.safetensors"))])
+    every = parts.read("scores")  # mapped from disk, not in memory
     first = torch.tensor([int(usable[members[0]]) for members in targets.members])
     hash_ = write_tensors(artifact.path / "scores.safetensors", {"scores": every, "target": first}, {"recipe": artifact.digest})
     ratios = sorted(line.ratio for line in inverse.damped)
     damping = {"least": ratios[0], "median": ratios[len(ratios) // 2], "most": ratios[-1]}
     extra = {"damping_to_mean_eigenvalue": damping, "rank": targets.rank, "norm_kept_by_rank": min(targets.kept.values(), default=1.0)}
-    shutil.rmtree(parts)
-    counts = {"rows": len(every), "targets": len(targets)}
+    parts.remove()
+    counts = {"rows": len(pool), "targets": len(targets)}
     artifact.finish(files={"scores.safetensors": hash_}, counts=counts, extra=extra)
 
-
-def _there(path: Any, meta: dict[str, str]) -> bool:
-    try:
-        read_tensors(path, expect=meta)
-    except IntegrityError:
-        return False
-    return True

@@ -18,7 +18,7 @@ import secrets
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 import xxhash
@@ -131,6 +131,19 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def _write_buffers(path: Path, buffers: Sequence[bytes | memoryview]) -> None:
+    with replacing(path, sum(memoryview(buffer).nbytes for buffer in buffers)) as file:
+        for buffer in buffers:
+            view = memoryview(buffer)
+            while view:
+                view = view[os.write(file.fileno(), view[: 1 << 26]) :]
+
+
+@contextlib.contextmanager
+def replacing(path: Path, needed: int = 0) -> Iterator[IO[bytes]]:
+    """A file to be written that takes the name `path` when the block ends, whole and synced; where the block raises, nothing is left of it.
+
+    For what is written piece by piece, `needed` bytes in all as far as that is known. Errors as `write_atomic`.
+    """
     temp = path.with_name(TEMP + secrets.token_hex(8))
     try:
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -138,10 +151,8 @@ def _write_buffers(path: Path, buffers: Sequence[bytes | memoryview]) -> None:
             try:
                 # Held until the file has its name: a leftover that can be locked belongs to a dead writer.
                 _try_lock(fd)
-                for buffer in buffers:
-                    view = memoryview(buffer)
-                    while view:
-                        view = view[os.write(fd, view[: 1 << 26]) :]
+                with open(fd, "wb", closefd=False) as file:
+                    yield file
                 os.fsync(fd)
                 os.replace(temp, path)
             finally:
@@ -152,7 +163,7 @@ def _write_buffers(path: Path, buffers: Sequence[bytes | memoryview]) -> None:
             raise
         _sync_folder(path.parent)
     except OSError as error:
-        raise resource_error(error, path, sum(memoryview(buffer).nbytes for buffer in buffers)) from error
+        raise resource_error(error, path, needed) from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -198,31 +209,38 @@ class _Entry(NamedTuple):
     size: int  # bytes
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, str]) -> str:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], meta: Mapping[str, str]) -> str:
     """Writes a safetensors file atomically and returns its digest, which stands in the file's metadata under "xxh3".
+
+    A list of tensors is written as what `torch.cat` would make of it, without making it: mapped parts need no memory.
 
     The digest is xxh3-128 of the whole file with the 32 digits of the digest itself read as zeros, so it covers names, shapes, metadata and
     values. The bytes depend on the arguments alone. Errors as `write_atomic`.
     """
-    arrays = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    arrays = {name: [_plain(t) for t in ([value] if isinstance(value, Tensor) else value)] for name, value in tensors.items()}
     header: dict[str, Any] = {"__metadata__": {**meta, "xxh3": _NO_DIGEST}}
-    order = sorted(arrays, key=lambda name: (-arrays[name].element_size(), name))  # keeps every tensor aligned to its element
+    order = sorted(arrays, key=lambda name: (-arrays[name][0].element_size(), name))  # keeps every tensor aligned to its element
     offset = 0
     for name in order:
-        array = arrays[name]
-        end = offset + array.numel() * array.element_size()
-        header[name] = {"dtype": _DTYPE_NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [offset, end]}
+        parts = arrays[name]
+        end = offset + sum(part.numel() for part in parts) * parts[0].element_size()
+        shape = [sum(len(part) for part in parts), *parts[0].shape[1:]] if parts[0].ndim else []
+        header[name] = {"dtype": _DTYPE_NAMES[parts[0].dtype], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = canonical_json(header)
     text += b" " * (-(8 + len(text)) % 64)
     head = len(text).to_bytes(8, "little") + text
-    payload = [arrays[name].reshape(-1).view(torch.uint8).numpy().data for name in order if arrays[name].numel()]
+    payload = [part.reshape(-1).view(torch.uint8).numpy().data for name in order for part in arrays[name] if part.numel()]
     hasher = xxhash.xxh3_128(head)
     for view in payload:
         hasher.update(view)
     digest = hasher.hexdigest()
     _write_buffers(Path(path), [_put_digest(head, _NO_DIGEST, digest, Path(path)), *payload])
     return digest
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").contiguous()
 
 
 def _put_digest(head: bytes, old: str, new: str, path: Path) -> bytes:

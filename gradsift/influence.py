@@ -6,7 +6,7 @@ Positive = training on i helps j.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,10 +60,17 @@ def backend(name: str) -> Backend:
 
 
 def score(pool: Sequence[Rows], target: Sequence[Rows], weights: Sequence[float], name: str, *, groups: Sequence[str] = ()) -> Tensor:
-    """Scores [n, m], or [n, groups] (order of first appearance) for a backend that merges.
+    """Scores [n, m], or [n, groups] (order of first appearance) for a backend that merges: what `score_blocks` yields, as one matrix."""
+    return torch.cat(list(score_blocks(pool, target, weights, name, groups=groups)))
+
+
+def score_blocks(
+    pool: Sequence[Rows], target: Sequence[Rows], weights: Sequence[float], name: str, *, groups: Sequence[str] = ()
+) -> Iterator[Tensor]:
+    """Yields scores [b, m] of 2,048 pool rows after the other (one empty block for an empty pool), fp32, on the CPU.
 
     `pool` and `target` hold one Rows per checkpoint, all of the same projection; `weights` are normalised to sum 1. Raw rows are read as
-    unit rows times their `scales`. Blocks of 2,048 pool rows, fp32 accumulation: the result does not depend on how the pool is cut.
+    unit rows times their `scales`. Products accumulate in fp32: the result does not depend on how the pool is cut.
     Raises UserError if the sides differ in number of checkpoints or dimension.
     """
     chosen = backend(name)
@@ -76,13 +83,17 @@ def score(pool: Sequence[Rows], target: Sequence[Rows], weights: Sequence[float]
     for rows, side in zip(pool, sides, strict=True):
         if rows.shape[1] != side.shape[1]:
             raise UserError(f"pool rows have {rows.shape[1]} dimensions and target rows {side.shape[1]}: not the same projection")
+    return _products(pool, sides, chosen.pool)
+
+
+def _products(pool: Sequence[Rows], sides: Sequence[Tensor], form: Literal["raw", "unit"]) -> Iterator[Tensor]:
     n = pool[0].shape[0]
-    scores = torch.zeros(n, sides[0].shape[0])
-    for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
+    for start in range(0, max(n, 1), BLOCK):
+        where = slice(start, min(start + BLOCK, n))
+        scores = torch.zeros(where.stop - start, sides[0].shape[0])
         for rows, side in zip(pool, sides, strict=True):
-            scores[start:stop] += (_read(rows, slice(start, stop), chosen.pool) @ side.T).cpu()
-    return scores
+            scores += (_read(rows, where, form) @ side.T).cpu()
+        yield scores
 
 
 def _target_side(rows: Rows, chosen: Backend, groups: Sequence[str]) -> Tensor:

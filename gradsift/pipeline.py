@@ -5,7 +5,8 @@ Every stage has a `Recipe`, whose digest depends only on the recipes before it: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,27 +14,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift import curved, machine, scalars
+from gradsift import curved, execute_ray, machine, projected, scalars
 from gradsift.artifact import Artifact, folder_hash
 from gradsift.checkpoints import adam_transform, load_checkpoints
 from gradsift.config import Config
-from gradsift.durable import write_tensors
 from gradsift.encode import EncodedRows, encode, tokenizer_identity
-from gradsift.errors import DataError, MismatchError, UserError
-from gradsift.execute import Executor, Serial, Stopping
+from gradsift.errors import DataError, UserError
+from gradsift.execute import Executor, Stopping
 from gradsift.gradients import output_dim
-from gradsift.influence import backend, score
+from gradsift.influence import backend
 from gradsift.model import coverage, load_adapter, load_model, load_tokenizer, model_identity
 from gradsift.pool import Pool
 from gradsift.progress import Progress, silent
 from gradsift.projection import Projection
-from gradsift.rowwork import Scaled, check_quarantine, fill_mean, mean_pairwise_cosine, shard_worker
+from gradsift.rowwork import Scaled, check_quarantine, fill_mean, mean_pairwise_cosine
 from gradsift.run import Run
-from gradsift.signals.embeddings import POOLING, TOKEN_BUDGET, embedding_worker, hidden_size
+from gradsift.signals.embeddings import POOLING, TOKEN_BUDGET, hidden_size
 from gradsift.stages import Recipe, Stages
 from gradsift.store import RowStore, RowView
 from gradsift.types import Checkpoint, Signal, Signals
 from gradsift.warmup import warm_up
+from gradsift.workers import EmbeddingWork, GradientWork, ModelSource, nothing
 
 
 class Pipeline(Stages):
@@ -53,14 +54,21 @@ class Pipeline(Stages):
         super().__init__(run)
         self.config, self.warmup_from = config, warmup_from
         self.sides: dict[str, Pool] = {"pool": pool, **({"target": target} if target is not None else {})}
-        self.executor = executor or Serial()
         self.progress = progress or silent()
         self.threads = machine.settle(config.machine.threads)
+        self.executor = executor or execute_ray.executor_of(config, self.threads, self.progress.note)
         name, remote = config.model.name, config.model.trust_remote_code
         self.tokenizer = load_tokenizer(name, revision=config.model.revision, trust_remote_code=remote)
         self.model_identity = model_identity(name, config.model.revision)
         self._encoded: dict[str, EncodedRows] = {}
         self._model: Any = None
+
+    def over(self, pool: Pool, target: Pool | None = None) -> Pipeline:
+        """The same run, settings and model over other rows. Costs share one list."""
+        other = copy.copy(self)
+        other.sides = {"pool": pool, **({"target": target} if target is not None else {})}
+        other._encoded = {}
+        return other
 
     # What each stage is made of.
 
@@ -85,13 +93,12 @@ class Pipeline(Stages):
         return Recipe("mean", {"weights": "mean_lr"}, inputs)
 
     def influence_recipe(self, signal: Signal) -> Recipe:
-        if through_curvature(signal):
-            return curved.influence_recipe(self, signal)
-        inputs = {}
-        for c in self.used_checkpoints(signal):
-            inputs[f"pool{c}"] = self.gradients_recipe("pool", c, signal.transform).digest
-            inputs[f"target{c}"] = self.gradients_recipe("target", c, "none").digest
-        return Recipe("influence", {"backend": signal.backend, "checkpoints": signal.checkpoints}, inputs)
+        return self._influence(signal).influence_recipe(self, signal)
+
+    @staticmethod
+    def _influence(signal: Signal) -> Any:
+        """The room that makes this influence: through the curvature, or from stored rows."""
+        return curved if through_curvature(signal) else projected
 
     def embeddings_recipe(self, side: str) -> Recipe:
         settings = {"pooling": POOLING, "token_budget": TOKEN_BUDGET, "shard_rows": self.config.gradients.shard_rows}
@@ -133,16 +140,11 @@ class Pipeline(Stages):
             return [self.embeddings_recipe(signal.side)]
         if signal.name in scalars.SCALARS:
             return scalars.recipes(self, signal.name)
-        if through_curvature(signal):
-            return curved.recipes(self, signal)
-        sides = [(signal.side, signal.transform)]
         if signal.name == "influence":
-            sides = [("pool", signal.transform), ("target", "none")]
-        rows = [self.gradients_recipe(side, c, transform) for side, transform in sides for c in self.used_checkpoints(signal)]
-        after = {"influence": [self.influence_recipe(signal)] if signal.name == "influence" else []}.get(signal.name, [])
-        if signal.name == "rows" and signal.checkpoints == "mean":
-            after = [self.mean_recipe(signal.side, signal.transform)]
-        return [self.warmup_recipe(), *rows, *after]
+            return self._influence(signal).recipes(self, signal)
+        rows = [self.gradients_recipe(signal.side, c, signal.transform) for c in self.used_checkpoints(signal)]
+        mean = [self.mean_recipe(signal.side, signal.transform)] if signal.checkpoints == "mean" else []
+        return [self.warmup_recipe(), *rows, *mean]
 
     # Making them.
 
@@ -201,6 +203,20 @@ class Pipeline(Stages):
             self._model = (checkpoint.path, load_adapter(self.load_base(), checkpoint.path))
         return self._model[1]
 
+    def lend(self, model: Any, at: Checkpoint | None = None) -> Callable[[], Any]:
+        """`model` (the base, or that of a checkpoint) for the executor's workers: it itself, or how they get their own elsewhere."""
+        if not self.executor.remote:
+            return lambda: model
+        self._model = None  # a worker may need the room
+        spans = self.config.machine.spans(self.config.model.device)
+        return ModelSource.of(self.config.model, self.model_identity, None if at is None else at.path, spans=spans).load
+
+    def advances(self, encoded: EncodedRows) -> tuple[Callable[[int], None], Callable[[slice], None]]:
+        """Who tells the progress: workers here after each batch, or the one who waits for workers elsewhere after each shard."""
+        if self.executor.remote:
+            return nothing, lambda rows: self.progress.advance(int(encoded.lengths[rows].sum()))
+        return self.progress.advance, lambda rows: None
+
     @property
     def modules(self) -> Literal["linear"] | None:
         """What `extract` and the curvature take gradients of: None = the LoRA modules."""
@@ -224,7 +240,8 @@ class Pipeline(Stages):
         settings = self.config.gradients
         encoded, pool = self.encoded(side), self.sides[side]
         modules = self.modules
-        dim = output_dim(self.model_at(at), self.projection, modules)
+        model = self.model_at(at)
+        dim, covered = output_dim(model, self.projection, modules), coverage(model, modules)
         store = RowStore.create(
             artifact.path,
             recipe_digest=artifact.digest,
@@ -235,29 +252,25 @@ class Pipeline(Stages):
             dtype=settings.store_dtype,
         )
 
-        def make_worker() -> Any:
-            model = self.model_at(at)
-            force = self.config.machine.force
-            return shard_worker(
-                store,
-                encoded,
-                model,
-                projection=self.projection,
-                transform=adam_transform(at, settings.adam_form, base=model, force=force) if transform == "adam" else None,
-                modules=modules,
-                token_budget=settings.token_budget,
-                advance=self.progress.advance,
-            )
-
+        inner, outer = self.advances(encoded)
+        force = self.config.machine.force
+        map_ = adam_transform(at, settings.adam_form, base=model, force=force) if transform == "adam" else None
+        lent = self.lend(model, at)
+        del model
+        work = GradientWork(lent, self.projection, map_, modules, settings.token_budget, settings.store_dtype, dim, inner)
         for problem in store.problems:
             self.progress.note(f"made anew: {problem}")
         shards = store.missing()
         tokens = sum(int(encoded.lengths[store.shards[shard]].sum()) for shard in shards)
         self.progress.start(tokens, "tokens", f"gradients of the {side}, checkpoint {at.step}, {transform}")
-        halvings = sum(result for _, result in self.executor.map(make_worker, shards))
+        halvings = 0
+        for shard, (packed, halved) in self.executor.map(work, shards, lambda shard: encoded.part(store.shards[shard])):
+            store.put(shard, packed)
+            halvings += halved
+            outer(store.shards[shard])
         self.progress.done()
         check_quarantine(store, encoded)
-        covered, cosine = coverage(self.model_at(at), modules), mean_pairwise_cosine(store)
+        cosine = mean_pairwise_cosine(store)
         what = f"{covered.modules} modules, {covered.share:.1%} of the trainable parameters"
         self.progress.note(f"gradients of the {side}, checkpoint {at.step}: {what}; mean pairwise cosine {cosine:.2f}")
         extra = {"mean_pairwise_cosine": cosine, "coverage": covered.summary()}
@@ -279,34 +292,6 @@ class Pipeline(Stages):
 
         return RowStore.open(self.make(self.mean_recipe(side, transform), fill).path)
 
-    def influence(self, signal: Signal) -> Tensor:
-        """Scores [n, m] of every pool row, zero where a row is quarantined."""
-        if "target" not in self.sides:
-            raise UserError("influence needs a target", remedy="Add --target FILE.")
-        checkpoints = self.checkpoints()
-        used = self.used_checkpoints(signal)
-        pool = [self.rows("pool", c, signal.transform) for c in used]
-        target = [self.rows("target", c, "none") for c in used]
-        for a, b in zip(pool, target, strict=True):
-            for name in ("projection", "dim", "seed", "modules"):
-                if a.spec[name] != b.spec[name]:
-                    raise MismatchError(f"pool and target rows differ in {name}: {a.spec[name]} and {b.spec[name]}")
-        good = torch.stack([store.usable for store in target]).all(dim=0)
-        if not good.any():
-            raise DataError("no target row has a usable gradient", remedy="Look at the target with `gradsift inspect`.")
-
-        def fill(artifact: Artifact) -> None:
-            keep = good.nonzero()[:, 0]
-            views = [RowView(store, keep) for store in target]
-            groups = [self.sides["target"].groups[int(i)] for i in keep]
-            weights = [checkpoints[c].mean_lr for c in used]
-            scores = score(pool, views, weights, str(signal.backend), groups=groups)
-            hash_ = write_tensors(artifact.path / "scores.safetensors", {"scores": scores, "target": keep}, {"recipe": artifact.digest})
-            artifact.finish(files={"scores.safetensors": hash_}, counts={"rows": len(scores)})
-
-        artifact = self.make(self.influence_recipe(signal), fill)
-        return artifact.tensors("scores.safetensors")["scores"]
-
     def loss(self) -> Tensor:
         """Mean nats per supervised token under the base model, fp32 [n]; NaN for a row that could not be encoded."""
         return scalars.values(self, "loss")
@@ -324,8 +309,12 @@ class Pipeline(Stages):
                 self.progress.note(f"made anew: {problem}")
             shards = store.missing()
             self.progress.start(sum(int(encoded.lengths[store.shards[s]].sum()) for s in shards), "tokens", f"embeddings of the {side}")
-            worker = embedding_worker(store, encoded, model, pad_id=self.pad_id, advance=self.progress.advance)
-            list(self.executor.map(lambda: worker, shards))
+            inner, outer = self.advances(encoded)
+            work = EmbeddingWork(self.lend(model), spec["dim"], self.pad_id, inner)
+            del model
+            for shard, packed in self.executor.map(work, shards, lambda shard: encoded.part(store.shards[shard])):
+                store.put(shard, packed)
+                outer(store.shards[shard])
             self.progress.done()
             check_quarantine(store, encoded, "embedding")
             store.seal(artifact, extra={"mean_pairwise_cosine": mean_pairwise_cosine(store)})
@@ -371,11 +360,8 @@ class Pipeline(Stages):
         if signal.name in scalars.SCALARS:
             found = scalars.values(self, signal.name)
             return found, found.isfinite()
-        if through_curvature(signal):
-            return curved.influence(self, signal)
         if signal.name == "influence":
-            stores = [self.rows("pool", c, signal.transform) for c in self.used_checkpoints(signal)]
-            return self.influence(signal), torch.stack([store.usable for store in stores]).all(dim=0)
+            return self._influence(signal).influence(self, signal)
         if signal.name == "embeddings":
             store = self.embeddings(signal.side)
             return store, store.usable

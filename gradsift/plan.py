@@ -12,14 +12,13 @@ import numpy as np
 import torch
 
 from gradsift import budget as budgets
-from gradsift import machine, methods, playground
+from gradsift import machine, methods
 from gradsift.encode import EncodedRows, encode, pad_batch, token_batches
 from gradsift.gradients import extract, output_dim
 from gradsift.model import attach_lora
 from gradsift.pipeline import Pipeline
-from gradsift.progress import Progress, duration, silent
-from gradsift.run import Run
-from gradsift.selection import as_list, check_target, open_pipeline, settle_config
+from gradsift.progress import Progress, duration
+from gradsift.selection import as_list, check_target, opened
 from gradsift.signals.embeddings import hidden_size
 from gradsift.stages import Recipe
 from gradsift.transforms.adam import Adam
@@ -112,10 +111,14 @@ def plan(
     selector = methods.make(method, options)
     wanted, targets = budgets.parse(budget), as_list(target)
     check_target(method, selector, targets)
-    playground.register()
-    folder = Run(Path(run))
-    config = settle_config(folder, model, settings or {}, pool_group)
-    pipeline = open_pipeline(folder, config, as_list(pool), targets, target_group, warmup_from, progress or silent(), keep=False)
+    with opened(
+        run, pool=pool, target=targets, model=model, settings=settings, pool_group=pool_group, target_group=target_group,
+        warmup_from=warmup_from, progress=progress, keep=False,
+    ) as pipeline:  # fmt: skip
+        return _plan(pipeline, method, selector, wanted)
+
+
+def _plan(pipeline: Pipeline, method: str, selector: Selector, wanted: budgets.Budget) -> Plan:
     encoded = {side: _encoded(pipeline, side) for side in pipeline.sides}
     rates = probe(pipeline, encoded["pool"][0], selector)
     tokens = {side: int(rows.lengths.sum() * scale) for side, (rows, scale) in encoded.items()}

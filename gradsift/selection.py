@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,17 +123,15 @@ def select(
     wanted = budgets.parse(budget)
     targets = as_list(target)
     check_target(method, selector, targets)
-    if out is not None and any(Path(out).resolve() == Path(str(file).rpartition("=")[2]).resolve() for file in [*as_list(pool), *targets]):
-        raise UserError("--out names an input file", where=out, remedy="Choose another name for the chosen rows.")
-    playground.register()
-    folder = Run(Path(run))
-    with folder.lock(sys.argv), interruptible(readable_command(sys.argv)):
-        config = settle_config(folder, model, settings or {}, pool_group)
-        pipeline = open_pipeline(folder, config, as_list(pool), targets, target_group, warmup_from, progress or silent())
-        limits = _limits(constraints or {}, config, progress or silent())
+    check_out(out, [*as_list(pool), *targets])
+    with opened(
+        run, pool=pool, target=targets, model=model, settings=settings, pool_group=pool_group, target_group=target_group,
+        warmup_from=warmup_from, progress=progress,
+    ) as pipeline:  # fmt: skip
+        limits = _limits(constraints or {}, pipeline.config, progress or silent())
         limits.check(pipeline.sides["pool"])
-        _check_budget(wanted, pipeline.sides["pool"], allow_short)
-        return _choose(pipeline, method, selector, wanted, limits, seed, allow_short, add_scores, None if out is None else Path(out))
+        check_budget(wanted, pipeline.sides["pool"], allow_short)
+        return select_in(pipeline, method, selector, wanted, limits, seed, allow_short, add_scores, None if out is None else Path(out))
 
 
 def as_list(files: Sequence[str | Path] | str | Path) -> list[str | Path]:
@@ -144,6 +143,39 @@ def check_target(method: str, selector: Selector, targets: Sequence[Any]) -> Non
         raise UserError(f"{method} selects toward a target and none was given", remedy="Add --target FILE.")
     if selector.target == "none" and targets:
         raise UserError(f"{method} takes no target", remedy="Drop --target, or use a targeted method such as less.")
+
+
+def check_out(out: str | Path | None, inputs: Sequence[str | Path]) -> None:
+    if out is not None and any(Path(out).resolve() == Path(str(file).rpartition("=")[2]).resolve() for file in inputs):
+        raise UserError("--out names an input file", where=out, remedy="Choose another name for what is written.")
+
+
+@contextlib.contextmanager
+def opened(
+    run: str | Path,
+    *,
+    pool: Sequence[str | Path] | str | Path,
+    target: Sequence[str | Path] | str | Path = (),
+    model: str | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    pool_group: str | None = None,
+    target_group: str | None = None,
+    warmup_from: str | Path | None = None,
+    progress: Progress | None = None,
+    keep: bool = True,
+) -> Iterator[Pipeline]:
+    """How every job begins: the pipeline of the folder `run` over pool and target, under the settings the run was made with.
+
+    With `keep`, for jobs that write: the run is locked and remembers the command, and a signal stops between two shards.
+    """
+    playground.register()
+    folder = Run(Path(run))
+    with contextlib.ExitStack() as stack:
+        if keep:
+            stack.enter_context(folder.lock(sys.argv))
+            stack.enter_context(interruptible(readable_command(sys.argv)))
+        config = settle_config(folder, model, settings or {}, pool_group)
+        yield open_pipeline(folder, config, as_list(pool), as_list(target), target_group, warmup_from, progress or silent(), keep=keep)
 
 
 def settle_config(run: Run, model: str | None, settings: Mapping[str, Mapping[str, Any]], pool_group: str | None) -> Config:
@@ -233,23 +265,24 @@ def _limits(given: Mapping[str, Any], config: Config, progress: Progress) -> Con
     return build_constraints(**{**given, "decontaminate": tests})
 
 
-def _check_budget(wanted: budgets.Budget, pool: Pool, allow_short: bool) -> None:
+def check_budget(wanted: budgets.Budget, pool: Pool, allow_short: bool) -> None:
     """What can be told before anything is computed."""
     if wanted.unit == "rows" and (rows := wanted.rows(pool.funnel["read"])) > len(pool) and not allow_short:
         raise BudgetError(f"the budget is {rows:,} rows and {len(pool):,} are usable", remedy="Lower --budget, or add --allow-short.")
 
 
-def _choose(
+def select_in(
     pipeline: Pipeline,
     method: str,
     selector: Selector,
     wanted: budgets.Budget,
     limits: Constraints,
     seed: int,
-    allow_short: bool,
-    add_scores: bool,
-    out: Path | None,
+    allow_short: bool = False,
+    add_scores: bool = False,
+    out: Path | None = None,
 ) -> Selection:
+    """A selection in a run that is already open and locked; see `select`."""
     needs, read = selector.needs(), pipeline.sides["pool"].funnel["read"]
     config = {"method": method, "options": methods.options_of(selector), "budget": wanted.canonical(read), "seed": seed}
     config |= {"add_scores": add_scores, **({"constraints": limits.canonical()} if limits.canonical() else {})}
