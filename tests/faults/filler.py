@@ -1,17 +1,13 @@
-"""A process that fills a run, to be killed: reads one JSON order a line, forks a child for each (one import for all), reports its end.
+"""Fills a run, to be killed: serves orders {"root", "shards", "crash_at": k | 0, "pace": seconds} (see forks.py).
 
-Order: {"root", "shards", "crash_at": k | 0, "pace": seconds}. With crash_at = k the child kills itself, by SIGKILL, just before its k-th
-call that touches the disk (open for writing, write, fsync, rename, close), a write being cut in half.
-Answers: {"pid"} at once; after a further line, {"status", "calls"} once the child is gone ("calls" only from one that ended by itself).
-Until that line the child stays at least a zombie, so its pid is safe to kill.
+With crash_at = k the child kills itself, by SIGKILL, just before its k-th call that touches the disk (open for writing, write, fsync,
+rename, close), a write being cut in half. The answer is the number of such calls.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +18,7 @@ import torch
 from gradsift.artifact import Artifact
 from gradsift.run import Run
 from gradsift.store import RowStore
+from tests.faults.forks import serve
 
 ROWS, DIM = 32, 64
 
@@ -69,7 +66,7 @@ def count_calls(
     return calls
 
 
-def child(order: dict[str, Any], answers: int) -> None:
+def work(order: dict[str, Any]) -> int:
     def crash(k: int, half: Callable[[], Any]) -> None:
         if k == order["crash_at"]:
             half()
@@ -77,31 +74,9 @@ def child(order: dict[str, Any], answers: int) -> None:
 
     calls = count_calls(crash)
     fill(Path(order["root"]), order["shards"], order["pace"])
-    os.write(answers, b"%d" % calls[0])
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    while line := sys.stdin.readline():
-        order = json.loads(line)
-        reading, writing = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                child(order, writing)
-            except BaseException as error:
-                print(repr(error), file=sys.stderr, flush=True)
-                os._exit(1)
-            os._exit(0)
-        print(json.dumps({"pid": pid}), flush=True)
-        os.close(writing)
-        sys.stdin.readline()
-        _, status = os.waitpid(pid, 0)
-        calls = os.read(reading, 100)
-        os.close(reading)
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status), "calls": int(calls or b"0")}), flush=True)
+    return calls[0]
 
 
 if __name__ == "__main__":
-    main()
-    os._exit(0)
+    torch.set_num_threads(1)
+    serve(work)

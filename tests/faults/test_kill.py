@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,34 +19,17 @@ from gradsift.errors import DiskFull, ResourceError
 from gradsift.run import Run
 from gradsift.store import RowStore
 from tests.faults import filler
+from tests.faults.forks import Server
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-class Filler:
+class Filler(Server):
     """The process of filler.py."""
 
     def __init__(self) -> None:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "tests.faults.filler"]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        super().__init__("tests.faults.filler")
 
-    def order(self, root: Path, shards: int, *, crash_at: int = 0, pace: float = 0.0) -> int:
-        return self._say(json.dumps({"root": str(root), "shards": shards, "crash_at": crash_at, "pace": pace}))["pid"]
-
-    def answer(self) -> dict[str, Any]:
-        """{"status", "calls"} of the child, once it has ended."""
-        return self._say("")
-
-    def _say(self, line: str) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.communicate()
+    def fill(self, root: Path, shards: int, *, crash_at: int = 0, pace: float = 0.0) -> int:
+        return self.order(root=str(root), shards=shards, crash_at=crash_at, pace=pace)
 
 
 @pytest.fixture
@@ -89,12 +69,12 @@ def assert_whole(root: Path, content: str) -> None:
 def test_killed_before_any_call_that_touches_the_disk(worker: Filler, folder: Path) -> None:
     """Every instant at which the disk can differ from the one before: as many runs as there are calls."""
     content = filler.fill(folder / "reference", 2).content
-    worker.order(folder / "counted", 2)
-    calls = worker.answer()["calls"]
+    worker.fill(folder / "counted", 2)
+    calls = worker.answer()["answer"]
     assert calls > 40
     for k in range(1, calls + 1):
         root = folder / f"crash-{k}"
-        worker.order(root, 2, crash_at=k)
+        worker.fill(root, 2, crash_at=k)
         assert worker.answer()["status"] == -signal.SIGKILL
         before = finished(root)
         filler.fill(root, 2)
@@ -107,7 +87,7 @@ def test_killed_from_outside_at_random_instants(worker: Filler, folder: Path) ->
     content = filler.fill(folder / "reference", shards).content
     root, kills = folder / "run", 0
     for attempt in range(100):
-        pid = worker.order(root, shards, pace=0.01)
+        pid = worker.fill(root, shards, pace=0.01)
         time.sleep(rng.uniform(0.0, 0.03 + 0.01 * attempt))
         before = finished(root)
         os.kill(pid, signal.SIGKILL)
@@ -123,7 +103,7 @@ def test_killed_from_outside_at_random_instants(worker: Filler, folder: Path) ->
 
 def test_sigkill_frees_the_lock(worker: Filler, folder: Path) -> None:
     root = folder / "run"
-    pid = worker.order(root, 50, pace=0.2)
+    pid = worker.fill(root, 50, pace=0.2)
     until = time.monotonic() + 20
     while not finished(root) and time.monotonic() < until:
         time.sleep(0.01)

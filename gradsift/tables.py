@@ -1,0 +1,242 @@
+"""Tables as containers of rows: parquet, Arrow files, folders saved by `datasets`, hub datasets.
+
+Parquet is unpacked once into an unlinked temporary Arrow file. Every batch is checked before a value of it is read: Arrow takes offsets as
+the file states them, and a file may lie.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from gradsift.errors import DataError, DiskFull, OutOfMemory, ResourceError, UserError
+
+EXPANSION = 1000.0  # unpacked over packed bytes: gzip's own limit is 1032, text rarely passes 20
+EXPANSION_FROM = 1 << 30  # bytes; smaller files may expand as they like
+AGAIN = "Copy or download the file again."
+ROOM = "Set TMPDIR to a roomier disk."
+_STEP, _BATCH_ROWS, _BATCH_BYTES = 256, 1 << 14, 1 << 26  # rows decoded at once; rows and bytes of a batch that is kept
+_UNREADABLE = (ValueError, LookupError, ArithmeticError, TypeError, pa.ArrowException)  # what a value without a Python value raises
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a row was found. line: 1-based line of a jsonl file, else 1-based number of the row. [start, end): bytes, or a table row.
+
+    fault: (code, text) when no row can be read there.
+    """
+
+    line: int
+    start: int
+    end: int
+    data: Any = None  # bytes of a Text row, record of a Table row
+    fault: tuple[str, str] | None = None
+
+
+def expanded(written: int, read: int, limit: float, name: str) -> None:
+    """Raises ResourceError when `written` bytes unpacked from `read` are more than a file may become."""
+    if written > EXPANSION_FROM and written > read * limit:
+        what = f"expands beyond {limit:g} times its size ({written:,} bytes from {read:,})"
+        raise ResourceError(what, where=name, remedy="Unpack it by hand, or raise max_expansion, if you trust it.")
+
+
+class Table:
+    """Record batches that lie in a memory-mapped file. `kind` is "parquet" or "arrow", which is also what subsets are written as."""
+
+    def __init__(self, table: pa.Table, name: str, kind: str) -> None:
+        self.table, self.name, self.kind = table, name, kind
+        self.cut, self.blank = None, 0
+        if len(set(table.column_names)) < table.num_columns:
+            twice = next(column for column in table.column_names if table.column_names.count(column) > 1)
+            raise DataError(f"has two columns named {twice!r}", where=name, remedy="Rename or drop one of them.")
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def read(self, start: int, end: int) -> Any:
+        """The record of row `start`."""
+        return self.table.slice(start, end - start).to_pylist()[0]
+
+    def rows(self) -> Iterator[Place]:
+        at = 0
+        for batch in self.table.to_batches(max_chunksize=1000):
+            try:
+                records: list[Any] = batch.to_pylist()
+            except _UNREADABLE:
+                records = [self._record(batch, i) for i in range(batch.num_rows)]
+            for record in records:
+                fault = record if isinstance(record, tuple) else None
+                yield Place(at + 1, at, at + 1, None if fault else record, fault)
+                at += 1
+
+    @staticmethod
+    def _record(batch: pa.RecordBatch, row: int) -> dict[str, Any] | tuple[str, str]:
+        try:
+            return batch.slice(row, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            return "not-utf8", "a text of the row is not UTF-8"
+        except _UNREADABLE as error:
+            return "wrong-type", f"a value of the row cannot be read ({_short(error)})"
+
+
+def parquet(file: IO[bytes], name: str, max_expansion: float) -> Table:
+    """Parquet is unpacked into an Arrow file: one row of it cannot be read without its whole row group."""
+    size = os.fstat(file.fileno()).st_size
+    try:
+        source = pq.ParquetFile(file)
+        with tempfile.NamedTemporaryFile(prefix="gradsift-", suffix=".arrow") as spool:
+            with pa.ipc.new_stream(spool, source.schema_arrow) as writer:  # a stream, since dictionaries may differ between row groups
+                for batch in _joined(source.iter_batches(batch_size=_STEP)):
+                    _check(batch)
+                    writer.write_batch(batch)
+                    expanded(spool.tell(), size, max_expansion, name)
+            spool.flush()
+            table = pa.ipc.open_stream(pa.memory_map(spool.name)).read_all()
+    except MemoryError as error:
+        raise _too_large(name) from error
+    except (pa.ArrowException, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFull(f"no space left in {tempfile.gettempdir()} to unpack it", where=name, remedy=ROOM) from error
+        raise DataError(f"is not a readable parquet file ({_short(error)})", where=name, remedy=AGAIN) from error
+    return Table(table, name, "parquet")
+
+
+def _joined(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Small batches joined to larger ones: rows are decoded few at a time, since a word of megabytes may stand in each of them."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= _BATCH_ROWS or sum(b.get_total_buffer_size() for b in waiting) >= _BATCH_BYTES:
+            yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()
+            waiting = []
+    if waiting:
+        yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()
+
+
+def arrow(paths: list[Path], name: str, max_expansion: float) -> Table:
+    """Arrow files or streams, one after the other; memory-mapped, but for what is compressed in them."""
+    tables = []
+    for path in paths:
+        try:
+            source = pa.memory_map(str(path))
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            reader: Any = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            batches, held = [], 0
+            for batch in (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader:
+                _check(batch)
+                batches.append(batch)
+                held += batch.get_total_buffer_size()
+                expanded(held, source.size(), max_expansion, name)
+            tables.append(pa.Table.from_batches(batches, reader.schema))
+        except MemoryError as error:
+            raise _too_large(path) from error
+        except (pa.ArrowException, ValueError, OSError) as error:
+            raise DataError(f"is not a readable Arrow file ({_short(error)})", where=path, remedy=AGAIN) from error
+    if not tables or not all(table.schema.equals(tables[0].schema) for table in tables):
+        what = "its files have different schemas" if tables else "holds no files"
+        raise DataError(what, where=name, remedy="Save the data set again.")
+    return Table(pa.concat_tables(tables), name, "arrow")
+
+
+def _check(batch: pa.RecordBatch) -> None:
+    """Raises ArrowInvalid for offsets and indices that lead outside their buffers. Whether texts are UTF-8 is asked row by row."""
+    for column in batch.columns:
+        plain = _without_texts(column.type)
+        (column if plain == column.type else column.view(plain)).validate(full=True)
+
+
+def _without_texts(kind: pa.DataType) -> pa.DataType:
+    """The type with bytes in place of texts."""
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.binary() if pa.types.is_string(kind) else pa.large_binary()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inner = kind.value_field.with_type(_without_texts(kind.value_type))
+        return pa.list_(inner) if pa.types.is_list(kind) else pa.large_list(inner)
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_texts(field.type)) for field in kind])
+    return kind
+
+
+def _too_large(name: str | Path) -> OutOfMemory:
+    return OutOfMemory("its rows do not fit into memory when they are unpacked", where=name, remedy="Save it again in smaller batches.")
+
+
+def _short(error: Exception) -> str:
+    return str(error).split("\n")[0][:120]
+
+
+def saved_folder(path: Path) -> Table:
+    """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk` (its train split, or its only one)."""
+    if (path / "dataset_dict.json").is_file():
+        names = _names(path / "dataset_dict.json", _described(path / "dataset_dict.json").get("splits"))
+        if "train" not in names and len(names) != 1:
+            raise UserError(f"holds the splits {', '.join(names)}", where=path, remedy=f"Name one, such as {path / names[0]}.")
+        path = path / ("train" if "train" in names else names[0])
+    state = path / "state.json"
+    if not state.is_file():
+        raise UserError("is a folder, but not one that `datasets` saved", where=path, remedy="Name the files in it.")
+    described = _described(state)
+    if described.get("_indices_data_files"):
+        raise UserError("holds a shuffled or filtered view", where=path, remedy="Call flatten_indices() before save_to_disk().")
+    files = described.get("_data_files")
+    names = _names(state, [file.get("filename") if isinstance(file, dict) else None for file in files] if isinstance(files, list) else None)
+    return arrow([path / name for name in names], str(path), EXPANSION)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise DataError("is damaged: it holds no JSON object", where=path, remedy="Save the data set again.")
+    return found
+
+
+def _names(path: Path, names: Any) -> list[str]:
+    """The names of files or folders beside `path` that it lists. Raises DataError for what is none, and for one that leads elsewhere."""
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise DataError("is damaged: it does not list its parts", where=path, remedy="Save the data set again.")
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise DataError(f"the name {name!r} in it points outside its folder", where=path, remedy="Save the data set again.")
+    return names
+
+
+def hub(name: str) -> Table:
+    """`hf:NAME[:CONFIG][@REVISION]` through the `datasets` library; NAME may be a local folder. The train split, or the only one."""
+    rest, config, revision = name[3:], "", ""
+    if not os.path.isdir(rest):
+        rest, _, revision = rest.partition("@")
+        rest, _, config = rest.partition(":")
+    if os.path.isfile(os.path.join(rest, "state.json")) or os.path.isfile(os.path.join(rest, "dataset_dict.json")):
+        return saved_folder(Path(rest))
+    try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ImportError:
+        raise UserError("hf: sources need the `datasets` library", where=name, remedy='Install it: pip install "gradsift[hub]"') from None
+    # The 3.x line of datasets could run a script of the repository; later ones cannot and warn about the option.
+    options: Any = {"trust_remote_code": False} if datasets.__version__.startswith("3.") else {}
+    try:
+        loaded: Any = datasets.load_dataset(rest, config or None, revision=revision or None, **options)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        remedy = "Check the name, the network and HF_TOKEN; or download the files and name them."
+        raise UserError(f"cannot be loaded ({_short(error)})", where=name, remedy=remedy) from error
+    if isinstance(loaded, dict):
+        if "train" not in loaded and len(loaded) != 1:
+            splits = ", ".join(loaded)
+            raise UserError(f"holds the splits {splits} and no train", where=name, remedy="Download the split and name its file.")
+        loaded = loaded["train" if "train" in loaded else next(iter(loaded))]
+    return Table(loaded.data.table, name, "arrow")
