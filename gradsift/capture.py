@@ -137,15 +137,15 @@ class Capture:
         batch = self.batch = _Batch(b, t, flat, slots, width, self.bound.start(b), torch.zeros(b, device=self.device))
         logits = self.model(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False).logits
         if not batch.gathered:
-            logits = logits.flatten(0, 1).index_select(0, flat)
+            logits = _at(logits.flatten(0, 1), flat)
         logits = logits.view(-1, logits.shape[-1])
-        targets = torch.from_numpy(labels.ravel()[places]).to(self.device)
-        nll, grad = cross_entropy(logits, targets, 1 / counts[owner], in_place=logits.data_ptr() == batch.head_out)
+        targets, weights = torch.from_numpy(labels.ravel()[places]).to(logits.device), (1 / counts[owner]).to(logits.device)
+        nll, grad = cross_entropy(logits, targets, weights, in_place=logits.data_ptr() == batch.head_out)
         batch.backward, batch.last_read = True, None
         torch.autograd.backward(logits, grad)
         for name in list(batch.held):
             self._finish(name)
-        losses = torch.zeros(b, device=self.device).index_add_(0, owner, nll) / counts
+        losses = torch.zeros(b, device=self.device).index_add_(0, owner, nll.to(self.device)) / counts
         return self.bound.finish(batch.state).cpu(), batch.squares.sqrt().cpu(), losses.cpu()
 
     @contextmanager
@@ -202,7 +202,7 @@ class Capture:
         if batch is None or args[0].shape[:2] != (batch.b, batch.t):
             return None
         batch.gathered = True
-        return (args[0].flatten(0, 1).index_select(0, batch.flat)[None], *args[1:])
+        return (_at(args[0].flatten(0, 1), batch.flat)[None], *args[1:])
 
     def _after_head(self, head: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         if self.batch is not None and self.batch.gathered and head not in self.tapped:
@@ -210,12 +210,12 @@ class Capture:
 
     def _before_tail(self, tail: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         assert self.batch is not None
-        return (args[0].flatten(0, 1).index_select(0, self.batch.flat)[None], *args[1:])
+        return (_at(args[0].flatten(0, 1), self.batch.flat)[None], *args[1:])
 
     def _after_tail(self, tail: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         assert self.batch is not None
         b, t, width = self.batch.b, self.batch.t, out.shape[-1]
-        return out.new_zeros(b * t, width).index_copy(0, self.batch.flat, out[0]).view(b, t, width)
+        return out.new_zeros(b * t, width).index_copy(0, self.batch.flat.to(out.device), out[0]).view(b, t, width)
 
     def _tap(self, name: str, anchor: Tensor) -> Callable[..., Tensor | None]:
         owner = self.owner[name]
@@ -250,9 +250,11 @@ class Capture:
             self._finish(owner)
 
     def _spread(self, name: str, a: Tensor) -> Tensor:
-        """Activations as [b, positions, features]: supervised positions that were gathered from all examples go back to their own."""
+        """Activations as [b, positions, features], on one device where the model spans several: supervised positions that were gathered from
+        all examples go back to their own."""
         batch = self.batch
         assert batch is not None
+        a = a.to(self.device)
         if a.dim() == 2:
             a = a.view(batch.b, batch.t, -1) if a.shape[0] == batch.b * batch.t else a[None]
         if a.shape[:2] == (batch.b, batch.t):
@@ -354,6 +356,11 @@ def _pad(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
         ids[k], labels[k, : len(row_labels)] = row_ids[0], row_labels
         ids[k, : len(row_ids)] = row_ids
     return ids, labels
+
+
+def _at(flat: Tensor, places: Tensor) -> Tensor:
+    """Rows of `flat`, wherever it lies: a model may span devices."""
+    return flat.index_select(0, places.to(flat.device))
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -169,6 +169,39 @@ Dtype = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", help="CPU threads. (default physical cores)", rich_help_panel=MACHINE, show_default=False)
 ]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--executor",
+        metavar="serial|ray",
+        help="ray: several workers, GPUs or machines; the same bytes. (default serial)",
+        rich_help_panel=MACHINE,
+        show_default=False,
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address", metavar="HOST:PORT|auto", help="A running Ray cluster. (default this machine)", rich_help_panel=MACHINE, show_default=False
+    ),
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", help="Ray workers. (default as many as fit)", rich_help_panel=MACHINE, show_default=False)
+]
+GpusPerWorker = Annotated[
+    int | None,
+    typer.Option("--gpus-per-worker", help="GPUs that a Ray worker's model spans. (default 1)", rich_help_panel=MACHINE, show_default=False),
+]
+ShardTimeout = Annotated[
+    float | None,
+    typer.Option(
+        "--shard-timeout",
+        metavar="SECONDS",
+        help="Replace a Ray worker that takes longer for a shard. (default 3600)",
+        rich_help_panel=MACHINE,
+        show_default=False,
+    ),
+]
 Force = Annotated[
     bool | None,
     typer.Option("--force", help="Go on where a check says that the result will be poor.", rich_help_panel=MACHINE, show_default=False),
@@ -240,6 +273,11 @@ def select(
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
+    executor: Engine = None,
+    address: Address = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    shard_timeout: ShardTimeout = None,
     force: Force = None,
     allow_short: Annotated[
         bool, typer.Option("--allow-short", help="Accept fewer rows than the budget when the pool has no more.")
@@ -294,6 +332,11 @@ def _gather(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
         model__device=values["device"],
         model__dtype=values["dtype"],
         machine__threads=values["threads"],
+        machine__executor=values.get("executor"),
+        machine__address=values.get("address"),
+        machine__workers=values.get("workers"),
+        machine__gpus_per_worker=values.get("gpus_per_worker"),
+        machine__shard_timeout=values.get("shard_timeout"),
         machine__force=values["force"],
     )
 
@@ -347,6 +390,11 @@ def plan(
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
+    executor: Engine = None,
+    address: Address = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    shard_timeout: ShardTimeout = None,
     force: Force = None,
     as_json: AsJson = False,
     quiet: Quiet = False,

@@ -119,11 +119,23 @@ class CurvatureSettings(Settings):
 
 
 class MachineSettings(Settings):
-    """Where work runs. `threads` 0 = the physical cores; the number in force enters the digests of training and gradients."""
+    """Where work runs. `threads` 0 = the physical cores; the number in force enters the digests of training and gradients, nothing else does.
+
+    executor "ray": workers over Ray, `workers` of them (0 = as many as there is room for) on the cluster at `address` (None = this machine),
+    each with `threads` threads or, for a model on GPUs, `gpus_per_worker` GPUs; one that takes `shard_timeout` seconds for a shard hangs.
+    """
 
     threads: int = Field(default=0, ge=0)
-    executor: Literal["serial"] = "serial"
+    executor: Literal["serial", "ray"] = "serial"
+    address: str | None = None
+    workers: int = Field(default=0, ge=0)
+    gpus_per_worker: int = Field(default=1, ge=1)
+    shard_timeout: float = Field(default=3600, gt=0)
     force: bool = False
+
+    def spans(self, device: str) -> bool:
+        """Whether a model on `device` lies over several GPUs."""
+        return device != "cpu" and self.gpus_per_worker > 1
 
 
 class Config(Settings):

@@ -91,6 +91,11 @@ class EncodedRows(Sequence[dict[str, list[int]]]):
         at = slice(int(self._begin[row]), int(self._begin[row + 1]))
         return {"input_ids": self._ids[at].tolist(), "labels": self._labels[at].tolist()}
 
+    def part(self, rows: slice) -> EncodedRows:
+        """Some neighbouring rows, without the notes: what a worker needs of a shard."""
+        at = slice(int(self._begin[rows.start]), int(self._begin[rows.stop]))
+        return EncodedRows(self._ids[at], self._labels[at], self.lengths[rows], self.supervised[rows], self.codes[rows])
+
     def save(self, folder: str | Path) -> dict[str, str]:
         """Writes one tensor file into `folder`; returns {file name: digest}. Raises DiskFull, ResourceError."""
         arrays = dict(input_ids=self._ids, labels=self._labels, lengths=self.lengths, supervised=self.supervised, codes=self.codes)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class GradsiftError(Exception):
@@ -34,9 +35,19 @@ class GradsiftError(Exception):
         self.what, self.where, self.remedy = what, None if where is None else str(where), remedy
         super().__init__(what)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As a worker's error reaches the process that waits for it: by its fields, since constructors differ.
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
         return f"{text}. {self.remedy}" if self.remedy else text
+
+
+def _rebuilt(kind: type[GradsiftError], args: tuple[Any, ...], fields: dict[str, Any]) -> GradsiftError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 class UserError(GradsiftError):

@@ -23,9 +23,16 @@ _RESUME = "The same command resumes: finished shards are kept."
 
 
 class Executor(Protocol):
-    """Where shards are worked on. `make_worker` is called once per worker, there (it loads the model); the worker takes shard numbers."""
+    """Where shards are worked on. `make_worker` is called once per worker, there (it loads the model); the worker takes part(shard), which is
+    called here, or the shard's number where there is no `part`. `remote`: workers are other processes, perhaps on other machines: they see
+    what `make_worker` and `part` bring along, and nothing else.
+    """
 
-    def map(self, make_worker: Callable[[], Callable[[int], T]], shards: Sequence[int]) -> Iterator[tuple[int, T]]:
+    remote: bool
+
+    def map(
+        self, make_worker: Callable[[], Callable[[Any], T]], shards: Sequence[int], part: Callable[[int], Any] | None = None
+    ) -> Iterator[tuple[int, T]]:
         """Yields (shard, result) as they finish, in any order. Raises Interrupted after a signal, and whatever a worker raises."""
         ...
 
@@ -33,7 +40,11 @@ class Executor(Protocol):
 class Serial:
     """One worker in this process, shards in the given order."""
 
-    def map(self, make_worker: Callable[[], Callable[[int], T]], shards: Sequence[int]) -> Iterator[tuple[int, T]]:
+    remote = False
+
+    def map(
+        self, make_worker: Callable[[], Callable[[Any], T]], shards: Sequence[int], part: Callable[[int], Any] | None = None
+    ) -> Iterator[tuple[int, T]]:
         """As Executor.map. After SIGINT or SIGTERM the shard in hand is finished and yielded, no other begun; no shards, no worker."""
         if not shards:
             return
@@ -41,7 +52,7 @@ class Serial:
             worker = make_worker()
             for shard in shards:
                 stop_here()
-                yield shard, worker(shard)
+                yield shard, worker(shard if part is None else part(shard))
 
 
 class _Stop:

@@ -136,7 +136,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model of a hub name, a local folder or a built-in name, in eval mode on `device`.
 
-    dtype: float32, bfloat16 or float16. attention: transformers' attn_implementation ("eager", "sdpa", ...); None = its default.
+    device: "auto" spreads it over all GPUs that the process sees (accelerate's device map). dtype: float32, bfloat16 or float16. attention: transformers' attn_implementation ("eager", "sdpa", ...); None = its default.
     Raises UserError for a name that is nowhere or holds only pickled weights, DataError when the files lack weights that the model needs,
     ConfigError for an unknown dtype or for remote code without a pinned commit.
     """
@@ -146,6 +146,8 @@ def load_model(
     if revision is None:
         _refuse_pickles(Path(path))
     extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if str(device) == "auto":
+        extra["device_map"] = "auto"
     try:
         with quiet():
             # A resolved commit, not "main": for "main" transformers may fetch weights from a conversion bot's pull request.
@@ -170,7 +172,7 @@ def load_model(
             where=name,
             remedy="Give a complete causal language model (for an adapter, give its base model here).",
         )
-    if not getattr(model, "is_quantized", False):
+    if str(device) != "auto" and not getattr(model, "is_quantized", False):
         model = model.to(device)
     return model.eval()
 

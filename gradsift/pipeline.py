@@ -190,7 +190,7 @@ class Pipeline(Stages):
         return load_model(
             model.name,
             dtype=model.dtype,
-            device=model.device,
+            device="auto" if self.config.machine.spans(model.device) else model.device,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             attention=model.attention,

@@ -1,19 +1,15 @@
-"""Filling stores of gradient rows: one shard of examples at a time, and the weighted mean over checkpoints."""
+"""Stores of gradient rows: what share may be unusable, the weighted mean over checkpoints, the mean cosine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradsift.encode import EncodedRows
 from gradsift.errors import DataError
-from gradsift.gradients import Modules, extract
-from gradsift.packing import OUT_OF_MEMORY
-from gradsift.projection import Projection
 from gradsift.store import RowStore
-from gradsift.types import Transform
 
 MOST_QUARANTINED = 0.05  # share of the encoded rows whose gradient may be unusable before a stage stops
 
@@ -26,39 +22,6 @@ class Scaled:
 
     def __getitem__(self, rows: slice) -> Tensor:
         return self.store[rows].float() * self.store.scales[rows, None]
-
-
-def shard_worker(
-    store: RowStore,
-    encoded: EncodedRows,
-    model: nn.Module,
-    *,
-    projection: Projection,
-    transform: Transform | None,
-    modules: Modules,
-    token_budget: int,
-    advance: Callable[[int], None],
-) -> Callable[[int], int]:
-    """A worker for Executor.map: takes a shard number, writes its rows, returns how often a batch had to be halved for memory."""
-
-    def work(shard: int) -> int:
-        where = store.shards[shard]
-        count, halvings = where.stop - where.start, 0
-        rows, norms, losses = torch.zeros(count, store.shape[1]), torch.zeros(count), torch.zeros(count)
-        tokens, codes = torch.zeros(count, dtype=torch.int32), torch.zeros(count, dtype=torch.uint8)
-        usable = [i for i in range(where.start, where.stop) if encoded.codes[i] == 0]
-        taken = [encoded[i] for i in usable]
-        for batch in extract(model, taken, projection=projection, transform=transform, modules=modules, token_budget=token_budget):
-            at = torch.tensor([usable[int(i)] - where.start for i in batch.indices])
-            rows[at], norms[at], losses[at], tokens[at] = batch.rows, batch.norms, batch.losses, batch.tokens
-            for i in batch.failed:
-                codes[usable[i] - where.start] = OUT_OF_MEMORY
-            halvings += batch.halvings
-            advance(int(encoded.lengths[where][at.numpy()].sum()))
-        store.write(shard, rows, norms=norms, losses=losses, tokens=tokens, codes=codes)
-        return halvings
-
-    return work
 
 
 def check_quarantine(store: RowStore, encoded: EncodedRows, what: str = "gradient") -> None:

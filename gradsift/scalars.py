@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,10 +13,11 @@ from gradsift.durable import write_tensors
 from gradsift.errors import UserError
 from gradsift.execute import Stopping
 from gradsift.model import attach_lora
-from gradsift.signals import difficulty, ifd, ngrams
-from gradsift.signals.loss import row_losses
+from gradsift.parts import Parts
+from gradsift.signals import difficulty, ngrams
 from gradsift.stages import Recipe
 from gradsift.warmup import plan_warmup
+from gradsift.workers import ScalarWork
 
 if TYPE_CHECKING:
     from gradsift.pipeline import Pipeline
@@ -32,7 +32,7 @@ def recipes(pipeline: Pipeline, name: str) -> list[Recipe]:
         inputs = {side: rows.digest for side, rows in pipeline.sides.items()}
         return [Recipe("ngrams", {"buckets": ngrams.BUCKETS, "prior": ngrams.PRIOR}, inputs)]
     if name in ("ifd", "loss"):
-        return [Recipe(name, {}, rows, pipeline.compute_identity())]
+        return [Recipe(name, {"shard_rows": pipeline.config.gradients.shard_rows}, rows, pipeline.compute_identity())]
     settings = pipeline.config.warmup.canonical()
     for unused in ("checkpoints", "scheduler", "warmup_ratio", "weight_decay"):
         del settings[unused]
@@ -42,14 +42,34 @@ def recipes(pipeline: Pipeline, name: str) -> list[Recipe]:
 
 def values(pipeline: Pipeline, name: str) -> Tensor:
     """One of SCALARS for every pool row [n]; NaN for rows that could not be encoded."""
-    make = {"difficulty": _difficulty, "ifd": _ifd, "loss": _loss, "ngrams": _ngrams}[name]
-
     def fill(artifact: Artifact) -> None:
-        found = make(pipeline)
+        make = {"difficulty": _difficulty, "ngrams": _ngrams}.get(name)
+        found = make(pipeline) if make is not None else _of_each(pipeline, name, artifact)
         hash_ = write_tensors(artifact.path / f"{name}.safetensors", {name: found}, {"recipe": artifact.digest})
         artifact.finish(files={f"{name}.safetensors": hash_}, counts={"rows": len(found)})
 
     return pipeline.make(recipes(pipeline, name)[-1], fill).tensors(f"{name}.safetensors")[name]
+
+
+def _of_each(pipeline: Pipeline, name: str, artifact: Artifact) -> Tensor:
+    """What the base model alone says of each row ("loss", "ifd"), shard by shard. fp32 [n] for a loss, else fp64."""
+    encoded = pipeline.encoded("pool")
+    parts = Parts(artifact, len(encoded), pipeline.config.gradients.shard_rows)
+    missing = parts.missing()
+    rows = [i for shard in missing for i in range(parts.shards[shard].start, parts.shards[shard].stop) if encoded.codes[i] == 0]
+    tokens = int(encoded.lengths[rows].sum()) + (int(encoded.supervised[rows].sum()) + len(rows) if name == "ifd" else 0)
+    label = {"loss": "loss of the base model", "ifd": "instruction-following difficulty"}[name]
+    pipeline.progress.start(tokens, "tokens", label)
+    inner, outer = pipeline.advances(encoded)
+    if missing:
+        work = ScalarWork(pipeline.lend(None if pipeline.executor.remote else pipeline.load_base()), name, pipeline.pad_id, inner)
+        for shard, found in pipeline.executor.map(work, missing, lambda shard: encoded.part(parts.shards[shard])):
+            parts.keep(shard, {name: found})
+            outer(parts.shards[shard])
+    pipeline.progress.done()
+    found = torch.cat(parts.read(name))
+    parts.remove()
+    return found.float() if name == "loss" else found
 
 
 def _ngrams(pipeline: Pipeline) -> Tensor:
@@ -57,27 +77,6 @@ def _ngrams(pipeline: Pipeline) -> Tensor:
         raise UserError("n-gram weights need a target", remedy="Add --target FILE.")
     sides = {side: (text_of(example) for example in rows) for side, rows in pipeline.sides.items()}
     return torch.as_tensor(ngrams.importance(sides["pool"], sides["target"]))
-
-
-def _loss(pipeline: Pipeline) -> Tensor:
-    encoded = pipeline.encoded("pool")
-    usable = np.flatnonzero(encoded.codes == 0)
-    pipeline.progress.start(int(encoded.lengths[usable].sum()), "tokens", "loss of the base model")
-    rows = [encoded[int(i)] for i in usable]
-    found = row_losses(pipeline.load_base(), rows, pad_id=pipeline.pad_id, advance=pipeline.progress.advance)
-    pipeline.progress.done()
-    return _spread(found.mean, usable, len(encoded)).float()
-
-
-def _ifd(pipeline: Pipeline) -> Tensor:
-    encoded = pipeline.encoded("pool")
-    usable = np.flatnonzero(encoded.codes == 0)
-    rows = [encoded[int(i)] for i in usable]
-    tokens = int(encoded.lengths[usable].sum() + encoded.supervised[usable].sum() + len(rows))
-    pipeline.progress.start(tokens, "tokens", "instruction-following difficulty")
-    found = ifd.difficulty(pipeline.load_base(), rows, pad_id=pipeline.pad_id, advance=Stopping(pipeline.progress).advance)
-    pipeline.progress.done()
-    return _spread(found, usable, len(encoded))
 
 
 def _difficulty(pipeline: Pipeline) -> Tensor:
@@ -106,8 +105,3 @@ def _difficulty(pipeline: Pipeline) -> Tensor:
     found[~features.usable] = torch.nan
     return found
 
-
-def _spread(found: Tensor, usable: np.ndarray, n: int) -> Tensor:
-    full = torch.full((n,), torch.nan, dtype=torch.float64)
-    full[torch.as_tensor(usable)] = found.double()
-    return full

@@ -59,6 +59,7 @@ class RowStore:
         self.problems: list[str] = []  # the damaged shards that `create` found, in words
         self._key = recipe_digest(dict(header))
         self._distrusted: set[int] = set()
+        self._checked: set[int] = set()
         self._hashes: Mapping[str, str] | None = None  # the manifest's
         self._files: OrderedDict[int, TensorFile] = OrderedDict()
         self._columns: dict[str, Tensor] = {}
@@ -223,20 +224,29 @@ class RowStore:
         count = self.shards[shard].stop - self.shards[shard].start
         if tuple(rows.shape) != (count, self.shape[1]) or any(column.shape != (count,) for column in (norms, losses, tokens)):
             raise ValueError(f"shard {shard} takes rows [{count}, {self.shape[1]}], not {list(rows.shape)}, and columns [{count}]")
-        if shard not in self._distrusted and self._is_written(shard):
+        if self._wanted(shard):
+            self.put(shard, pack(rows, norms=norms, losses=losses, tokens=tokens, codes=codes, dtype=self.dtype))
+
+    def put(self, shard: int, packed: Mapping[str, Tensor]) -> None:
+        """As `write`, of tensors that `packing.pack` made for this store, perhaps in another process."""
+        if not self._wanted(shard):
             return
         place = self.shards[shard]
         meta = {"store": self._key, "recipe": self.digest, "shard": str(shard), "rows": f"{place.start}:{place.stop}"}
-        packed = pack(rows, norms=norms, losses=losses, tokens=tokens, codes=codes, dtype=self.dtype)
         write_tensors(self.path / _shard_name(shard), packed, meta)
         self._distrusted.discard(shard)
 
-    def _is_written(self, shard: int) -> bool:
+    def _wanted(self, shard: int) -> bool:
+        if shard in self._distrusted:
+            return True
         try:
             self._open_shard(shard).close()
         except IntegrityError:
-            return False
-        return True
+            return True
+        return False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowStore.open, (self.path.absolute(),)  # sent to another process it is opened there, not copied
 
     def files(self) -> dict[str, str]:
         """{file name: hash} of the whole store, for Artifact.finish. Raises IntegrityError while shards are missing."""
@@ -316,7 +326,14 @@ class RowStore:
         if shard not in self._files:
             if shard in self._distrusted:
                 raise IntegrityError("is damaged, and not made anew yet", where=self.path / _shard_name(shard), remedy=REPAIR)
-            self._files[shard] = self._open_shard(shard)
+            try:
+                file = self._open_shard(shard)
+                if shard not in self._checked:  # once, when it is first read: at memory speed, and what is read comes from the same pages
+                    file.verify()
+                    self._checked.add(shard)
+            except IntegrityError as error:
+                raise IntegrityError(error.what, where=error.where, remedy=REPAIR) from error
+            self._files[shard] = file
             if len(self._files) > _OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(shard)

@@ -18,7 +18,7 @@ FLOORS = {
     2: "modules model transforms families",
     3: "trainer_output checkpoints warmup tail capture gradients signals",
     4: "influence curvature",
-    5: "curved projected scalars run execute stages rowwork pipeline findings outputs selection plan holdings evaluate tiny playground demo report",
+    5: "curved projected scalars run execute stages rowwork pipeline findings outputs selection plan holdings execute_ray workers parts evaluate tiny playground demo report",
     6: "cli __main__ __init__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

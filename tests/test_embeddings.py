@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from gradsift.encode import EncodedRows
 from gradsift.packing import NO_TOKEN
-from gradsift.signals.embeddings import embed, embedding_worker, hidden_size
+from gradsift.signals.embeddings import embed, hidden_size
 from gradsift.store import RowStore
+from gradsift.workers import EmbeddingWork
 from tests.parity.parts import gpt2, llama
 
 LENGTHS = (5, 17, 1, 9, 30, 17, 2)
@@ -76,9 +77,9 @@ def test_a_store_of_embeddings_holds_unit_rows_and_leaves_out_what_was_not_encod
     encoded = EncodedRows(np.array(flat, dtype=np.int32), np.array(flat, dtype=np.int32), lengths, supervised, codes)
     ids = [f"r{i}" for i in range(7)]
     store = RowStore.create(tmp_path, recipe_digest="0" * 64, ids=ids, dim=32, spec={}, shard_rows=3)
-    work = embedding_worker(store, encoded, model, pad_id=0, advance=lambda _: None)
+    work = EmbeddingWork(lambda: model, dim=32, pad_id=0)()
     for shard in reversed(store.missing()):
-        work(shard)
+        store.put(shard, work(encoded.part(store.shards[shard])))
     assert not store.missing()
     assert store.codes.tolist() == [0, 0, 0, NO_TOKEN, 0, 0, 0]
     expected = torch.stack([naive(model, row) for row in given]).float()

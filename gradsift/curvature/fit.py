@@ -139,16 +139,22 @@ class Fitting:
 
     # --- the two passes
 
-    def factors(self, shard: int) -> dict[str, Tensor]:
-        """The shard's sums "A/<group>" and "G/<name>", made or read."""
-        return self._stored(f"factors-{shard:05d}", lambda: self._sum_factors(shard), {})
+    def factors(self, shard: int, made: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The shard's sums "A/<group>" and "G/<name>", made or read; or `made`, which is kept: what `sum_factors` gave elsewhere."""
+        return self._stored(f"factors-{shard:05d}", lambda: made or self.sum_factors(shard), {})
 
-    def eigenvalues(self, shard: int) -> dict[str, Tensor]:
-        """The shard's sums "values/<name>" of squared gradients in the eigenbasis, made or read. Needs the factors of every shard."""
+    def eigenvalues(self, shard: int, made: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The shard's sums "values/<name>" of squared gradients in the eigenbasis, likewise. Needs the factors of every shard."""
         basis = self.basis()
-        return self._stored(f"eigenvalues-{shard:05d}", lambda: self._sum_squares(shard, basis), {"basis": self._basis_digest})
+        return self._stored(f"eigenvalues-{shard:05d}", lambda: made or self.sum_squares(shard, basis), {"basis": self._basis_digest})
 
-    def _sum_factors(self, shard: int) -> dict[str, Tensor]:
+    def missing(self, name: Literal["factors", "eigenvalues"]) -> list[int]:
+        """The shards whose sums the store does not hold."""
+        meta = {"basis": (self.basis(), self._basis_digest)[1]} if name == "eigenvalues" else {}
+        return [shard for shard in range(len(self.shards)) if self._read(f"{name}-{shard:05d}", meta) is None]
+
+    def sum_factors(self, shard: int) -> dict[str, Tensor]:
+        """What `factors` keeps, computed here."""
         walk = self.whole
         sums = {f"G/{name}": self._zeros(layer.outputs, layer.outputs) for name, layer in walk.layers.items()}
         sums |= {f"A/{layer.group}": self._zeros(layer.inputs, layer.inputs) for layer in walk.layers.values()}
@@ -163,7 +169,8 @@ class Fitting:
         self._pass(walk, shard, visit)
         return {key: symmetrise(total).cpu() for key, total in sums.items()}
 
-    def _sum_squares(self, shard: int, fitted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def sum_squares(self, shard: int, fitted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `eigenvalues` keeps, computed here with the tensors of `basis`."""
         walk = self.walk
         moved = {key: value.to(walk.device) for key, value in fitted.items() if key.startswith("U")}
         sums = {name: self._zeros(*layer.shape) for name, layer in walk.layers.items()}
@@ -212,15 +219,25 @@ class Fitting:
             if name not in self._kept:
                 self._kept[name] = make()
             return self._kept[name]
-        path, meta = self.store / f"{name}.safetensors", {"fit": recipe_digest(self.spec), "part": name, **meta}
+        if (there := self._read(name, meta)) is not None:
+            return there
+        tensors = make()
+        write_tensors(self.store / f"{name}.safetensors", tensors, self._meta(name, meta))
+        return tensors
+
+    def _read(self, name: str, meta: Mapping[str, str]) -> dict[str, Tensor] | None:
+        if self.store is None:
+            return self._kept.get(name)
+        path = self.store / f"{name}.safetensors"
         try:
-            return read_tensors(path, expect=meta)
+            return read_tensors(path, expect=self._meta(name, meta))
         except IntegrityError as error:
             if path.exists():
                 log.warning("%s; it is made anew", error)
-        tensors = make()
-        write_tensors(path, tensors, meta)
-        return tensors
+            return None
+
+    def _meta(self, name: str, meta: Mapping[str, str]) -> dict[str, str]:
+        return {"fit": recipe_digest(self.spec), "part": name, **meta}
 
     def _total(self, part: Callable[[int], dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """(name, fp64 sum over the shards, in order), one at a time."""

@@ -130,9 +130,9 @@ class Walk(Capture):
         with torch.no_grad():
             logits = self.model(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False).logits
             if not self.batch.gathered:
-                logits = logits.flatten(0, 1).index_select(0, flat)
+                logits = logits.flatten(0, 1).index_select(0, flat.to(logits.device))
             uniform = np.concatenate([self._draw(r) for r in self._rows])
-        labels.ravel()[places] = sample(logits.view(-1, logits.shape[-1]), torch.from_numpy(uniform).to(self.device)).cpu().numpy()
+        labels.ravel()[places] = sample(logits.view(-1, logits.shape[-1]), torch.from_numpy(uniform).to(logits.device)).cpu().numpy()
         return super()._run([(ids[k, : len(r[0])], labels[k, : len(r[0])]) for k, r in enumerate(rows)])
 
     def _finish(self, name: str) -> None:

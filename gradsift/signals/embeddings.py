@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsift.encode import EncodedRows, pad_batch, token_batches
-from gradsift.store import RowStore
+from gradsift.encode import pad_batch, token_batches
 
 POOLING = "position-weighted mean of the last hidden states"
 TOKEN_BUDGET = 4096  # padded tokens of a forward pass
@@ -52,7 +51,7 @@ def embed(
             ids, attention = ids.to(device), attention.to(device)
             model(input_ids=ids, attention_mask=attention, use_cache=False)
             weights = (attention.cumsum(dim=1) * attention).float()
-            states = seen.pop().float()
+            states = seen.pop().float().to(device)  # from the last of the devices that a model spans
             # Zero weights alone would let a non-finite padding state through.
             states = states.masked_fill(attention[:, :, None] == 0, 0)
             pooled = torch.einsum("bt,bth->bh", weights / weights.sum(dim=1, keepdim=True), states)
@@ -63,22 +62,3 @@ def embed(
         hook.remove()
         model.train(training)
     return found
-
-
-def embedding_worker(
-    store: RowStore, encoded: EncodedRows, model: Any, *, pad_id: int, advance: Callable[[int], None]
-) -> Callable[[int], None]:
-    """A worker for Executor.map: takes a shard number and writes its embeddings. `losses` are not measured here and are zeros."""
-
-    def work(shard: int) -> None:
-        where = store.shards[shard]
-        count = where.stop - where.start
-        usable = [i for i in range(where.start, where.stop) if encoded.codes[i] == 0]
-        rows = torch.zeros(count, store.shape[1])
-        if usable:
-            at = torch.tensor(usable) - where.start
-            rows[at] = embed(model, [encoded[i] for i in usable], pad_id=pad_id, advance=advance)
-        tokens = torch.as_tensor(encoded.supervised[where].copy())
-        store.write(shard, rows, norms=rows.norm(dim=1), losses=torch.zeros(count), tokens=tokens)
-
-    return work

@@ -37,7 +37,7 @@ def row_losses(
     model.eval()
     kept: dict[str, Tensor] = {}
     # Gathering inside the head's own call works for every architecture, whatever it does to the logits afterwards.
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][kept["mask"]].unsqueeze(0), *args[1:]))
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][kept["mask"].to(args[0].device)].unsqueeze(0), *args[1:]))
     try:
         for batch in token_batches([len(row["input_ids"]) for row in encoded], token_budget):
             ids, attention, labels = pad_batch([encoded[int(i)] for i in batch], pad_id)
@@ -48,7 +48,7 @@ def row_losses(
             count[where] = kept["mask"].sum(dim=1).cpu()
             if kept["mask"].any():
                 logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[0].float()
-                nats = torch.nn.functional.cross_entropy(logits, following[kept["mask"]], reduction="none").double().cpu()
+                nats = torch.nn.functional.cross_entropy(logits, following[kept["mask"]].to(logits.device), reduction="none").double().cpu()
                 owner = kept["mask"].cpu().nonzero()[:, 0]
                 total[where] = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, owner, nats)
             if advance:

@@ -1,0 +1,208 @@
+"""What a worker does with a shard, and what it needs for that: records that travel to other processes and machines.
+
+Each record is a maker for `Executor.map`: called once in the worker it gets the model, and what it returns takes the rows of one shard and
+gives back tensors. The one who called `map` writes them down, so a worker needs no folder of the run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsift import playground
+from gradsift.config import ModelSettings
+from gradsift.curvature import Fitting, Targets, score_pool
+from gradsift.durable import canonical_json
+from gradsift.encode import EncodedRows
+from gradsift.errors import MismatchError
+from gradsift.gradients import Modules, extract
+from gradsift.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, load_model, model_identity
+from gradsift.packing import OUT_OF_MEMORY, StoreDtype, pack
+from gradsift.projection import Projection
+from gradsift.signals import ifd
+from gradsift.signals.embeddings import embed
+from gradsift.signals.loss import row_losses
+from gradsift.types import Transform
+
+Advance = Callable[[int], None]
+_held: list[tuple[ModelSource, Any]] = []  # the model of this process, kept from one stage to the next
+
+
+def nothing(tokens: int) -> None:
+    """An `advance` for workers whose progress is told by the one who waits for them."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A run's model, base or at a checkpoint, to be loaded elsewhere. `identity`: canonical JSON of what the run's own model is; `adapter`:
+    the checkpoint's files; `spans`: over all devices that the process sees."""
+
+    settings: ModelSettings
+    identity: bytes
+    adapter: tuple[tuple[str, bytes], ...] = ()
+    spans: bool = False
+
+    @classmethod
+    def of(cls, settings: ModelSettings, identity: Any, checkpoint: Path | None = None, *, spans: bool = False) -> ModelSource:
+        names = (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if checkpoint is not None else ()
+        return cls(settings, canonical_json(identity), tuple((name, (Path(checkpoint or "") / name).read_bytes()) for name in names), spans)
+
+    def load(self) -> Any:
+        """The model in eval mode; a second call in the same process gives the same one. Raises MismatchError where another model has the
+        same name here, and as `load_model`."""
+        if not _held or _held[0][0] != self:
+            _held.clear()  # before the next is loaded: there may be room for one
+            _held.append((self, self._load()))
+        return _held[0][1]
+
+    def _load(self) -> Any:
+        playground.register()
+        model = self.settings
+        found = canonical_json(model_identity(model.name, model.revision))
+        if found != self.identity:
+            remedy = "Give every machine the same files, or name a hub model with --revision."
+            raise MismatchError(f"is another model here ({found.decode()}) than at the driver", where=model.name, remedy=remedy)
+        loaded = load_model(
+            model.name,
+            dtype=model.dtype,
+            device="auto" if self.spans else model.device.split(":")[0],
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            attention=model.attention,
+        )
+        if not self.adapter:
+            return loaded
+        with tempfile.TemporaryDirectory(prefix="gradsift-") as folder:
+            for name, data in self.adapter:
+                (Path(folder) / name).write_bytes(data)
+            return load_adapter(loaded, folder)
+
+
+@dataclass(frozen=True)
+class GradientWork:
+    """Rows of a shard -> (the packed tensors for `RowStore.put`, how often a batch had to be halved for memory)."""
+
+    model: Callable[[], Any]
+    projection: Projection
+    transform: Transform | None
+    modules: Modules
+    token_budget: int
+    dtype: StoreDtype
+    dim: int
+    advance: Advance = nothing
+
+    def __call__(self) -> Callable[[EncodedRows], tuple[dict[str, Tensor], int]]:
+        model = self.model()
+
+        def work(encoded: EncodedRows) -> tuple[dict[str, Tensor], int]:
+            count, halvings = len(encoded), 0
+            rows, norms, losses = torch.zeros(count, self.dim), torch.zeros(count), torch.zeros(count)
+            tokens, codes = torch.zeros(count, dtype=torch.int32), torch.zeros(count, dtype=torch.uint8)
+            usable = [i for i in range(count) if encoded.codes[i] == 0]
+            taken = [encoded[i] for i in usable]
+            options = {"transform": self.transform, "modules": self.modules, "token_budget": self.token_budget}
+            for batch in extract(model, taken, projection=self.projection, **options):
+                at = torch.tensor([usable[int(i)] for i in batch.indices])
+                rows[at], norms[at], losses[at], tokens[at] = batch.rows, batch.norms, batch.losses, batch.tokens
+                for i in batch.failed:
+                    codes[usable[i]] = OUT_OF_MEMORY
+                halvings += batch.halvings
+                self.advance(int(encoded.lengths[at.numpy()].sum()))
+            return pack(rows, norms=norms, losses=losses, tokens=tokens, codes=codes, dtype=self.dtype), halvings
+
+        return work
+
+
+@dataclass(frozen=True)
+class EmbeddingWork:
+    """Rows of a shard -> the packed tensors for `RowStore.put`. Losses are not measured here and are zeros."""
+
+    model: Callable[[], Any]
+    dim: int
+    pad_id: int
+    advance: Advance = nothing
+
+    def __call__(self) -> Callable[[EncodedRows], dict[str, Tensor]]:
+        model = self.model()
+
+        def work(encoded: EncodedRows) -> dict[str, Tensor]:
+            count = len(encoded)
+            usable = [i for i in range(count) if encoded.codes[i] == 0]
+            rows = torch.zeros(count, self.dim)
+            if usable:
+                rows[torch.tensor(usable)] = embed(model, [encoded[i] for i in usable], pad_id=self.pad_id, advance=self.advance)
+            tokens = torch.as_tensor(encoded.supervised.copy())
+            return pack(rows, norms=rows.norm(dim=1), losses=torch.zeros(count), tokens=tokens)
+
+        return work
+
+
+@dataclass(frozen=True)
+class ScalarWork:
+    """Rows of a shard -> one number each, fp64 [r], NaN where a row could not be encoded: `name` "loss" or "ifd"."""
+
+    model: Callable[[], Any]
+    name: str
+    pad_id: int
+    advance: Advance = nothing
+
+    def __call__(self) -> Callable[[EncodedRows], Tensor]:
+        model = self.model()
+
+        def work(encoded: EncodedRows) -> Tensor:
+            usable = [i for i in range(len(encoded)) if encoded.codes[i] == 0]
+            rows = [encoded[i] for i in usable]
+            if self.name == "loss":
+                found = row_losses(model, rows, pad_id=self.pad_id, advance=self.advance).mean
+            else:
+                found = ifd.difficulty(model, rows, pad_id=self.pad_id, advance=self.advance)
+            full = torch.full((len(encoded),), torch.nan, dtype=torch.float64)
+            full[torch.tensor(usable, dtype=torch.int64)] = found.double()
+            return full
+
+        return work
+
+
+@dataclass(frozen=True)
+class FittingWork:
+    """A shard's number -> its sums for the curvature: of the factors, or with `basis` of the corrected eigenvalues."""
+
+    model: Callable[[], Any]
+    rows: Sequence[Any]
+    settings: dict[str, Any]
+    basis: dict[str, Tensor] | None = None
+
+    def __call__(self) -> Callable[[int], dict[str, Tensor]]:
+        fitting = Fitting(self.model(), self.rows, **self.settings)
+        return fitting.sum_factors if self.basis is None else lambda shard: fitting.sum_squares(shard, self.basis or {})
+
+
+@dataclass(frozen=True)
+class ScoreWork:
+    """Rows of a shard -> scores fp32 [r, m], NaN for rows that could not be encoded."""
+
+    model: Callable[[], Any]
+    targets: Targets
+    modules: Modules
+    token_budget: int
+
+    def __call__(self) -> Callable[[EncodedRows], Tensor]:
+        model = self.model()
+
+        def work(encoded: EncodedRows) -> Tensor:
+            found = torch.full((len(encoded), len(self.targets)), torch.nan)
+            fine = [i for i in range(len(encoded)) if encoded.codes[i] == 0]
+            rows = [encoded[i] for i in fine]
+            for indices, scores in score_pool(model, rows, self.targets, modules=self.modules, token_budget=self.token_budget):
+                found[torch.tensor([fine[int(i)] for i in indices])] = scores
+            return found
+
+        return work
+
+

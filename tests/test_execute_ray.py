@@ -1,0 +1,324 @@
+# ruff: noqa: PT012 - what a signal or a lost worker stops is more than one statement
+"""The map on a real Ray cluster of three nodes on this machine: the bytes of Serial, whatever dies, hangs or is interrupted."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gradsift.artifact import MANIFEST
+from gradsift.config import Config, build
+from gradsift.errors import ConfigError, DiskFull, Interrupted, MismatchError, ResourceError, UnknownName, UserError
+from gradsift.execute import Executor, Serial
+from gradsift.execute_ray import Ray, executor_of, mapping
+from gradsift.pipeline import Pipeline
+from gradsift.pool import read_pool
+from gradsift.run import Run
+from gradsift.types import Signal
+from tests.conftest import SETTINGS, rows, write_rows
+
+ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"),
+    # Ray leaves the pipes and logs of its own processes to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+SMALL = {"num_cpus": 1, "object_store_memory": 80 << 20}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={**SMALL, "include_dashboard": False})
+    for _ in range(2):
+        made.add_node(**SMALL)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def two(cluster: Any) -> Iterator[Ray]:
+    """Two workers that all tests share: starting one takes seconds."""
+    executor = Ray(threads=1, workers=2, address=cluster.address)
+    yield executor
+    executor.close()
+
+
+@pytest.fixture(autouse=True)
+def _interrupts_arrive() -> Iterator[None]:
+    inherited = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with SIGINT ignored
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+def squares() -> Callable[[int], int]:
+    return lambda shard: shard**2
+
+
+# --- the map
+
+
+def test_every_shard_once_by_as_many_workers_as_asked_for(two: Ray) -> None:
+    executor: Executor = two
+
+    def make() -> Callable[[int], tuple[int, int, int]]:
+        return lambda shard: (shard**2, os.getpid(), torch.get_num_threads())
+
+    found = dict(executor.map(make, range(12)))
+    assert {shard: value for shard, (value, _, _) in found.items()} == {k: k * k for k in range(12)}
+    assert os.getpid() not in {pid for _, pid, _ in found.values()} and {threads for _, _, threads in found.values()} == {1}
+    assert list(executor.map(make, [])) == []
+
+
+def test_part_is_called_here_and_tensors_arrive_whole_and_aligned(two: Ray) -> None:
+    here = os.getpid()
+    given = {k: torch.arange(k * 3, dtype=dtype).reshape(3, k) for k, dtype in enumerate([torch.float16, torch.int8, torch.bfloat16, torch.float64])}
+
+    def part(shard: int) -> tuple[int, torch.Tensor]:
+        return os.getpid(), given[shard]
+
+    def make() -> Callable[[tuple[int, torch.Tensor]], tuple[bool, int, torch.Tensor]]:
+        return lambda item: (item[0] == here, item[1].data_ptr() % 64 if item[1].numel() else 0, item[1] + 1)
+
+    for shard, (called_here, offset, back) in two.map(make, range(4), part):
+        assert called_here and offset == 0
+        assert back.dtype == given[shard].dtype and torch.equal(back, given[shard] + 1)
+        back += 1  # memory of its own, not of the store
+
+
+def test_errors_cross_with_type_remedy_and_exit_code(two: Ray) -> None:
+    raised: list[Exception] = [
+        UnknownName("method", "tagco", ["tagcos"]),
+        DiskFull("no space", where="/x", remedy="Free some.", needed=5, free=3),
+        ZeroDivisionError("a plain one"),
+    ]
+
+    def make() -> Callable[[int], None]:
+        def work(shard: int) -> None:
+            raise raised[shard]
+
+        return work
+
+    for shard, original in enumerate(raised):
+        with pytest.raises(type(original)) as caught:
+            list(two.map(make, [shard]))
+        assert str(caught.value) == str(original)
+        assert {k: v for k, v in vars(caught.value).items() if not k.startswith("__")} == vars(original)
+    assert dict(two.map(squares, range(3))) == {0: 0, 1: 1, 2: 4}
+
+
+def test_a_worker_that_dies_and_one_that_hangs_are_replaced(two: Ray, tmp_path: Path) -> None:
+    def make() -> Callable[[int], int]:
+        def work(shard: int) -> int:
+            if shard in (2, 4) and not (tmp_path / str(shard)).exists():
+                (tmp_path / str(shard)).touch()
+                if shard == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(600)
+            return shard**2
+
+        return work
+
+    notes: list[str] = []
+    executor = Ray(threads=1, workers=1, address=two.address, shard_timeout=4, note=notes.append)
+    try:
+        assert dict(executor.map(make, range(6))) == {k: k * k for k in range(6)}
+    finally:
+        executor.close()
+    assert "lost at shard 2" in notes[0] and "lost at shard 4 (no answer within 4 s)" in notes[1] and len(notes) == 2
+
+
+def test_a_shard_that_costs_three_workers_ends_the_work(two: Ray) -> None:
+    def make() -> Callable[[int], int]:
+        def work(shard: int) -> int:
+            if shard == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return shard
+
+        return work
+
+    done = []
+    with pytest.raises(ResourceError, match=r"shard 1 has cost 3 workers.*--shard-timeout"):
+        for shard, _ in two.map(make, range(3)):
+            done.append(shard)
+    assert 1 not in done
+
+
+def test_a_worker_that_would_make_other_numbers_is_refused(two: Ray) -> None:
+    executor = Ray(threads=1, workers=1, address=two.address, expect={"torch": "0.1"})
+    try:
+        with pytest.raises(MismatchError, match=r"a worker has torch '.*', this process '0.1'"):
+            list(executor.map(squares, [1]))
+    finally:
+        executor.close()
+
+
+def test_a_signal_lets_the_shards_in_hand_finish_and_begins_no_other(two: Ray) -> None:
+    def make() -> Callable[[int], int]:
+        def work(shard: int) -> int:
+            time.sleep(0.3)
+            return shard
+
+        return work
+
+    done = []
+    with pytest.raises(Interrupted, match="stopped by SIGINT.*resumes") as caught:
+        for shard, _ in two.map(make, range(20)):
+            done.append(shard)
+            if len(done) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+    assert caught.value.exit_code == 130 and 2 <= len(done) <= 5
+    assert dict(two.map(squares, [7])) == {7: 49}
+
+
+def test_rules_get_a_map_in_order_that_is_the_builtin_one_elsewhere(two: Ray) -> None:
+    over = mapping(two)
+    assert list(over(lambda span: span[0] * 10 + span[1], [(3, 1), (1, 2), (2, 3)])) == [31, 12, 23]
+    assert list(over(lambda _: over is builtins.map, [0])) == [True]
+    assert mapping(Serial()) is builtins.map
+
+
+def test_ray_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r'needs the package ray. Install it: pip install "gradsift\[ray\]"'):
+        list(Ray(threads=1).map(squares, [1]))
+
+
+def test_settings_name_the_executor_and_no_room_is_told(two: Ray) -> None:
+    config = build({"model": {"name": "x"}, "machine": {"executor": "ray", "address": two.address, "workers": 3, "shard_timeout": 5.0}}, "t")
+    made = executor_of(config, threads=1)
+    assert isinstance(made, Ray) and (made.address, made.shard_timeout, made.gpus, made.threads) == (two.address, 5.0, 0, 1)
+    assert isinstance(executor_of(build({}, "t"), threads=1), Serial)
+    with pytest.raises(ConfigError, match="workers"):
+        build({"machine": {"workers": -1}}, "t")
+    with pytest.raises(ResourceError, match="no machine of the Ray cluster has room for a worker of 64 CPUs"):
+        list(Ray(threads=64, address=two.address).map(squares, [1]))
+
+
+# --- the stages of a run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("rows")
+    target = [item for item in rows(16, seed=9) if item["kind"] == "back"]
+    return write_rows(folder / "pool.jsonl", rows(40)), write_rows(folder / "dev.jsonl", target)
+
+
+@pytest.fixture(scope="module")
+def config(model_folder: Path) -> Config:
+    settings = {**SETTINGS, "model": {"name": str(model_folder)}, "curvature": {"fit_rows": 24}}
+    settings["gradients"] = {**SETTINGS["gradients"], "shard_rows": 8}
+    settings["warmup"] = {**SETTINGS["warmup"], "checkpoints": 1}
+    return build(settings, "test")
+
+
+EVERY = (
+    Signal("rows", transform="adam", checkpoints="mean"),
+    Signal("rows", side="target"),
+    Signal("influence", backend="ekfac"),
+    Signal("embeddings"),
+    Signal("loss"),
+    Signal("ifd"),
+)
+
+
+def make_all(folder: Path, config: Config, files: tuple[Path, Path], executor: Executor, needs: tuple[Signal, ...] = EVERY) -> dict[str, bytes]:
+    """{folder name: manifest} of every stage that the signals need."""
+    pool, target = (read_pool([file], max_bad_rows=0) for file in files)
+    run = Run(folder)
+    with run.lock():
+        Pipeline(run, config, pool, target, executor=executor).signals(frozenset(needs))
+    return manifests(folder)
+
+
+def manifests(folder: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in folder.glob(f"*/{MANIFEST}")}
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory: pytest.TempPathFactory, config: Config, files: tuple[Path, Path]) -> dict[str, bytes]:
+    return make_all(tmp_path_factory.mktemp("serial"), config, files, Serial())
+
+
+def test_two_workers_make_the_bytes_of_serial(
+    two: Ray, serial: dict[str, bytes], tmp_path: Path, config: Config, files: tuple[Path, Path]
+) -> None:
+    found = make_all(tmp_path, config, files, two)
+    assert sorted(name.rpartition("-")[0] for name in found) == [
+        *("curvature", "embeddings", "encode", "encode", "gradients", "gradients", "ifd", "influence", "loss", "mean", "warmup")
+    ]
+    assert found == serial
+
+
+def test_one_worker_does_too_and_a_node_lost_in_the_middle_loses_nothing(
+    cluster: Any, two: Ray, serial: dict[str, bytes], tmp_path: Path, config: Config, files: tuple[Path, Path]
+) -> None:
+    needs = (Signal("rows", transform="adam"),)
+    alone = Ray(threads=1, workers=1, address=two.address)
+    found = make_all(tmp_path / "one", config, files, alone, needs)
+    alone.close()
+    assert found.items() <= serial.items() and len(found) == 4
+    two.close()  # so that workers stand on the new node, too
+    node = cluster.add_node(**SMALL)
+    notes: list[str] = []
+    executor = Ray(threads=1, workers=4, address=two.address, note=notes.append)
+    lost: list[int] = []
+
+    def lose(folder: Path) -> None:
+        while not list(folder.glob("gradients-*/rows-*.safetensors")):
+            time.sleep(0.01)
+        cluster.remove_node(node, allow_graceful=False)
+        lost.append(1)
+
+    thread = threading.Thread(target=lose, args=(tmp_path / "node",))
+    thread.start()
+    try:
+        found = make_all(tmp_path / "node", config, files, executor, needs)
+    finally:
+        executor.close()
+        thread.join()
+    assert lost and found.items() <= serial.items()
+
+
+def test_a_driver_that_is_killed_goes_on_where_it_was(
+    two: Ray, serial: dict[str, bytes], tmp_path: Path, config: Config, files: tuple[Path, Path]
+) -> None:
+    script = tmp_path / "drive.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom tests.test_execute_ray import make_all\nfrom gradsift.config import Config\n"
+        "from gradsift.execute_ray import Ray\nfrom gradsift.types import Signal\n"
+        "config = Config.model_validate_json(Path(sys.argv[1]).read_text())\n"
+        "make_all(Path(sys.argv[2]), config, (Path(sys.argv[3]), Path(sys.argv[4])),"
+        " Ray(threads=1, workers=1, address=sys.argv[5]), (Signal('rows', transform='adam'),))\n"
+    )
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    command = [sys.executable, str(script), str(tmp_path / "config.json"), str(tmp_path / "run"), *map(str, files), two.address or ""]
+    two.close()
+    first = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE)
+    until = time.monotonic() + 240
+    while not list((tmp_path / "run").glob("gradients-*/rows-*.safetensors")):
+        assert time.monotonic() < until and first.poll() is None, first.communicate()[1].decode()
+        time.sleep(0.005)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("gradients-*/rows-*.safetensors")}
+    assert 1 <= len(kept) < 5, "killed too late to show anything"
+    found = make_all(tmp_path / "run", config, files, two, (Signal("rows", transform="adam"),))
+    assert found.items() <= serial.items() and len(found) == 4
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
