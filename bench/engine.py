@@ -45,12 +45,13 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from gradsift.gradients import extract, plan_batches  # noqa: E402
 from gradsift.model import tracked_modules  # noqa: E402
 from gradsift.projection import Projection  # noqa: E402
-from gradsift.transforms.adam import Adam  # noqa: E402
+from gradsift.transforms.adam import Adam, FactoredAdam  # noqa: E402
 
 GOALS = {  # arm -> (floor, bound on the ratio)
     "lora-sketch-1024": ("floor-lora", 0.80),
     "lora-adam-sketch-8192": ("floor-lora", 0.85),
     "linear-16x16": ("floor-linear", 0.72),
+    "linear-factored-adam-16x16": ("floor-linear", 0.75),
     "linear-16x16-bf16": ("floor-linear", 0.42),
 }
 
@@ -115,6 +116,8 @@ def make_arms(rows: list[dict[str, list[int]]], budget: int) -> dict[str, Callab
     v = {n: torch.rand_like(p) * 1e-6 for n, p in lora.named_parameters() if "lora_" in n}
     two_sided = Projection((16, 16), kind="rademacher", per_module=True)
     blocks = [module.weight for module in tracked_modules(linear, "linear").values()]
+    squares = {n: torch.rand(module.weight.shape) * 1e-6 for n, module in tracked_modules(linear, "linear").items()}  # type: ignore[arg-type,union-attr]
+    factored = FactoredAdam(squares, 100)
     return {
         "floor-lora": floor(lora, weights, rows),
         "lora-sketch-1024": ours(lora, rows, projection=Projection(1024), token_budget=budget),
@@ -122,6 +125,7 @@ def make_arms(rows: list[dict[str, list[int]]], budget: int) -> dict[str, Callab
         "lora-sketch-1024-bf16": ours(lora16, rows, projection=Projection(1024), token_budget=budget),
         "floor-linear": floor(linear, blocks, rows),  # type: ignore[arg-type]
         "linear-16x16": ours(linear, rows, projection=two_sided, modules="linear", token_budget=budget),
+        "linear-factored-adam-16x16": ours(linear, rows, projection=two_sided, transform=factored, modules="linear", token_budget=budget),
         "linear-16x16-bf16": ours(linear16, rows, projection=two_sided, modules="linear", token_budget=budget),
     }
 

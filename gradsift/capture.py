@@ -22,12 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 from gradsift.errors import ConfigError
 from gradsift.modules import tracked_modules
+from gradsift.objectives import OBJECTIVES, Loss
 from gradsift.projection import BoundProjection, Projection
 from gradsift.tail import find_tail, same_without
 from gradsift.types import Transform
 
 IGNORED = -100
-_LOGIT_CHUNK = 1 << 18  # logits handled at once on a CPU: they stay in its cache
 _GRAM_BLOCK = 64  # rows of the t x t products formed at once; what lies above the diagonal's blocks is never formed
 _SAME_WITHOUT: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # last feed-forward layers already checked
 
@@ -89,10 +89,12 @@ class _Batch:
 
 
 class Capture:
-    """A model with tracked modules, a transform and a projection; `run` makes the rows of one batch."""
+    """A model with tracked modules, a transform, a projection and what is differentiated; `run` makes the rows of one batch."""
 
-    def __init__(self, model: nn.Module, projection: Projection, transform: Transform | None, modules: Any) -> None:
-        self.model, self.transform = model, transform
+    def __init__(
+        self, model: nn.Module, projection: Projection, transform: Transform | None, modules: Any, loss: Loss = "cross-entropy"
+    ) -> None:
+        self.model, self.transform, self.differentiate = model, transform, OBJECTIVES[loss]
         self.modules = tracked_modules(model, modules)
         weights = {name: _weight(name, module) for name, module in self.modules.items()}
         # modules that share one parameter are one: its gradient is the sum over all of them, under the first name
@@ -140,7 +142,7 @@ class Capture:
             logits = _at(logits.flatten(0, 1), flat)
         logits = logits.view(-1, logits.shape[-1])
         targets, weights = torch.from_numpy(labels.ravel()[places]).to(logits.device), (1 / counts[owner]).to(logits.device)
-        nll, grad = cross_entropy(logits, targets, weights, in_place=logits.data_ptr() == batch.head_out)
+        nll, grad = self.differentiate(logits, targets, weights, in_place=logits.data_ptr() == batch.head_out)
         batch.backward, batch.last_read = True, None
         torch.autograd.backward(logits, grad)
         for name in list(batch.held):
@@ -296,9 +298,9 @@ class Capture:
     def _sides(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """(output side, input side) signs where the projection can take factors, with the transform's own factors in them."""
         if name not in self.sides:
-            made = None
-            factors = None if self.transform is None else self.transform.factors(name)
-            if self.bound.projection.two_sided and (self.transform is None or factors is not None):
+            made, two_sided = None, self.bound.projection.two_sided
+            factors = self.transform.factors(name) if two_sided and self.transform is not None else None  # asked for only to be used
+            if two_sided and (self.transform is None or factors is not None):
                 left, right = self.bound.sides(name)
                 if factors is not None:
                     left, right = (f.to(s)[:, None] * s for f, s in zip(factors, (left, right), strict=True))
@@ -368,23 +370,3 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return run
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, *, in_place: bool) -> tuple[Tensor, Tensor]:
-    """(negative log-likelihood [l], gradient [l, v] of their weighted sum) for logits [l, v], which `in_place` overwrites.
-
-    Written by hand because autograd keeps three copies of the logits; here there is one, in chunks that stay in the cache of a CPU.
-    """
-    source = logits.detach()
-    grad = source if in_place else torch.empty_like(source)
-    nll = torch.empty(len(targets), device=logits.device)
-    step = max(1, _LOGIT_CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(targets)
-    for start in range(0, len(targets), step):
-        part = slice(start, start + step)
-        chunk, target, weight = source[part].float(), targets[part, None], weights[part, None]
-        shifted = chunk - chunk.amax(1, keepdim=True)
-        own = shifted.gather(1, target)
-        mass = shifted.exp_().sum(1, keepdim=True)
-        nll[part] = (mass.log() - own)[:, 0]
-        grad[part] = shifted.mul_(weight / mass).scatter_add_(1, target, -weight)
-    return nll, grad

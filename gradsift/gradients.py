@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from gradsift.capture import IGNORED, Capture, Row
-from gradsift.errors import ConfigError, DataError
+from gradsift.errors import ConfigError, DataError, UnknownName
+from gradsift.objectives import OBJECTIVES, Loss
 from gradsift.projection import Projection
 from gradsift.types import Encoded, Transform
 
@@ -61,10 +62,12 @@ def extract(
     transform: Transform | None = None,
     modules: Modules = None,
     token_budget: int = 1024,
+    loss: Loss = "cross-entropy",
 ) -> Iterator[GradientBatch]:
     """Yields the projected gradient of every row of `encoded`, each row once, shortest batches last.
 
     The loss of a row is the mean over its supervised tokens (labels other than -100, each predicted from the tokens before it).
+    loss="margin" differentiates minus the mean log-odds of these tokens instead (see `gradsift.objectives`); `losses` stay what they are.
     `modules`: None for the trainable LoRA layers, "linear" for all linear layers of the blocks, or names and globs; the gradient is of
     their weights, not their biases. `token_budget`: padded tokens per forward pass; a longer row goes alone. When a pass runs out of
     memory the batch is halved, and what follows keeps to the size that fits; a single row that never fits becomes NaN (see
@@ -79,7 +82,9 @@ def extract(
     """
     if token_budget < 1:
         raise ConfigError(f"token_budget is {token_budget}", remedy="Pass a positive number of tokens.")
-    engine = Capture(model, projection, transform, modules)
+    if loss not in OBJECTIVES:
+        raise UnknownName("loss", loss, OBJECTIVES)
+    engine = Capture(model, projection, transform, modules, loss)
     return _stream(engine, encoded, token_budget)
 
 

@@ -13,23 +13,29 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gradsift.curvature.trak import trak_target
 from gradsift.errors import UnknownName, UserError
+from gradsift.objectives import Loss
 from gradsift.types import Rows
 
 BLOCK = 2048
+RIDGE = 0.1
 
 
 @dataclass(frozen=True)
 class Backend:
     """One line of the table: `pool` and `target` say whether rows enter raw or at unit norm; `merge` whether a group's target rows are first
-    averaged (raw) into one; `transform` what the pool's rows carry unless a method asks otherwise; `curvature`: settings it fixes, over
-    those of the run, where scores go through the inverse curvature of whole gradients and no stored row is read."""
+    averaged (raw) into one; `transform` what the pool's rows carry unless a method asks otherwise; `loss`: what the rows of both sides are
+    gradients of; `whiten`: target rows are multiplied by (X'X + ridge I)^-1 of the pool rows X; `curvature`: settings it fixes, over those
+    of the run, where scores go through the inverse curvature of whole gradients and no stored row is read."""
 
     pool: Literal["raw", "unit"]
     target: Literal["raw", "unit"]
     transform: Literal["none", "adam"] = "none"
     merge: bool = False
     source: str = ""
+    loss: Loss = "cross-entropy"
+    whiten: bool = False
     curvature: Mapping[str, Any] | None = None
 
 
@@ -46,6 +52,9 @@ BACKENDS: dict[str, Backend] = {
     "less-mean": Backend(
         "unit", "unit", transform="adam", merge=True, source="LESS as in the paper: one column per target group, its mean gradient"
     ),
+    "trak": Backend(
+        "raw", "raw", loss="margin", whiten=True, source="TRAK, arXiv 2303.14186, equation 15, without the weights 1 - p of pool rows"
+    ),
     "ekfac": Backend("raw", "raw", source="influence functions by EK-FAC, arXiv 2308.03296", curvature={}),
     "kfac": Backend("raw", "raw", source="the same by K-FAC, without corrected eigenvalues", curvature={"correct": False}),
     "kfac-released": Backend("raw", "raw", source="G-DIG, arXiv 2405.12915, released code", curvature=RELEASED),
@@ -59,30 +68,40 @@ def backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def score(pool: Sequence[Rows], target: Sequence[Rows], weights: Sequence[float], name: str, *, groups: Sequence[str] = ()) -> Tensor:
+def score(pool: Sequence[Rows], target: Sequence[Rows], weights: Sequence[float], name: str, **more: Any) -> Tensor:
     """Scores [n, m], or [n, groups] (order of first appearance) for a backend that merges: what `score_blocks` yields, as one matrix."""
-    return torch.cat(list(score_blocks(pool, target, weights, name, groups=groups)))
+    return torch.cat(list(score_blocks(pool, target, weights, name, **more)))
 
 
 def score_blocks(
-    pool: Sequence[Rows], target: Sequence[Rows], weights: Sequence[float], name: str, *, groups: Sequence[str] = ()
+    pool: Sequence[Rows],
+    target: Sequence[Rows],
+    weights: Sequence[float],
+    name: str,
+    *,
+    groups: Sequence[str] = (),
+    ridge: float = RIDGE,
+    absolute: bool = False,
 ) -> Iterator[Tensor]:
     """Yields scores [b, m] of 2,048 pool rows after the other (one empty block for an empty pool), fp32, on the CPU.
 
     `pool` and `target` hold one Rows per checkpoint, all of the same projection; `weights` are normalised to sum 1. Raw rows are read as
-    unit rows times their `scales`. Products accumulate in fp32: the result does not depend on how the pool is cut.
-    Raises UserError if the sides differ in number of checkpoints or dimension.
+    unit rows times their `scales`. Products accumulate in fp32: the result does not depend on how the pool is cut. `ridge`: of a backend
+    that whitens, in units of the mean diagonal of X'X at each checkpoint, or the very number when `absolute`.
+    Raises UserError if the sides differ in number of checkpoints or dimension, ConfigError where X'X + ridge I has no inverse.
     """
     chosen = backend(name)
     if chosen.curvature is not None:
         raise UserError(f"the backend {name} reads whole gradients, not stored rows", remedy="Use gradsift.curvature.influence_scores.")
     if not len(pool) == len(target) == len(weights):
         raise UserError(f"{len(pool)} pool stores, {len(target)} target stores and {len(weights)} weights do not pair up")
+    for rows, wanted in zip(pool, target, strict=True):
+        if rows.shape[1] != wanted.shape[1]:
+            raise UserError(f"pool rows have {rows.shape[1]} dimensions and target rows {wanted.shape[1]}: not the same projection")
     total = float(sum(weights))
     sides = [_target_side(rows, chosen, groups) * (weight / total) for rows, weight in zip(target, weights, strict=True)]
-    for rows, side in zip(pool, sides, strict=True):
-        if rows.shape[1] != side.shape[1]:
-            raise UserError(f"pool rows have {rows.shape[1]} dimensions and target rows {side.shape[1]}: not the same projection")
+    if chosen.whiten:
+        sides = [trak_target(rows, side, ridge, relative=not absolute) for rows, side in zip(pool, sides, strict=True)]
     return _products(pool, sides, chosen.pool)
 
 

@@ -7,9 +7,13 @@ import torch
 from torch import nn
 
 from gradsift.errors import ConfigError, MismatchError
-from gradsift.transforms.adam import Adam
+from gradsift.gradients import extract
+from gradsift.modules import tracked_modules
+from gradsift.projection import Projection
+from gradsift.transforms.adam import Adam, FactoredAdam
 from gradsift.types import Transform
 from tests import tolerances as tol
+from tests.parity.parts import build, collect, make_rows
 
 M, V, G = torch.tensor([[0.0, 0.1]]), torch.tensor([[0.0, 0.01]]), torch.tensor([[[1.0, -1.0]]])
 
@@ -94,3 +98,61 @@ def test_it_is_a_transform_that_never_factors() -> None:
     adam = Adam({"p": M}, {"p": V}, step=0)
     assert isinstance(adam, Transform)
     assert adam.factors("p") is None
+
+
+V2 = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]])  # of rank 1
+
+
+def test_factored_adam_divides_by_the_root_of_row_sums_times_column_sums_over_the_sum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    v, g = torch.rand(4, 5, generator=generator) * 1e-4, torch.randn(3, 4, 5, generator=generator)
+    corrected = v.double() / (1 - 0.99**7) + 1e-16
+    expected = g.double() / (corrected.sum(1)[:, None] * corrected.sum(0) / corrected.sum()).sqrt()
+    kept = g.clone()
+    got = FactoredAdam({"p.weight": v}, 7, beta=0.99).materialised("p", g)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
+    assert torch.equal(g, kept)
+
+
+def test_a_second_moment_of_rank_one_is_exact_and_a_dead_row_stays_finite() -> None:
+    got = FactoredAdam({"p": V2}, 0).materialised("p", torch.ones(1, 2, 3))
+    torch.testing.assert_close(got[0], V2.rsqrt())
+    dead = FactoredAdam({"p": torch.zeros(2, 3)}, 5).materialised("p", torch.ones(1, 2, 3))
+    torch.testing.assert_close(dead, torch.full((1, 2, 3), 1e8))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_factored_rows_equal_materialised_rows_and_it_says_which_it_used(family: str) -> None:
+    model, rows = build(family, lora=False), make_rows()
+    generator = torch.Generator().manual_seed(1)
+    shapes = {n: m.weight.shape for n, m in tracked_modules(model, "linear").items()}  # type: ignore[union-attr]
+    v = {f"{n}.weight": torch.rand(shape, generator=generator) * 1e-3 for n, shape in shapes.items()}  # type: ignore[arg-type]
+    two_sided = Projection((5, 7), kind="rademacher", per_module=True)
+
+    class Materialised(FactoredAdam):
+        def factors(self, name: str) -> None:  # type: ignore[override]
+            return None
+
+    ours, twin = FactoredAdam(v, 40), Materialised(v, 40)
+    taken, formed = (
+        collect(extract(model, rows, projection=two_sided, transform=t, modules="linear", token_budget=60), len(rows)) for t in (ours, twin)
+    )
+    torch.testing.assert_close(taken.rows, formed.rows, rtol=tol.GRADIENT_RTOL, atol=1e-5 * float(formed.rows.abs().max()))
+    torch.testing.assert_close(taken.norms, formed.norms, rtol=tol.NORM_RTOL, atol=0)
+    assert set(ours.used.values()) == {"factored"} and set(twin.used.values()) == {"materialised"}
+    assert str(ours) == f"FactoredAdam: {len(shapes)} parameters factored, 0 materialised"
+    sketched = FactoredAdam(v, 40)
+    list(extract(model, rows[:2], projection=Projection(16), transform=sketched, modules="linear"))
+    assert str(sketched) == f"FactoredAdam: 0 parameters factored, {len(shapes)} materialised"
+
+
+def test_factored_adam_refuses_what_it_cannot_use() -> None:
+    assert isinstance(FactoredAdam({"p": V2}, 1), Transform)
+    with pytest.raises(MismatchError, match="no second moment for parameter other"):
+        FactoredAdam({"p": V2}, 1).factors("other")
+    with pytest.raises(MismatchError, match=r"second moment of p has shape \(2, 3\), the parameter \(3, 3\)"):
+        FactoredAdam({"p": V2}, 1).check({"p": (3, 3)})
+    with pytest.raises(ConfigError, match="negative or not finite"):
+        FactoredAdam({"p": -V2}, 1).factors("p")
+    with pytest.raises(ConfigError, match="step=-1"):
+        FactoredAdam({}, -1)

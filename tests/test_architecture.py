@@ -14,11 +14,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gradsift"
 FLOORS = {
     0: "errors types config budget",
     1: "durable artifact progress machine formats tables containers packing reading writing pool chat encode projection store methods"
-    " contamination constraints choice",
+    " contamination constraints choice remote",
     2: "modules model transforms families",
-    3: "trainer_output checkpoints warmup tail capture gradients signals",
+    3: "measures trainer_output checkpoints warmup objectives tail capture gradients signals",
     4: "influence curvature",
-    5: "curved projected scalars run execute stages rowwork pipeline findings outputs selection plan holdings execute_ray workers parts evaluate tiny playground demo report",
+    5: "curved projected scalars run execute stages rowwork pipeline findings outputs selection scoring doctor plan holdings execute_ray workers parts plan_ray evaluate tiny playground demo report",
     6: "cli __main__ __init__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradsift.capture import cross_entropy
 from gradsift.errors import ConfigError, DataError, MismatchError, UnknownName
 from gradsift.gradients import extract, output_dim, plan_batches
 from gradsift.modules import tracked_modules
+from gradsift.objectives import cross_entropy
 from gradsift.projection import Projection
 from gradsift.tail import find_tail, same_without
 from gradsift.transforms.adam import Adam

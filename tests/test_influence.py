@@ -35,6 +35,10 @@ def naive(pool: list[Tensor], target: list[Tensor], weights: list[float], name: 
     columns = [[j for j, g in enumerate(groups) if g == name] for name in names] if backend.merge else [[j] for j in range(len(groups))]
     out = np.zeros((len(pool[0]), len(columns)))
     for p, q, weight in zip(pool, target, weights, strict=True):
+        if backend.whiten:
+            gram = p.double().T @ p.double()
+            inverse = torch.linalg.inv(gram + 0.1 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64))
+            q = q.double() @ inverse
         for i in range(len(p)):
             for c, members in enumerate(columns):
                 b = q[members].double().mean(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
 
@@ -50,14 +51,7 @@ class Adam:
         """Raises MismatchError unless there are moments of this shape for each of these parameters."""
         for name, shape in shapes.items():
             for which, moments in (("first", self._m), ("second", self._v)):
-                moment = moments.get(name.removesuffix(".weight"))
-                if moment is None:
-                    raise MismatchError(f"no {which} moment for parameter {name}", remedy=_REMEDY)
-                if tuple(moment.shape) != tuple(shape):
-                    raise MismatchError(
-                        f"the {which} moment of {name} has shape {tuple(moment.shape)}, the parameter {tuple(shape)}",
-                        remedy=_REMEDY,
-                    )
+                _moment(moments, which, name, shape)
 
     def materialised(self, name: str, grad: Tensor) -> Tensor:
         """grad [b, o, i] -> the update direction, same shape and device, fp32. `grad` is left as it is."""
@@ -88,3 +82,72 @@ class Adam:
                 v /= 1 - self.betas[1] ** (self.step + 1)
             kept = self._ready[name, grad.device] = (m, v)
         return kept
+
+
+class FactoredAdam:
+    """Gradient / sqrt(second moment), with the second moment kept as the product of its row and column sums. Implements Transform.
+
+    v ~ (row sums) (column sums)^T / sum, the rank-1 form of Adafactor (Shazeer & Stern, arXiv 1804.04235, algorithm 1), whose row and
+    column sums are those of v. So the transform is a factor per output and one per input of a layer, and a two-sided projection takes it
+    without forming a gradient: at no cost, where `Adam` of all linear layers costs more than the backward pass. What Adam adds
+    besides, the first moment and the example's own square, has no such factors and is left out.
+
+    v: second moments by parameter name, with or without ".weight", in the parameter's shape (o, i). step: how many updates they have seen;
+    v / (1 - b2^step) is taken, as it stands for step 0. eps^2 is added to every entry before the sums, so that a dead row stays finite.
+
+    `used`: parameter -> "factored" or "materialised", as the engine took it last. Both are the same numbers up to rounding; `str()` counts
+    them. Raises MismatchError, naming the parameter, when v lacks it or has another shape; ConfigError for a v that is negative or not finite.
+    """
+
+    def __init__(self, v: Mapping[str, Tensor], step: int, *, beta: float = 0.999, eps: float = 1e-8) -> None:
+        if step < 0 or not 0 <= beta < 1 or eps <= 0:
+            raise ConfigError(f"FactoredAdam settings step={step}, beta={beta}, eps={eps}", remedy="step >= 0, beta in [0, 1), eps > 0.")
+        self.step, self.beta, self.eps = step, beta, eps
+        self.used: dict[str, Literal["factored", "materialised"]] = {}
+        self._v = {n.removesuffix(".weight"): t for n, t in v.items()}
+        self._ready: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises MismatchError unless there is a second moment of this shape for each of these parameters."""
+        for name, shape in shapes.items():
+            _moment(self._v, "second", name, shape)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """(row [o], col [i]), fp32: the transform is grad * row[:, None] * col[None, :]. Noted in `used` as the factored path."""
+        self.used[name] = "factored"
+        return self._factors(name)
+
+    def materialised(self, name: str, grad: Tensor) -> Tensor:
+        """grad [b, o, i] -> the same shape and device, fp32. `grad` is left as it is. Noted in `used`."""
+        self.check({name: tuple(grad.shape[1:])})
+        self.used[name] = "materialised"
+        row, col = (part.to(grad.device) for part in self._factors(name))
+        return grad * row[:, None] * col
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        key = name.removesuffix(".weight")
+        if key not in self._ready:
+            if key not in self._v:
+                raise MismatchError(f"no second moment for parameter {name}", remedy=_REMEDY)
+            v = self._v[key].double()
+            if not bool(torch.isfinite(v).all()) or bool((v < 0).any()):
+                raise ConfigError(f"the second moment of {name} is negative or not finite", remedy=_REMEDY)
+            v = v / (1 - self.beta**self.step if self.step else 1.0) + self.eps**2
+            root = v.sum().sqrt()  # half of it in each factor, so that neither leaves the range of fp32
+            self._ready[key] = ((v.sum(1) / root).rsqrt().float(), (v.sum(0) / root).rsqrt().float())
+        return self._ready[key]
+
+    def __str__(self) -> str:
+        count = Counter(self.used.values())
+        return f"FactoredAdam: {count['factored']} parameters factored, {count['materialised']} materialised"
+
+
+def _moment(moments: Mapping[str, Tensor], which: str, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The moment of a parameter. Raises MismatchError where there is none of that shape."""
+    moment = moments.get(name.removesuffix(".weight"))
+    if moment is None:
+        raise MismatchError(f"no {which} moment for parameter {name}", remedy=_REMEDY)
+    if tuple(moment.shape) != tuple(shape):
+        what = f"the {which} moment of {name} has shape {tuple(moment.shape)}, the parameter {tuple(shape)}"
+        raise MismatchError(what, remedy=_REMEDY)
+    return moment
