@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,7 @@ class Artifact:
         self.digest = recipe_digest(self.recipe)
         self.path = inside(root, f"{self.stage}-{self.digest[:12]}")
         self._opened = time.monotonic()
+        self.seconds_elsewhere: Callable[[], float] = lambda: 0.0  # spent on other artifacts since this one was opened
         self._manifest: dict[str, Any] | None = None
         if create:
             make_folder(self.path)
@@ -266,7 +267,7 @@ class Artifact:
             if not inside(self.path, name).is_file():
                 raise IntegrityError("is missing", where=self.path / name, remedy="Run the same command again: it is made anew.")
         made = {
-            "wall_seconds": round(time.monotonic() - self._opened, 3),
+            "wall_seconds": round(time.monotonic() - self._opened - self.seconds_elsewhere(), 3),
             "peak_bytes": peak_bytes(),
             "finished": time.time(),
             "versions": versions(),

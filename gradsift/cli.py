@@ -25,6 +25,7 @@ app = typer.Typer(
 STAGES = "Settings of the run (one for all methods; also keys of --config)"
 LIMITS = "Constraints on the selection, for any method"
 MACHINE = "Machine"
+TRAINING = "Training that judges the subset (also keys of [finetune] in --config)"
 
 Method = Annotated[str, typer.Argument(help="A name from `gradsift methods`.", show_default=False)]
 PoolFiles = Annotated[
@@ -32,7 +33,7 @@ PoolFiles = Annotated[
     typer.Option(
         "--pool",
         metavar="[NAME=]FILE",
-        help="Candidates: jsonl, json, parquet, .gz, .zst, a datasets folder, hf:NAME. Repeatable.",
+        help="Candidates: jsonl, json, parquet, .gz, .zst, a datasets folder, hf:NAME, s3:// or other URLs. Repeatable.",
         show_default=False,
     ),
 ]
@@ -58,7 +59,7 @@ BudgetText = Annotated[
 RunFolder = Annotated[
     Path, typer.Option("--run", metavar="DIR", help="Where all work is kept; the same folder again reuses it.", show_default=False)
 ]
-Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also copy the chosen rows here.", show_default=False)]
+Out = Annotated[str | None, typer.Option("--out", metavar="FILE|URL", help="Also copy the chosen rows here.", show_default=False)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the selection.")]
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="A parameter of the method. Repeatable.", show_default=False)
@@ -90,6 +91,10 @@ MaxBad = Annotated[
 Dedup = Annotated[
     str | None,
     typer.Option("--dedup", metavar="none|exact|near", help="Drop duplicates. (default none)", rich_help_panel=STAGES, show_default=False),
+]
+ExactDedup = Annotated[
+    str | None,
+    typer.Option("--dedup", metavar="none|exact", help="Drop duplicates. (default none)", rich_help_panel=STAGES, show_default=False),
 ]
 PerGroup = Annotated[
     list[str] | None,
@@ -162,6 +167,16 @@ Dtype = Annotated[
         "--dtype",
         metavar="float32|bfloat16",
         help="Number format of the base model. (default float32)",
+        rich_help_panel=MACHINE,
+        show_default=False,
+    ),
+]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        "--attention",
+        metavar="eager|sdpa",
+        help="Attention implementation; `gradsift doctor` says which to take. (default the model's own)",
         rich_help_panel=MACHINE,
         show_default=False,
     ),
@@ -272,6 +287,7 @@ def select(
     trust_remote_code: RemoteCode = None,
     device: Device = None,
     dtype: Dtype = None,
+    attention: Attention = None,
     threads: Threads = None,
     executor: Engine = None,
     address: Address = None,
@@ -331,6 +347,7 @@ def _gather(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
         model__trust_remote_code=values["trust_remote_code"],
         model__device=values["device"],
         model__dtype=values["dtype"],
+        model__attention=values.get("attention"),
         machine__threads=values["threads"],
         machine__executor=values.get("executor"),
         machine__address=values.get("address"),
@@ -389,6 +406,7 @@ def plan(
     trust_remote_code: RemoteCode = None,
     device: Device = None,
     dtype: Dtype = None,
+    attention: Attention = None,
     threads: Threads = None,
     executor: Engine = None,
     address: Address = None,
@@ -417,6 +435,241 @@ def plan(
         progress=_progress(quiet),
     )
     typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else found.table())
+
+
+@app.command(
+    epilog="Example: gradsift compare less tagcos --pool pool.jsonl --target dev.jsonl --test test.jsonl --model ./my-model --budget 5% --run runs/a"
+)
+def compare(
+    method: Annotated[
+        list[str],
+        typer.Argument(
+            help="Methods to compare, with options as less:aggregate=round-robin,preset=paper.", metavar="METHOD...", show_default=False
+        ),
+    ],
+    pool: PoolFiles,
+    test: Annotated[
+        list[str],
+        typer.Option("--test", metavar="[NAME=]FILE", help="Held-out examples to test on. Repeatable.", show_default=False),
+    ],
+    budget: BudgetText,
+    run: RunFolder,
+    model: ModelName = None,
+    target: TargetFiles = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Trainings of each arm.")] = 5,
+    seed: Seed = 0,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--control",
+            metavar="NAME",
+            help="length, length-matched, perplexity, rds, full. Repeatable; random is always there. (default all)",
+            show_default=False,
+        ),
+    ] = None,
+    oracle: Annotated[
+        str | None,
+        typer.Option("--oracle", metavar="FIELD=VALUE", help="Also train on rows so marked; no method sees the mark.", show_default=False),
+    ] = None,
+    equal: Annotated[str, typer.Option("--equal", metavar="both|steps|tokens", help="What all trainings share.")] = "both",
+    measure: Annotated[
+        list[str] | None,
+        typer.Option("--measure", metavar="exact|bleu|chrf", help="Measured on greedy answers, beside the loss. Repeatable."),
+    ] = None,
+    measure_command: Annotated[
+        str | None,
+        typer.Option(
+            "--measure-command",
+            metavar="COMMAND",
+            help="Your own evaluation of the model in the folder {model}; prints a number last.",
+            show_default=False,
+        ),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option("--mode", metavar="lora|full", help="What is trained. (default lora)", rich_help_panel=TRAINING, show_default=False),
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option("--epochs", help="Passes over the control's rows. (default 3)", rich_help_panel=TRAINING, show_default=False),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option("--lr", help="Learning rate. (default 5e-4, full 2e-5)", rich_help_panel=TRAINING, show_default=False),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Rows of a step. (default 16)", rich_help_panel=TRAINING, show_default=False)
+    ] = None,
+    config: ConfigFile = None,
+    pool_group: PoolGroup = None,
+    target_group: TargetGroup = None,
+    format: Format = None,
+    max_length: MaxLength = None,
+    max_bad_rows: MaxBad = None,
+    warmup_from: WarmupFrom = None,
+    dim: Dim = None,
+    shard_rows: ShardRows = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    force: Force = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train on what each method chose and on the controls, and say which is better, with intervals."""
+    from gradsift import compare as comparing
+
+    values = {"dedup": None, **locals()}
+    settings = _gather(values)
+    for key in ("mode", "epochs", "lr", "batch_size"):
+        if values[key] is not None:
+            settings.setdefault("finetune", {})[key] = values[key]
+    found = comparing.compare(
+        method,
+        pool=pool,
+        test=test,
+        budget=budget,
+        run=run,
+        model=model,
+        target=target or [],
+        seeds=seeds,
+        seed=seed,
+        controls=control,
+        oracle=oracle,
+        equal=("steps", "tokens") if equal == "both" else (equal,),
+        measure=measure or [],
+        measure_command=measure_command,
+        settings=settings,
+        pool_group=pool_group,
+        target_group=target_group,
+        warmup_from=warmup_from,
+        progress=_progress(quiet),
+    )
+    if as_json:
+        typer.echo(json.dumps(found.summary(), ensure_ascii=False, indent=2))
+        return
+    for line in found.lines():
+        typer.echo(line)
+
+
+@app.command(
+    epilog="Example: gradsift score --backend ekfac --pool pool.jsonl --target dev.jsonl --model ./my-model --run runs/a --out scores.parquet"
+)
+def score(
+    backend: Annotated[
+        str,
+        typer.Option("--backend", metavar="NAME", help="dot, cosine, less, less-mean, trak, ekfac, kfac, kfac-released.", show_default=False),
+    ],
+    pool: PoolFiles,
+    target: Annotated[
+        list[str],
+        typer.Option("--target", metavar="[NAME=]FILE", help="Examples to score the pool's rows on. Repeatable.", show_default=False),
+    ],
+    run: RunFolder,
+    model: ModelName = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also copy the matrix here.", show_default=False)] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option("--columns", metavar="rows|groups", help="A column per target row or per group. (default rows)", show_default=False),
+    ] = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoints",
+            metavar="mean|last",
+            help="Of the warm-up; through the curvature always the last. (default mean)",
+            show_default=False,
+        ),
+    ] = None,
+    config: ConfigFile = None,
+    pool_group: PoolGroup = None,
+    target_group: TargetGroup = None,
+    format: Format = None,
+    max_length: MaxLength = None,
+    max_bad_rows: MaxBad = None,
+    dedup: ExactDedup = None,
+    warmup_from: WarmupFrom = None,
+    dim: Dim = None,
+    shard_rows: ShardRows = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    attention: Attention = None,
+    threads: Threads = None,
+    executor: Engine = None,
+    address: Address = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    shard_timeout: ShardTimeout = None,
+    force: Force = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the influence of every pool row on every target row (or group) as parquet. Positive = training on the row helps."""
+    from gradsift import scoring
+
+    found = scoring.score(
+        backend,
+        pool=pool,
+        target=target,
+        run=run,
+        model=model,
+        out=out,
+        columns=columns,  # type: ignore[arg-type]
+        checkpoints=checkpoints,  # type: ignore[arg-type]
+        settings=_gather(locals()),
+        pool_group=pool_group,
+        target_group=target_group,
+        warmup_from=warmup_from,
+        progress=_progress(quiet),
+    )
+    typer.echo(json.dumps(found.summary(), ensure_ascii=False, indent=2) if as_json else "\n".join(found.lines()))
+
+
+@app.command(epilog="Example: gradsift doctor --model ./my-model --pool pool.jsonl")
+def doctor(
+    model: Annotated[str, typer.Option("--model", metavar="NAME|PATH|tiny", help="The model to look at.", show_default=False)],
+    pool: PoolFiles,
+    rows: Annotated[int, typer.Option("--rows", help="How many rows to measure on.")] = 16,
+    attention: Annotated[
+        list[str] | None,
+        typer.Option("--attention", metavar="NAME", help="Attention to try. Repeatable. (default eager and sdpa)", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dtype", metavar="NAME", help="Number format to try. Repeatable. (default float32 and bfloat16)", show_default=False
+        ),
+    ] = None,
+    config: ConfigFile = None,
+    format: Format = None,
+    max_length: MaxLength = None,
+    max_bad_rows: MaxBad = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = None,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check that rows are the same alone and in batches, and say which attention and precision keep them so; exit 3 if none does."""
+    from gradsift import doctor as surgery
+
+    flags: dict[str, Any] = {name: None for name in ("dedup", "dim", "shard_rows", "force")}
+    found = surgery.doctor(
+        model,
+        pool,
+        rows=rows,
+        attentions=attention or ("eager", "sdpa"),
+        dtypes=dtype or ("float32", "bfloat16"),
+        settings=_gather({**locals(), **flags, "attention": None, "dtype": None}),
+        progress=_progress(quiet),
+    )
+    typer.echo(json.dumps(found.as_dict(), ensure_ascii=False, indent=2) if as_json else "\n".join(found.lines()))
+    raise typer.Exit(0 if found.recommended is not None else 3)
 
 
 @app.command(epilog="Example: gradsift methods --json")

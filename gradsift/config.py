@@ -5,6 +5,7 @@ An unknown key is an error with the nearest name. `canonical()` is what enters a
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,8 +139,40 @@ class MachineSettings(Settings):
         return device != "cpu" and self.gpus_per_worker > 1
 
 
+class FinetuneSettings(Settings):
+    """The recipe of a training that judges a subset: AdamW, learning rate up over `warmup_ratio` of the steps and straight down to 0.
+
+    `steps` optimiser steps of `batch_size` rows, or as many as `epochs` passes need. `token_budget` bounds the padded tokens of one forward
+    pass; gradients are accumulated up to the batch, so it changes memory and the last digits only. `mode` "full" trains every parameter,
+    "lora" a fresh adapter made by `lora`. lr: None = 5e-4 with LoRA, 2e-5 in full. `seed` decides the order of the rows, dropout, and the
+    adapter's first weights.
+    """
+
+    mode: Literal["full", "lora"] = "lora"
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float = Field(default=3, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+    lr: float | None = Field(default=None, gt=0)
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    token_budget: int = Field(default=2048, ge=1)
+    lora: LoraSettings = LoraSettings()
+    seed: int = 0
+
+    def steps_for(self, rows: int) -> int:
+        """Optimiser steps on `rows` rows."""
+        return self.steps or max(1, math.ceil(self.epochs * rows / self.batch_size))
+
+    @property
+    def rate(self) -> float:
+        """The learning rate in force."""
+        return self.lr or {"lora": 5e-4, "full": 2e-5}[self.mode]
+
+
 class Config(Settings):
-    """All stages. TOML sections carry the field names: [pool], [encode], [model], [warmup], [gradients], [curvature], [machine]."""
+    """All stages. TOML sections carry the field names: [pool], [encode], [model], [warmup], [gradients], [curvature], [finetune],
+    [machine]."""
 
     pool: PoolSettings = PoolSettings()
     encode: EncodeSettings = EncodeSettings()
@@ -147,6 +180,7 @@ class Config(Settings):
     warmup: WarmupSettings = WarmupSettings()
     gradients: GradientSettings = GradientSettings()
     curvature: CurvatureSettings = CurvatureSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
     machine: MachineSettings = MachineSettings()
 
     def with_values(self, section: str, where: str = "flags", **values: Any) -> Config:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from gradsift import playground, report, tiny
-from gradsift.config import EncodeSettings
+from gradsift.config import EncodeSettings, FinetuneSettings
 from gradsift.encode import encode
-from gradsift.evaluate import Compared, FinetuneSettings, Interval, compare_subsets, heldout_loss
+from gradsift.evaluate import Compared, Interval, compare_subsets, heldout_loss
 from gradsift.model import load_model, load_tokenizer
 from gradsift.pool import read_pool
 from gradsift.progress import Progress, silent
@@ -23,7 +23,7 @@ from gradsift.selection import Selection, select
 METHODS = ("less", "tagcos", "random")
 BUDGET = "5%"
 SETTINGS = {"gradients": {"dim": 1024, "shard_rows": 512}, "encode": {"max_length": 256}}
-FINETUNE = FinetuneSettings(epochs=4, batch_size=16, lr=1e-3)
+FINETUNE = FinetuneSettings(mode="full", epochs=4, batch_size=16, lr=1e-3)
 
 
 @dataclass(frozen=True)

@@ -10,45 +10,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from gradsift.config import LoraSettings, Settings
+from gradsift.config import FinetuneSettings
 from gradsift.encode import pad_batch, token_batches
 from gradsift.errors import ConfigError, DataError
 from gradsift.model import attach_lora, load_model
 from gradsift.types import Encoded
 
 EncodedSequence = Sequence[Encoded] | Sequence[Mapping[str, list[int]]]
-
-
-class FinetuneSettings(Settings):
-    """The recipe of one training: AdamW, learning rate up over `warmup_ratio` of the steps and straight down to 0.
-
-    `steps` optimiser steps of `batch_size` rows, or as many as `epochs` passes need. `token_budget` bounds the padded tokens of one forward
-    pass; gradients are accumulated up to the batch, so it changes memory and the last digits only. `mode` "full" trains every parameter,
-    "lora" a fresh adapter made by `lora`. `seed` decides the order of the rows, dropout, and the adapter's first weights.
-    """
-
-    steps: int | None = Field(default=None, ge=1)
-    epochs: float = Field(default=3, gt=0)
-    batch_size: int = Field(default=16, ge=1)
-    lr: float = Field(default=5e-4, gt=0)
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    token_budget: int = Field(default=2048, ge=1)
-    mode: Literal["full", "lora"] = "full"
-    lora: LoraSettings = LoraSettings()
-    seed: int = 0
-
-    def steps_for(self, rows: int) -> int:
-        """Optimiser steps on `rows` rows."""
-        return self.steps or max(1, math.ceil(self.epochs * rows / self.batch_size))
 
 
 @dataclass(frozen=True)
@@ -90,7 +64,7 @@ class Compared:
 
 
 def finetune(
-    model: str | Path,
+    model: str | Path | Callable[[], Any],
     rows: EncodedSequence,
     *,
     settings: FinetuneSettings | None = None,
@@ -98,7 +72,7 @@ def finetune(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
-    """A freshly loaded `model` trained on encoded `rows`; in eval mode, a PeftModel in LoRA mode.
+    """A freshly loaded `model` (a name, a folder, or what a function returns) trained on encoded `rows`; in eval mode, a PeftModel in LoRA mode.
 
     The loss of a step is the mean over the supervised tokens of its rows, each row weighted by `weights` [rows] (all 1 by default): sum of
     w_i times the row's nats / sum of w_i times its supervised tokens. Rows that supervise nothing are left out. `progress(step, steps)` is
@@ -111,15 +85,15 @@ def finetune(
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(settings.seed)
-        base = load_model(str(model), device=device)
+        base = model() if callable(model) else load_model(str(model), device=device)
         net: nn.Module = attach_lora(base, settings.lora.model_copy(update={"seed": settings.seed})) if settings.mode == "lora" else base
         if settings.mode == "full":
             net.requires_grad_(True)
         trained = [p for p in net.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(trained, lr=settings.rate, weight_decay=settings.weight_decay)
         net.train()
         for step, chosen in enumerate(_steps(len(given), steps, settings), start=1):
-            optimizer.param_groups[0]["lr"] = settings.lr * _schedule(step, steps, settings.warmup_ratio)
+            optimizer.param_groups[0]["lr"] = settings.rate * _schedule(step, steps, settings.warmup_ratio)
             loss = _accumulate(net, [given[i] for i in chosen], factors[chosen], settings.token_budget, device)
             if not math.isfinite(loss):
                 raise DataError(f"the training diverged at step {step}", remedy="Lower the learning rate.")
@@ -249,34 +223,54 @@ def compare_subsets(
 def paired_interval(
     losses_a: np.ndarray, losses_b: np.ndarray, tokens: np.ndarray, *, rng: np.random.Generator, level: float = 0.95, draws: int = 4000
 ) -> Interval:
-    """Hierarchical bootstrap of the difference of two losses, paired over test rows.
+    """The difference of two losses, paired over test rows, with the interval of `loss_draws`.
 
-    losses_a [seeds a, m], losses_b [seeds b, m]: nats per test row; tokens [m]: supervised tokens of the rows. Each draw resamples the test
-    rows (the same for both sides: an easy row is easy for both) and, for each side by itself, the seeds; the statistic is the difference of
-    the mean losses per token. Resampling k seeds alone gives a variance that is (k - 1) / k of what it should be, a third too little for
-    three seeds; so a draw's deviations from the mean over seeds are widened by sqrt(k / (k - 1)) (Rao and Wu 1988, the rescaled bootstrap).
-    With a single seed its luck cannot be seen, and the interval covers the test rows only. Low and high are percentiles of the draws.
+    losses_a [seeds a, m], losses_b [seeds b, m]: nats per test row; tokens [m]: supervised tokens of the rows. With a single seed its luck
+    cannot be seen, and the interval covers the test rows only. Low and high are percentiles of the draws.
     """
-    m = len(tokens)
-    if losses_a.ndim != 2 or losses_b.ndim != 2 or losses_a.shape[1] != m or losses_b.shape[1] != m or not m:
-        raise ValueError(f"losses [seeds, m] and tokens [m] do not fit: {losses_a.shape}, {losses_b.shape}, {tokens.shape}")
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
-    statistics = []
-    for start in range(0, draws, 256):  # a block of draws at a time bounds the memory
-        block = min(256, draws - start)
-        rows = rng.multinomial(m, np.full(m, 1 / m), size=block)
-        gap = _seed_draws(losses_a, block, rng) - _seed_draws(losses_b, block, rng)
-        statistics.append((rows * gap).sum(axis=1) / (rows @ tokens))
-    low, high = np.quantile(np.concatenate(statistics), [(1 - level) / 2, (1 + level) / 2])
+    drawn = loss_draws({"a": losses_a, "b": losses_b}, tokens, rng=rng, draws=draws)
+    low, high = np.quantile(drawn["a"] - drawn["b"], [(1 - level) / 2, (1 + level) / 2])
     difference = (losses_a.mean(axis=0) - losses_b.mean(axis=0)).sum() / tokens.sum()
     return Interval(float(difference), float(low), float(high), level)
 
 
-def _seed_draws(losses: np.ndarray, block: int, rng: np.random.Generator) -> np.ndarray:
-    """[block, m]: per draw, the mean over resampled seeds, widened about the mean over all."""
-    k, mean = len(losses), losses.mean(axis=0)
+def loss_draws(
+    losses: Mapping[str, np.ndarray],
+    tokens: np.ndarray,
+    *,
+    rng: np.random.Generator,
+    draws: int = 4000,
+    shares: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """Hierarchical bootstrap of several losses on one test set: name -> [draws] nats per supervised token.
+
+    losses: name -> [seeds, m] nats per test row; tokens [m]: supervised tokens of the rows. Each draw resamples the test rows (the same for
+    all names: an easy row is easy for everyone) and, for each name by itself, the seeds. Resampling k seeds alone gives a variance that is
+    (k - 1) / k of what it should be, a third too little for three seeds; so a draw's deviations from the mean over seeds are widened by
+    sqrt(k / (k - 1)) (Rao and Wu 1988, the rescaled bootstrap). Any statistic of the draws (a difference, a ratio, a mean over test sets)
+    has the interval of its percentiles. `shares`: name -> what `seed_shares` returned, where the same trainings are tested on several sets.
+    """
+    m = len(tokens)
+    if shares is None:
+        shares = {name: seed_shares(len(table), draws, rng) for name, table in losses.items()}
+    for name, table in losses.items():
+        if table.ndim != 2 or table.shape[1] != m or not table.size:
+            raise ValueError(f"losses [seeds, m] of {name} and tokens [m] do not fit: {table.shape}, {tokens.shape}")
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in losses}
+    for start in range(0, draws, 256):  # a block of draws at a time bounds the memory
+        block = min(256, draws - start)
+        rows = rng.multinomial(m, np.full(m, 1 / m), size=block)
+        for name, table in losses.items():
+            mean = table.mean(axis=0)
+            means = mean + shares[name][start : start + block] @ (table - mean)
+            drawn[name].append((rows * means).sum(axis=1) / (rows @ tokens))
+    return {name: np.concatenate(parts) for name, parts in drawn.items()}
+
+
+def seed_shares(k: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """[draws, k]: the share of each of k seeds in a resample of them, widened as `loss_draws` says; zeros for a single seed."""
     if k == 1:
-        return np.broadcast_to(mean, (block, len(mean)))
-    shares = rng.multinomial(k, np.full(k, 1 / k), size=block) / k
-    return mean + math.sqrt(k / (k - 1)) * (shares @ (losses - mean))
+        return np.zeros((draws, 1))
+    return math.sqrt(k / (k - 1)) * rng.multinomial(k, np.full(k, 1 / k), size=draws) / k

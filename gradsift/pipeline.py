@@ -24,6 +24,7 @@ from gradsift.execute import Executor, Stopping
 from gradsift.gradients import output_dim
 from gradsift.influence import backend
 from gradsift.model import coverage, load_adapter, load_model, load_tokenizer, model_identity
+from gradsift.objectives import Loss
 from gradsift.pool import Pool
 from gradsift.progress import Progress, silent
 from gradsift.projection import Projection
@@ -81,8 +82,8 @@ class Pipeline(Stages):
             return Recipe("warmup", {"from": folder_hash(self.warmup_from)}, identity={"model": self.model_identity})
         return Recipe("warmup", self.config.warmup.canonical(), {"pool": self.encode_recipe("pool").digest}, self.compute_identity())
 
-    def gradients_recipe(self, side: str, checkpoint: int, transform: str) -> Recipe:
-        settings = self.config.gradients.canonical()
+    def gradients_recipe(self, side: str, checkpoint: int, transform: str, loss: Loss = "cross-entropy") -> Recipe:
+        settings = self.config.gradients.canonical() | _named(loss)
         if transform == "none":
             del settings["adam_form"]
         inputs = {"rows": self.encode_recipe(side).digest, "warmup": self.warmup_recipe().digest}
@@ -139,7 +140,9 @@ class Pipeline(Stages):
         if signal.name == "embeddings":
             return [self.embeddings_recipe(signal.side)]
         if signal.name in scalars.SCALARS:
-            return scalars.recipes(self, signal.name)
+            return scalars.recipes(self, signal.name, signal.fields)
+        if signal.name == "features":
+            return [scalars.features_recipe(self, signal.fields)]
         if signal.name == "influence":
             return self._influence(signal).recipes(self, signal)
         rows = [self.gradients_recipe(signal.side, c, signal.transform) for c in self.used_checkpoints(signal)]
@@ -227,16 +230,16 @@ class Pipeline(Stages):
         settings = self.config.gradients
         return Projection(dim=settings.dim, seed=settings.seed, kind=settings.projection)
 
-    def rows(self, side: str, checkpoint: int, transform: str) -> RowStore:
-        """The stored rows of one side at one checkpoint."""
+    def rows(self, side: str, checkpoint: int, transform: str, loss: Loss = "cross-entropy") -> RowStore:
+        """The stored rows of one side at one checkpoint: gradients of the loss, or of the margin of an answer."""
         if transform == "adam" and side == "target":
             raise UserError("target rows are plain gradients; only the pool's rows take the Adam transform")
         at = self.checkpoints()[checkpoint]
-        recipe = self.gradients_recipe(side, checkpoint, transform)
-        artifact = self.make(recipe, lambda artifact: self._extract(artifact, side, at, transform))
+        recipe = self.gradients_recipe(side, checkpoint, transform, loss)
+        artifact = self.make(recipe, lambda artifact: self._extract(artifact, side, at, transform, loss))
         return RowStore.open(artifact.path)
 
-    def _extract(self, artifact: Artifact, side: str, at: Checkpoint, transform: str) -> None:
+    def _extract(self, artifact: Artifact, side: str, at: Checkpoint, transform: str, loss: Loss) -> None:
         settings = self.config.gradients
         encoded, pool = self.encoded(side), self.sides[side]
         modules = self.modules
@@ -247,7 +250,7 @@ class Pipeline(Stages):
             recipe_digest=artifact.digest,
             ids=pool.ids,
             dim=dim,
-            spec={**settings.model_dump(include={"projection", "seed", "modules"}), "dim": dim, "transform": transform},
+            spec={**settings.model_dump(include={"projection", "seed", "modules"}), "dim": dim, "transform": transform, **_named(loss)},
             shard_rows=settings.shard_rows,
             dtype=settings.store_dtype,
         )
@@ -257,7 +260,7 @@ class Pipeline(Stages):
         map_ = adam_transform(at, settings.adam_form, base=model, force=force) if transform == "adam" else None
         lent = self.lend(model, at)
         del model
-        work = GradientWork(lent, self.projection, map_, modules, settings.token_budget, settings.store_dtype, dim, inner)
+        work = GradientWork(lent, self.projection, map_, modules, settings.token_budget, settings.store_dtype, dim, inner, loss)
         for problem in store.problems:
             self.progress.note(f"made anew: {problem}")
         shards = store.missing()
@@ -343,6 +346,7 @@ class Pipeline(Stages):
             tokens=encoded.supervised[pool.numpy()],
             groups=[self.sides["pool"].groups[int(i)] for i in pool],
             target_groups=self._target_groups(needs, kept["target"]) if "target" in self.sides else (),
+            map=execute_ray.mapping(self.executor, self.run.root),
         )
         return signals, pool.numpy()
 
@@ -358,10 +362,12 @@ class Pipeline(Stages):
     def _signal(self, signal: Signal) -> tuple[Any, Tensor | None]:
         """A signal over all rows of its side, and which of them it can vouch for (None = all)."""
         if signal.name in scalars.SCALARS:
-            found = scalars.values(self, signal.name)
+            found = scalars.values(self, signal.name, signal.fields)
             return found, found.isfinite()
         if signal.name == "influence":
             return self._influence(signal).influence(self, signal)
+        if signal.name == "features":
+            return scalars.features(self, signal.fields), None
         if signal.name == "embeddings":
             store = self.embeddings(signal.side)
             return store, store.usable
@@ -371,6 +377,11 @@ class Pipeline(Stages):
         stores = [self.rows(signal.side, c, signal.transform) for c in self.used_checkpoints(signal)]
         good = torch.stack([store.usable for store in stores]).all(dim=0)
         return stores if signal.checkpoints == "each" else stores[-1], good
+
+
+def _named(loss: Loss) -> dict[str, Any]:
+    """What a recipe says of rows that are not gradients of the loss; the others say nothing, as they always did."""
+    return {} if loss == "cross-entropy" else {"loss": loss}
 
 
 def through_curvature(signal: Signal) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,14 +16,15 @@ from rich.console import RenderableType
 
 from gradsift import budget as budgets
 from gradsift import methods, outputs, playground
-from gradsift.artifact import Artifact, file_hash
+from gradsift.artifact import Artifact, file_hash, read_json
 from gradsift.choice import choose
 from gradsift.config import Config, build
 from gradsift.constraints import Constraints, screen
 from gradsift.constraints import build as build_constraints
-from gradsift.durable import make_folder, read_tensors, write_atomic, write_tensors
+from gradsift.delivery import check_out, deliver
+from gradsift.durable import read_tensors, write_atomic, write_tensors
 from gradsift.encode import coloured, encode
-from gradsift.errors import BudgetError, ConfigError, MismatchError, UserError
+from gradsift.errors import BudgetError, ConfigError, IntegrityError, MismatchError, UserError
 from gradsift.execute import interruptible
 from gradsift.findings import Chosen, report_data
 from gradsift.model import load_tokenizer
@@ -32,11 +32,10 @@ from gradsift.pipeline import Pipeline
 from gradsift.pool import Pool, read_pool
 from gradsift.progress import Progress, silent
 from gradsift.report import write_report
-from gradsift.run import Run, readable_command
+from gradsift.run import SETTINGS, Run, readable_command
 from gradsift.stages import Recipe, Timing
 from gradsift.types import Selector, Subset
 
-SETTINGS = "settings.json"
 RUN_SECTIONS = ("pool", "encode", "model", "warmup", "gradients", "curvature")  # what a run is made with, besides the number of threads
 
 
@@ -131,7 +130,7 @@ def select(
         limits = _limits(constraints or {}, pipeline.config, progress or silent())
         limits.check(pipeline.sides["pool"])
         check_budget(wanted, pipeline.sides["pool"], allow_short)
-        return select_in(pipeline, method, selector, wanted, limits, seed, allow_short, add_scores, None if out is None else Path(out))
+        return select_in(pipeline, method, selector, wanted, limits, seed, allow_short, add_scores, out)
 
 
 def as_list(files: Sequence[str | Path] | str | Path) -> list[str | Path]:
@@ -143,11 +142,6 @@ def check_target(method: str, selector: Selector, targets: Sequence[Any]) -> Non
         raise UserError(f"{method} selects toward a target and none was given", remedy="Add --target FILE.")
     if selector.target == "none" and targets:
         raise UserError(f"{method} takes no target", remedy="Drop --target, or use a targeted method such as less.")
-
-
-def check_out(out: str | Path | None, inputs: Sequence[str | Path]) -> None:
-    if out is not None and any(Path(out).resolve() == Path(str(file).rpartition("=")[2]).resolve() for file in inputs):
-        raise UserError("--out names an input file", where=out, remedy="Choose another name for what is written.")
 
 
 @contextlib.contextmanager
@@ -175,7 +169,9 @@ def opened(
             stack.enter_context(folder.lock(sys.argv))
             stack.enter_context(interruptible(readable_command(sys.argv)))
         config = settle_config(folder, model, settings or {}, pool_group)
-        yield open_pipeline(folder, config, as_list(pool), as_list(target), target_group, warmup_from, progress or silent(), keep=keep)
+        pipeline = open_pipeline(folder, config, as_list(pool), as_list(target), target_group, warmup_from, progress or silent(), keep=keep)
+        stack.callback(pipeline.executor.close)
+        yield pipeline
 
 
 def settle_config(run: Run, model: str | None, settings: Mapping[str, Mapping[str, Any]], pool_group: str | None) -> Config:
@@ -194,7 +190,10 @@ def settle_config(run: Run, model: str | None, settings: Mapping[str, Mapping[st
         if "name" not in asked.get("model", {}):
             raise ConfigError("no model was named", remedy="Add --model NAME, a local folder, or --model tiny.")
         return config
-    kept: dict[str, Any] = json.loads(path.read_bytes())
+    kept = read_json(path)
+    if kept is None:
+        remedy = "Delete it and give the settings of the run again: what was made with them is found again."
+        raise IntegrityError("is damaged", where=path, remedy=remedy)
     merged = {name: _overlaid(kept.get(name, {}), asked.get(name, {})) for name in {*kept, *asked}}
     config = build(merged, "settings")
     _same("machine.threads", kept.get("machine", {}).get("threads", 0), config.machine.threads, run.root)
@@ -280,7 +279,7 @@ def select_in(
     seed: int,
     allow_short: bool = False,
     add_scores: bool = False,
-    out: Path | None = None,
+    out: str | Path | None = None,
 ) -> Selection:
     """A selection in a run that is already open and locked; see `select`."""
     needs, read = selector.needs(), pipeline.sides["pool"].funnel["read"]
@@ -299,11 +298,8 @@ def select_in(
     artifact = pipeline.make(Recipe("select", config, inputs), fill)
     pool = pipeline.sides["pool"]
     indices = read_tensors(artifact.path / "subset.safetensors")["indices"].numpy()
-    path = next(p for p in sorted(artifact.path.glob("selected.*")))
-    if out is not None:
-        make_folder(out.absolute().parent)
-        shutil.copyfile(path, out)
-        path = out
+    name = next(name for name in artifact.manifest["files"] if name.startswith("selected."))
+    path = deliver(artifact, name, out)
     return Selection(
         method=method,
         folder=artifact.path,

@@ -19,12 +19,16 @@ VERSIONS = {
     "mean": 1,
     "curvature": 1,
     "influence": 1,
+    "scores": 1,
     "embeddings": 1,
+    "features": 1,
     "loss": 2,
     "ifd": 2,
     "ngrams": 1,
     "difficulty": 1,
     "select": 1,
+    "trial": 1,
+    "compare": 1,
 }
 
 
@@ -71,11 +75,15 @@ class Stages:
         artifact = self.run.artifact(parts.pop("stage"), **parts)
         started, reused = time.perf_counter(), artifact.complete
         before = sum(timing.seconds for timing in self.timings)
+
+        def inner() -> float:
+            """Seconds of the stages that this one asked for on its way: they are counted there, not twice."""
+            return sum(timing.seconds for timing in self.timings) - before
+
         if not reused:
+            artifact.seconds_elsewhere = inner
             fill(artifact)
-        # What a stage asked for on its way is counted there, not twice.
-        inner = sum(timing.seconds for timing in self.timings) - before
-        seconds = 0.0 if reused else time.perf_counter() - started - inner
+        seconds = 0.0 if reused else time.perf_counter() - started - inner()
         if all(timing.digest != artifact.digest for timing in self.timings):
             self.timings.append(Timing(recipe.stage, artifact.digest, reused, seconds, machine.peak_bytes()))
         return artifact

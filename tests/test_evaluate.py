@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from gradsift.config import LoraSettings
+from gradsift.config import FinetuneSettings, LoraSettings
 from gradsift.encode import encode
 from gradsift.errors import ConfigError, DataError
-from gradsift.evaluate import FinetuneSettings, HeldOut, _schedule, _steps, compare_subsets, finetune, heldout_loss, paired_interval
+from gradsift.evaluate import HeldOut, _schedule, _steps, compare_subsets, finetune, heldout_loss, paired_interval
 from gradsift.model import load_model, load_tokenizer
 from gradsift.playground import TinySettings, generate, target_rows, tiny_model
 from gradsift.types import Example, Message
@@ -75,7 +75,7 @@ def test_the_first_token_is_never_counted(tiny: str) -> None:
 
 def test_full_training_is_a_plain_adamw_loop(tiny: str, pool: Rows) -> None:
     settings = FinetuneSettings(
-        steps=4, batch_size=6, lr=2e-3, weight_decay=0.1, warmup_ratio=0.5, token_budget=120, max_grad_norm=0.7, seed=3
+        mode="full", steps=4, batch_size=6, lr=2e-3, weight_decay=0.1, warmup_ratio=0.5, token_budget=120, max_grad_norm=0.7, seed=3
     )
     rows, factors = pool[:10], np.linspace(0.5, 2.0, 10)
     state, seen = torch.get_rng_state(), []
@@ -130,7 +130,7 @@ def test_lora_leaves_the_base_alone_and_the_seed_decides_everything(tiny: str, p
 
 def test_rows_that_teach_nothing_are_left_out(tiny: str, pool: Rows) -> None:
     silent = {"input_ids": [5, 6], "labels": [5, -100]}
-    settings = FinetuneSettings(steps=2, batch_size=3)
+    settings = FinetuneSettings(mode="full", lr=5e-4, steps=2, batch_size=3)
     alone = finetune(tiny, pool[:6], settings=settings)
     among = finetune(tiny, [silent, *pool[:6], pool[7]], settings=settings, weights=np.array([1.0] * 7 + [0.0]))
     assert torch.equal(weights_of(alone), weights_of(among))
@@ -143,7 +143,7 @@ def test_rows_that_teach_nothing_are_left_out(tiny: str, pool: Rows) -> None:
 
 def test_a_diverging_training_says_so(tiny: str, pool: Rows) -> None:
     with pytest.raises(DataError, match="diverged at step"):
-        finetune(tiny, pool[:8], settings=FinetuneSettings(steps=8, batch_size=4, lr=1e30, max_grad_norm=1e30))
+        finetune(tiny, pool[:8], settings=FinetuneSettings(mode="full", steps=8, batch_size=4, lr=1e30, max_grad_norm=1e30))
 
 
 def test_comparison_finds_the_rows_of_the_test_family(tiny: str) -> None:
@@ -153,7 +153,7 @@ def test_comparison_finds_the_rows_of_the_test_family(tiny: str) -> None:
     def random(seed: int) -> Rows:
         return [others[i] for i in np.random.default_rng(seed).choice(len(others), 12, replace=False)]
 
-    settings, seen = FinetuneSettings(epochs=4, batch_size=8, lr=3e-3), []
+    settings, seen = FinetuneSettings(mode="full", epochs=4, batch_size=8, lr=3e-3), []
     lines = compare_subsets(tiny, {"right": right, "random": random}, test, settings, [0, 1], progress=lambda *done: seen.append(done))
     assert [line.name for line in lines] == ["right", "random"]
     assert [line.steps for line in lines] == [12, 12]  # 4 passes over the larger subset

@@ -1,0 +1,263 @@
+"""Selection quality on real data: is a model trained on the subset better than one trained on its controls?
+
+    python bench/quality.py                                    every table with few seeds: hours of CPU; says how many first
+    python bench/quality.py --tables agnostic,targeted --targets gsm8k --seeds 5
+    python bench/quality.py --full                             1 % too, equal tokens, all targets
+
+Needs the folder of pools, targets and the small model that the tests use (`--shared`, default ../shared). Everything is kept in `--run`
+and resumes; each table is written into the JSON file (`--out`) as soon as it is there. Nothing is tuned here: dev files guide the selections,
+test files are only reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+import gradsift
+from gradsift.arms import CONTROL
+from gradsift.compare import BASE, compare
+from gradsift.comparison import Comparison, Line
+from gradsift.progress import auto
+from gradsift.rules.topk import apportion
+
+TARGETS = ("gsm8k", "code_alpaca", "ni_title", "mt_de_en", "bbh_logical_deduction_five_objects")
+ALL_TARGETS = (*TARGETS, "mt_zh_en", "ni_sentiment", "bbh_date_understanding", "bbh_boolean_expressions", "mmlu")
+ORACLES = {
+    "gsm8k": "source=gsm8k",
+    "code_alpaca": "source=codealpaca",
+    "mt_de_en": "task=mt_de_en",
+    "bbh_logical_deduction_five_objects": "task=bbh/logical_deduction_three_objects",
+}
+TARGETED = ("less", "less:aggregate=round-robin", "g2is", "gdig", "bids", "gist", "gradmatch")
+AGNOSTIC = ("tagcos", "gradmatch", "kcenter", "selffilter")
+SEVERAL = ("bids", "less", "less:aggregate=round-robin", "rds")
+NOISE = ("gdig", "gdig:preset=released", "less", "tagcos", "perplexity", "ifd")
+TESTED = 300
+SETTINGS: dict[str, dict[str, Any]] = {"finetune": {"mode": "full", "lr": 5e-4, "epochs": 3, "batch_size": 16}}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+def stratified(rows: Sequence[dict[str, Any]], field: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """`count` rows in file order, every value of `field` in its share."""
+    rng, groups = np.random.default_rng(seed), sorted({row[field] for row in rows})
+    places = {group: np.array([i for i, row in enumerate(rows) if row[field] == group]) for group in groups}
+    shares = apportion(count, [len(places[group]) for group in groups])
+    chosen = np.concatenate([rng.choice(places[group], share, replace=False) for group, share in zip(groups, shares, strict=True)])
+    return [rows[i] for i in sorted(chosen.tolist())]
+
+
+class Bench:
+    """One bench run: its files, its settings, and the results so far."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.root, self.shared = options, Path(options.run), Path(options.shared)
+        self.targets = tuple(options.targets.split(",")) if options.targets else (ALL_TARGETS if options.full else TARGETS)
+        self.model = str(self.shared / "models" / "tiny-lm")
+        self.out = Path(options.out)
+        self.results: dict[str, Any] = json.loads(self.out.read_text()) if self.out.exists() else {}
+        self.settings = {**SETTINGS, "model": {"dtype": options.dtype}, "machine": {"threads": options.threads}}
+        self.devs = {t: self.shared / "data" / "targets" / t / "dev.jsonl.gz" for t in self.targets}
+        self.tests = {t: self._test(t) for t in (*TARGETS, *self.targets)}
+
+    def _test(self, target: str) -> Path:
+        rows = read(self.shared / "data" / "targets" / target / "test.jsonl.gz")
+        rng = np.random.default_rng(0)
+        kept = sorted(rng.choice(len(rows), min(TESTED, len(rows)), replace=False).tolist())
+        return write(self.root / "data" / f"{target}.jsonl", [rows[i] for i in kept])
+
+    @property
+    def pool(self) -> Path:
+        path = self.root / "data" / f"pool{self.options.rows}.jsonl"
+        if not path.exists():
+            write(path, stratified(read(self.shared / "data" / "pool_general.jsonl.gz"), "source", self.options.rows))
+        return path
+
+    def compare(self, arms: Sequence[str], tests: Sequence[str], budget: str, **more: Any) -> Comparison:
+        """One comparison on the general pool; all tests of the bench are kept out of every arm, so that arms can be shared."""
+        methods = [arm for arm in arms if not self.options.methods or arm.partition(":")[0] in self.options.methods.split(",")]
+        return compare(
+            methods,
+            pool=self.pool,
+            test=[self.tests[t] for t in tests],
+            decontaminate=list(self.tests.values()),
+            budget=budget,
+            run=self.root / f"run{self.options.rows}",
+            model=self.model,
+            seeds=self.options.seeds,
+            equal=("steps", "tokens") if self.options.full else ("steps",),
+            measure=("loss",),
+            settings=self.settings,
+            progress=auto(),
+            **more,
+        )
+
+    def record(self, table: str, key: str, value: Any) -> None:
+        """Writes what is there; results of other settings stay under their own key."""
+        self.results.setdefault(f"{table} ({self.options.rows:,} rows, {self.options.seeds} seeds)", {})[key] = value
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(json.dumps(self.results, indent=1, ensure_ascii=False) + "\n")
+
+    def agnostic(self, budget: str) -> None:
+        """Table 3: methods without a target, on the mean over all tests."""
+        found = self.compare(AGNOSTIC, self.targets, budget, controls=["length", "perplexity"])
+        self.record("agnostic", budget, found.summary())
+        print("\n".join(found.lines()), file=sys.stderr)
+
+    def targeted(self, budget: str) -> None:
+        """Table 1: methods with a target, one target at a time; the recovered gap over those where the oracle is clearly better."""
+        found = {}
+        for target in self.targets:
+            controls = ["length", "length-matched", "perplexity", "rds"]
+            found[target] = self.compare(
+                TARGETED, [target], budget, target=[self.devs[target]], controls=controls, oracle=ORACLES.get(target)
+            )
+            self.record("targeted", f"{budget} {target}", found[target].summary())
+            print("\n".join(found[target].lines()), file=sys.stderr)
+        self.record("targeted", f"{budget} over targets", over_targets(found))
+
+    def several(self, budget: str) -> None:
+        """Table 2: all targets at once; the mean over groups and the worst of them."""
+        found = self.compare(SEVERAL, self.targets, budget, target=[f"{t}={self.devs[t]}" for t in self.targets], controls=["length"])
+        summary = found.summary()
+        lines = {t: {line.arm: line for line in found.table(t).lines} for t in self.targets}
+        summary["worst_gain"] = {arm.name: worst_gain(lines, arm.name) for arm in found.arms if arm.name not in (BASE, CONTROL)}
+        self.record("several", budget, summary)
+        print("\n".join(found.lines()), file=sys.stderr)
+
+    def noise(self, budget: str) -> None:
+        """Table 4: which rows of a noisy translation pool are picked, given clean ones as target."""
+        rows = stratified(read(self.shared / "data" / "pool_mt.jsonl.gz"), "task", self.options.rows)
+        clean = [row for row in rows if row["noise"] == "none"]
+        seeds = stratified(clean, "task", 64, seed=1)
+        taken = {row["id"] for row in seeds}
+        pool = [row for row in rows if row["id"] not in taken]
+        files = write(self.root / "data" / "mt_pool.jsonl", pool), write(self.root / "data" / "mt_seeds.jsonl", seeds)
+        for name in (*NOISE, CONTROL):
+            method, _, options = name.partition(":")
+            if self.options.methods and method not in self.options.methods.split(","):
+                continue
+            needs = method in ("gdig", "less")
+            chosen = gradsift.select(
+                method,
+                pool=files[0],
+                target=[files[1]] if needs else [],
+                budget="10%",
+                run=self.root / "mt",
+                model=self.model,
+                options={key: value for key, _, value in (pair.partition("=") for pair in options.split(",") if pair)},
+                settings=self.settings,
+                progress=auto(),
+            )
+            self.record("noise", name, noise_found(pool, chosen))
+
+    def run(self) -> None:
+        tables: dict[str, Callable[[str], None]] = {
+            "agnostic": self.agnostic,
+            "targeted": self.targeted,
+            "several": self.several,
+            "noise": self.noise,
+        }
+        for name in self.options.tables.split(","):
+            for budget in ("5%", "1%") if self.options.full and name != "noise" else ("5%",):
+                tables[name](budget)
+
+
+def gap(lines: Mapping[str, Line], arm: str, oracle: str) -> tuple[float, np.ndarray, np.ndarray]:
+    """(recovered gap, draws of its numerator, draws of its denominator): (random - arm) over (random - oracle)."""
+    random, ours, best = lines[CONTROL], lines[arm], lines[oracle]
+    assert random.draws is not None
+    assert ours.draws is not None
+    assert best.draws is not None
+    return (random.value - ours.value) / (random.value - best.value), random.draws - ours.draws, random.draws - best.draws
+
+
+def over_targets(found: Mapping[str, Comparison]) -> dict[str, Any]:
+    """Means over targets: the difference to random and to RDS+ of every arm, and the gap to the oracle that it recovers."""
+    by = {target: {line.arm: line for line in comparison.table().lines} for target, comparison in found.items()}
+    oracles = {t: next((arm for arm in lines if arm.startswith("oracle")), None) for t, lines in by.items()}
+    clear = [t for t, arm in oracles.items() if arm and 2 * (d := gap(by[t], arm, arm)[2]).std() < d.mean()]
+    common = [arm for arm in next(iter(by.values())) if all(arm in lines for lines in by.values()) and arm != BASE]
+    result: dict[str, Any] = {"targets": list(by), "clear_oracles": clear, "arms": {}}
+    for arm in common:
+        entry: dict[str, Any] = {}
+        for other in (CONTROL, "rds"):
+            if other in common and arm != other:
+                draws = np.mean([by[t][arm].draws - by[t][other].draws for t in by], axis=0)  # type: ignore[operator]
+                entry[f"against {other}"] = [float(np.mean([by[t][arm].value - by[t][other].value for t in by])), *percentiles(draws)]
+        if clear:
+            gaps = [gap(by[t], arm, str(oracles[t])) for t in clear]
+            entry["recovered_gap"] = [float(np.mean([g[0] for g in gaps])), *percentiles(np.mean([g[1] / g[2] for g in gaps], axis=0))]
+        result["arms"][arm] = entry
+    return result
+
+
+def percentiles(draws: np.ndarray) -> list[float]:
+    return [float(x) for x in np.quantile(draws, [0.025, 0.975])]
+
+
+def worst_gain(lines: Mapping[str, Mapping[str, Line]], arm: str) -> list[Any]:
+    """[target, difference to random] where the arm gains least."""
+    target = max(lines, key=lambda t: lines[t][arm].value - lines[t][CONTROL].value)
+    return [target, lines[target][arm].value - lines[target][CONTROL].value]
+
+
+def noise_found(pool: Sequence[Mapping[str, Any]], chosen: Any) -> dict[str, Any]:
+    """Share of clean rows among the picks, and per kind of noise the AUC of the score against clean rows (1 = all noise below)."""
+    kinds = np.array([row["noise"] for row in pool])
+    table = pq.read_table(chosen.folder / "scores.parquet").to_pydict()
+    found: dict[str, Any] = {"picked": len(chosen), "clean": float((kinds[chosen.indices] == "none").mean())}
+    scores = np.array([np.nan if s is None else s for s in table["score"]], dtype=float) if "score" in table else None
+    if scores is None or not np.isfinite(scores).any():
+        return found
+    for kind in sorted(set(kinds) - {"none"}):
+        found[f"auc {kind}"] = auc(scores[kinds == "none"], scores[kinds == kind])
+    return found
+
+
+def auc(high: np.ndarray, low: np.ndarray) -> float:
+    """Chance that a value of `high` is above one of `low`, ties counted half."""
+    high, low = np.sort(high[np.isfinite(high)]), low[np.isfinite(low)]
+    above = len(high) - np.searchsorted(high, low, side="right")
+    equal = np.searchsorted(high, low, side="right") - np.searchsorted(high, low, side="left")
+    return float((above + equal / 2).sum() / (len(high) * len(low)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", default="agnostic,targeted,several,noise")
+    parser.add_argument("--targets", default="", help="names, separated by commas")
+    parser.add_argument("--methods", default="", help="only these, separated by commas")
+    parser.add_argument("--rows", type=int, default=8000, help="of the general pool, and of the translation pool")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--dtype", default="bfloat16", help="of the model while gradients are taken; it is trained in float32")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--shared", default="../shared")
+    parser.add_argument("--run", default="runs/quality")
+    parser.add_argument("--out", default="bench/results/quality.json")
+    Bench(parser.parse_args()).run()
+
+
+if __name__ == "__main__":
+    main()

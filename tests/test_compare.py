@@ -1,0 +1,188 @@
+"""`gradsift compare` on a generated pool with a small model: arms, trainings, intervals, and that nothing is trained twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradsift import compare as comparing
+from gradsift.compare import BASE, compare
+from gradsift.comparison import MEAN, Comparison, Measured, compare_measured
+from gradsift.config import EncodeSettings
+from gradsift.encode import encode
+from gradsift.errors import ConfigError, UnknownName, UserError
+from gradsift.evaluate import finetune, heldout_loss
+from gradsift.model import load_tokenizer
+from gradsift.playground import TinySettings, generate, target_rows, tiny_model
+from gradsift.pool import read_pool
+
+LONG = " " + " ".join(f"word{i}" for i in range(20))
+SETTINGS: dict[str, dict[str, Any]] = {
+    "encode": {"max_length": 256},
+    "gradients": {"dim": 64},
+    "warmup": {"min_rows": 32, "batch_size": 8, "checkpoints": 1},
+    "machine": {"threads": 1},
+    "finetune": {"mode": "full", "lr": 2e-3, "epochs": 2, "batch_size": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    settings = TinySettings(hidden=32, layers=2, heads=2, intermediate=64, steps=12, tokens=512)
+    return str(tiny_model(tmp_path_factory.mktemp("cache"), settings=settings))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder, made = tmp_path_factory.mktemp("data"), {}
+    tests = target_rows("test", 12)
+    # The last pool row repeats twenty words of a test row.
+    tests[0]["messages"][-1]["content"] += LONG
+    pool = [*generate(0, 100)[:70], {**tests[0], "id": "leak"}]
+    other = [{**row, "answer": row["messages"][-1]["content"]} for row in generate(5, 100)[:8]]
+    for name, rows in {"pool": pool, "dev": target_rows("dev", 6), "test": tests, "other": other}.items():
+        made[name] = folder / f"{name}.jsonl"
+        made[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return made
+
+
+def run(files: dict[str, Path], model: str, where: Path, **more: Any) -> Comparison:
+    given: dict[str, Any] = {"settings": SETTINGS, "test": [files["test"]], "controls": ["length"], "seeds": 2, "equal": ("steps",), **more}
+    return compare(given.pop("arms", ["gradmatch"]), pool=files["pool"], budget=10, run=where, model=model, **given)
+
+
+def test_a_comparison_trains_what_its_table_says(
+    files: dict[str, Path], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run(files, model, tmp_path / "run", oracle="family=translate")
+    assert [arm.name for arm in found.arms] == ["gradmatch", "gradmatch (weighted)", "random", "length", "oracle family=translate", BASE]
+    assert found.overlap == 1
+    table = found.table()
+    assert (table.test, table.measure, table.equal) == ("test", "loss", "steps")
+    assert {line.steps for line in table.lines} == {3, 0}  # 2 passes over 10 rows in batches of 8
+    random, length = table.line("random"), table.line("length")
+    assert random.difference is None
+    assert length.difference == pytest.approx(length.value - random.value)
+    assert length.low is not None
+    assert length.high is not None
+    assert length.difference is not None
+    assert length.low <= length.difference <= length.high
+    assert len(random.per_seed) == 2
+    assert random.per_seed[0] != random.per_seed[1]
+
+    # The very number: the training by hand.
+    pool, test = read_pool([files["pool"]]), read_pool([files["test"]])
+    tokenizer, settings = load_tokenizer(model), EncodeSettings(max_length=256)
+    encoded, held = encode(pool, tokenizer, settings), encode(test, tokenizer, settings)
+    longest = sorted(range(len(pool) - 1), key=lambda i: (-int(encoded.supervised[i]), i))[:10]
+    recipe = comparing.FinetuneSettings(**SETTINGS["finetune"], steps=3, seed=1)
+    tuned = finetune(model, [encoded[i] for i in sorted(longest)], settings=recipe)
+    assert length.per_seed[1] == pytest.approx(heldout_loss(tuned, held).loss, rel=1e-5)
+
+    # Again: nothing is trained, and the same comes out; the reports have the panel.
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("gradsift.trials.finetune", refuse)
+    monkeypatch.setattr("gradsift.compare.finetune", refuse)
+    again = run(files, model, tmp_path / "run", oracle="family=translate")
+    assert again.tables == found.tables
+    reports = list((tmp_path / "run").glob("select-*/report.json"))
+    assert any("oracle family=translate" in report.read_text() for report in reports)
+    kept = json.loads(next((tmp_path / "run").glob("compare-*/comparison.json")).read_text())
+    assert Comparison.read(kept).tables == found.tables
+
+
+def test_several_tests_their_mean_answers_and_a_command(files: dict[str, Path], model: str, tmp_path: Path) -> None:
+    script = tmp_path / "score.py"
+    script.write_text("import sys, os; print('log'); print(len(os.listdir(sys.argv[1])))\n")
+    found = run(
+        files,
+        model,
+        tmp_path / "run",
+        arms=["length"],
+        controls=[],
+        test=[files["test"], files["other"]],
+        equal=("steps", "tokens"),
+        seeds=1,
+        settings={**SETTINGS, "finetune": {**SETTINGS["finetune"], "epochs": 12}},
+        measure_command=f"{sys.executable} {script} {{model}}",
+    )
+    assert [(t.test, t.measure, t.equal) for t in found.tables] == [
+        (MEAN, "loss", "steps"),
+        ("test", "loss", "steps"),
+        ("other", "loss", "steps"),
+        ("other", "exact", "steps"),
+        ("command", "command", "steps"),
+        (MEAN, "loss", "tokens"),
+        ("test", "loss", "tokens"),
+        ("other", "loss", "tokens"),
+        ("other", "exact", "tokens"),
+        ("command", "command", "tokens"),
+    ]
+    mean, parts = found.table().line("length"), [found.table(t).line("length") for t in ("test", "other")]
+    assert mean.value == pytest.approx(np.mean([part.value for part in parts]))
+    assert found.table("command", "command").line("length").value >= 4  # weights, config, tokenizer
+    assert found.table("other", "exact").line(BASE).value == 0
+    # Long rows take fewer steps for the same number of tokens.
+    assert found.table(equal="tokens").line("length").steps < found.table(equal="steps").line("length").steps
+    assert found.table(equal="tokens").line("random").steps == found.table(equal="steps").line("random").steps
+    text = "\n".join(found.lines())
+    assert "mean of the tests: loss (lower is better), the same optimiser steps" in text
+    assert "one seed" in text
+
+
+def test_mistakes_are_named(files: dict[str, Path], model: str, tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="length"):
+        run(files, model, tmp_path / "run", controls=["lenght"])
+    with pytest.raises(ConfigError, match="KEY=VALUE"):
+        run(files, model, tmp_path / "run", arms=["less:fast"])
+    with pytest.raises(UserError, match="less selects toward a target"):
+        run(files, model, tmp_path / "run", arms=["less"])
+    with pytest.raises(UserError, match="no row of the pool"):
+        run(files, model, tmp_path / "run", arms=["length"], controls=[], oracle="family=nothing")
+    with pytest.raises(ConfigError, match="FIELD=VALUE"):
+        run(files, model, tmp_path / "run", arms=["length"], controls=[], oracle="family")
+    with pytest.raises(UserError, match="random is always"):
+        run(files, model, tmp_path / "run", arms=["random"])
+
+
+def test_length_matched_rows_are_as_long_as_the_choice(files: dict[str, Path], model: str, tmp_path: Path) -> None:
+    found = run(files, model, tmp_path / "run", arms=["length"], controls=["length-matched"], seeds=1)
+    by = {arm.name: arm for arm in found.arms}
+    matched = by["random, long as length"]
+    assert matched.rows == 10
+    assert matched.tokens == pytest.approx(by["length"].tokens, rel=0.1)
+    assert matched.tokens > 1.3 * by["random"].tokens
+
+
+def test_the_mean_of_tests_resamples_the_seeds_once() -> None:
+    """Two tests with the same scores: their mean must be as uncertain as each, not less."""
+    rng = np.random.default_rng(0)
+    values = {"random": rng.normal(2, 0.3, (5, 1)) + np.zeros((5, 400)), "a": rng.normal(1, 0.3, (5, 1)) + np.zeros((5, 400))}
+    one = {arm: Measured(table, np.ones(400), 3) for arm, table in values.items()}
+    tables = compare_measured({"x": one, "y": one}, control="random", level=0.95, measure="loss", equal="steps", seed=0)
+    by = {table.test: table.line("a") for table in tables}
+    assert by[MEAN].difference == pytest.approx(by["x"].difference)
+    width = {test: (line.high or 0) - (line.low or 0) for test, line in by.items()}
+    assert width[MEAN] == pytest.approx(width["x"], rel=1e-6)
+    assert width["x"] == pytest.approx(2 * 1.96 * np.sqrt(sum(v[:, 0].var(ddof=1) / 5 for v in values.values())), rel=0.1)
+
+
+def test_trials_differ_by_rows_seed_and_weights() -> None:
+    recipe = comparing.FinetuneSettings(steps=2)
+    one = comparing.Trial(np.arange(4), recipe)
+    others = [
+        comparing.Trial(np.arange(1, 5), recipe),
+        comparing.Trial(np.arange(4), recipe.model_copy(update={"seed": 1})),
+        comparing.Trial(np.arange(4), recipe, np.ones(4)),
+    ]
+    assert all(one.canonical() != other.canonical() for other in others)
+    assert one.canonical() == comparing.Trial(np.arange(4), recipe).canonical()
+    base = comparing.Trial(np.zeros(0, dtype=np.int64), recipe)
+    assert base.canonical() == comparing.Trial(np.zeros(0, dtype=np.int64), recipe.model_copy(update={"seed": 9})).canonical()
