@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from gradsift.gradients import GradientBatch, extract
     from gradsift.pool import Pool, read_pool, write_subset
     from gradsift.projection import Projection
+    from gradsift.scoring import Scores, score
     from gradsift.selection import Selection, select
     from gradsift.store import RowStore
-    from gradsift.transforms.adam import Adam
+    from gradsift.transforms.adam import Adam, FactoredAdam
     from gradsift.types import Checkpoint, Example, Message, Signal, Signals, Subset
     from gradsift.warmup import TrajectoryCallback, read_moments
 
@@ -20,11 +21,13 @@ _HOMES = {
     "Adam": "transforms.adam",
     "Checkpoint": "types",
     "Example": "types",
+    "FactoredAdam": "transforms.adam",
     "GradientBatch": "gradients",
     "Message": "types",
     "Pool": "pool",
     "Projection": "projection",
     "RowStore": "store",
+    "Scores": "scoring",
     "Selection": "selection",
     "Signal": "types",
     "Signals": "types",
@@ -33,6 +36,7 @@ _HOMES = {
     "extract": "gradients",
     "read_moments": "warmup",
     "read_pool": "pool",
+    "score": "scoring",
     "select": "selection",
     "write_subset": "pool",
 }
@@ -41,11 +45,13 @@ __all__ = [
     "Adam",
     "Checkpoint",
     "Example",
+    "FactoredAdam",
     "GradientBatch",
     "Message",
     "Pool",
     "Projection",
     "RowStore",
+    "Scores",
     "Selection",
     "Signal",
     "Signals",
@@ -54,6 +60,7 @@ __all__ = [
     "extract",
     "read_moments",
     "read_pool",
+    "score",
     "select",
     "write_subset",
 ]

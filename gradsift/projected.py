@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from gradsift.artifact import Artifact
 from gradsift.durable import write_tensors
 from gradsift.errors import DataError, MismatchError, UserError
-from gradsift.influence import score, score_blocks
+from gradsift.influence import backend, score_blocks
 from gradsift.stages import Recipe
 from gradsift.store import RowStore, RowView
 from gradsift.types import Signal
@@ -39,16 +39,22 @@ class Sides:
 
 
 def influence_recipe(pipeline: Pipeline, signal: Signal) -> Recipe:
-    inputs = {}
+    inputs, loss = {}, backend(str(signal.backend)).loss
     for c in pipeline.used_checkpoints(signal):
-        inputs[f"pool{c}"] = pipeline.gradients_recipe("pool", c, signal.transform).digest
-        inputs[f"target{c}"] = pipeline.gradients_recipe("target", c, "none").digest
-    return Recipe("influence", {"backend": signal.backend, "checkpoints": signal.checkpoints}, inputs)
+        inputs[f"pool{c}"] = pipeline.gradients_recipe("pool", c, signal.transform, loss).digest
+        inputs[f"target{c}"] = pipeline.gradients_recipe("target", c, "none", loss).digest
+    return Recipe("influence", {"backend": signal.backend, "checkpoints": signal.checkpoints, **_ridge(pipeline, signal)}, inputs)
+
+
+def _ridge(pipeline: Pipeline, signal: Signal) -> dict[str, Any]:
+    """The run's damping, for a backend that inverts the rows' own second moment."""
+    settings = pipeline.config.curvature
+    return {"ridge": settings.damping, "absolute": settings.absolute} if backend(str(signal.backend)).whiten else {}
 
 
 def recipes(pipeline: Pipeline, signal: Signal) -> list[Recipe]:
-    sides = [("pool", signal.transform), ("target", "none")]
-    rows = [pipeline.gradients_recipe(side, c, transform) for side, transform in sides for c in pipeline.used_checkpoints(signal)]
+    sides, loss = [("pool", signal.transform), ("target", "none")], backend(str(signal.backend)).loss
+    rows = [pipeline.gradients_recipe(side, c, transform, loss) for side, transform in sides for c in pipeline.used_checkpoints(signal)]
     return [pipeline.warmup_recipe(), *rows, influence_recipe(pipeline, signal)]
 
 
@@ -56,9 +62,9 @@ def sides(pipeline: Pipeline, signal: Signal) -> Sides:
     """The stored rows, made where they are missing. Raises UserError without a target, DataError when no target row is usable."""
     if "target" not in pipeline.sides:
         raise UserError("influence needs a target", remedy="Add --target FILE.")
-    checkpoints, used = pipeline.checkpoints(), pipeline.used_checkpoints(signal)
-    pool = [pipeline.rows("pool", c, signal.transform) for c in used]
-    target = [pipeline.rows("target", c, "none") for c in used]
+    checkpoints, used, loss = pipeline.checkpoints(), pipeline.used_checkpoints(signal), backend(str(signal.backend)).loss
+    pool = [pipeline.rows("pool", c, signal.transform, loss) for c in used]
+    target = [pipeline.rows("target", c, "none", loss) for c in used]
     for a, b in zip(pool, target, strict=True):
         for name in ("projection", "dim", "seed", "modules"):
             if a.spec[name] != b.spec[name]:
@@ -76,7 +82,7 @@ def influence(pipeline: Pipeline, signal: Signal) -> tuple[Tensor, Tensor]:
     both = sides(pipeline, signal)
 
     def fill(artifact: Artifact) -> None:
-        scores = score(both.pool, both.target, both.weights, str(signal.backend), groups=both.groups)
+        scores = torch.cat(list(blocks(pipeline, signal, both)))
         hash_ = write_tensors(artifact.path / "scores.safetensors", {"scores": scores, "target": both.kept}, {"recipe": artifact.digest})
         artifact.finish(files={"scores.safetensors": hash_}, counts={"rows": len(scores)})
 
@@ -84,6 +90,6 @@ def influence(pipeline: Pipeline, signal: Signal) -> tuple[Tensor, Tensor]:
     return artifact.tensors("scores.safetensors")["scores"], both.usable
 
 
-def blocks(signal: Signal, both: Sides) -> Iterator[Tensor]:
+def blocks(pipeline: Pipeline, signal: Signal, both: Sides) -> Iterator[Tensor]:
     """What `influence` holds, 2,048 pool rows at a time, and nothing of it stored."""
-    return score_blocks(both.pool, both.target, both.weights, str(signal.backend), groups=both.groups)
+    return score_blocks(both.pool, both.target, both.weights, str(signal.backend), groups=both.groups, **_ridge(pipeline, signal))

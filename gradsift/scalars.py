@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from gradsift.execute import Stopping
 from gradsift.model import attach_lora
 from gradsift.parts import Parts
 from gradsift.signals import difficulty, ngrams
+from gradsift.signals.features import features as own_features
 from gradsift.stages import Recipe
 from gradsift.warmup import plan_warmup
 from gradsift.workers import ScalarWork
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 SCALARS = ("difficulty", "ifd", "loss", "ngrams")
 
 
-def recipes(pipeline: Pipeline, name: str) -> list[Recipe]:
-    """The stages of one of SCALARS, in the order they are made."""
+def recipes(pipeline: Pipeline, name: str, fields: Sequence[str] = ()) -> list[Recipe]:
+    """The stages of one of SCALARS, in the order they are made. `fields`: what difficulty is learned from, in place of embeddings."""
     rows = {"rows": pipeline.encode_recipe("pool").digest}
     if name == "ngrams":
         inputs = {side: rows.digest for side, rows in pipeline.sides.items()}
@@ -36,19 +38,36 @@ def recipes(pipeline: Pipeline, name: str) -> list[Recipe]:
     settings = pipeline.config.warmup.canonical()
     for unused in ("checkpoints", "scheduler", "warmup_ratio", "weight_decay"):
         del settings[unused]
-    features = pipeline.embeddings_recipe("pool")
+    features = features_recipe(pipeline, fields) if fields else pipeline.embeddings_recipe("pool")
     return [features, Recipe("difficulty", settings, {**rows, "features": features.digest}, pipeline.compute_identity())]
 
 
-def values(pipeline: Pipeline, name: str) -> Tensor:
+def features_recipe(pipeline: Pipeline, fields: Sequence[str]) -> Recipe:
+    return Recipe("features", {"fields": list(fields)}, {"rows": pipeline.sides["pool"].digest})
+
+
+def features(pipeline: Pipeline, fields: Sequence[str]) -> Tensor:
+    """Numbers of the pool's own rows, fp32 [n, d]."""
+
+    def fill(artifact: Artifact) -> None:
+        found = own_features(pipeline.sides["pool"], fields)
+        hash_ = write_tensors(artifact.path / "features.safetensors", {"features": found}, {"recipe": artifact.digest})
+        artifact.finish(files={"features.safetensors": hash_}, counts={"rows": len(found), "columns": found.shape[1]})
+
+    return pipeline.make(features_recipe(pipeline, fields), fill).tensors("features.safetensors")["features"]
+
+
+def values(pipeline: Pipeline, name: str, fields: Sequence[str] = ()) -> Tensor:
     """One of SCALARS for every pool row [n]; NaN for rows that could not be encoded."""
     def fill(artifact: Artifact) -> None:
-        make = {"difficulty": _difficulty, "ngrams": _ngrams}.get(name)
-        found = make(pipeline) if make is not None else _of_each(pipeline, name, artifact)
+        if name == "difficulty":
+            found = _difficulty(pipeline, fields)
+        else:
+            found = _ngrams(pipeline) if name == "ngrams" else _of_each(pipeline, name, artifact)
         hash_ = write_tensors(artifact.path / f"{name}.safetensors", {name: found}, {"recipe": artifact.digest})
         artifact.finish(files={f"{name}.safetensors": hash_}, counts={"rows": len(found)})
 
-    return pipeline.make(recipes(pipeline, name)[-1], fill).tensors(f"{name}.safetensors")[name]
+    return pipeline.make(recipes(pipeline, name, fields)[-1], fill).tensors(f"{name}.safetensors")[name]
 
 
 def _of_each(pipeline: Pipeline, name: str, artifact: Artifact) -> Tensor:
@@ -79,12 +98,12 @@ def _ngrams(pipeline: Pipeline) -> Tensor:
     return torch.as_tensor(ngrams.importance(sides["pool"], sides["target"]))
 
 
-def _difficulty(pipeline: Pipeline) -> Tensor:
+def _difficulty(pipeline: Pipeline, fields: Sequence[str]) -> Tensor:
     encoded, settings = pipeline.encoded("pool"), pipeline.config.warmup
-    features = pipeline.embeddings("pool")
+    learned_from = features(pipeline, fields) if fields else pipeline.embeddings("pool")
     plan = plan_warmup(encoded, settings)
     rows = [encoded[int(i)] for i in plan.rows]
-    units = torch.cat([features[int(i) : int(i) + 1].float() for i in plan.rows])
+    units = torch.cat([learned_from[int(i) : int(i) + 1].float() for i in plan.rows])
     tokens = sum(len(rows[i]["input_ids"]) for step in plan.steps for batch in step for i in batch)
     pipeline.progress.start(tokens, "tokens", "training the score net")
     model = attach_lora(pipeline.load_base(), settings.lora)
@@ -101,7 +120,7 @@ def _difficulty(pipeline: Pipeline) -> Tensor:
             advance=Stopping(pipeline.progress).advance,
         )
     pipeline.progress.done()
-    found = difficulty.difficulty(net, features)
-    found[~features.usable] = torch.nan
+    found = difficulty.difficulty(net, learned_from)
+    found[torch.as_tensor(encoded.codes != 0) if isinstance(learned_from, Tensor) else ~learned_from.usable] = torch.nan
     return found
 

@@ -5,7 +5,7 @@ Shape letters: n pool rows, m target rows, k budget, d projected dimension, b ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -70,15 +70,17 @@ class Signal:
     ngrams        Tensor [n], log importance weights
     difficulty    Tensor [n], minus the score a net gave the row while a model was fine-tuned
     ifd           Tensor [n], perplexity of the answer after its prompt over that of the answer alone
+    features      Rows [n, d] of the numbers that stand in the pool's own rows, in `fields` (which "difficulty" may be learned from too)
     """
 
-    name: Literal["rows", "influence", "embeddings", "loss", "ngrams", "difficulty", "ifd"]
+    name: Literal["rows", "influence", "embeddings", "loss", "ngrams", "difficulty", "ifd", "features"]
     side: Literal["pool", "target"] = "pool"
     transform: Literal["none", "adam"] = "none"
     modules: Literal["lora", "linear"] = "lora"
     checkpoints: Literal["last", "each", "mean"] = "last"
     backend: str | None = None
     dim: int | None = None
+    fields: tuple[str, ...] = ()
 
 
 class UndeclaredSignal(KeyError):
@@ -90,7 +92,8 @@ class Signals:
     """What a method may read: the declared signals, and facts about the rows that cost nothing.
 
     `values` holds one value per declared Signal. `tokens` [n] are supervised tokens per row; `groups` the n pool groups (sources);
-    `target_groups` the m target groups (tasks).
+    `target_groups` the m target groups (tasks). `map` is what rules may do their blocks with: it gives the bytes of the built-in one, and
+    calls its function in other processes where there are some.
     """
 
     values: Mapping[Signal, Any]
@@ -98,6 +101,7 @@ class Signals:
     tokens: np.ndarray | None = None
     groups: Sequence[str] = ()
     target_groups: Sequence[str] = ()
+    map: Callable[..., Any] = map
 
     def __getitem__(self, signal: Signal) -> Any:
         if signal not in self.values:

@@ -23,6 +23,7 @@ from gradsift.encode import EncodedRows
 from gradsift.errors import MismatchError
 from gradsift.gradients import Modules, extract
 from gradsift.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, load_model, model_identity
+from gradsift.objectives import Loss
 from gradsift.packing import OUT_OF_MEMORY, StoreDtype, pack
 from gradsift.projection import Projection
 from gradsift.signals import ifd
@@ -96,6 +97,7 @@ class GradientWork:
     dtype: StoreDtype
     dim: int
     advance: Advance = nothing
+    loss: Loss = "cross-entropy"
 
     def __call__(self) -> Callable[[EncodedRows], tuple[dict[str, Tensor], int]]:
         model = self.model()
@@ -106,7 +108,7 @@ class GradientWork:
             tokens, codes = torch.zeros(count, dtype=torch.int32), torch.zeros(count, dtype=torch.uint8)
             usable = [i for i in range(count) if encoded.codes[i] == 0]
             taken = [encoded[i] for i in usable]
-            options = {"transform": self.transform, "modules": self.modules, "token_budget": self.token_budget}
+            options = {"transform": self.transform, "modules": self.modules, "token_budget": self.token_budget, "loss": self.loss}
             for batch in extract(model, taken, projection=self.projection, **options):
                 at = torch.tensor([usable[int(i)] for i in batch.indices])
                 rows[at], norms[at], losses[at], tokens[at] = batch.rows, batch.norms, batch.losses, batch.tokens

@@ -11,8 +11,6 @@ import torch
 from gradsift.rules import penalty
 from gradsift.types import Signal, Signals, Subset
 
-DIFFICULTY, EMBEDDINGS = Signal("difficulty"), Signal("embeddings")
-
 
 @dataclass(frozen=True)
 class Selffilter:
@@ -21,6 +19,9 @@ class Selffilter:
     Source: arXiv 2402.12501 (Findings of ACL 2024), section 3: a linear score net weighs the rows of a batch by softmax while the model is
     fine-tuned; difficulty = minus the score, since hard rows are given little weight; greedy choice, where the 10 nearest rows lose
     gamma x difficulty x cosine squared. Cost: embeddings of the pool, and one more short fine-tune like the warm-up.
+
+    features: fields of the pool's own rows to learn from and to compare rows by, in place of embeddings, separated by commas: numbers
+    (brought to one scale over the pool) or lists of numbers (at length 1), such as the scores and embeddings the paper learns from.
 
     Differences from the paper: text only, so features are the base model's embeddings where the paper has CLIP's of image and text; the net
     is trained during a short LoRA fine-tune on a share of the pool (the run's warm-up settings) and not during a full training; it starts
@@ -34,12 +35,25 @@ class Selffilter:
     neighbours: int = 10
     gamma: float = 1.0
     clamp: bool = False
+    features: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.features is not None and not self.fields:
+            raise ValueError("names no field")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in (self.features or "").split(",") if name.strip())
+
+    @property
+    def rows(self) -> Signal:
+        return Signal("features", fields=self.fields) if self.fields else Signal("embeddings")
 
     def needs(self) -> frozenset[Signal]:
-        return frozenset({DIFFICULTY, EMBEDDINGS})
+        return frozenset({Signal("difficulty", fields=self.fields), self.rows})
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
-        difficulty = torch.as_tensor(signals[DIFFICULTY], dtype=torch.float64)
+        difficulty = torch.as_tensor(signals[Signal("difficulty", fields=self.fields)], dtype=torch.float64)
         difficulty = difficulty.clamp(min=0) if self.clamp else difficulty
-        found = penalty.diverse(difficulty, signals[EMBEDDINGS], budget, neighbours=self.neighbours, gamma=self.gamma)
+        found = penalty.diverse(difficulty, signals[self.rows], budget, neighbours=self.neighbours, gamma=self.gamma)
         return Subset(found.indices.numpy(), gains=found.gains.numpy(), notes={"score": difficulty.numpy()})

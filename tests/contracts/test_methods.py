@@ -42,7 +42,7 @@ class Reading(Mapping[Signal, Any]):
 def value(signal: Signal, n: int, seed: int, kind: str = "random") -> Any:
     generator = torch.Generator().manual_seed(seed)
     rows = n if signal.side == "pool" else M
-    if signal.name in ("rows", "embeddings"):
+    if signal.name in ("rows", "embeddings", "features"):
         made = torch.nn.functional.normalize(torch.randn(rows, D, generator=generator), dim=1)
     elif signal.name == "influence":
         made = torch.randn(n, len(set(GROUPS)) if signal.backend == "less-mean" else M, generator=generator) * 0.1
@@ -77,7 +77,7 @@ def cases() -> list[Any]:
     for name in methods.table():
         selector = methods.make(name, {"clusters": 4} if "clusters" in {f.name for f in dataclasses.fields(methods.load(name))} else {})
         found.append(pytest.param(selector, id=name))
-    return found
+    return [*found, pytest.param(methods.make("selffilter", {"features": "quality, vector"}), id="selffilter-features")]
 
 
 @pytest.fixture(params=cases())
@@ -138,12 +138,12 @@ def test_rows_may_be_anything_that_slices(selector: Selector) -> None:
             assert isinstance(where, slice)
             return self.rows[where].clone()
 
-    if not any(s.name in ("rows", "embeddings") for s in selector.needs()):
+    if not any(s.name in ("rows", "embeddings", "features") for s in selector.needs()):
         pytest.skip("reads no rows")
     assert isinstance(Sliced(torch.zeros(2, 2)), Rows)
     plain = choose(selector, 7)
     given = signals(selector)
-    wrapped = {s: Sliced(v) if s.name in ("rows", "embeddings") else v for s, v in given.values.values_.items()}  # type: ignore[attr-defined]
+    wrapped = {s: Sliced(v) if s.name in ("rows", "embeddings", "features") else v for s, v in given.values.values_.items()}  # type: ignore[attr-defined]
     again = choose(selector, 7, dataclasses.replace(given, values=wrapped))
     assert again.indices.tolist() == plain.indices.tolist()
 

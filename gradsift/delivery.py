@@ -1,0 +1,35 @@
+"""What a finished job hands over: a file of its artifact, checked, and copied to where `--out` says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gradsift.artifact import REPAIR, Artifact, file_hash
+from gradsift.durable import make_folder
+from gradsift.errors import IntegrityError, UserError
+from gradsift.remote import is_url, sent
+from gradsift.writing import copy_file
+
+
+def check_out(out: str | Path | None, inputs: Sequence[str | Path]) -> None:
+    """Raises UserError when `out` would overwrite a file of `inputs`, given as [NAME=]FILE."""
+    if out is not None and any(Path(out).resolve() == Path(str(file).rpartition("=")[2]).resolve() for file in inputs):
+        raise UserError("--out names an input file", where=out, remedy="Choose another name for what is written.")
+
+
+def deliver(artifact: Artifact, name: str, out: str | Path | None) -> Path:
+    """The file `name` of a complete artifact; with `out` a copy there, whose path is returned unless it is a URL.
+
+    Raises IntegrityError when the file is not the one that was written; DiskFull, ResourceError, UserError for a URL that leads nowhere.
+    """
+    path = artifact.file(name)
+    if file_hash(path) != artifact.manifest["files"][name]:
+        raise IntegrityError("is not the file that the manifest names", where=path, remedy=REPAIR)
+    if out is not None and is_url(str(out)):
+        sent(path, str(out))
+    elif out is not None:
+        make_folder(Path(out).absolute().parent)
+        copy_file(path, Path(out))
+        path = Path(out)
+    return path
