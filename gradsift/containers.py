@@ -24,6 +24,7 @@ from typing import IO, Any
 import zstandard
 
 from gradsift.errors import DataError, DiskFull, ResourceError, UserError
+from gradsift.remote import fetched, is_url
 from gradsift.tables import AGAIN, EXPANSION, ROOM, Place, Table, arrow, expanded, hub, parquet, saved_folder
 
 __all__ = ["CHUNK", "EXPANSION", "SUFFIXES", "Place", "Table", "Text", "open_source"]
@@ -37,7 +38,7 @@ _SAVE_AS = "Save the rows as jsonl or parquet."
 
 
 def open_source(name: str, *, max_row_bytes: int, max_expansion: float) -> Text | Table:
-    """The container behind a path or `hf:NAME[:CONFIG][@REVISION]`.
+    """The container behind a path, a URL that fsspec knows, or `hf:NAME[:CONFIG][@REVISION]`.
 
     Raises UserError (missing, a pickle, an unknown kind), DataError (damaged), ResourceError (disk full, expands beyond the limit).
     """
@@ -45,7 +46,7 @@ def open_source(name: str, *, max_row_bytes: int, max_expansion: float) -> Text 
         return hub(name)
     if name in ("", "hf:") or "\0" in name:
         raise UserError("names nothing that could be read", where=name.replace("\0", "?"), remedy="Name a file, or hf:NAME.")
-    path = Path(name)
+    path = fetched(name) if is_url(name) else Path(name)
     kinds = [suffix.lower() for suffix in path.suffixes]
     if any(kind in PICKLES for kind in kinds[-1:] + [kind for kind in kinds[-2:-1] if kinds[-1] in PACKED]):
         raise UserError("pickles and tensor files are not read: they can run code when loaded", where=name, remedy=_SAVE_AS)

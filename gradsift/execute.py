@@ -36,6 +36,10 @@ class Executor(Protocol):
         """Yields (shard, result) as they finish, in any order. Raises Interrupted after a signal, and whatever a worker raises."""
         ...
 
+    def close(self) -> None:
+        """Lets the workers go. The next `map` makes others."""
+        ...
+
 
 class Serial:
     """One worker in this process, shards in the given order."""
@@ -53,6 +57,9 @@ class Serial:
             for shard in shards:
                 stop_here()
                 yield shard, worker(shard if part is None else part(shard))
+
+    def close(self) -> None:
+        """There is nothing to let go."""
 
 
 class _Stop:

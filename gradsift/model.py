@@ -136,7 +136,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model of a hub name, a local folder or a built-in name, in eval mode on `device`.
 
-    device: "auto" spreads it over all GPUs that the process sees (accelerate's device map). dtype: float32, bfloat16 or float16. attention: transformers' attn_implementation ("eager", "sdpa", ...); None = its default.
+    device: "auto" spreads it over all GPUs that the process sees (accelerate's device map). dtype: float32, bfloat16 or float16.
+    attention: transformers' attn_implementation ("eager", "sdpa", ...); None = its default.
     Raises UserError for a name that is nowhere or holds only pickled weights, DataError when the files lack weights that the model needs,
     ConfigError for an unknown dtype or for remote code without a pinned commit.
     """

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from gradsift import budget as budgets
 from gradsift import machine, methods
 from gradsift.encode import EncodedRows, encode, pad_batch, token_batches
 from gradsift.gradients import extract, output_dim
-from gradsift.model import attach_lora
+from gradsift.model import attach_lora, tracked_modules
 from gradsift.pipeline import Pipeline
+from gradsift.plan_ray import Spread, spread
 from gradsift.progress import Progress, duration
 from gradsift.selection import as_list, check_target, opened
 from gradsift.signals.embeddings import hidden_size
@@ -56,6 +57,7 @@ class Rates:
     dim: int
     parameters: int
     hidden: int
+    factors: int  # bytes of a shard's curvature sums
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Plan:
     bytes: int
     seconds: float
     peak_bytes: int
+    spread: Spread | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,7 +89,7 @@ class Plan:
         lines.append(
             f"total    {duration(self.seconds)}, {self.bytes / 1e6:,.1f} MB on disk, {self.peak_bytes / 1e6:,.0f} MB of memory at the most"
         )
-        return "\n".join(lines)
+        return "\n".join(lines if self.spread is None else [*lines, self.spread.line()])
 
 
 def plan(
@@ -129,6 +132,7 @@ def _plan(pipeline: Pipeline, method: str, selector: Selector, wanted: budgets.B
         mean = (encoded["pool"][0].lengths if wanted.unit == "tokens" else encoded["pool"][0].supervised).mean()
         rows = min(len(candidates), int(wanted.tokens(int(mean * len(candidates))) / max(mean, 1)))
     stages.append(_select_cost(pipeline, selector, rows, rates))
+    over = spread(pipeline, stages, rates)
     return Plan(
         method=method,
         read=candidates.funnel["read"],
@@ -138,8 +142,9 @@ def _plan(pipeline: Pipeline, method: str, selector: Selector, wanted: budgets.B
         tokens=tokens["pool"],
         stages=stages,
         bytes=sum(stage.bytes for stage in stages),
-        seconds=sum(stage.seconds for stage in stages),
+        seconds=sum(stage.seconds for stage in stages) if over is None else over.seconds,
         peak_bytes=_peak(pipeline, selector, rates),
+        spread=over,
     )
 
 
@@ -165,7 +170,7 @@ def probe(pipeline: Pipeline, encoded: EncodedRows, selector: Selector) -> Rates
     a, b = torch.randn(1024, 2048), torch.randn(2048, 128)
     multiply = a.numel() * 128 / min(_timed(lambda: a @ b) for _ in range(5))
     if not selector.needs():
-        return Rates(1, 1, 1, encode_rate, multiply, machine.peak_bytes(), 0, 0, 0)
+        return Rates(1, 1, 1, encode_rate, multiply, machine.peak_bytes(), 0, 0, 0, 0)
     model = attach_lora(pipeline.load_base(), pipeline.config.warmup.lora)
     train = tokens / _timed(lambda: _train_pass(model, rows, pipeline.pad_id))
     settings = pipeline.config.gradients
@@ -186,7 +191,8 @@ def probe(pipeline: Pipeline, encoded: EncodedRows, selector: Selector) -> Rates
         forward = tokens / _timed(lambda: _train_pass(model, rows, pipeline.pad_id, backward=False))
     dim = output_dim(model, pipeline.projection, modules)
     parameters = sum(p.numel() for p in names.values())
-    return Rates(train, taken, forward, encode_rate, multiply, machine.peak_bytes(), dim, parameters, hidden_size(model))
+    factors = 4 * sum(side * side for module in tracked_modules(model, modules).values() for side in cast(Any, module).weight.shape)
+    return Rates(train, taken, forward, encode_rate, multiply, machine.peak_bytes(), dim, parameters, hidden_size(model), factors)
 
 
 def _timed(work: Any) -> float:
@@ -235,6 +241,8 @@ def _cost(pipeline: Pipeline, recipe: Recipe, tokens: Mapping[str, int], rates: 
         seconds = rows * m * rates.dim * pipeline.checkpoint_count / rates.multiply
     elif recipe.stage == "embeddings":
         label, bytes_, seconds = side, rows * (2 * rates.hidden + SHARD_META) + ids, n / rates.forward
+    elif recipe.stage == "features":
+        label, bytes_, seconds = ", ".join(recipe.config["fields"]), 4 * rows * len(recipe.config["fields"]), rows * 2e-5
     elif recipe.stage == "difficulty":
         label, trained = _warmup_label(pipeline, n, rows)
         bytes_, seconds = 4 * rows, trained / rates.train

@@ -18,6 +18,7 @@ from gradsift.containers import EXPANSION, SUFFIXES, Table, Text, open_source
 from gradsift.errors import DataError, UnknownName, UserError
 from gradsift.formats import FIELD_NAMES, FORMATS, Fields, convert, detect, parse_row
 from gradsift.reading import NO_GROUP, Columns, Dropped, Progress, Reader, too_many, unique_ids
+from gradsift.remote import is_url
 from gradsift.types import Example
 from gradsift.writing import canonical, subset_suffix, write_dropped, write_subset
 
@@ -123,7 +124,7 @@ def _split_name(source: str | Path) -> tuple[str | None, str]:
     """`[NAME=]FILE` -> (NAME, FILE). A file whose own name has an equals sign wins."""
     text = str(source)
     name, equals, file = text.partition("=")
-    if isinstance(source, Path) or not equals or not name or "/" in name or name.startswith("hf:") or Path(text).exists():
+    if isinstance(source, Path) or not equals or not name or "/" in name or name.startswith("hf:") or is_url(text) or Path(text).exists():
         return None, text
     return name, file
 

@@ -30,6 +30,7 @@ from gradsift.encode import token_batches
 from gradsift.errors import ResourceError
 from gradsift.families import FAMILIES, TARGET_FAMILY, stream
 from gradsift.model import quiet
+from gradsift.remote import cache_folder
 
 SPECIALS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 TEMPLATE = (
@@ -67,7 +68,7 @@ def tiny_model(
     processes may build at once: the first to finish gives the folder its name. Raises ResourceError when the cache cannot be written.
     """
     settings = settings or TinySettings()
-    root = cache or _cache()
+    root = cache or cache_folder()
     weights = {family.name: family.share * (settings.target_weight if family.name == TARGET_FAMILY else 1.0) for family in FAMILIES}
     recipe = {"settings": settings.canonical(), "template": TEMPLATE, "stream": list(islice(stream(settings.seed, weights), 400))}
     folder = Path(root) / f"tiny-{recipe_digest(recipe)[:12]}"
@@ -92,12 +93,6 @@ def tiny_model(
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     return folder
-
-
-def _cache() -> Path:
-    if os.environ.get("GRADSIFT_CACHE"):
-        return Path(os.environ["GRADSIFT_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gradsift"
 
 
 def _settle(temp: Path, folder: Path) -> None:

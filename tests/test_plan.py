@@ -50,6 +50,23 @@ def test_the_run_makes_those_stages_in_as_many_bytes(run: Path, pool_file: Path,
     assert held["warmup"] == pytest.approx(planned["warmup"], rel=0.05, abs=3 * 10_000)
 
 
+def test_over_workers_the_mapped_stages_take_their_share_of_the_time(
+    tmp_path: Path, pool_file: Path, target_file: Path, model_folder: Path
+) -> None:
+    settings = {**SETTINGS, "machine": {"threads": 1, "executor": "ray", "workers": 4}}
+    found = plan(
+        "less", pool=pool_file, target=target_file, model=str(model_folder), run=tmp_path / "r", budget="25%", settings=settings
+    )
+    over = found.spread
+    assert over is not None and (over.workers, over.threads, over.gpus) == (4, 1, 0)
+    mapped = sum(stage.seconds for stage in found.stages if stage.stage == "gradients")
+    rest = sum(stage.seconds for stage in found.stages if stage.stage != "gradients")
+    assert found.seconds == pytest.approx(rest + mapped / 4 + 15)
+    # A shard of 16 rows: packed rows of 64 fp16 numbers and 17 bytes, and at least its tokens and labels.
+    assert over.each >= 16 * (2 * 64 + 17) + 16 * 8 * 10 and over.store(4) == 75 << 20
+    assert "4 workers of 1 threads" in found.table() and found.as_dict()["spread"]["workers"] == 4
+
+
 def test_afterwards_everything_is_there_already(run: Path, pool_file: Path, target_file: Path, model_folder: Path) -> None:
     chosen(run, pool_file, target_file, model_folder)
     after = plan("less", pool=pool_file, target=target_file, run=run, budget=5)

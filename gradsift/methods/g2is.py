@@ -67,7 +67,7 @@ class G2is:
         n = rows.shape[0]
         seats = topk.apportion(budget, core.weights.tolist())
         k = min(self.neighbours, n - 1)
-        graph = knn.graph(rows, k, exact=self.exact)[0] if k > 0 else torch.empty(n, 0, dtype=torch.int64)
+        graph = knn.graph(rows, k, exact=self.exact, map=signals.map)[0] if k > 0 else torch.empty(n, 0, dtype=torch.int64)
         found = walk.gradient_walk(
             rows, core.directions, seats, graph, consistency=self.consistency, redistribute=self._or(self.redistribute, True)
         )

@@ -49,14 +49,22 @@ class Tagcos:
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         rows: Rows = signals[self.rows]
         n = rows.shape[0]
-        found = kmeans.fit(rows, min(self.clusters, n), rng=rng, cosine=self.cosine, iterations=self.iterations, restarts=self.restarts)
+        found = kmeans.fit(
+            rows, min(self.clusters, n), rng=rng, cosine=self.cosine, iterations=self.iterations, restarts=self.restarts, map=signals.map
+        )
         labels = np.asarray(found.labels)
         sizes = np.bincount(labels, minlength=len(found.centres))
         if self.preset == "released":
             seats = np.floor(budget / n * sizes + 1e-9).astype(int)
         else:
             seats = np.asarray(topk.apportion(budget, sizes, capacity=sizes))
-        picks = [self._match(rows, np.flatnonzero(labels == c), found.centres[c], int(seats[c]), rng) for c in range(len(sizes))]
+        draws = rng if self.refill == "random" else None
+
+        def match(c: int) -> tuple[np.ndarray, np.ndarray]:
+            return self._match(rows, np.flatnonzero(labels == c), found.centres[c], int(seats[c]), draws)
+
+        # One generator serves the clusters in turn, so draws are not for other processes.
+        picks = list((map if self.refill == "random" else signals.map)(match, range(len(sizes))))
         order = sorted((rank, c) for c, (chosen, _) in enumerate(picks) for rank in range(len(chosen)))
         norms = np.array([float(centre.norm()) for centre in found.centres])
         return Subset(
@@ -80,7 +88,7 @@ class Tagcos:
         return score
 
     def _match(
-        self, rows: Rows, members: np.ndarray, centre: Tensor, seats: int, rng: np.random.Generator
+        self, rows: Rows, members: np.ndarray, centre: Tensor, seats: int, rng: np.random.Generator | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Pool indices of one cluster's picks, in pick order, and their product with the centroid."""
         if seats == 0:

@@ -1,0 +1,107 @@
+"""Files that lie elsewhere: s3://, gs://, memory:// and whatever else fsspec knows. Fetched to a local cache to be read, written whole."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from gradsift.durable import make_folder, require_space, resource_error
+from gradsift.errors import ResourceError, UserError
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+# What storages call the state of a file. One that tells none of these is asked for its bytes each time.
+_STATES = (
+    *("ETag", "etag", "md5", "md5Hash", "content_md5", "generation", "version_id", "VersionId"),
+    *("LastModified", "last_modified", "mtime", "created"),
+)
+
+
+def cache_folder() -> Path:
+    """$GRADSIFT_CACHE, else $XDG_CACHE_HOME/gradsift, else ~/.cache/gradsift."""
+    if os.environ.get("GRADSIFT_CACHE"):
+        return Path(os.environ["GRADSIFT_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gradsift"
+
+
+def is_url(name: str) -> bool:
+    return _URL.match(name) is not None
+
+
+def fetched(url: str, cache: Path | None = None) -> Path:
+    """A local copy of one file, made anew only when the storage says that the file has changed; of a file:// URL the file itself.
+
+    Copies lie in `cache` (default: `cache_folder()` / "remote") by URL and state; deleting them is safe while nothing runs. Raises UserError
+    (no such file, an unknown kind of URL, a missing package for it), DiskFull, ResourceError (the storage does not answer).
+    """
+    system, path = _system(url)
+    if _is_local(system):
+        return Path(path)
+    try:
+        about = system.info(path)
+    except FileNotFoundError:
+        raise UserError("there is no such file", where=url, remedy="Check the URL, and that its storage lets you read it.") from None
+    except Exception as error:  # every storage has errors of its own
+        raise _refusal(url, error) from error
+    if about.get("type") == "directory":
+        raise UserError("is a folder", where=url, remedy="Name its files, one --pool each.")
+    state = repr(sorted((key, str(about[key])) for key in {*_STATES, "size"} & about.keys()))
+    known = any(key in about for key in _STATES)
+    folder = (cache or cache_folder() / "remote") / xxhash.xxh3_128_hexdigest(f"{url}\0{state}".encode())
+    target = folder / (url.partition("?")[0].rstrip("/").rsplit("/", 1)[-1] or "file")
+    if known and target.is_file():
+        return target
+    make_folder(folder)
+    require_space(folder, int(about.get("size") or 0))
+    temp = folder / f".tmp-{secrets.token_hex(8)}"
+    try:
+        with system.open(path, "rb") as source, open(temp, "wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 22)
+            copy.flush()
+            os.fsync(copy.fileno())
+        os.replace(temp, target)
+    except Exception as error:
+        temp.unlink(missing_ok=True)
+        raise _refusal(url, error) from error
+    return target
+
+
+def sent(file: Path, url: str) -> None:
+    """Copies a local file to `url`. Storages of objects show it when it is whole. Raises as `fetched`."""
+    system, path = _system(url)
+    try:
+        if _is_local(system):
+            make_folder(Path(path).absolute().parent)
+        with open(file, "rb") as source, system.open(path, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 22)
+    except ResourceError:
+        raise
+    except Exception as error:
+        raise _refusal(url, error) from error
+
+
+def _system(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise UserError(f"this kind of URL needs another package ({error})", where=url, remedy="Install what it names.") from error
+    except ValueError as error:
+        raise UserError(f"no storage of this kind is known ({error})", where=url, remedy="Known kinds: fsspec's, such as s3:// or gs://.") from None
+
+
+def _is_local(system: Any) -> bool:
+    return "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
+
+
+def _refusal(url: str, error: Exception) -> ResourceError:
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError | PermissionError):
+        return resource_error(error, Path(url))
+    said = " ".join(str(error).split())[:200]
+    return ResourceError(f"the storage refused ({type(error).__name__}: {said})", where=url, remedy="Check the credentials and the network.")
