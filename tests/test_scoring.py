@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import gradsift
 from gradsift import scoring
-from gradsift.durable import read_tensors
-from gradsift.errors import UnknownName, UserError
+from gradsift.cli import app
+from gradsift.durable import read_tensors, write_tensors
+from gradsift.errors import Interrupted, UnknownName, UserError
 from gradsift.influence import BACKENDS, BLOCK
 from gradsift.run import Run
 from gradsift.store import RowStore
@@ -172,9 +175,33 @@ def test_a_long_matrix_is_written_in_row_groups_and_reads_back_as_it_was(tmp_pat
     assert table["score:x"].null_count == 2
 
 
-def test_blocks_are_joined_in_a_tensor_file_as_one(tmp_path: Path) -> None:
-    from gradsift.durable import write_tensors
+def test_a_write_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
+    def blocks() -> Iterator[torch.Tensor]:
+        yield torch.ones(BLOCK, 2)
+        raise Interrupted("stopped by SIGTERM")
 
+    with pytest.raises(Interrupted):
+        scoring.write_matrix(tmp_path / "m.parquet", ["a"] * 2 * BLOCK, ["g"] * 2 * BLOCK, ["score:x", "score:y"], blocks(), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_prints_a_summary_as_json(files: tuple[Path, Path, Path], model_folder: Path, tmp_path: Path) -> None:
+    score("cosine", files, model_folder)
+    run, pool, target = files
+    command = ["score", "--backend", "cosine", "--pool", str(pool), "--target", str(target), "--target-group", "kind", "--run", str(run)]
+    found = CliRunner().invoke(
+        app, [*command, "--columns", "groups", "--out", str(tmp_path / "m.parquet"), "--threads", "1", "--json", "-q"]
+    )
+    assert found.exit_code == 0, found.output
+    told = json.loads(found.stdout)
+    assert told["columns"] == ["score:twice", "score:back"] and told["usable"] == 39 and told["left_out"] == ["r002"]
+    assert told["scores"] == str(tmp_path / "m.parquet") and pq.read_table(told["scores"]).num_rows == 40
+    assert sum(line["weight"] for line in told["checkpoints"]) == pytest.approx(1)
+    plain = CliRunner().invoke(app, [*command, "--columns", "groups", "--threads", "1", "-q"])
+    assert "40, 39 with scores" in plain.stdout and "nothing to make" in plain.stdout
+
+
+def test_blocks_are_joined_in_a_tensor_file_as_one(tmp_path: Path) -> None:
     parts = [torch.randn(3, 2), torch.randn(1, 2)]
     joined = write_tensors(tmp_path / "a.safetensors", {"x": parts}, {})
     assert joined == write_tensors(tmp_path / "b.safetensors", {"x": torch.cat(parts)}, {})
