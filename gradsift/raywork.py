@@ -203,14 +203,16 @@ class Round:
             if self.todo and slot.actor is not None and slot.task is None and slot.built is self.maker:
                 shard = self.todo.popleft()
                 slot.ask("work", self.part(shard), shard=shard)
-        coming = sum(slot.task is not None and slot.task.kind != "work" for slot in self.slots)
-        for slot in sorted(self.slots, key=lambda slot: slot.actor is None):
-            if slot.task is None and slot.built is not self.maker and coming < len(self.todo):
+        building = sum(slot.task is not None and slot.task.kind == "build" for slot in self.slots)
+        for slot in self.slots:
+            if slot.actor is not None and slot.task is None and slot.built is not self.maker and building < len(self.todo):
+                building += 1
+                slot.ask("build", self.maker, maker=self.maker)
+        coming = building + sum(slot.task is not None and slot.task.kind == "hello" for slot in self.slots)
+        for slot in self.slots:
+            if slot.actor is None and coming < len(self.todo):
                 coming += 1
-                if slot.actor is None:
-                    slot.start()
-                else:
-                    slot.ask("build", self.maker, maker=self.maker)
+                slot.start()
 
     def _collect(self) -> Iterator[tuple[int, Any]]:
         waiting = {slot.task.ref: slot for slot in self.slots if slot.task is not None}

@@ -342,7 +342,8 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(
     (tmp_path / "config.json").write_text(config.model_dump_json())
     command = [sys.executable, str(script), str(tmp_path / "config.json"), str(tmp_path / "run"), *map(str, files), two.address or ""]
     two.close()
-    first = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE)
+    root = Path(__file__).parents[1]
+    first = subprocess.Popen(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stderr=subprocess.PIPE)
     until = time.monotonic() + 240
     while not list((tmp_path / "run").glob("gradients-*/rows-*.safetensors")):
         assert time.monotonic() < until and first.poll() is None, first.communicate()[1].decode()
