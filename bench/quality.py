@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 
 import gradsift
 from gradsift.arms import CONTROL
-from gradsift.compare import BASE, compare
 from gradsift.comparison import Comparison, Line
+from gradsift.judging import BASE, compare
 from gradsift.progress import auto
 from gradsift.rules.topk import apportion
 

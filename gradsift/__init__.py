@@ -6,7 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradsift.comparison import Comparison
     from gradsift.gradients import GradientBatch, extract
+    from gradsift.judging import compare
     from gradsift.pool import Pool, read_pool, write_subset
     from gradsift.projection import Projection
     from gradsift.scoring import Scores, score
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Adam": "transforms.adam",
     "Checkpoint": "types",
+    "Comparison": "comparison",
     "Example": "types",
     "FactoredAdam": "transforms.adam",
     "GradientBatch": "gradients",
@@ -33,6 +36,7 @@ _HOMES = {
     "Signals": "types",
     "Subset": "types",
     "TrajectoryCallback": "warmup",
+    "compare": "judging",
     "extract": "gradients",
     "read_moments": "warmup",
     "read_pool": "pool",
@@ -44,6 +48,7 @@ _HOMES = {
 __all__ = [
     "Adam",
     "Checkpoint",
+    "Comparison",
     "Example",
     "FactoredAdam",
     "GradientBatch",
@@ -57,6 +62,7 @@ __all__ = [
     "Signals",
     "Subset",
     "TrajectoryCallback",
+    "compare",
     "extract",
     "read_moments",
     "read_pool",

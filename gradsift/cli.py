@@ -519,14 +519,14 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Train on what each method chose and on the controls, and say which is better, with intervals."""
-    from gradsift import compare as comparing
+    from gradsift import judging
 
     values = {"dedup": None, **locals()}
     settings = _gather(values)
     for key in ("mode", "epochs", "lr", "batch_size"):
         if values[key] is not None:
             settings.setdefault("finetune", {})[key] = values[key]
-    found = comparing.compare(
+    found = judging.compare(
         method,
         pool=pool,
         test=test,

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import xxhash
 
+from gradsift import playground
 from gradsift.artifact import Artifact
 from gradsift.config import FinetuneSettings, ModelSettings
 from gradsift.durable import write_tensors
@@ -118,10 +119,9 @@ class Trials:
         if not jobs:
             return 0
         encoded = self.pipeline.encoded("pool")
-        work = [_job(trial, tests, encoded) for trial, tests in jobs]
         progress.start(len(jobs), "trainings", "training and testing")
-        make = functools.partial(_worker, self.pipeline.config.model, work)
-        for number, (made, seconds) in self.pipeline.executor.map(make, range(len(work))):
+        make = functools.partial(_worker, self.pipeline.config.model)
+        for number, (made, seconds) in self.pipeline.executor.map(make, range(len(jobs)), lambda number: _job(*jobs[number], encoded)):
             trial, tests = jobs[number]
             for test, scores in zip(tests, made, strict=True):
                 self.pipeline.make(self.recipe(trial, test), functools.partial(_keep, scores, seconds))
@@ -171,8 +171,9 @@ def _job(trial: Trial, tests: Sequence[Test | Command], encoded: EncodedRows) ->
     return _Job([encoded[int(i)] for i in trial.rows], trial.settings, trial.weights, sent)
 
 
-def _worker(model: ModelSettings, jobs: Sequence[_Job]) -> Callable[[int], tuple[list[Scores], dict[str, float]]]:
+def _worker(model: ModelSettings) -> Callable[[_Job], tuple[list[Scores], dict[str, float]]]:
     """Made where the work is done, from plain data."""
+    playground.register()
     tokenizer = load_tokenizer(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
     def base(mode: str) -> Any:
@@ -186,8 +187,8 @@ def _worker(model: ModelSettings, jobs: Sequence[_Job]) -> Callable[[int], tuple
             attention=model.attention,
         )
 
-    def work(number: int) -> tuple[list[Scores], dict[str, float]]:
-        job, started = jobs[number], time.perf_counter()
+    def work(job: _Job) -> tuple[list[Scores], dict[str, float]]:
+        started = time.perf_counter()
         load = functools.partial(base, job.settings.mode)
         net = finetune(load, job.rows, settings=job.settings, weights=job.weights, device=model.device) if job.rows else load()
         trained = time.perf_counter()

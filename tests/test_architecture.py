@@ -19,7 +19,7 @@ FLOORS = {
     3: "measures trainer_output checkpoints warmup objectives tail capture gradients signals",
     4: "influence curvature",
     5: "curved projected scalars run execute stages rowwork pipeline findings outputs selection delivery scoring"
-    " doctor plan holdings execute_ray raywork workers parts plan_ray evaluate compare comparison arms trials tiny playground demo report",
+    " doctor plan holdings execute_ray raywork workers parts plan_ray evaluate judging comparison arms trials tiny playground demo report",
     6: "cli __main__ __init__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

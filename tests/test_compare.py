@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradsift import compare as comparing
-from gradsift.compare import BASE, compare
+from gradsift import judging
 from gradsift.comparison import MEAN, Comparison, Measured, compare_measured
 from gradsift.config import EncodeSettings
 from gradsift.encode import encode
 from gradsift.errors import ConfigError, UnknownName, UserError
 from gradsift.evaluate import finetune, heldout_loss
+from gradsift.judging import BASE, compare
 from gradsift.model import load_tokenizer
 from gradsift.playground import TinySettings, generate, target_rows, tiny_model
 from gradsift.pool import read_pool
@@ -80,7 +80,7 @@ def test_a_comparison_trains_what_its_table_says(
     tokenizer, settings = load_tokenizer(model), EncodeSettings(max_length=256)
     encoded, held = encode(pool, tokenizer, settings), encode(test, tokenizer, settings)
     longest = sorted(range(len(pool) - 1), key=lambda i: (-int(encoded.supervised[i]), i))[:10]
-    recipe = comparing.FinetuneSettings(**SETTINGS["finetune"], steps=3, seed=1)
+    recipe = judging.FinetuneSettings(**SETTINGS["finetune"], steps=3, seed=1)
     tuned = finetune(model, [encoded[i] for i in sorted(longest)], settings=recipe)
     assert length.per_seed[1] == pytest.approx(heldout_loss(tuned, held).loss, rel=1e-5)
 
@@ -89,7 +89,7 @@ def test_a_comparison_trains_what_its_table_says(
         raise AssertionError("trained again")
 
     monkeypatch.setattr("gradsift.trials.finetune", refuse)
-    monkeypatch.setattr("gradsift.compare.finetune", refuse)
+    monkeypatch.setattr("gradsift.judging.finetune", refuse)
     again = run(files, model, tmp_path / "run", oracle="family=translate")
     assert again.tables == found.tables
     reports = list((tmp_path / "run").glob("select-*/report.json"))
@@ -175,14 +175,14 @@ def test_the_mean_of_tests_resamples_the_seeds_once() -> None:
 
 
 def test_trials_differ_by_rows_seed_and_weights() -> None:
-    recipe = comparing.FinetuneSettings(steps=2)
-    one = comparing.Trial(np.arange(4), recipe)
+    recipe = judging.FinetuneSettings(steps=2)
+    one = judging.Trial(np.arange(4), recipe)
     others = [
-        comparing.Trial(np.arange(1, 5), recipe),
-        comparing.Trial(np.arange(4), recipe.model_copy(update={"seed": 1})),
-        comparing.Trial(np.arange(4), recipe, np.ones(4)),
+        judging.Trial(np.arange(1, 5), recipe),
+        judging.Trial(np.arange(4), recipe.model_copy(update={"seed": 1})),
+        judging.Trial(np.arange(4), recipe, np.ones(4)),
     ]
     assert all(one.canonical() != other.canonical() for other in others)
-    assert one.canonical() == comparing.Trial(np.arange(4), recipe).canonical()
-    base = comparing.Trial(np.zeros(0, dtype=np.int64), recipe)
-    assert base.canonical() == comparing.Trial(np.zeros(0, dtype=np.int64), recipe.model_copy(update={"seed": 9})).canonical()
+    assert one.canonical() == judging.Trial(np.arange(4), recipe).canonical()
+    base = judging.Trial(np.zeros(0, dtype=np.int64), recipe)
+    assert base.canonical() == judging.Trial(np.zeros(0, dtype=np.int64), recipe.model_copy(update={"seed": 9})).canonical()
