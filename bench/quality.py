@@ -21,13 +21,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from scipy.stats import rankdata
 
 import gradsift
 from gradsift.arms import CONTROL
 from gradsift.comparison import Comparison, Line
+from gradsift.influence import BACKENDS
 from gradsift.judging import BASE, compare
 from gradsift.progress import auto
 from gradsift.rules.topk import apportion
+from gradsift.selection import opened
+from gradsift.trials import Test, Trial, Trials
 
 TARGETS = ("gsm8k", "code_alpaca", "ni_title", "mt_de_en", "bbh_logical_deduction_five_objects")
 ALL_TARGETS = (*TARGETS, "mt_zh_en", "ni_sentiment", "bbh_date_understanding", "bbh_boolean_expressions", "mmlu")
@@ -42,6 +46,7 @@ AGNOSTIC = ("tagcos", "gradmatch", "kcenter", "selffilter")
 SEVERAL = ("bids", "less", "less:aggregate=round-robin", "rds")
 NOISE = ("gdig", "gdig:preset=released", "less", "tagcos", "perplexity", "ifd")
 TESTED = 300
+LDS_ROWS, LDS_TARGETS = 1500, 64
 SETTINGS: dict[str, dict[str, Any]] = {"finetune": {"mode": "full", "lr": 5e-4, "epochs": 3, "batch_size": 16}}
 
 
@@ -56,6 +61,10 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
     return path
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def stratified(rows: Sequence[dict[str, Any]], field: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -171,15 +180,52 @@ class Bench:
             )
             self.record("noise", name, noise_found(pool, chosen))
 
+    def lds(self, budget: str) -> None:
+        """Table 5: linear datamodeling score (Park et al. 2023, section 2): does the sum of scores over a random half of the pool rank the
+        losses of models trained on such halves? Mean Spearman over target rows, resampled over halves and target rows."""
+        pool = write(
+            self.root / "data" / "lds_pool.jsonl",
+            stratified(read(self.shared / "data" / "pool_general.jsonl.gz"), "source", LDS_ROWS, seed=2),
+        )
+        targets = [row for t in TARGETS for row in lines_of(self.tests[t])[: -(-LDS_TARGETS // len(TARGETS))]][:LDS_TARGETS]
+        target = write(self.root / "data" / "lds_target.jsonl", targets)
+        given: dict[str, Any] = {
+            "pool": [pool],
+            "target": [target],
+            "model": self.model,
+            "settings": self.settings,
+            "run": self.root / "lds",
+        }
+        with opened(**given, progress=auto()) as pipeline:
+            encoded = pipeline.encoded("target")
+            test, trials = Test("targets", encoded, pipeline.encode_recipe("target").digest), Trials(pipeline)
+            halves = [
+                np.sort(np.random.default_rng([5, i]).choice(LDS_ROWS, LDS_ROWS // 2, replace=False)) for i in range(self.options.halves)
+            ]
+            recipe = pipeline.config.finetune.model_copy(update={"steps": pipeline.config.finetune.steps_for(LDS_ROWS // 2)})
+            done = [Trial(rows, recipe.model_copy(update={"seed": i})) for i, rows in enumerate(halves)]
+            trials.run([(trial, [test]) for trial in done])
+            losses = np.stack([(s := trials.scores(trial, test)).sums / s.tokens for trial in done])
+        members = np.zeros((len(halves), LDS_ROWS))
+        for half, rows in enumerate(halves):
+            members[half, rows] = 1
+        for backend in BACKENDS:
+            if not BACKENDS[backend].merge:
+                found = gradsift.score(backend, **given, progress=auto())
+                table = pq.read_table(found.path).select(found.columns)
+                scores = np.nan_to_num(np.stack([column.to_numpy() for column in table.columns], axis=1))
+                self.record("lds", backend, datamodeling(scores, members, losses))
+
     def run(self) -> None:
         tables: dict[str, Callable[[str], None]] = {
             "agnostic": self.agnostic,
             "targeted": self.targeted,
             "several": self.several,
             "noise": self.noise,
+            "lds": self.lds,
         }
         for name in self.options.tables.split(","):
-            for budget in ("5%", "1%") if self.options.full and name != "noise" else ("5%",):
+            for budget in ("5%", "1%") if self.options.full and name not in ("noise", "lds") else ("5%",):
                 tables[name](budget)
 
 
@@ -235,6 +281,24 @@ def noise_found(pool: Sequence[Mapping[str, Any]], chosen: Any) -> dict[str, Any
     return found
 
 
+def datamodeling(scores: np.ndarray, members: np.ndarray, losses: np.ndarray, draws: int = 1000) -> dict[str, Any]:
+    """scores [n, m], members [halves, n] of 0 and 1, losses [halves, m] -> mean Spearman over targets and its 95 % interval."""
+    predicted, rng = members @ scores, np.random.default_rng(0)
+
+    def value(halves: np.ndarray, targets: np.ndarray) -> float:
+        ours, theirs = ranks(predicted[np.ix_(halves, targets)]), ranks(-losses[np.ix_(halves, targets)])
+        return float(np.mean((ours * theirs).sum(axis=0) / np.sqrt((ours**2).sum(axis=0) * (theirs**2).sum(axis=0))))
+
+    k, m = losses.shape
+    drawn = [value(rng.integers(0, k, k), rng.integers(0, m, m)) for _ in range(draws)]
+    return {"lds": value(np.arange(k), np.arange(m)), "interval": percentiles(np.array(drawn)), "halves": k, "targets": m}
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Centred ranks down each column, equal values sharing theirs."""
+    return rankdata(values, axis=0) - (len(values) + 1) / 2
+
+
 def auc(high: np.ndarray, low: np.ndarray) -> float:
     """Chance that a value of `high` is above one of `low`, ties counted half."""
     high, low = np.sort(high[np.isfinite(high)]), low[np.isfinite(low)]
@@ -245,11 +309,12 @@ def auc(high: np.ndarray, low: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", default="agnostic,targeted,several,noise")
+    parser.add_argument("--tables", default="agnostic,targeted,several,noise,lds")
     parser.add_argument("--targets", default="", help="names, separated by commas")
     parser.add_argument("--methods", default="", help="only these, separated by commas")
     parser.add_argument("--rows", type=int, default=8000, help="of the general pool, and of the translation pool")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--halves", type=int, default=60, help="trainings of the linear datamodeling score")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--dtype", default="bfloat16", help="of the model while gradients are taken; it is trained in float32")
     parser.add_argument("--threads", type=int, default=0)

@@ -1,0 +1,69 @@
+"""The statistics of bench/quality.py on cases with known answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from gradsift.comparison import Comparison, Measured, compare_measured
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    path = Path(__file__).parent.parent / "bench" / "quality.py"
+    spec = importlib.util.spec_from_file_location("bench_quality", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_quality"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_stratified_part_keeps_shares_and_order(bench: ModuleType) -> None:
+    rows = [{"id": i, "source": "abc"[i % 3 if i < 30 else 0]} for i in range(60)]
+    part = bench.stratified(rows, "source", 12)
+    assert [row["id"] for row in part] == sorted(row["id"] for row in part)
+    assert sorted(row["source"] for row in part) == ["a"] * 8 + ["b"] * 2 + ["c"] * 2
+    assert part == bench.stratified(rows, "source", 12)
+
+
+def test_auc_counts_pairs(bench: ModuleType) -> None:
+    high, low = np.array([3.0, 1.0, np.nan, 2.0]), np.array([2.0, 0.0])
+    pairs = [(h, x) for h in (3.0, 1.0, 2.0) for x in low]
+    assert bench.auc(high, low) == pytest.approx(np.mean([float(h > x) + 0.5 * float(h == x) for h, x in pairs]))
+
+
+def test_a_model_that_is_a_sum_of_its_rows_has_a_score_of_1(bench: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(40, 5))
+    members = np.stack([np.isin(np.arange(40), rng.choice(40, 20, replace=False)) for _ in range(30)]).astype(float)
+    losses = 3 - members @ scores
+    assert bench.datamodeling(scores, members, losses, draws=20)["lds"] == pytest.approx(1)
+    assert bench.datamodeling(-scores, members, losses, draws=20)["lds"] == pytest.approx(-1)
+    unrelated = bench.datamodeling(rng.normal(size=(40, 5)), members, losses, draws=200)
+    assert unrelated["interval"][0] < 0.2
+    assert unrelated["lds"] < 0.5
+
+
+def test_the_recovered_gap_is_the_share_of_what_the_oracle_gains(bench: ModuleType) -> None:
+    def comparison(random: float, method: float, oracle: float) -> Comparison:
+        rng = np.random.default_rng(1)
+        values = {"random": random, "rds": (random + method) / 2, "less": method, "oracle source=x": oracle}
+        tables = {arm: Measured(value + rng.normal(0, 0.01, (4, 200)), np.ones(200), 3) for arm, value in values.items()}
+        results = compare_measured({"t": tables}, control="random", level=0.95, measure="loss", equal="steps", seed=0)
+        return Comparison("random", 0.95, (), tuple(results))
+
+    found = bench.over_targets({"a": comparison(3, 2.5, 2), "b": comparison(4, 3, 3.2), "c": comparison(2, 1.9, 2)})
+    assert found["clear_oracles"] == ["a", "b"]  # in c the oracle gains nothing
+    less = found["arms"]["less"]
+    assert less["recovered_gap"][0] == pytest.approx((0.5 + 1.25) / 2, abs=0.01)
+    assert less["recovered_gap"][1] < less["recovered_gap"][0] < less["recovered_gap"][2]
+    assert less["against random"][0] == pytest.approx(-(0.5 + 1 + 0.1) / 3, abs=0.01)
+    assert less["against rds"][0] == pytest.approx(-(0.5 + 1 + 0.1) / 6, abs=0.01)
+    assert less["against rds"][2] < 0
