@@ -166,7 +166,7 @@ def _fill(pipeline: Pipeline, signal: Signal, columns: Columns, artifact: Artifa
     else:
         about = [{"column": f"{PREFIX}{wanted.ids[i]}", "target": wanted.ids[i], "group": wanted.groups[i]} for i in matrix.targets]
     merged = backend_of(str(signal.backend)).merge
-    blocks = (topk.group_scores(b, matrix.groups) for b in matrix.blocks) if columns == "groups" and not merged else matrix.blocks
+    blocks = _grouped(matrix.blocks, matrix.groups) if columns == "groups" and not merged else matrix.blocks
     used = [pipeline.checkpoints()[c] for c in pipeline.used_checkpoints(signal)]
     total = sum(checkpoint.mean_lr for checkpoint in used)
     extra = {
@@ -198,6 +198,13 @@ def _matrix(pipeline: Pipeline, signal: Signal) -> _Matrix:
 
     kept = both.kept.tolist()
     return _Matrix(blocks(), kept, both.groups, sorted(set(range(len(wanted))) - set(kept)))
+
+
+def _grouped(blocks: Iterable[Tensor], groups: Sequence[str]) -> Iterator[Tensor]:
+    """Means within each group; rows without scores stay without."""
+    for block in blocks:
+        missing = ~torch.isfinite(block).all(dim=1)[:, None]
+        yield topk.group_scores(block.masked_fill(missing, 0), groups).float().masked_fill(missing, torch.nan)
 
 
 def write_matrix(
