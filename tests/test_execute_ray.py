@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from gradsift.artifact import MANIFEST
+from gradsift.cli import app
 from gradsift.config import Config, build
 from gradsift.errors import ConfigError, DiskFull, Interrupted, MismatchError, ResourceError, UnknownName, UserError
 from gradsift.execute import Executor, Serial
@@ -328,30 +330,41 @@ def test_one_worker_does_too_and_a_node_lost_in_the_middle_loses_nothing(
     assert lost and kinds(found) == ADAM and found.items() <= serial.items()
 
 
-def test_a_driver_that_is_killed_goes_on_where_it_was(
-    two: Ray, serial: dict[str, bytes], tmp_path: Path, config: Config, files: tuple[Path, Path]
-) -> None:
-    script = tmp_path / "drive.py"
-    script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom tests.test_execute_ray import make_all\nfrom gradsift.config import Config\n"
-        "from gradsift.execute_ray import Ray\nfrom gradsift.types import Signal\n"
-        "config = Config.model_validate_json(Path(sys.argv[1]).read_text())\n"
-        "make_all(Path(sys.argv[2]), config, (Path(sys.argv[3]), Path(sys.argv[4])),"
-        " Ray(threads=1, workers=1, address=sys.argv[5]), (Signal('rows', transform='adam'),))\n"
-    )
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    command = [sys.executable, str(script), str(tmp_path / "config.json"), str(tmp_path / "run"), *map(str, files), two.address or ""]
+TOML = """
+[encode]
+max_length = 64
+[warmup]
+min_rows = 24
+min_steps = 30
+epochs = 1
+batch_size = 4
+checkpoints = 1
+lora = { r = 2, alpha = 4 }
+[gradients]
+dim = 64
+shard_rows = 8
+token_budget = 128
+"""
+
+
+def test_a_driver_that_is_killed_goes_on_where_it_was(two: Ray, tmp_path: Path, model_folder: Path, files: tuple[Path, Path]) -> None:
+    (tmp_path / "settings.toml").write_text(TOML)
+    arguments = ["select", "tagcos", "--pool", str(files[0]), "--model", str(model_folder), "--budget", "8", "-o", "clusters=3"]
+    arguments += ["--threads", "1", "--config", str(tmp_path / "settings.toml"), "--quiet"]
+    over = [*arguments, "--run", str(tmp_path / "ray"), "--executor", "ray", "--workers", "1", "--shard-timeout", "300"]
+    over += ["--address", two.address or ""]
     two.close()
-    root = Path(__file__).parents[1]
-    first = subprocess.Popen(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stderr=subprocess.PIPE)
+    first = subprocess.Popen([sys.executable, "-m", "gradsift.cli", *over], stderr=subprocess.PIPE)
     until = time.monotonic() + 240
-    while not list((tmp_path / "run").glob("gradients-*/rows-*.safetensors")):
+    while not list((tmp_path / "ray").glob("gradients-*/rows-*.safetensors")):
         assert time.monotonic() < until and first.poll() is None, first.communicate()[1].decode()
         time.sleep(0.005)
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("gradients-*/rows-*.safetensors")}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "ray").glob("gradients-*/rows-*.safetensors")}
     assert 1 <= len(kept) < 5, "killed too late to show anything"
-    found = make_all(tmp_path / "run", config, files, two, (Signal("rows", transform="adam"),))
-    assert kinds(found) == ADAM and found.items() <= serial.items()
+    assert CliRunner().invoke(app, over, catch_exceptions=False).exit_code == 0
+    assert CliRunner().invoke(app, [*arguments, "--run", str(tmp_path / "serial")], catch_exceptions=False).exit_code == 0
+    found = manifests(tmp_path / "ray")
+    assert kinds(found) == ["encode", "gradients", "mean", "select", "warmup"] and found == manifests(tmp_path / "serial")
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
