@@ -20,7 +20,7 @@ FLOORS = {
     4: "influence curvature",
     5: "curved projected scalars run execute stages rowwork pipeline findings outputs selection delivery scoring"
     " doctor plan holdings execute_ray raywork workers parts plan_ray evaluate judging comparison arms trials tiny playground demo report",
-    6: "cli __main__ __init__",
+    6: "cli flags __main__ __init__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))
