@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
 import os
 import signal
 import socket
@@ -51,7 +52,7 @@ def join(address: str | None) -> Any:
     try:
         # A cluster of our own has no dashboard; workers' prints stay in Ray's logs, for stdout is for data.
         own: dict[str, Any] = {"address": "local", "include_dashboard": False} if address is None else {"address": address}
-        ray.init(**own, log_to_driver=False, logging_level="error", configure_logging=False)
+        ray.init(**own, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         said = " ".join(str(error).split())[:200]
         remedy = "Start one with `ray start --head` and pass its HOST:PORT as --address." if address else "See `ray status`."
