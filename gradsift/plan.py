@@ -19,6 +19,7 @@ from gradsift.model import attach_lora, tracked_modules
 from gradsift.pipeline import Pipeline
 from gradsift.plan_ray import Spread, spread
 from gradsift.progress import Progress, duration
+from gradsift.rules import blocks, kmeans
 from gradsift.selection import as_list, check_target, opened
 from gradsift.signals.embeddings import hidden_size
 from gradsift.stages import Recipe
@@ -290,8 +291,18 @@ def _select_cost(pipeline: Pipeline, selector: Selector, rows: int, rates: Rates
 
 
 def _peak(pipeline: Pipeline, selector: Selector, rates: Rates) -> int:
-    """The probe's own peak, a shard being filled and packed, and the mapped pages of the store that a method streams over."""
-    settings = pipeline.config.gradients
-    shard = settings.shard_rows * rates.dim * (4 + 4 + 2)
-    streamed = any(isinstance(s, Signal) and s.name in ("rows", "influence") for s in selector.needs())
-    return rates.peak_bytes + (shard if streamed else 0)
+    """The probe's own peak, a shard being filled and packed, and what choosing holds at once besides: the allocator keeps what it once had.
+
+    Rules read blocks of 2,048 rows as float32. k-means has five of them (the rows, their product, the rows that move), a sketch of its sample,
+    and then one cluster's atoms at a time, of which the largest is taken to be four times the mean; others read and normalise a block.
+    """
+    if not any(isinstance(s, Signal) and s.name in ("rows", "influence") for s in selector.needs()):
+        return rates.peak_bytes
+    n, clusters = len(pipeline.sides["pool"]), getattr(selector, "clusters", 0)
+    shard = min(pipeline.config.gradients.shard_rows, n) * rates.dim * (4 + 4 + 2)
+    block = min(blocks.BLOCK, n) * rates.dim * 4
+    choosing = 2 * block
+    if clusters:
+        sample = min(n, max(min(kmeans.SAMPLE * clusters, kmeans.SAMPLE_MOST), kmeans.SAMPLE_LEAST))
+        choosing = 5 * block + sample * kmeans.SKETCH * 4 + min(n, 4 * -(-n // clusters)) * rates.dim * 4
+    return rates.peak_bytes + shard + choosing
