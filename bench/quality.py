@@ -273,8 +273,8 @@ def noise_found(pool: Sequence[Mapping[str, Any]], chosen: Any) -> dict[str, Any
     kinds = np.array([row["noise"] for row in pool])
     table = pq.read_table(chosen.folder / "scores.parquet").to_pydict()
     found: dict[str, Any] = {"picked": len(chosen), "clean": float((kinds[chosen.indices] == "none").mean())}
-    scores = np.array([np.nan if s is None else s for s in table["score"]], dtype=float) if "score" in table else None
-    if scores is None or not np.isfinite(scores).any():
+    scores = np.array([np.nan if s is None else s for s in table["score"]], dtype=float)
+    if not np.isfinite(scores).any():
         return found
     for kind in sorted(set(kinds) - {"none"}):
         found[f"auc {kind}"] = auc(scores[kinds == "none"], scores[kinds == kind])

@@ -100,7 +100,7 @@ class Chosen:
         """Columns of scores.parquet over all pool rows, besides rank, gain and weight; what is unknown is left out."""
         subset = self.subset
         found: dict[str, Any] = {"tokens": self.pipeline.encoded("pool").supervised}
-        found["influence"] = subset.notes.get("influence")
+        found["score"], found["influence"] = self.score, subset.notes.get("influence")
         found["cluster"] = subset.notes.get("cluster")
         found["norm"], found["loss"] = self.norms, self.losses
         found["why"] = [self.why(i) if self.picked[i] else None for i in range(self.n)]

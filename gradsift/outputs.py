@@ -30,6 +30,7 @@ SCORES = pa.schema(
         pa.field("rank", pa.int32()),
         pa.field("gain", pa.float64()),
         pa.field("weight", pa.float64()),
+        pa.field("score", pa.float64()),
         pa.field("influence", pa.float64()),
         pa.field("cluster", pa.int32()),
         pa.field("norm", pa.float32()),

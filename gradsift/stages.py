@@ -26,7 +26,7 @@ VERSIONS = {
     "ifd": 2,
     "ngrams": 1,
     "difficulty": 1,
-    "select": 1,
+    "select": 2,
     "trial": 1,
     "compare": 1,
 }
@@ -87,6 +87,12 @@ class Stages:
         if all(timing.digest != artifact.digest for timing in self.timings):
             self.timings.append(Timing(recipe.stage, artifact.digest, reused, seconds, machine.peak_bytes()))
         return artifact
+
+    def unfinished(self, recipe: Recipe) -> bool:
+        """Whether the artifact of a recipe was begun and is not complete: stopped in the middle, or reopened by a repair. Writes nothing."""
+        parts = recipe.parts
+        artifact = self.run.artifact(parts.pop("stage"), **parts, create=False)
+        return artifact.path.is_dir() and not artifact.complete
 
     def stored(self, recipe: Recipe) -> Artifact | None:
         """The complete artifact of a recipe, if it is there. Writes nothing."""

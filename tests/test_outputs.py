@@ -72,6 +72,7 @@ def test_the_same_selection_gives_the_same_bytes(pool: Pool, tmp_path: Path) -> 
 def test_scores_hold_every_pool_row(pool: Pool, tmp_path: Path) -> None:
     columns = {
         "cluster": np.array([0, -1, 1, 1, 2]),
+        "score": np.array([1.0, np.nan, 2.0, -1.0, 0.0]),
         "influence": np.array([0.5, np.nan, -np.inf, 2.0, 3.0]),
         "norm": np.array([1, 2, 3, 4, 5], dtype=np.float32),
         "tokens": np.array([10, 20, 30, 40, 2**31 - 1], dtype=np.int64),
@@ -89,6 +90,7 @@ def test_scores_hold_every_pool_row(pool: Pool, tmp_path: Path) -> None:
         "rank": [2, None, 3, None, 1],
         "gain": [0.25, None, -0.125, None, 0.5],
         "weight": [3.0, None, 2.0, None, 1.0],
+        "score": [1.0, None, 2.0, -1.0, 0.0],
         "influence": [0.5, None, None, 2.0, 3.0],
         "cluster": [0, None, 1, 1, 2],
         "norm": [1.0, 2.0, 3.0, 4.0, 5.0],
