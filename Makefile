@@ -5,13 +5,18 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_TOP_PAD_ ?= 268435456
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test faults lint setup clean
 
 demo: setup
 	$(BIN)/gradsift demo
 
 test: setup lint
 	$(BIN)/python -m pytest
+
+# 200 SIGKILLs over real runs and long fuzzing: about half an hour.
+faults: setup
+	$(BIN)/python -m tests.faults.killed --kills 200
+	GRADSIFT_FUZZ=5000 $(BIN)/python -m pytest tests/faults/test_fuzz.py
 
 lint: setup
 	$(BIN)/ruff check .

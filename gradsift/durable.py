@@ -36,6 +36,13 @@ _DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
+_REMEDY = "In a run: `gradsift verify RUN --repair`, then the same command again. Elsewhere: copy the file again."
+
+
+def _damaged(what: str, path: Path) -> IntegrityError:
+    return IntegrityError(what, where=path, remedy=_REMEDY)
+
+
 def canonical_json(obj: Any) -> bytes:
     """The one spelling of a JSON value: sorted keys, no spaces, UTF-8. The same bytes for any locale, hash seed and insertion order.
 
@@ -246,7 +253,7 @@ def _plain(tensor: Tensor) -> Tensor:
 def _put_digest(head: bytes, old: str, new: str, path: Path) -> bytes:
     field = b'"xxh3":"%s"' % old.encode()
     if head.count(field) != 1:
-        raise IntegrityError("the digest field of the header is damaged", where=path)
+        raise _damaged("the digest field of the header is damaged", path)
     return head.replace(field, b'"xxh3":"%s"' % new.encode())
 
 
@@ -276,9 +283,9 @@ class TensorFile:
         except GradsiftError:
             self.close()
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             self.close()
-            raise IntegrityError("its header is damaged", where=self.path) from error
+            raise _damaged("its header is damaged", self.path) from error
         except OSError as error:
             self.close()
             raise ResourceError(f"cannot be read: {error.strerror}", where=self.path) from error
@@ -288,9 +295,9 @@ class TensorFile:
         prefix = os.pread(self._fd, 8, 0)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or 8 + length > self.size:
-            raise IntegrityError(f"is cut short or not a tensor file ({self.size:,} bytes)", where=self.path)
+            raise _damaged(f"is cut short or not a tensor file ({self.size:,} bytes)", self.path)
         if length > 100_000_000:
-            raise IntegrityError("its header is damaged", where=self.path)
+            raise _damaged("its header is damaged", self.path)
         self._head = prefix + os.pread(self._fd, length, 8)
         header = json.loads(self._head[8:])
         self.meta: dict[str, str] = header.pop("__metadata__", {})
@@ -301,28 +308,28 @@ class TensorFile:
             start, stop = entry["data_offsets"]
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
             if 8 + length + start != end or stop - start != math.prod(shape) * dtype.itemsize:
-                raise IntegrityError(f"its header is damaged at {name!r}", where=self.path)
+                raise _damaged(f"its header is damaged at {name!r}", self.path)
             self.entries[name] = _Entry(dtype, shape, end, stop - start)
             end += stop - start
         if end != self.size:
-            raise IntegrityError(f"has {self.size:,} bytes where its header says {end:,}", where=self.path)
+            raise _damaged(f"has {self.size:,} bytes where its header says {end:,}", self.path)
 
     def expect(self, meta: Mapping[str, str]) -> None:
         """Raises IntegrityError naming the first metadata field that is not as expected."""
         for key, value in meta.items():
             if self.meta.get(key) != value:
-                raise IntegrityError(f"its {key} is {self.meta.get(key)!r}, expected {value!r}", where=self.path)
+                raise _damaged(f"its {key} is {self.meta.get(key)!r}, expected {value!r}", self.path)
 
     def verify(self) -> None:
         """Hashes the file (about memory speed when cached). Raises IntegrityError when the bytes are not those that were written."""
         if self.digest is None:
-            raise IntegrityError("holds no digest", where=self.path)
+            raise _damaged("holds no digest", self.path)
         hasher = xxhash.xxh3_128(_put_digest(self._head, self.digest, _NO_DIGEST, self.path))
         for chunk in _chunks(self._fd, len(self._head), self.path):
             hasher.update(chunk)
         found = hasher.hexdigest()
         if found != self.digest:
-            raise IntegrityError(f"its bytes are not what was written (digest {found}, written {self.digest})", where=self.path)
+            raise _damaged(f"its bytes are not what was written (digest {found}, written {self.digest})", self.path)
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a tensor (default: all), mapped, not copied. Each call maps anew: writing to it changes nothing else."""
@@ -334,7 +341,7 @@ class TensorFile:
         if size == 0:
             return torch.empty(shape, dtype=dtype)
         if os.fstat(self._fd).st_size != self.size:  # reading a map beyond the end of its file kills the process
-            raise IntegrityError("was cut short or grew while it was open", where=self.path)
+            raise _damaged("was cut short or grew while it was open", self.path)
         skip = place % mmap.ALLOCATIONGRANULARITY
         pages = mmap.mmap(self._fd, skip + size, access=mmap.ACCESS_COPY, offset=place - skip)
         return torch.frombuffer(pages, dtype=dtype, count=size // dtype.itemsize, offset=skip).reshape(shape)
@@ -363,10 +370,10 @@ def _open_plain(path: Path) -> int:
         what = {errno.ENOENT: "is missing", errno.ELOOP: _LINK}.get(error.errno or 0)
         if what is None:
             raise ResourceError(f"cannot be read: {error.strerror}", where=path) from error
-        raise IntegrityError(what, where=path) from error
+        raise _damaged(what, path) from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise IntegrityError("is not a regular file", where=path)
+        raise _damaged("is not a regular file", path)
     return fd
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from gradsift.artifact import Artifact, differences
 from gradsift.durable import read_tensors
-from gradsift.errors import DataError, UserError
+from gradsift.errors import DataError, IntegrityError, UserError
 from gradsift.report import ReportData, write_report
 from gradsift.run import Run
 
@@ -58,7 +58,12 @@ def report(root: Path) -> list[Path]:
         path = folder / "report.json"
         if not path.exists():
             raise DataError("has no report.json", where=folder, remedy="Delete the folder; the same select command makes it anew.")
-        pages.append(write_report(ReportData.model_validate_json(path.read_bytes()), folder))
+        try:
+            data = ReportData.model_validate_json(path.read_bytes())
+        except ValueError as error:
+            remedy = "Delete the folder; the same select command makes it anew."
+            raise IntegrityError("is not the report that was written", where=path, remedy=remedy) from error
+        pages.append(write_report(data, folder))
     return pages
 
 

@@ -87,7 +87,7 @@ def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[st
     try:
         config = cached_file(name, "config.json", revision=revision or "main")
         return name, extract_commit_hash(config, None) or revision
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreachable(name, error) from error
 
 
@@ -121,7 +121,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _refusal(name, error) from error
 
 
@@ -164,7 +164,7 @@ def load_model(
             model, info = loaded
     except SafetensorError as error:
         raise IntegrityError(f"the weights cannot be read ({error})", where=name, remedy="Download or copy the model again.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _refusal(name, error) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

@@ -22,7 +22,7 @@ from gradsift.durable import inside, make_folder, remove_leftovers, resource_err
 from gradsift.errors import GradsiftError, ResourceError, UserError
 from gradsift.store import HEADER, RowStore
 
-RUN_FILE, LOCK_FILE = "run.json", ".gradsift-lock"
+RUN_FILE, SETTINGS, LOCK_FILE = "run.json", "settings.json", ".gradsift-lock"
 _KIND = "gradsift run"
 _SECRET_FLAG = re.compile(r"^(--?[\w-]*(?:token|password|secret|api-?key|auth))(=.*)?$", re.IGNORECASE)
 _SECRET = re.compile(r"\b(?:hf|sk|ghp|github_pat|glpat|xox[abp])[_-][A-Za-z0-9_-]{12,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
@@ -31,14 +31,15 @@ _HIDDEN = "***"
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong in a run: `artifact` is the folder's name, `file` the name within it ("": the folder itself), `what` the fault."""
+    """Something wrong in a run: `artifact` is the folder's name ("": the run's own), `file` the name within it ("": the folder itself), `what`
+    the fault."""
 
     artifact: str
     file: str
     what: str
 
     def __str__(self) -> str:
-        return f"{self.artifact}/{self.file} {self.what}"
+        return f"{self.artifact}/{self.file} {self.what}" if self.artifact else f"{self.file} {self.what}"
 
 
 @dataclass(frozen=True)
@@ -220,18 +221,23 @@ class Run:
 
     def verify(self) -> list[Problem]:
         """Hashes every file of every artifact and returns what is wrong, naming the file. Reads only."""
-        return [problem for folder in self._folders() for problem in _verify(folder)]
+        own = [path for path in (self.root / RUN_FILE, self.root / SETTINGS) if os.path.lexists(path)]
+        problems = [Problem("", path.name, what) for path in own if (what := _damage(path))]
+        return problems + [problem for folder in self._folders() for problem in _verify(folder)]
 
     def discard(self, problem: Problem) -> None:
         """Removes what `problem` names, and the manifest that vouched for it, so that the next run makes anew just that. Use inside `lock`.
 
         Raises ResourceError where files cannot be deleted.
         """
-        folder = inside(self.root, problem.artifact)
+        folder = inside(self.root, problem.artifact) if problem.artifact else self.root
         parent, _, last = problem.file.rpartition("/")
         place = inside(folder, parent) if parent else folder
         if last in ("", ".", ".."):
             raise UserError(problem.what, where=folder, remedy="Give the folder its name back, or delete it.")
+        if folder == self.root and last == RUN_FILE:  # what makes the folder a run; nothing in it is needed to resume
+            write_atomic(self.root / RUN_FILE, canonical_json({"kind": _KIND, "schema": SCHEMA, "commands": []}))
+            return
         # The manifest goes first: killed in between, the artifact is merely incomplete. The last part may be a link: that link is removed.
         for path in (folder / MANIFEST, place / last):
             try:
@@ -242,6 +248,14 @@ class Run:
 
 
 _WAIT = "Wait for it, or use another --run folder."
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a JSON file of the run itself."""
+    try:
+        return None if read_json(path) is not None else "is damaged"
+    except GradsiftError as error:
+        return error.what
 
 
 def _has_recipe(folder: Path) -> bool:
@@ -274,7 +288,8 @@ def _verify_files(artifact: Artifact) -> list[Problem]:
             continue
         if found != stated:
             problems.append(Problem(artifact.path.name, name, f"is not the file that the manifest names (hash {found}, stated {stated})"))
-    return problems
+    foreign = sorted(path.name for path in artifact.path.glob("*.safetensors") if path.name not in artifact.manifest["files"])
+    return problems + [Problem(artifact.path.name, name, "is a file that the manifest does not name") for name in foreign]
 
 
 def _verify_shards(folder: Path) -> list[Problem]:
@@ -282,7 +297,8 @@ def _verify_shards(folder: Path) -> list[Problem]:
     try:
         store = RowStore.partial(folder)
     except GradsiftError as error:
-        return [Problem(folder.name, Path(error.where or HEADER).name, error.what)]
+        name = Path(error.where or HEADER).name
+        return [Problem(folder.name, name, error.what)] if os.path.lexists(folder / name) else []  # taken away by a repair: made anew
     return [Problem(folder.name, name, what) for name, what in store.faults(verify=True).values() if os.path.lexists(folder / name)]
 
 

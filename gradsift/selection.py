@@ -22,7 +22,7 @@ from gradsift.config import Config, build
 from gradsift.constraints import Constraints, screen
 from gradsift.constraints import build as build_constraints
 from gradsift.delivery import check_out, deliver
-from gradsift.durable import read_tensors, write_atomic, write_tensors
+from gradsift.durable import write_atomic, write_tensors
 from gradsift.encode import coloured, encode
 from gradsift.errors import BudgetError, ConfigError, IntegrityError, MismatchError, UserError
 from gradsift.execute import interruptible
@@ -285,7 +285,8 @@ def select_in(
     needs, read = selector.needs(), pipeline.sides["pool"].funnel["read"]
     config = {"method": method, "options": methods.options_of(selector), "budget": wanted.canonical(read), "seed": seed}
     config |= {"add_scores": add_scores, **({"constraints": limits.canonical()} if limits.canonical() else {})}
-    inputs = {f"{i:02d}-{recipe.stage}": recipe.digest for i, recipe in enumerate(pipeline.recipes(needs | limits.needs()))}
+    recipes = pipeline.recipes(needs | limits.needs())
+    inputs = {f"{i:02d}-{recipe.stage}": recipe.digest for i, recipe in enumerate(recipes)}
 
     def fill(artifact: Artifact) -> None:
         signals, kept = pipeline.signals(needs | limits.needs())
@@ -295,9 +296,12 @@ def select_in(
         asked = wanted.rows(read) if wanted.unit == "rows" else len(subset)
         _write(artifact, Chosen(pipeline, method, selector, spread(subset, kept, len(pool)), asked, seed, left, wanted), add_scores)
 
-    artifact = pipeline.make(Recipe("select", config, inputs), fill)
+    chosen = Recipe("select", config, inputs)
+    if pipeline.stored(chosen) and any(pipeline.unfinished(recipe) for recipe in recipes):
+        pipeline.signals(needs | limits.needs())  # a repair took something away that the selection was made from
+    artifact = pipeline.make(chosen, fill)
     pool = pipeline.sides["pool"]
-    indices = read_tensors(artifact.path / "subset.safetensors")["indices"].numpy()
+    indices = artifact.tensors("subset.safetensors")["indices"].numpy()
     name = next(name for name in artifact.manifest["files"] if name.startswith("selected."))
     path = deliver(artifact, name, out)
     return Selection(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import gzip
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -20,7 +18,8 @@ import pyarrow.parquet as pq
 import zstandard
 
 from gradsift.containers import Table, Text
-from gradsift.errors import DiskFull, ResourceError, UserError
+from gradsift.durable import file_chunks, remove_leftovers, replacing
+from gradsift.errors import UserError
 from gradsift.types import Subset
 
 if TYPE_CHECKING:
@@ -85,6 +84,15 @@ def write_dropped(pool: Pool, path: str | Path, also: Sequence[Dropped] = ()) ->
             out.write(json.dumps(told, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
 
+def copy_file(source: Path, path: Path) -> None:
+    """The bytes of a file of a run under another name, all or nothing. Raises DiskFull, ResourceError."""
+    with contextlib.suppress(OSError):
+        remove_leftovers(path.absolute().parent)
+    with _replacing(path, "") as out:
+        for chunk in file_chunks(source):
+            out.write(chunk)
+
+
 def _kind(path: Path) -> tuple[str, str]:
     """(container, compression) that the suffixes of a path ask for."""
     packing = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}.get(path.suffix.lower(), "")
@@ -107,23 +115,8 @@ def _packed(file: IO[bytes], packing: str) -> contextlib.AbstractContextManager[
 @contextlib.contextmanager
 def _replacing(path: Path, packing: str) -> Iterator[IO[bytes]]:
     """A file that takes the name `path` when it is complete and synced, and leaves nothing when it is not."""
-    temp = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")
-    try:
-        try:
-            with open(temp, "xb") as file:
-                with _packed(file, packing) as out:
-                    yield out
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temp, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temp)
-            raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFull("no space left", where=path, remedy="Free some space, then run the same command again.") from error
-        raise ResourceError(f"cannot be written: {error.strerror}", where=path, remedy="Check the folder and its permissions.") from error
+    with replacing(path) as file, _packed(file, packing) as out:
+        yield out
 
 
 def canonical(record: Any) -> bytes:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -300,46 +299,62 @@ def test_two_workers_make_the_bytes_of_serial(
     assert found == serial
 
 
-def test_one_worker_does_too_and_a_node_lost_in_the_middle_loses_nothing(
-    cluster: Any, two: Ray, serial: dict[str, bytes], tmp_path: Path, config: Config, files: tuple[Path, Path]
-) -> None:
-    needs = (Signal("rows", transform="adam"),)
+def test_one_worker_makes_them_too(two: Ray, serial: dict[str, bytes], tmp_path: Path, config: Config, files: tuple[Path, Path]) -> None:
     alone = Ray(threads=1, workers=1, address=two.address)
-    found = make_all(tmp_path / "one", config, files, alone, needs)
+    found = make_all(tmp_path, config, files, alone, (Signal("rows", transform="adam"),))
     alone.close()
     assert kinds(found) == ADAM and found.items() <= serial.items()
-    two.close()  # so that workers stand on the new node, too
+
+
+def where() -> Callable[[int], str]:
+    def work(_: int) -> str:
+        time.sleep(0.5)
+        return ray.get_runtime_context().get_node_id()
+
+    return work
+
+
+def stand_everywhere(executor: Ray) -> None:
+    """Workers on all four nodes before any work begins."""
+    seen: set[str] = set()
+    while len(seen) < 4:
+        seen |= {place for _, place in executor.map(where, range(8))}
+
+
+def test_a_node_lost_in_the_middle_loses_nothing(
+    cluster: Any, two: Ray, serial: dict[str, bytes], tmp_path: Path, config: Config, files: tuple[Path, Path]
+) -> None:
+    two.close()
     node = cluster.add_node(**SMALL)
     notes: list[str] = []
     executor = Ray(threads=1, workers=4, address=two.address, note=notes.append)
-    lost: list[int] = []
-
-    def where() -> Callable[[int], str]:
-        def work(_: int) -> str:
-            time.sleep(0.05)
-            return ray.get_runtime_context().get_node_id()
-
-        return work
-
-    seen: set[str] = set()
-    while len(seen) < 4:  # a worker stands on every node before any work begins
-        seen |= {place for _, place in executor.map(where, range(16))}
-    assert node.node_id in seen
-
-    def lose(folder: Path) -> None:
-        while not list(folder.glob("gradients-*/rows-*.safetensors")):
-            time.sleep(0.01)
-        cluster.remove_node(node, allow_graceful=False)
-        lost.append(1)
-
-    thread = threading.Thread(target=lose, args=(tmp_path / "node",))
-    thread.start()
     try:
-        found = make_all(tmp_path / "node", config, files, executor, needs)
+        stand_everywhere(executor)
+        done = []
+        for shard, place in executor.map(where, range(16)):
+            done.append(shard)
+            if place == node.node_id and node in cluster.worker_nodes:
+                cluster.remove_node(node, allow_graceful=False)  # its worker has the next shard in hand
+        assert sorted(done) == list(range(16))
+        assert len(notes) == 1 and "was lost at shard" in notes[0]
+        node, parts = cluster.add_node(**SMALL), 0
+        stand_everywhere(executor)
+
+        class Losing(Ray):
+            def map(self, make_worker: Any, shards: Any, part: Any = None) -> Any:
+                def given(shard: int) -> Any:
+                    nonlocal parts
+                    parts += 1
+                    if parts == 3:
+                        cluster.remove_node(node, allow_graceful=False)
+                    return part(shard)
+
+                return executor.map(make_worker, shards, given)
+
+        found = make_all(tmp_path, config, files, Losing(threads=1, address=two.address), (Signal("rows", transform="adam"),))
     finally:
         executor.close()
-        thread.join()
-    assert lost and any("was lost" in note for note in notes)
+    assert parts >= 5 and node not in cluster.worker_nodes
     assert kinds(found) == ADAM and found.items() <= serial.items()
 
 
