@@ -41,6 +41,7 @@ def join(address: str | None) -> Any:
     """The ray module, connected. Raises UserError, ResourceError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is to be sent anywhere
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let any other program on the machine go first
     try:
         import ray
     except ImportError:

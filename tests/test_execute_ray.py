@@ -47,6 +47,7 @@ SMALL = {"num_cpus": 1, "object_store_memory": 80 << 20}
 def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as `join` sets it for a cluster of its own
     made = Cluster(initialize_head=True, head_node_args={**SMALL, "include_dashboard": False})
     for _ in range(2):
         made.add_node(**SMALL)
