@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gradsift import families, playground, tiny
+from gradsift import families, playground, remote, tiny
 from gradsift.encode import encode
 from gradsift.errors import ResourceError, UserError
 from gradsift.model import BUILTIN, load_model
@@ -283,10 +283,10 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     with pytest.raises(ResourceError, match="GRADSIFT_CACHE"):
         tiny_model(tmp_path / "file", settings=SMALL)
     monkeypatch.setenv("GRADSIFT_CACHE", str(tmp_path / "set"))
-    assert tiny.() == tmp_path / "set"
+    assert remote.cache_folder() == tmp_path / "set"
     monkeypatch.delenv("GRADSIFT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert tiny.() == tmp_path / "xdg" / "gradsift"
+    assert remote.cache_folder() == tmp_path / "xdg" / "gradsift"
 
 
 def test_register_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
