@@ -91,8 +91,11 @@ def strays(root: Path) -> list[str]:
     return sorted(path.name for path in root.rglob(".*") if path.name != ".gradsift-lock")
 
 
-def kill(folder: Path, kills: int, seed: int, *, say: bool = False) -> Tally:
-    """Kills runs in `folder` until `kills` have struck and the last run has ended by itself. Raises AssertionError."""
+def kill(folder: Path, kills: int, seed: int, *, minutes: float = float("inf"), say: bool = False) -> Tally:
+    """Kills runs in `folder` until `kills` have struck, or so many minutes are over, and the last run has ended by itself.
+
+    Raises AssertionError.
+    """
     command, rng, tally = prepare(folder), random.Random(seed), Tally()
     server = Server("tests.faults.job")
     try:
@@ -104,13 +107,14 @@ def kill(folder: Path, kills: int, seed: int, *, say: bool = False) -> Tally:
         if say:
             print(f"seed {seed}; a run takes {whole:.1f} s, has {len(wanted)} artifacts, {len(finished(alone))} files", flush=True)
         begun = time.monotonic()
-        while tally.kills < kills:
+        until = begun + 60 * minutes
+        while tally.kills < kills and time.monotonic() < until:
             root, out = folder / f"run-{tally.runs}", folder / f"out-{tally.runs}.jsonl"
             order = {"arguments": [*command, "--run", str(root), "--out", str(out)], "log": str(folder / f"run-{tally.runs}.log")}
             before: dict[str, tuple[int, int]] = {}
             while True:
                 pid = server.order(**order)
-                if tally.kills < kills:
+                if tally.kills < kills and time.monotonic() < until:
                     time.sleep(rng.uniform(0, whole))
                     os.kill(pid, signal.SIGKILL)
                 status = server.answer()
@@ -145,9 +149,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--minutes", type=float, default=float("inf"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gradsift-faults-") as folder:
-        print(kill(Path(folder), arguments.kills, arguments.seed, say=True))
+        print(kill(Path(folder), arguments.kills, arguments.seed, minutes=arguments.minutes, say=True))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from tests.faults.killed import kill
 
 
+@pytest.mark.timeout(1200)  # many real runs, on whatever machine
 def test_a_run_killed_at_random_instants_ends_as_if_left_alone(tmp_path: Path) -> None:
     kills = int(os.environ.get("GRADSIFT_KILLS", "10"))
     seed = int(os.environ.get("GRADSIFT_KILL_SEED", "0"))
