@@ -13,7 +13,7 @@ demo: setup
 test: setup lint
 	$(BIN)/python -m pytest
 
-# 200 SIGKILLs over real runs and long fuzzing: about half an hour.
+# 200 SIGKILLs over real runs (about 6 minutes on two cores), then long fuzzing.
 faults: setup
 	$(BIN)/python -m tests.faults.killed --kills 200
 	GRADSIFT_FUZZ=5000 $(BIN)/python -m pytest tests/faults/test_fuzz.py
