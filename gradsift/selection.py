@@ -194,6 +194,8 @@ def settle_config(run: Run, model: str | None, settings: Mapping[str, Mapping[st
     if kept is None:
         remedy = "Delete it and give the settings of the run again: what was made with them is found again."
         raise IntegrityError("is damaged", where=path, remedy=remedy)
+    if asked.get("machine", {}).get("threads") == 0:  # no number of its own: the run's
+        del asked["machine"]["threads"]
     merged = {name: _overlaid(kept.get(name, {}), asked.get(name, {})) for name in {*kept, *asked}}
     config = build(merged, "settings")
     _same("machine.threads", kept.get("machine", {}).get("threads", 0), config.machine.threads, run.root)

@@ -271,6 +271,8 @@ def test_a_run_keeps_its_settings_and_names_the_one_that_differs(tmp_path: Path,
         select("random", pool_file, model_folder, run, budget=5, settings={"gradients": {"dim": 128}})
     with pytest.raises(MismatchError, match=r"machine\.threads = 1"):
         select("random", pool_file, model_folder, run, budget=5, settings={"machine": {"threads": 2}})
+    again = select("random", pool_file, model_folder, run, budget=5, settings={"machine": {"threads": 0}})  # 0: the run's own
+    assert len(again) == 5
     with pytest.raises(MismatchError, match=r"model\.name"):
         gradsift.select("random", pool=pool_file, run=run, budget=4, model="tiny")
 
