@@ -88,6 +88,8 @@ def compare(
     ) as pipeline:  # fmt: skip
         check_budget(wanted, pipeline.sides["pool"], False)
         tests = [_test(pipeline, file, asked, progress) for file in as_list(test)]
+        if len({test.name for test in tests}) < len(tests):
+            raise ConfigError("two tests have the same name", remedy="Tell them apart as --test NAME=FILE.")
         others = [read_side([file], pipeline.config, None, progress) for file in decontaminate]
         overlap = _overlapping(pipeline.sides["pool"], [*(test.examples for test in tests), *others])
         make = Arms(pipeline, wanted, overlap, list(range(seed, seed + seeds)))

@@ -148,6 +148,8 @@ def test_mistakes_are_named(files: dict[str, Path], model: str, tmp_path: Path) 
         run(files, model, tmp_path / "run", arms=["length"], controls=[], oracle="family=nothing")
     with pytest.raises(ConfigError, match="FIELD=VALUE"):
         run(files, model, tmp_path / "run", arms=["length"], controls=[], oracle="family")
+    with pytest.raises(ConfigError, match="two tests have the same name"):
+        run(files, model, tmp_path / "run", arms=["length"], controls=[], test=[files["test"], f"test={files['other']}"])
     with pytest.raises(UserError, match="random is always"):
         run(files, model, tmp_path / "run", arms=["random"])
 
