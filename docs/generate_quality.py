@@ -14,8 +14,7 @@ HEAD = """# Does the selection train better models?
 
 Tables written by `python docs/generate_quality.py` from `bench/results/quality.json`, which `python bench/quality.py` measures: a small language
 model, real instruction pools, training on what was chosen, loss on held-out rows (nats per supervised token; lower is better). Differences are to
-random rows, with 95 % intervals over seeds and test rows. `docs/compare.md` says how. What was read off these tables, and what is not settled, is
-in `docs/quality-notes.md`.
+random rows, with 95 % intervals over seeds and test rows. `docs/compare.md` says how.
 """
 TITLES = {
     "targeted": "One target at a time",
