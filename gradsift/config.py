@@ -120,7 +120,8 @@ class CurvatureSettings(Settings):
 
 
 class MachineSettings(Settings):
-    """Where work runs. `threads` 0 = the physical cores; the number in force enters the digests of training and gradients, nothing else does.
+    """Where work runs. `threads` 0 = the physical cores that the process may use; the number in force enters the digests of training and
+    gradients, nothing else does.
 
     executor "ray": workers over Ray, `workers` of them (0 = as many as there is room for) on the cluster at `address` (None = this machine),
     each with `threads` threads or, for a model on GPUs, `gpus_per_worker` GPUs; one that takes `shard_timeout` seconds for a shard hangs.

@@ -214,9 +214,7 @@ def _repeated(
     if not len(places):
         return {}
     late = np.array([ids[int(kept[p])] not in wanted for p in places])
-    repeats = duplicates.near(
-        RowView(signals[NEAR[limits.near_by]], places), limits.near, order=np.argsort(late, kind="stable")
-    ).tolist()
+    repeats = duplicates.near(RowView(signals[NEAR[limits.near_by]], places), limits.near, order=np.argsort(late, kind="stable")).tolist()
     found = {}
     for i, first in enumerate(repeats):
         row = int(kept[places[i]])

@@ -141,4 +141,3 @@ def _score(pipeline: Pipeline, signal: Signal, artifact: Artifact) -> None:
     parts.remove()
     counts = {"rows": len(pool), "targets": len(targets)}
     artifact.finish(files={"scores.safetensors": hash_}, counts=counts, extra=extra)
-

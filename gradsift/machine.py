@@ -23,19 +23,26 @@ _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 def settle(threads: int) -> int:
-    """Set torch's threads (0 = physical cores), the kernel caches (before the first bfloat16 product) and, with glibc, the allocator.
+    """Set torch's threads (0 = the physical cores that this process may use), the kernel caches (before the first bfloat16 product) and,
+    with glibc, the allocator.
 
     Returns the number of threads in force. Variables that the user has set stay as they are.
     """
     for name in _KERNEL_CACHES:
         os.environ.setdefault(name, "8")
-    threads = threads or psutil.cpu_count(logical=False) or 1
+    threads = threads or usable_cores()
     torch.set_num_threads(threads)
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in _MALLOPT:
             mallopt(parameter, value)
     return threads
+
+
+def usable_cores() -> int:
+    """Physical cores, or fewer where this process is bound to some CPUs only: more threads than CPUs wait for each other at every product."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or bound, bound)
 
 
 def peak_bytes() -> int:

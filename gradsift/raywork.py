@@ -76,7 +76,9 @@ def _leave_stdout_alone() -> None:
 
 def full(error: Exception) -> ResourceError:
     """What Ray's refusal of an object means to the user."""
-    remedy = "Start Ray with a larger --object-store-memory (`gradsift plan --executor ray` says how large), or take a smaller --shard-rows."
+    remedy = (
+        "Start Ray with a larger --object-store-memory (`gradsift plan --executor ray` says how large), or take a smaller --shard-rows."
+    )
     return ResourceError(f"Ray's object store is full ({' '.join(str(error).split())[:120]})", remedy=remedy)
 
 

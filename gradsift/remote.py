@@ -93,7 +93,9 @@ def _system(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise UserError(f"this kind of URL needs another package ({error})", where=url, remedy="Install what it names.") from error
     except ValueError as error:
-        raise UserError(f"no storage of this kind is known ({error})", where=url, remedy="Known kinds: fsspec's, such as s3:// or gs://.") from None
+        raise UserError(
+            f"no storage of this kind is known ({error})", where=url, remedy="Known kinds: fsspec's, such as s3:// or gs://."
+        ) from None
 
 
 def _is_local(system: Any) -> bool:
@@ -104,4 +106,6 @@ def _refusal(url: str, error: Exception) -> ResourceError:
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError | PermissionError):
         return resource_error(error, Path(url))
     said = " ".join(str(error).split())[:200]
-    return ResourceError(f"the storage refused ({type(error).__name__}: {said})", where=url, remedy="Check the credentials and the network.")
+    return ResourceError(
+        f"the storage refused ({type(error).__name__}: {said})", where=url, remedy="Check the credentials and the network."
+    )

@@ -59,6 +59,7 @@ def features(pipeline: Pipeline, fields: Sequence[str]) -> Tensor:
 
 def values(pipeline: Pipeline, name: str, fields: Sequence[str] = ()) -> Tensor:
     """One of SCALARS for every pool row [n]; NaN for rows that could not be encoded."""
+
     def fill(artifact: Artifact) -> None:
         if name == "difficulty":
             found = _difficulty(pipeline, fields)
@@ -123,4 +124,3 @@ def _difficulty(pipeline: Pipeline, fields: Sequence[str]) -> Tensor:
     found = difficulty.difficulty(net, learned_from)
     found[torch.as_tensor(encoded.codes != 0) if isinstance(learned_from, Tensor) else ~learned_from.usable] = torch.nan
     return found
-

@@ -206,5 +206,3 @@ class ScoreWork:
             return found
 
         return work
-
-

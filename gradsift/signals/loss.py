@@ -37,7 +37,9 @@ def row_losses(
     model.eval()
     kept: dict[str, Tensor] = {}
     # Gathering inside the head's own call works for every architecture, whatever it does to the logits afterwards.
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][kept["mask"].to(args[0].device)].unsqueeze(0), *args[1:]))
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: (args[0][kept["mask"].to(args[0].device)].unsqueeze(0), *args[1:])
+    )
     try:
         for batch in token_batches([len(row["input_ids"]) for row in encoded], token_budget):
             ids, attention, labels = pad_batch([encoded[int(i)] for i in batch], pad_id)
