@@ -289,17 +289,26 @@ def _judge(pool: Sequence[Example], codes: np.ndarray, details: Mapping[int, str
 
 
 def token_batches(lengths: np.ndarray | Sequence[int], token_budget: int) -> list[np.ndarray]:
-    """Row indices in batches of similar length, longest first (ties by index): rows x longest <= token_budget, one row at least.
+    """Row indices in batches of similar length, longest first (ties by index): rows x longest <= token_budget, or one row.
 
-    lengths [r]: tokens. The batches depend on the arguments alone.
+    lengths [r]: tokens, an empty row counts as one. Of all ways to cut the sorted rows, the one with the fewest padded tokens, where a batch
+    counts as `token_budget` / 25 tokens more: about what starting one costs. The batches depend on the arguments alone.
     """
-    sizes = np.maximum(np.asarray(lengths, dtype=np.int64), 1)
-    order = np.argsort(-sizes, kind="stable")
-    batches, at = [], 0
-    while at < len(order):
-        rows = max(1, token_budget // int(sizes[order[at]]))
-        batches.append(order[at : at + rows])
-        at += rows
+    counts = np.maximum(np.asarray(lengths, dtype=np.int64), 1)
+    order = np.argsort(-counts, kind="stable")
+    sizes, start_cost = counts[order].tolist(), max(1, token_budget // 25)
+    n = len(sizes)
+    best, cut = [0] * (n + 1), [n] * (n + 1)  # best[s]: cost of the rows from s on; cut[s]: where the batch that starts at s ends
+    for start in range(n - 1, -1, -1):
+        longest = sizes[start]
+        last = min(n, start + max(1, token_budget // longest))
+        costs = [best[end] + longest * (end - start) for end in range(start + 1, last + 1)]
+        low = min(range(len(costs)), key=lambda k: (costs[k], -k))
+        best[start], cut[start] = costs[low] + start_cost, start + 1 + low
+    batches, start = [], 0
+    while start < n:
+        batches.append(order[start : cut[start]])
+        start = cut[start]
     return batches
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsift.capture import IGNORED, Capture, Row
+from gradsift.encode import token_batches
 from gradsift.errors import ConfigError, DataError, UnknownName
 from gradsift.objectives import OBJECTIVES, Loss
 from gradsift.projection import Projection
@@ -154,24 +155,6 @@ def _cut(row: Encoded, length: int) -> Row:
 
 
 def plan_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
-    """Rows of at least one token in batches of similar length, longest first: rows x longest <= token_budget, or one row.
-
-    Of all ways to cut the sorted rows, the one with the fewest padded tokens, where a batch counts as `token_budget` / 25 tokens more:
-    about what starting one costs. The batches depend on the arguments alone.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    sizes, start_cost = lengths[order].tolist(), max(1, token_budget // 25)
-    n = len(sizes)
-    best, cut = [0] * (n + 1), [n] * (n + 1)  # best[s]: cost of the rows from s on; cut[s]: where the batch that starts at s ends
-    for start in range(n - 1, -1, -1):
-        longest = sizes[start]
-        last = min(n, start + max(1, token_budget // longest))
-        costs = [best[end] + longest * (end - start) for end in range(start + 1, last + 1)]
-        low = min(range(len(costs)), key=lambda k: (costs[k], -k))
-        best[start], cut[start] = costs[low] + start_cost, start + 1 + low
-    batches, start = [], 0
-    while start < n:
-        batches.append(order[start : cut[start]])
-        start = cut[start]
-    return batches
+    """The `token_batches` of the rows that have a token."""
+    at = np.flatnonzero(lengths > 0)
+    return [at[batch] for batch in token_batches(lengths[at], token_budget)]

@@ -20,14 +20,14 @@ VERSIONS = {
     "curvature": 1,
     "influence": 1,
     "scores": 1,
-    "embeddings": 1,
+    "embeddings": 2,
     "features": 1,
-    "loss": 2,
-    "ifd": 2,
+    "loss": 3,
+    "ifd": 3,
     "ngrams": 1,
     "difficulty": 1,
     "select": 2,
-    "trial": 1,
+    "trial": 2,
     "compare": 1,
 }
 

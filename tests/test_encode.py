@@ -287,8 +287,27 @@ def test_token_batches(lengths: list[int], budget: int) -> None:
     assert order == sorted(range(len(lengths)), key=lambda i: (-max(lengths[i], 1), i))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
-    for batch in batches[:-1]:
-        assert (len(batch) + 1) * max(lengths[batch[0]], 1) > budget
+    assert padded(batches, lengths, budget) <= padded(greedy(lengths, budget), lengths, budget)
+
+
+def padded(batches: list[np.ndarray], lengths: list[int], budget: int) -> int:
+    return sum(len(batch) * max(lengths[batch[0]], 1) + max(1, budget // 25) for batch in batches)
+
+
+def greedy(lengths: list[int], budget: int) -> list[np.ndarray]:
+    """As many rows as fit, again and again."""
+    left, batches = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    while left:
+        rows = max(1, budget // max(lengths[left[0]], 1))
+        batches.append(np.array(left[:rows]))
+        left = left[rows:]
+    return batches
+
+
+def test_short_rows_are_not_padded_to_a_long_one() -> None:
+    lengths = [1000] + [100] * 10
+    assert [len(batch) for batch in token_batches(lengths, 2048)] == [1, 10]
+    assert sum(len(b) * 1000 for b in greedy(lengths, 2048)[:1]) == 2000
 
 
 def test_pad_batch() -> None:
