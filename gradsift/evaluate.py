@@ -144,10 +144,22 @@ def _accumulate(net: nn.Module, rows: list[Any], factors: np.ndarray, token_budg
 
 def _row_nats(net: nn.Module, rows: list[Any], device: str | torch.device) -> Tensor:
     """Nats [b] summed over the supervised tokens of each row, float32."""
-    ids, mask, labels = (tensor.to(device) for tensor in pad_batch(rows, 0))
+    ids, _, labels = (tensor.to(device) for tensor in pad_batch(rows, 0))
     kept = labels[:, 1:] != -100
-    # Only supervised positions are copied to float32: a vocabulary is wide.
-    logits = net(input_ids=ids, attention_mask=mask).logits[:, :-1][kept].float()
+
+    def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][:, :-1][kept], *args[1:])
+
+    # A vocabulary is wide: the head runs where a supervised token is predicted, and nowhere else. Causal attention never looks to the right,
+    # so padding there needs no mask.
+    head = getattr(net, "get_output_embeddings", lambda: None)()
+    hook = head.register_forward_pre_hook(gather) if isinstance(head, nn.Module) else None
+    try:
+        logits = net(input_ids=ids, use_cache=False).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    logits = (logits[:, :-1][kept] if hook is None else logits).float()
     nats = nn.functional.cross_entropy(logits, labels[:, 1:][kept], reduction="none")
     return torch.zeros(len(rows), device=device).index_add(0, kept.nonzero()[:, 0], nats)
 
