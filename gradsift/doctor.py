@@ -33,9 +33,9 @@ _ALLOCATOR = ("MALLOC_", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "LD_PR
 
 
 @dataclass(frozen=True)
-class Trial:
+class Attempt:
     """One attention implementation at one number format. `worst`, `mean`: cosine of a row taken alone with the same row from a batch, over
-    the rows measured; `row`: id of the worst. `reference`: least cosine with the first trial's rows, taken alone. `tokens_per_second`: in
+    the rows measured; `row`: id of the worst. `reference`: least cosine with the first attempt's rows, taken alone. `tokens_per_second`: in
     batches. `problem`: why it could not be measured."""
 
     attention: str
@@ -54,15 +54,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`recommended`: the trial to work with, None where none keeps rows equal. `flags`: what to type for it. `notes`: what else to know."""
+    """`recommended`: the attempt to work with, None where none keeps rows equal. `flags`: what to type for it. `notes`: what else to know."""
 
     model: str
     rows: int
     tokens: tuple[int, int]
     batches: int
     template: str
-    trials: list[Trial]
-    recommended: Trial | None
+    attempts: list[Attempt]
+    recommended: Attempt | None
     machine: dict[str, Any]
     coverage: dict[str, Any]
     notes: list[str] = field(default_factory=list)
@@ -72,9 +72,9 @@ class Diagnosis:
         return None if self.recommended is None else f"--dtype {self.recommended.dtype} --attention {self.recommended.attention}"
 
     def as_dict(self) -> dict[str, Any]:
-        trials = [asdict(trial) | {"equal": trial.equal} for trial in self.trials]
+        attempts = [asdict(attempt) | {"equal": attempt.equal} for attempt in self.attempts]
         recommended = None if self.recommended is None else {"attention": self.recommended.attention, "dtype": self.recommended.dtype}
-        return {**asdict(self), "trials": trials, "recommended": recommended, "flags": self.flags, "least_cosine": EQUAL}
+        return {**asdict(self), "attempts": attempts, "recommended": recommended, "flags": self.flags, "least_cosine": EQUAL}
 
     def lines(self) -> list[str]:
         facts, seen = self.machine, self.coverage
@@ -92,12 +92,12 @@ class Diagnosis:
             "",
             "attention  dtype     worst cosine  mean cosine  to the first  tokens/s",
         ]
-        for trial in self.trials:
-            if trial.problem is not None:
-                found.append(f"{trial.attention:<9}  {trial.dtype:<8}  {trial.problem}")
+        for attempt in self.attempts:
+            if attempt.problem is not None:
+                found.append(f"{attempt.attention:<9}  {attempt.dtype:<8}  {attempt.problem}")
                 continue
-            cosines = f"{trial.worst:<12.7f}  {trial.mean:<11.7f}  {trial.reference or 0.0:<12.7f}"
-            found.append(f"{trial.attention:<9}  {trial.dtype:<8}  {cosines}  {trial.tokens_per_second:,.0f}")
+            cosines = f"{attempt.worst:<12.7f}  {attempt.mean:<11.7f}  {attempt.reference or 0.0:<12.7f}"
+            found.append(f"{attempt.attention:<9}  {attempt.dtype:<8}  {cosines}  {attempt.tokens_per_second:,.0f}")
         found += ["", *(f"note       {note}" for note in self.notes)]
         if self.recommended is None:
             found.append(
@@ -124,7 +124,7 @@ def doctor(
 
     Of those that keep every row's cosine at 0.9999 or above, the first of `dtypes` is recommended, and "sdpa" before others, for its speed.
     Writes nothing. `disk`: where free space is looked at. Raises UserError (a model that is nowhere, a wrong setting), DataError (no usable
-    row); what fails for one trial alone is its `problem`.
+    row); what fails for one attempt alone is its `problem`.
     """
     if rows < 2 or not attentions or not dtypes:
         raise ConfigError(f"rows {rows}, attentions {list(attentions)}, dtypes {list(dtypes)}", remedy="Two rows and one of each at least.")
@@ -140,33 +140,33 @@ def doctor(
     lengths = np.array([len(row["input_ids"]) for row in encoded])
     # Two rows in a batch at least, also where the run's own batches would hold one long row each.
     budget = max(config.gradients.token_budget, 2 * int(lengths.max()))
-    trials, seen, first = [], {}, None
+    attempts, seen, first = [], {}, None
     for one in configs:
         progress.note(f"{one.model.attention}, {one.model.dtype}")
-        trial, alone, covered = _measure(one, encoded, ids, budget, first)
-        trials.append(trial)
+        attempt, alone, covered = _measure(one, encoded, ids, budget, first)
+        attempts.append(attempt)
         first, seen = (alone if first is None else first), seen or covered
         gc.collect()
     if not seen:
-        raise ConfigError(f"no setting could be measured: {trials[0].problem}", where=model, remedy="Correct that, then run it again.")
+        raise ConfigError(f"no setting could be measured: {attempts[0].problem}", where=model, remedy="Correct that, then run it again.")
     return Diagnosis(
         model=model,
         rows=len(encoded),
         tokens=(int(lengths.min()), int(lengths.max())),
         batches=len(plan_batches(lengths, budget)),
         template=_template(tokenizer, config),
-        trials=trials,
-        recommended=recommend(trials, dtypes),
+        attempts=attempts,
+        recommended=recommend(attempts, dtypes),
         machine=facts(threads, Path(disk)),
         coverage=seen,
-        notes=[*notes, *_advice(trials, seen)],
+        notes=[*notes, *_advice(attempts, seen)],
     )
 
 
-def recommend(trials: Sequence[Trial], dtypes: Sequence[str]) -> Trial | None:
-    """Of the trials that keep rows equal: the first dtype in order, sdpa before others."""
-    good = [trial for trial in trials if trial.equal]
-    return min(good, key=lambda trial: (dtypes.index(trial.dtype), trial.attention != "sdpa"), default=None)
+def recommend(attempts: Sequence[Attempt], dtypes: Sequence[str]) -> Attempt | None:
+    """Of the attempts that keep rows equal: the first dtype in order, sdpa before others."""
+    good = [attempt for attempt in attempts if attempt.equal]
+    return min(good, key=lambda attempt: (dtypes.index(attempt.dtype), attempt.attention != "sdpa"), default=None)
 
 
 def _for(config: Config, attention: str, dtype: str) -> Config:
@@ -190,8 +190,8 @@ def _rows(pool: Any, tokenizer: Any, config: Config, count: int) -> tuple[list[d
 
 def _measure(
     config: Config, encoded: list[dict[str, list[int]]], ids: list[str], budget: int, first: Tensor | None
-) -> tuple[Trial, Tensor | None, dict[str, Any]]:
-    """The trial, its rows taken alone [n, d], and what the tracked modules cover; without the last two where there is a problem."""
+) -> tuple[Attempt, Tensor | None, dict[str, Any]]:
+    """The attempt, its rows taken alone [n, d], and what the tracked modules cover; without the last two where there is a problem."""
     attention, dtype = str(config.model.attention), config.model.dtype
     try:
         model = _model(config)
@@ -205,13 +205,13 @@ def _measure(
         batched, seconds = _taken(model, encoded, projection, modules, budget)
     except (GradsiftError, ImportError, RuntimeError, MemoryError, TypeError, ValueError) as error:
         what = "does not fit in memory" if _out_of_memory(error) else " ".join(str(error).split())
-        return Trial(attention, dtype, problem=what[:200]), None, {}
+        return Attempt(attention, dtype, problem=what[:200]), None, {}
     cosines = torch.nn.functional.cosine_similarity(alone, batched, dim=1)
     if not bool(torch.isfinite(alone).all() and torch.isfinite(batched).all()):
-        return Trial(attention, dtype, problem="gradients are not finite, or a row does not fit in memory"), None, covered
+        return Attempt(attention, dtype, problem="gradients are not finite, or a row does not fit in memory"), None, covered
     reference = torch.nn.functional.cosine_similarity(alone, alone if first is None else first, dim=1)
     worst = int(cosines.argmin())
-    trial = Trial(
+    attempt = Attempt(
         attention,
         dtype,
         worst=float(cosines[worst]),
@@ -220,7 +220,7 @@ def _measure(
         reference=float(reference.min()),
         tokens_per_second=sum(len(row["input_ids"]) for row in encoded) / max(seconds, 1e-9),
     )
-    return trial, alone, covered
+    return attempt, alone, covered
 
 
 def _model(config: Config) -> Any:
@@ -260,15 +260,15 @@ def _template(tokenizer: Any, config: Config) -> str:
     return "found in the tokenizer"
 
 
-def _advice(trials: Sequence[Trial], seen: Mapping[str, Any]) -> Iterator[str]:
+def _advice(attempts: Sequence[Attempt], seen: Mapping[str, Any]) -> Iterator[str]:
     if seen["experts"]:
         yield f"{len(seen['experts'])} layers are mixtures of experts: attach LoRA to the attention layers; rows do not see the experts' weights"
     if seen["uncovered"]:
         yield f"{len(seen['uncovered'])} parameters are seen by no row, among them {seen['uncovered'][0]}"
-    for trial in trials:
-        if trial.problem is None and not trial.equal:
-            yield f"{trial.attention} in {trial.dtype} changes rows with the batch they are in: worst is row {trial.row}"
-    halves = [trial for trial in trials if trial.equal and trial.dtype in ("bfloat16", "float16")]
+    for attempt in attempts:
+        if attempt.problem is None and not attempt.equal:
+            yield f"{attempt.attention} in {attempt.dtype} changes rows with the batch they are in: worst is row {attempt.row}"
+    halves = [attempt for attempt in attempts if attempt.equal and attempt.dtype in ("bfloat16", "float16")]
     if halves:
         yield f"{halves[0].dtype} keeps rows equal too, in half the memory: --dtype {halves[0].dtype} --attention {halves[0].attention}"
 

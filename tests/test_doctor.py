@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from gradsift import doctor as room
 from gradsift.cli import app
-from gradsift.doctor import EQUAL, Trial, doctor, recommend
+from gradsift.doctor import EQUAL, Attempt, doctor, recommend
 from gradsift.errors import ConfigError, DataError, UserError
 from tests.conftest import rows, write_rows
 from tests.lora_parts import mixtral, tokenizer
@@ -27,13 +27,13 @@ def found(model_folder: Path, pool_file: Path) -> room.Diagnosis:
 
 
 def test_float32_rows_are_the_same_alone_and_in_batches(found: room.Diagnosis) -> None:
-    assert [(t.dtype, t.attention) for t in found.trials] == [(d, a) for d in ("float32", "bfloat16") for a in ("eager", "sdpa")]
-    for trial in found.trials[:2]:
-        assert trial.equal and trial.problem is None and trial.worst is not None and trial.worst > 0.99999
-        assert trial.mean is not None and trial.mean >= trial.worst and trial.reference is not None and trial.reference > 0.99999
-    for trial in found.trials[2:]:
-        assert trial.worst is not None and trial.worst > 0.9 and trial.reference is not None and 0.9 < trial.reference < 0.999999
-    assert found.recommended == found.trials[1] and found.flags == "--dtype float32 --attention sdpa"
+    assert [(t.dtype, t.attention) for t in found.attempts] == [(d, a) for d in ("float32", "bfloat16") for a in ("eager", "sdpa")]
+    for attempt in found.attempts[:2]:
+        assert attempt.equal and attempt.problem is None and attempt.worst is not None and attempt.worst > 0.99999
+        assert attempt.mean is not None and attempt.mean >= attempt.worst and attempt.reference is not None and attempt.reference > 0.99999
+    for attempt in found.attempts[2:]:
+        assert attempt.worst is not None and attempt.worst > 0.9 and attempt.reference is not None and 0.9 < attempt.reference < 0.999999
+    assert found.recommended == found.attempts[1] and found.flags == "--dtype float32 --attention sdpa"
     assert 1 < found.batches < found.rows == 12 and found.tokens[0] < found.tokens[1]
 
 
@@ -44,7 +44,7 @@ def test_it_reports_the_machine_the_template_and_the_coverage(found: room.Diagno
     text = "\n".join(found.lines())
     assert "--dtype float32 --attention sdpa" in text and "experts    none" in text and "MALLOC" not in text.split("allocator")[0]
     told = json.loads(json.dumps(found.as_dict()))
-    assert told["recommended"] == {"attention": "sdpa", "dtype": "float32"} and [t["equal"] for t in told["trials"]][:2] == [True, True]
+    assert told["recommended"] == {"attention": "sdpa", "dtype": "float32"} and [t["equal"] for t in told["attempts"]][:2] == [True, True]
 
 
 def test_the_measured_cosine_is_that_of_rows_that_differ(model_folder: Path, pool_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,21 +59,25 @@ def test_the_measured_cosine_is_that_of_rows_that_differ(model_folder: Path, poo
 
     monkeypatch.setattr(room, "_taken", leaning)
     found = doctor(str(model_folder), pool_file, rows=4, dtypes=["float32"], settings=SETTINGS)
-    assert found.recommended is None and found.flags is None and not any(t.equal for t in found.trials)
-    assert "token_budget = 1" in found.lines()[-1] and any(str(found.trials[0].row) in note for note in found.notes)
+    assert found.recommended is None and found.flags is None and not any(t.equal for t in found.attempts)
+    assert "token_budget = 1" in found.lines()[-1] and any(str(found.attempts[0].row) in note for note in found.notes)
 
 
-def test_of_equal_trials_the_first_format_and_the_faster_attention_win() -> None:
+def test_of_equal_attempts_the_first_format_and_the_faster_attention_win() -> None:
     equal: dict[str, Any] = {"worst": 1.0, "mean": 1.0}
-    trials = [Trial("eager", "float32", worst=EQUAL - 1e-6), Trial("eager", "bfloat16", **equal), Trial("sdpa", "bfloat16", **equal)]
-    assert recommend(trials, ["float32", "bfloat16"]) is trials[2]
-    assert recommend([*trials, Trial("eager", "float32", **equal)], ["float32", "bfloat16"]) == Trial("eager", "float32", **equal)
-    assert recommend([Trial("sdpa", "float32", problem="does not fit in memory", **equal)], ["float32"]) is None
+    attempts = [
+        Attempt("eager", "float32", worst=EQUAL - 1e-6),
+        Attempt("eager", "bfloat16", **equal),
+        Attempt("sdpa", "bfloat16", **equal),
+    ]
+    assert recommend(attempts, ["float32", "bfloat16"]) is attempts[2]
+    assert recommend([*attempts, Attempt("eager", "float32", **equal)], ["float32", "bfloat16"]) == Attempt("eager", "float32", **equal)
+    assert recommend([Attempt("sdpa", "float32", problem="does not fit in memory", **equal)], ["float32"]) is None
 
 
-def test_an_attention_that_is_not_there_is_that_trials_problem(model_folder: Path, pool_file: Path) -> None:
+def test_an_attention_that_is_not_there_is_that_attempts_problem(model_folder: Path, pool_file: Path) -> None:
     found = doctor(str(model_folder), pool_file, rows=2, attentions=["nonesuch", "eager"], dtypes=["float32"], settings=SETTINGS)
-    assert found.trials[0].problem and not found.trials[0].equal and found.recommended == found.trials[1]
+    assert found.attempts[0].problem and not found.attempts[0].equal and found.recommended == found.attempts[1]
     assert "nonesuch" in "\n".join(found.lines())
     with pytest.raises(ConfigError, match="no setting could be measured"):
         doctor(str(model_folder), pool_file, rows=2, attentions=["nonesuch"], dtypes=["float32"], settings=SETTINGS)
