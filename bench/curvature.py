@@ -48,7 +48,7 @@ def make_arms(n: int, budget: int, counts: list[int], low: bool) -> tuple[dict[s
     inverse = work.result().inverse()
     arms: dict[str, Callable[[], None]] = {
         "floor": floor(model, weights, rows),  # type: ignore[arg-type]
-        "factors": lambda: void(work._sum_factors(0)),  # the shards' own work, without writing them
+        "factors": lambda: void(work.sum_factors(0)),  # the shards' own work, without writing them
         "eigenvalues": lambda: void(work._sum_squares(0, basis)),
     }
     for m in counts:
