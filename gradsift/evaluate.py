@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradsift.config import FinetuneSettings
-from gradsift.encode import pad_batch, token_batches
+from gradsift.encode import token_batches
 from gradsift.errors import ConfigError, DataError
 from gradsift.model import attach_lora, load_model
+from gradsift.signals.loss import row_losses, token_nats
 from gradsift.types import Encoded
 
 EncodedSequence = Sequence[Encoded] | Sequence[Mapping[str, list[int]]]
@@ -136,54 +137,22 @@ def _accumulate(net: nn.Module, rows: list[Any], factors: np.ndarray, token_budg
     total, loss = float(factors @ counts), 0.0
     for part in token_batches([len(row["input_ids"]) for row in rows], token_budget):
         shares = torch.tensor(factors[part] / total, dtype=torch.float32, device=device)
-        part_loss = _row_nats(net, [rows[i] for i in part], device) @ shares
+        nats, owner = token_nats(net, [rows[i] for i in part])
+        part_loss = nats @ shares[owner]
         part_loss.backward()
         loss += part_loss.item()
     return loss
 
 
-def _row_nats(net: nn.Module, rows: list[Any], device: str | torch.device) -> Tensor:
-    """Nats [b] summed over the supervised tokens of each row, float32."""
-    ids, _, labels = (tensor.to(device) for tensor in pad_batch(rows, 0))
-    kept = labels[:, 1:] != -100
-
-    def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][:, :-1][kept], *args[1:])
-
-    # A vocabulary is wide: the head runs where a supervised token is predicted, and nowhere else. Causal attention never looks to the right,
-    # so padding there needs no mask.
-    head = getattr(net, "get_output_embeddings", lambda: None)()
-    hook = head.register_forward_pre_hook(gather) if isinstance(head, nn.Module) else None
-    try:
-        logits = net(input_ids=ids, use_cache=False).logits
-    finally:
-        if hook is not None:
-            hook.remove()
-    logits = (logits[:, :-1][kept] if hook is None else logits).float()
-    nats = nn.functional.cross_entropy(logits, labels[:, 1:][kept], reduction="none")
-    return torch.zeros(len(rows), device=device).index_add(0, kept.nonzero()[:, 0], nats)
-
-
-@torch.no_grad()
 def heldout_loss(model: nn.Module, rows: EncodedSequence, token_budget: int = 2048) -> HeldOut:
     """Losses of `model` on encoded test rows, at most `token_budget` padded tokens at a time; the model's mode is left as it was.
 
     A row that supervises nothing counts 0 tokens. Raises DataError when no row supervises anything.
     """
-    tokens = np.array([sum(label != -100 for label in rows[i]["labels"][1:]) for i in range(len(rows))], dtype=np.int64)
-    if not tokens.sum():
+    found = row_losses(model, rows, token_budget=token_budget)
+    if not found.tokens.any():
         raise DataError("no test row has a supervised token", remedy="Check the format and the chat template with `gradsift inspect`.")
-    device = next(model.parameters()).device
-    sums, usable, modes = np.zeros(len(rows)), np.flatnonzero(tokens), {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        for part in token_batches([len(rows[int(i)]["input_ids"]) for i in usable], token_budget):
-            at = usable[part]
-            sums[at] = _row_nats(model, [rows[int(i)] for i in at], device).double().cpu().numpy()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return HeldOut(sums, tokens)
+    return HeldOut(found.total.numpy(), found.tokens.numpy())
 
 
 def compare_subsets(

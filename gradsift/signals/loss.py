@@ -23,39 +23,51 @@ class RowLosses(NamedTuple):
         return self.total / self.tokens
 
 
+def token_nats(model: Any, rows: Sequence[Any], *, pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """(nats fp32 [k] of the k supervised tokens of `rows`, row by row; owner int64 [k]: which row each belongs to), on the model's device.
+
+    One pass over all rows together, in the mode that the model is in; the nats carry their graph where gradients are on. Causal attention
+    never looks to the right, so the padding there needs no mask. A vocabulary is wide: the head runs where a supervised token is predicted,
+    and gathering inside the head's own call works for every architecture, whatever it does to the logits afterwards.
+    """
+    device = next(model.parameters()).device
+    ids, _, labels = (tensor.to(device) for tensor in pad_batch(rows, pad_id))
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    kept = following != -100
+    owner = kept.nonzero()[:, 0]
+    if not len(owner):
+        return torch.zeros(0, device=device), owner
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: (args[0][kept.to(args[0].device)].unsqueeze(0), *args[1:])
+    )
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits[0].float()
+    finally:
+        hook.remove()
+    return torch.nn.functional.cross_entropy(logits, following[kept].to(logits.device), reduction="none").to(device), owner
+
+
 @torch.no_grad()
 def row_losses(
     model: Any, encoded: Sequence[Any], *, token_budget: int = 4096, pad_id: int = 0, advance: Callable[[int], None] | None = None
 ) -> RowLosses:
     """Losses of `encoded` under `model` in eval mode, in the order given; independent of batch composition up to float rounding.
 
-    `advance` is called with the tokens of each finished batch. The model's mode is what it was afterwards.
+    `advance` is called with the tokens of each finished batch. The model's modes are what they were afterwards.
     """
     total, count = torch.zeros(len(encoded), dtype=torch.float64), torch.zeros(len(encoded), dtype=torch.int64)
-    device = next(model.parameters()).device
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    kept: dict[str, Tensor] = {}
-    # Gathering inside the head's own call works for every architecture, whatever it does to the logits afterwards.
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, args: (args[0][kept["mask"].to(args[0].device)].unsqueeze(0), *args[1:])
-    )
     try:
         for batch in token_batches([len(row["input_ids"]) for row in encoded], token_budget):
-            ids, attention, labels = pad_batch([encoded[int(i)] for i in batch], pad_id)
-            ids, attention, labels = ids.to(device), attention.to(device), labels.to(device)
-            following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            kept["mask"] = following != -100
+            rows = [encoded[int(i)] for i in batch]
+            nats, owner = (tensor.cpu() for tensor in token_nats(model, rows, pad_id=pad_id))
             where = torch.as_tensor(batch)
-            count[where] = kept["mask"].sum(dim=1).cpu()
-            if kept["mask"].any():
-                logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[0].float()
-                nats = torch.nn.functional.cross_entropy(logits, following[kept["mask"]].to(logits.device), reduction="none").double().cpu()
-                owner = kept["mask"].cpu().nonzero()[:, 0]
-                total[where] = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, owner, nats)
+            count[where] = torch.bincount(owner, minlength=len(rows))
+            total[where] = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, owner, nats.double())
             if advance:
-                advance(int(attention.sum()))
+                advance(sum(len(row["input_ids"]) for row in rows))
     finally:
-        hook.remove()
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
     return RowLosses(total, count)
