@@ -49,7 +49,7 @@ def make_arms(n: int, budget: int, counts: list[int], low: bool) -> tuple[dict[s
     arms: dict[str, Callable[[], None]] = {
         "floor": floor(model, weights, rows),  # type: ignore[arg-type]
         "factors": lambda: void(work.sum_factors(0)),  # the shards' own work, without writing them
-        "eigenvalues": lambda: void(work._sum_squares(0, basis)),
+        "eigenvalues": lambda: void(work.sum_squares(0, basis)),
     }
     for m in counts:
         for name, rank in ((f"scores-{m}", None), (f"scores-{m}-low", 32))[: 1 + low]:
