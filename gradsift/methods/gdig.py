@@ -26,7 +26,8 @@ class Gdig:
     clustered; k-means is clusters x rows x d per step.
 
     Where fewer rows than the budget help all trusted examples, the share of these that must be helped is lowered to the largest one that
-    leaves enough rows (`fill=none`: fewer come back instead). Both counts and the share stand in the report.
+    leaves enough rows (`fill=none`: fewer come back instead, and where none helps all of them that is an error). Both counts and the share
+    stand in the report.
 
     Differences from the paper: curvature is EK-FAC of LoRA or linear layers at the warm-up's last checkpoint; the paper fine-tunes the
     whole model on the pool and takes K-FAC (`backend=kfac`). Clusters are those of the projected rows, at their own length or with
@@ -60,16 +61,18 @@ class Gdig:
         helped = (scores > 0).sum(dim=1).numpy()
         least = scores.shape[1] if self.fill == "none" else threshold(helped, scores.shape[1], budget)
         good = np.flatnonzero(helped >= least)
+        if not len(good):
+            raise ValueError(
+                f"no row helps all {scores.shape[1]:,} target rows (the most that one helps is {int(helped.max()):,}); "
+                "fill=quantile takes those that help the most of them"
+            )
         notes = self._counts(helped, least, scores.shape[1])
         labels = np.full(signals.n, -1, dtype=np.int64)
-        picks = np.empty(0, dtype=np.int64)
-        if len(good):
-            rows = _Part(signals[Signal("rows")], good, raw=not self.cosine)
-            clusters = min(self.clusters, len(good))
-            labels[good] = kmeans.fit(
-                rows, clusters, rng=rng, cosine=self.cosine, iterations=self.iterations, restarts=self.restarts
-            ).labels.numpy()
-            picks = resample(labels, min(budget, len(good)), rng)
+        rows = _Part(signals[Signal("rows")], good, raw=not self.cosine)
+        labels[good] = kmeans.fit(
+            rows, min(self.clusters, len(good)), rng=rng, cosine=self.cosine, iterations=self.iterations, restarts=self.restarts
+        ).labels.numpy()
+        picks = resample(labels, min(budget, len(good)), rng)
         return Subset(picks, gains=mean[picks], notes={"score": mean, "influence": mean, "cluster": labels, **notes})
 
     def _counts(self, helped: np.ndarray, least: int, m: int) -> dict[str, Any]:

@@ -20,7 +20,8 @@ class Ifd:
 
     Source: arXiv 2308.12032 and Superfiltering (arXiv 2402.00530): rows at 1 or more are discarded (the instruction does not help), of the
     rest the highest are kept. Cost: two forward passes over the pool's answers under the base model, one of them with the prompt.
-    Where fewer rows than the budget lie below 1, the others follow from the lowest on (`fill=none`: fewer rows come back).
+    Where fewer rows than the budget lie below 1, the others follow from the lowest on (`fill=none`: fewer rows come back, and an
+    error where there is none).
 
     Differences from the paper: there a model fine-tuned on a few of the rows scores (Superfiltering: GPT-2); here the base model does. The
     details of the papers are from memory.
@@ -36,6 +37,8 @@ class Ifd:
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         value = np.asarray(signals[IFD], dtype=np.float64)
         fine = value < self.most
+        if self.fill == "none" and not fine.any():
+            raise ValueError(f"no row has a difficulty below {self.most:g} (the lowest is {value.min():.3g}); fill=rest takes the lowest")
         # Rows to be discarded rank after all others, the least bad first.
         rank = np.where(fine, value - value.min(), -1 - (value - value.min()))
         seats = budget if self.fill == "rest" else min(budget, int(fine.sum()))

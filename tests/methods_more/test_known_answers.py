@@ -44,7 +44,8 @@ def test_gdig_lowers_the_share_as_little_as_it_can_and_says_so() -> None:
     assert found.notes["survivors"] == 6 and found.notes["quantile"] == pytest.approx(2 / 3)
     assert "3 rows help all 3" in found.notes["note"]
     assert sorted(choose("gdig", {"influence": SCORES, "rows": ROWS}, 5, clusters=2, fill="none").indices.tolist()) == [0, 3, 6]
-    assert len(choose("gdig", {"influence": -SCORES.abs(), "rows": ROWS}, 2, fill="none")) == 0
+    with pytest.raises(ValueError, match=r"no row helps all 3 target rows \(the most that one helps is 2\)"):
+        choose("gdig", {"influence": SCORES.abs() * torch.tensor([1, 1, -1]), "rows": ROWS}, 2, fill="none")
 
 
 def test_t26_a_repeated_target_changes_nothing_and_a_further_one_only_takes_away() -> None:
@@ -93,6 +94,8 @@ def test_ifd_discards_rows_whose_prompt_does_not_help() -> None:
     values = {"ifd": torch.tensor([0.5, 1.2, 0.99, 0.2, 1.0])}
     assert choose("ifd", values, 2).indices.tolist() == [2, 0]
     assert choose("ifd", values, 5, fill="none").indices.tolist() == [2, 0, 3]
+    with pytest.raises(ValueError, match=r"below 0.1 \(the lowest is 0.2\)"):
+        choose("ifd", values, 5, fill="none", most=0.1)
     filled = choose("ifd", values, 5)
     assert filled.indices.tolist() == [2, 0, 3, 4, 1] and "3 rows" in filled.notes["note"]
     assert Signal("ifd") in methods.make("ifd").needs()

@@ -16,9 +16,11 @@ from gradsift.artifact import Artifact
 from gradsift.config import build
 from gradsift.curvature import Curvature, influence_scores
 from gradsift.encode import EncodedRows
-from gradsift.errors import UserError
+from gradsift.errors import DataError, Interrupted, UserError
+from gradsift.modules import tracked_modules
 from gradsift.pipeline import Pipeline
 from gradsift.pool import read_pool
+from gradsift.progress import Silent
 from gradsift.run import Run
 from gradsift.selection import Selection, select
 from tests.conftest import SETTINGS, rows, write_rows
@@ -98,6 +100,87 @@ def test_lost_scores_are_made_again_with_the_same_bytes(
     again = choose("gdig", files, folder, model_folder, target=True, options={"clusters": 3})
     assert again.indices.tolist() == gdig.indices.tolist()
     assert made(folder, "influence", backend="ekfac").manifest["content"] == before
+
+
+class StopsAfter(Silent):
+    """Ends the job after so many shards of influence, as a signal would; `tokens`: what the stage had to do."""
+
+    def __init__(self, shards: int) -> None:
+        self.left, self.tokens, self.here = shards, 0, False
+
+    def start(self, total: int, unit: str, label: str = "") -> None:
+        self.here = label.startswith("influence")
+        self.tokens = total if self.here else self.tokens
+
+    def advance(self, k: int = 1) -> None:
+        if self.here:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+
+def test_a_stopped_influence_keeps_its_finished_shards(
+    gdig: Selection, files: tuple[Path, Path], folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    whole = made(copy, "influence", backend="ekfac")
+    shutil.rmtree(whole.path)
+    shutil.rmtree(copy / gdig.folder.name)
+    given: dict[str, Any] = {"target": True, "options": {"clusters": 3}}
+    parts, seen, stamps = whole.path / "parts", [], []
+    for finished in (["part-00000"], ["part-00000", "part-00001"]):
+        seen.append(StopsAfter(1))
+        with pytest.raises((KeyboardInterrupt, Interrupted)):
+            choose("gdig", files, copy, model_folder, progress=seen[-1], **given)
+        assert sorted(path.stem for path in parts.iterdir()) == finished
+        stamps.append((parts / "part-00000.safetensors").stat())
+    assert (stamps[0].st_ino, stamps[0].st_mtime_ns) == (stamps[1].st_ino, stamps[1].st_mtime_ns)
+    last = StopsAfter(99)
+    assert choose("gdig", files, copy, model_folder, progress=last, **given).indices.tolist() == gdig.indices.tolist()
+    assert seen[0].tokens > seen[1].tokens > last.tokens > 0 and not parts.exists()
+    assert made(copy, "influence", backend="ekfac").manifest["content"] == whole.manifest["content"]
+
+
+def test_gdig_over_every_linear_layer(files: tuple[Path, Path], model_folder: Path, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "gradients": {**SETTINGS["gradients"], "modules": "linear"}, "curvature": {"fit_rows": 24}}
+    found = choose("gdig", files, tmp_path / "run", model_folder, target=True, options={"clusters": 3}, settings=settings)
+    assert len(found) == 8
+    pipeline = Pipeline(
+        Run(tmp_path / "run"), build({**settings, "model": {"name": str(model_folder)}}, "test"), *(read_pool([f]) for f in files)
+    )
+    model = pipeline.model_at(pipeline.checkpoints()[-1])
+    curvature = Curvature.load(made(tmp_path / "run", "curvature").path / "curvature.safetensors")
+    assert set(curvature.names) == set(tracked_modules(model, "linear")) and any("mlp" in name for name in curvature.names)
+    stored = made(tmp_path / "run", "influence").tensors("scores.safetensors")["scores"]
+    gradients = [whole_gradients(model, curvature.names, pipeline.encoded(side)) for side in ("pool", "target")]
+    inverse = curvature.inverse(0.1)
+    wanted = sum(p.flatten(1) @ inverse.apply_inverse(name, q).flatten(1).T for name, p, q in zip(curvature.names, *gradients, strict=True))
+    assert isinstance(wanted, torch.Tensor) and torch.allclose(stored, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
+    rows = next(a for a in Run(tmp_path / "run").artifacts() if a.path.name.startswith("gradients-"))
+    assert rows.manifest["extra"]["coverage"]["share"] > 0.5  # of all weights: the adapter's alone are far fewer
+
+
+def whole_gradients(model: Any, names: list[str], encoded: EncodedRows) -> list[torch.Tensor]:
+    """Per layer [n, out, in]: the gradient of every row's mean loss, one row at a time, by autograd."""
+    modules, found = dict(model.named_modules()), []
+    weights = [modules[name].weight.requires_grad_(True) for name in names]
+    for row in (encoded[i] for i in range(len(encoded))):
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"][1:]))
+        found.append(torch.autograd.grad(loss, weights))
+    return [torch.stack(list(parts)) for parts in zip(*found, strict=True)]
+
+
+def test_without_a_row_that_helps_every_target_row_there_is_no_subset_to_be_had(
+    folder: Path, files: tuple[Path, Path], model_folder: Path, tmp_path: Path
+) -> None:
+    pairs = [("zz", "#" * 20), ("dcba", "Z" * 15), ("abcdab", "0123456789" * 2), *(("ab", "ba" * k) for k in range(1, 4))]
+    items = [[{"role": "user", "content": ask}, {"role": "assistant", "content": answer}] for ask, answer in pairs]
+    odd = files[0], write_rows(tmp_path / "odd.jsonl", [{"id": f"o{i}", "messages": turns} for i, turns in enumerate(items)])
+    with pytest.raises(DataError, match=r"gdig cannot choose: no row helps all 6 target rows .*fill=quantile"):
+        choose("gdig", odd, folder, model_folder, target=True, options={"fill": "none"})
+    assert len(choose("gdig", odd, folder, model_folder, target=True)) == 8
 
 
 @pytest.mark.parametrize(("method", "target"), [("selffilter", False), ("dsir", True), ("ifd", False)])
