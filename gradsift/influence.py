@@ -20,6 +20,7 @@ from gradsift.types import Rows
 
 BLOCK = 2048
 RIDGE = 0.1
+_SLICE, _NARROW = 128, 128  # rows widened to fp32 at a time for so few targets: they are still in the cache when they are multiplied
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,20 @@ def _products(pool: Sequence[Rows], sides: Sequence[Tensor], form: Literal["raw"
         where = slice(start, min(start + BLOCK, n))
         scores = torch.zeros(where.stop - start, sides[0].shape[0])
         for rows, side in zip(pool, sides, strict=True):
-            scores += (_read(rows, where, form) @ side.T).cpu()
+            scores += _product(rows, where, side, form)
         yield scores
+
+
+def _product(rows: Rows, where: slice, side: Tensor, form: Literal["raw", "unit"]) -> Tensor:
+    """`_read(rows, where, form) @ side.T` [b, m] on the CPU: what a row is scaled by, its product is scaled by."""
+    scales = getattr(rows, "scales", None)
+    on_device = isinstance(rows, Tensor) and rows.device.type != "cpu"
+    step = _SLICE if len(side) <= _NARROW and not on_device else BLOCK
+    out = torch.empty(where.stop - where.start, len(side))
+    for start in range(where.start, where.stop, step):
+        part = slice(start, min(start + step, where.stop))
+        out[start - where.start : part.stop - where.start] = _read(rows, part, "unit" if scales is not None else form) @ side.T
+    return out.mul_(scales[where, None].to(out.device)) if scales is not None and form == "raw" else out
 
 
 def _target_side(rows: Rows, chosen: Backend, groups: Sequence[str]) -> Tensor:

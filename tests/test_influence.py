@@ -10,6 +10,7 @@ from torch import Tensor
 from gradsift.errors import UnknownName, UserError
 from gradsift.influence import BACKENDS, score
 from gradsift.rules import topk
+from gradsift.store import RowView
 
 
 class Stored:
@@ -63,11 +64,15 @@ def test_plain_tensors_and_stores_agree() -> None:
         assert torch.allclose(score([pool], [target], [1.0], name), score([Stored(pool)], [Stored(target)], [1.0], name), atol=1e-6)
 
 
-def test_cutting_the_pool_into_blocks_changes_no_bit() -> None:
-    pool, target = Stored(raw(5000, 16, 7)), Stored(raw(3, 16, 8))
-    whole = score([pool], [target], [1.0], "cosine")
-    assert torch.equal(whole[:2048], (pool[0:2048] @ target[0:3].T))
-    assert whole.shape == (5000, 3)
+@pytest.mark.parametrize("m", [3, 200])  # narrow and wide sides are multiplied in slices of different height
+def test_cutting_the_pool_into_blocks_changes_no_bit(m: int) -> None:
+    pool, target = Stored(raw(5000, 16, 7)), Stored(raw(m, 16, 8))
+    exact = pool.rows.double() @ target.rows.double().T
+    for name, wanted in (("cosine", exact), ("dot", exact * pool.scales[:, None] * target.scales)):
+        whole = score([pool], [target], [1.0], name)
+        parts = [score([RowView(pool, range(a, min(a + 2048, 5000)))], [target], [1.0], name) for a in range(0, 5000, 2048)]
+        assert torch.equal(whole, torch.cat(parts))
+        assert torch.allclose(whole.double(), wanted, atol=1e-5)
 
 
 def test_scores_lie_between_minus_one_and_one_and_ignore_positive_scales() -> None:  # T6.2
