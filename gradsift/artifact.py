@@ -63,7 +63,7 @@ SCHEMA = 1  # of every JSON file in a run folder
 MANIFEST, STATS, RECIPE = "manifest.json", "stats.json", "recipe.json"
 _UPGRADE = "Upgrade gradsift, or choose another --run folder."
 _REMAKE = "Delete it and run the same command again: the files beside it are checked, and kept where they are whole."
-REPAIR = "Run `gradsift verify RUN --repair`, then the same command again: only what is damaged is made anew."
+REPAIR = "Run `gradsift verify RUN`, then the same command again: only what is damaged is made anew."
 
 
 def recipe(

@@ -508,18 +508,22 @@ def demo(
 @app.command(epilog="Example: gradsift verify runs/a")
 def verify(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    repair: Annotated[bool, typer.Option("--repair", help="Remove exactly what is damaged; the next run makes it anew.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Delete now what is damaged, rather than let the next run set it aside.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Re-hash everything a run holds; exit 5 naming what is not as it was written."""
+    """Re-hash everything a run holds; exit 5 naming what is not as it was written. The next run makes just that anew."""
     from gradsift import holdings
 
-    problems = holdings.verify(run, repair=repair)
+    notes: list[str] = []
+    problems = holdings.verify(run, repair=repair, note=notes.append)
     if as_json:
         typer.echo(json.dumps({"problems": problems}, indent=2))
     else:
-        removed = " (removed; run the same command again to make it anew)" if repair else ""
-        typer.echo("\n".join(f"{problem}{removed}" for problem in problems) or "everything is as it was written")
+        typer.echo("\n".join(problems) or "everything is as it was written")
+    for text in notes:
+        typer.echo(text, err=True)
     raise typer.Exit(5 if problems else 0)
 
 

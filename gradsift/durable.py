@@ -36,7 +36,7 @@ _DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-_REMEDY = "In a run: `gradsift verify RUN --repair`, then the same command again. Elsewhere: copy the file again."
+_REMEDY = "In a run: `gradsift verify RUN`, then the same command again. Elsewhere: copy the file again."
 
 
 def _damaged(what: str, path: Path) -> IntegrityError:

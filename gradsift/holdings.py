@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gradsift.artifact import Artifact, differences
 from gradsift.durable import read_tensors
-from gradsift.errors import DataError, IntegrityError, UserError
+from gradsift.errors import DataError, IntegrityError, ResourceError, UserError
 from gradsift.report import ReportData, write_report
-from gradsift.run import Run
+from gradsift.run import SETTINGS, Problem, Run
 
 
 def _open(root: Path) -> Run:
@@ -36,15 +37,36 @@ def show(root: Path) -> dict[str, Any]:
     return {"run": str(run.root), "commands": run.commands, "stages": stages}
 
 
-def verify(root: Path, *, repair: bool = False) -> list[str]:
-    """What is wrong in a run, one line per fault; empty = every file is as it was written. `repair` removes exactly the files at fault."""
+def verify(root: Path, *, repair: bool = False, note: Callable[[str], None] = lambda _: None) -> list[str]:
+    """What is wrong in a run, one line per fault; empty = every file is as it was written. `note` is told what becomes of it.
+
+    The run remembers what was found: the next command that works in it sets these files aside, says so, and makes them anew. `repair` deletes
+    them now, and a damaged settings file too.
+    """
     run = _open(root)
     problems = run.verify()
-    if repair and problems:
+    own = [problem for problem in problems if not problem.remedy]
+    if repair and own:
         with run.lock():
-            for problem in problems:
+            for problem in own:
                 run.discard(problem)
+            run.remember([])
+        note("removed; run the same command again to make it anew")
+    else:
+        _remember(root, run, problems, note)
     return [str(problem) for problem in problems]
+
+
+def _remember(root: Path, run: Run, problems: Sequence[Problem], note: Callable[[str], None]) -> None:
+    try:
+        remembered = run.remember(problems)
+    except ResourceError as error:  # a copy that is only read: what is wrong is told all the same
+        note(f"this cannot be kept for the next run: {error}")
+    else:
+        if remembered:
+            note("the next run sets aside what is damaged and makes just that anew")
+        if any(not problem.artifact and problem.file == SETTINGS for problem in problems):
+            note(f"{SETTINGS} cannot be made anew: `gradsift verify {root} --repair` removes it; then give all settings of the run again")
 
 
 def report(root: Path) -> list[Path]:

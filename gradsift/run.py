@@ -12,17 +12,18 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gradsift.artifact import MANIFEST, RECIPE, SCHEMA, Artifact, canonical_json, check_schema, differences, file_hash, read_json, recipe
 from gradsift.durable import inside, make_folder, remove_leftovers, resource_error, write_atomic
-from gradsift.errors import GradsiftError, ResourceError, UserError
+from gradsift.errors import GradsiftError, MismatchError, ResourceError, UserError
 from gradsift.store import HEADER, RowStore
 
 RUN_FILE, SETTINGS, LOCK_FILE = "run.json", "settings.json", ".gradsift-lock"
+FOUND, ASIDE = "found-damaged.json", "damaged"  # what a verification named; the folder where the next run puts those files
 _KIND = "gradsift run"
 _SECRET_FLAG = re.compile(r"^(--?[\w-]*(?:token|password|secret|api-?key|auth))(=.*)?$", re.IGNORECASE)
 _SECRET = re.compile(r"\b(?:hf|sk|ghp|github_pat|glpat|xox[abp])[_-][A-Za-z0-9_-]{12,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
@@ -32,14 +33,16 @@ _HIDDEN = "***"
 @dataclass(frozen=True)
 class Problem:
     """Something wrong in a run: `artifact` is the folder's name ("": the run's own), `file` the name within it ("": the folder itself), `what`
-    the fault."""
+    the fault. `remedy`: what the user has to do, where no run can make it anew; else empty."""
 
     artifact: str
     file: str
     what: str
+    remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.artifact}/{self.file} {self.what}" if self.artifact else f"{self.file} {self.what}"
+        text = f"{self.artifact}/{self.file} {self.what}" if self.artifact else f"{self.file} {self.what}"
+        return f"{text}. {self.remedy}" if self.remedy else text
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Run:
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root).expanduser().absolute()
         self._held = 0
+        self.aside: list[Problem] = []  # what this process found damaged and moved away
         try:
             if self.root.exists() and not self.root.is_dir():
                 raise UserError("is a file, not a run folder", where=self.root, remedy="Choose another --run folder.")
@@ -225,29 +229,94 @@ class Run:
         problems = [Problem("", path.name, what) for path in own if (what := _damage(path))]
         return problems + [problem for folder in self._folders() for problem in _verify(folder)]
 
-    def discard(self, problem: Problem) -> None:
+    def remember(self, problems: Sequence[Problem]) -> bool:
+        """Keeps what a verification found, for the next run to `set_aside`; nothing found takes an earlier finding away. True: there is some.
+
+        Raises ResourceError where the run cannot be written.
+        """
+        found = [{"artifact": p.artifact, "file": p.file} for p in problems if p.artifact and not p.remedy]
+        path = self.root / FOUND
+        if found:
+            write_atomic(path, canonical_json({"schema": SCHEMA, "found": found}) + b"\n")
+        else:
+            _unlink(path)
+        return bool(found)
+
+    def set_aside(self) -> list[Problem]:
+        """Moves the files that the last verification named into the folder `damaged`, so that a run makes anew just those. Use inside `lock`.
+
+        Each is looked at again first: one that is as it was written by now is left alone. Returns what was moved or was missing, which is
+        kept in `aside` too. Raises ResourceError where files cannot be moved.
+        """
+        named = _read_found(self.root / FOUND)
+        for folder in self._folders():
+            if files := named.get(folder.name):
+                found = [p for p in _verify(folder, files) if p.file in files and not p.remedy]
+                for problem in found:
+                    self.discard(problem, aside=True)
+                self.aside += found
+        _unlink(self.root / FOUND)
+        return self.aside
+
+    def mended(self) -> list[str]:
+        """`aside` as warnings of a result."""
+        return [f"made anew, for it was damaged: {problem}" for problem in self.aside]
+
+    def discard(self, problem: Problem, *, aside: bool = False) -> None:
         """Removes what `problem` names, and the manifest that vouched for it, so that the next run makes anew just that. Use inside `lock`.
 
-        Raises ResourceError where files cannot be deleted.
+        `aside`: what it names is moved into the folder `damaged` of the run, not deleted.
+        Raises UserError where no run can make it anew, ResourceError where files cannot be deleted.
         """
         folder = inside(self.root, problem.artifact) if problem.artifact else self.root
         parent, _, last = problem.file.rpartition("/")
         place = inside(folder, parent) if parent else folder
-        if last in ("", ".", ".."):
-            raise UserError(problem.what, where=folder, remedy="Give the folder its name back, or delete it.")
+        if problem.remedy or last in ("", ".", ".."):
+            raise UserError(problem.what, where=folder / problem.file, remedy=problem.remedy or _BY_NAME)
         if folder == self.root and last == RUN_FILE:  # what makes the folder a run; nothing in it is needed to resume
             write_atomic(self.root / RUN_FILE, canonical_json({"kind": _KIND, "schema": SCHEMA, "commands": []}))
             return
-        # The manifest goes first: killed in between, the artifact is merely incomplete. The last part may be a link: that link is removed.
-        for path in (folder / MANIFEST, place / last):
-            try:
-                with contextlib.suppress(FileNotFoundError):
-                    path.unlink()
-            except OSError as error:
-                raise ResourceError(f"cannot be deleted: {error.strerror}", where=path) from error
+        path = place / last  # perhaps a link: then the link is removed
+        if path != folder / MANIFEST:  # that goes first: killed in between, the artifact is merely incomplete
+            _unlink(folder / MANIFEST)
+        if aside and os.path.lexists(path):
+            _move(path, inside(self.root, f"{ASIDE}/{folder.name}"))
+        else:
+            _unlink(path)
 
 
+_BY_NAME = "Give the folder its name back, or delete it."
 _WAIT = "Wait for it, or use another --run folder."
+
+
+def _unlink(path: Path) -> None:
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+    except OSError as error:
+        raise ResourceError(f"cannot be deleted: {error.strerror}", where=path) from error
+
+
+def _move(path: Path, folder: Path) -> None:
+    """Into `folder`, under its own name, or that with a number where an earlier one lies there."""
+    make_folder(folder)
+    target, number = folder / path.name, 2
+    while os.path.lexists(target):
+        target, number = folder / f"{path.name}.{number}", number + 1
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        raise resource_error(error, target) from error
+
+
+def _read_found(path: Path) -> dict[str, set[str]]:
+    """Files by artifact that a verification named; empty where there was none, or its file is damaged."""
+    named: dict[str, set[str]] = {}
+    found = (read_json(path) or {}).get("found")
+    for entry in found if isinstance(found, list) else []:
+        if isinstance(entry, dict) and isinstance(entry.get("artifact"), str) and isinstance(entry.get("file"), str):
+            named.setdefault(entry["artifact"], set()).add(entry["file"])
+    return named
 
 
 def _damage(path: Path) -> str | None:
@@ -262,25 +331,30 @@ def _has_recipe(folder: Path) -> bool:
     return any((folder / name).exists() for name in (MANIFEST, RECIPE))
 
 
-def _verify(folder: Path) -> list[Problem]:
+def _verify(folder: Path, only: Collection[str] | None = None) -> list[Problem]:
+    """What is wrong in an artifact's folder. `only`: hash no more than these of a complete one's files."""
     try:
         artifact = Artifact.load(folder)
     except GradsiftError as error:
         place = Path(error.where or folder)
-        return [Problem(folder.name, place.name if place.parent == folder else "", error.what)]
+        file = place.name if place.parent == folder else ""
+        by_hand = isinstance(error, MismatchError) or not file
+        return [Problem(folder.name, file, error.what, (error.remedy or _BY_NAME) if by_hand else "")]
     if artifact is None:
         return [Problem(folder.name, RECIPE, "is damaged")]
     if artifact.complete:
-        return _verify_files(artifact)
+        return _verify_files(artifact, only)
     problems = [Problem(folder.name, MANIFEST, "is damaged")] if (folder / MANIFEST).exists() else []
     if (folder / HEADER).exists():
         problems += _verify_shards(folder)
     return problems
 
 
-def _verify_files(artifact: Artifact) -> list[Problem]:
+def _verify_files(artifact: Artifact, only: Collection[str] | None) -> list[Problem]:
     problems = []
     for name, stated in artifact.manifest["files"].items():
+        if only is not None and name not in only:
+            continue
         try:
             found = file_hash(artifact.file(name))
         except GradsiftError as error:

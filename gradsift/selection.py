@@ -160,7 +160,8 @@ def opened(
 ) -> Iterator[Pipeline]:
     """How every job begins: the pipeline of the folder `run` over pool and target, under the settings the run was made with.
 
-    With `keep`, for jobs that write: the run is locked and remembers the command, and a signal stops between two shards.
+    With `keep`, for jobs that write: the run is locked and remembers the command, what `gradsift verify` found damaged is set aside, and a
+    signal stops between two shards.
     """
     playground.register()
     folder = Run(Path(run))
@@ -169,6 +170,8 @@ def opened(
             stack.enter_context(folder.lock(sys.argv))
             stack.enter_context(interruptible(readable_command(sys.argv)))
         config = settle_config(folder, model, settings or {}, pool_group)
+            for problem in folder.set_aside():
+                (progress or silent()).note(f"set aside as damaged, made anew where it is needed: {problem}")
         pipeline = open_pipeline(folder, config, as_list(pool), as_list(target), target_group, warmup_from, progress or silent(), keep=keep)
         stack.callback(pipeline.executor.close)
         yield pipeline
@@ -315,7 +318,7 @@ def select_in(
         asked=artifact.manifest["counts"]["asked"],
         read=read,
         timings=pipeline.timings,
-        warnings=[*pool.warnings, *artifact.manifest.get("extra", {}).get("warnings", [])],
+        warnings=[*pool.warnings, *pipeline.run.mended(), *artifact.manifest.get("extra", {}).get("warnings", [])],
         funnel=pool.funnel,
     )
 

@@ -13,6 +13,7 @@ import pytest
 from gradsift import artifact as artifacts
 from gradsift.artifact import Artifact, write_atomic
 from gradsift.errors import IntegrityError, MismatchError, ResourceError, UserError
+from gradsift.holdings import verify
 from gradsift.run import Problem, Run, readable_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,6 +198,87 @@ def test_verify_names_every_file_and_discard_frees_just_that(tmp_path: Path) -> 
         assert not Artifact(run.root, found.recipe).complete
         assert Artifact(run.root, other.recipe).complete
         assert make(run, seed=0).content == content
+
+
+def test_the_next_run_sets_aside_what_verify_named_and_nothing_else(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    found, other = make(run, seed=0), make(run, seed=1)
+    content, damaged = found.content, found.file("a.json")
+    for number, data in enumerate((b"x", b"y"), start=1):  # twice: the second does not take the place of the first
+        damaged.write_bytes(data)
+        told: list[str] = []
+        assert len(verify(run.root, note=told.append)) == 1
+        assert told == ["the next run sets aside what is damaged and makes just that anew"]
+        again = Run(run.root)
+        with again.lock():
+            assert [p.file for p in again.set_aside()] == [p.file for p in again.aside] == ["a.json"]
+            assert not Artifact(run.root, found.recipe).complete
+            assert Artifact(run.root, other.recipe).complete
+            assert make(again, seed=0).content == content
+            assert Run(run.root).set_aside() == []
+        aside = sorted((run.root / "damaged" / found.path.name).iterdir())
+        assert [path.read_bytes() for path in aside] == [b"x", b"y"][:number]
+    assert verify(run.root) == []
+
+
+def test_a_file_put_right_after_verify_is_left_alone(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    found = make(run)
+    whole = found.file("a.json").read_bytes()
+    found.file("a.json").write_bytes(b"x")
+    verify(run.root)
+    found.file("a.json").write_bytes(whole)
+    before = found.file("manifest.json").stat().st_mtime_ns
+    assert run.set_aside() == []
+    assert found.file("manifest.json").stat().st_mtime_ns == before
+    assert sorted(path.name for path in run.root.iterdir()) == [found.path.name, "run.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\0" * 40,
+        b'{"found": 3}',
+        b'{"found": [1, {"artifact": 1}, {"artifact": "..", "file": "precious"}, {"artifact": "NAME", "file": "../../precious"}]}',
+        b'{"found": [{"artifact": "NAME", "file": "a.json"}, {"artifact": "NAME", "file": "manifest.json"}]}',
+    ],
+    ids=["zero", "other", "outside", "whole"],
+)
+def test_a_forged_finding_moves_nothing(tmp_path: Path, text: bytes) -> None:
+    run = Run(tmp_path / "run")
+    found = make(run)
+    (tmp_path / "precious").write_text("x")
+    (run.root / "found-damaged.json").write_bytes(text.replace(b"NAME", found.path.name.encode()))
+    assert run.set_aside() == []
+    assert (tmp_path / "precious").exists()
+    assert run.verify() == []
+    assert not (run.root / "damaged").exists()
+
+
+def test_what_only_the_user_can_mend_is_neither_set_aside_nor_removed(tmp_path: Path) -> None:
+    """An artifact of a newer gradsift and a renamed folder: their remedy is told, and their bytes stay."""
+    run = Run(tmp_path / "run")
+    found, other = make(run, seed=0), make(run, seed=1)
+    manifest = found.path / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"schema": 1', b'"schema": 2'))
+    other.path.rename(run.root / "gradients-000000000000")
+    lines = verify(run.root)
+    assert any("was written in schema 2" in line and "Upgrade gradsift" in line for line in lines)
+    assert any("holds the recipe of" in line and "Give the folder its name back" in line for line in lines)
+    assert run.set_aside() == []
+    assert verify(run.root, repair=True) == lines
+    assert b'"schema": 2' in manifest.read_bytes()
+    assert not (run.root / "damaged").exists()
+
+
+def test_a_finding_that_cannot_be_kept_is_told_all_the_same(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    found = make(run)
+    found.file("a.json").write_bytes(b"x")
+    (run.root / "found-damaged.json").mkdir()  # as a folder that may not be written, for root too
+    told: list[str] = []
+    assert len(verify(run.root, note=told.append)) == 1
+    assert told[0].startswith("this cannot be kept for the next run: ")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "recipe.json"])

@@ -1,4 +1,5 @@
-"""Damage anywhere in a finished run: the command refuses it or has no use for it, verify names it with exit 5, and only it is made anew."""
+"""Damage anywhere in a finished run: the command refuses it or has no use for it, verify names it with exit 5, and after that the next run
+makes only it anew, says so, and keeps the damaged bytes aside."""
 
 from __future__ import annotations
 
@@ -82,13 +83,18 @@ def test_a_flipped_bit_in_every_file_of_a_run(run: Path, select: Callable[..., S
     files, contents = named(run), digests(run)
     for name in files:
         flip(run / name)
+    damaged = {name: (run / name).read_bytes() for name in files}
     lines = told(run)
     for name in files:
         assert any(line.startswith(name) for line in lines), name
-    mend(run)
-    select(run)
+    again = select(run)
     assert digests(run) == contents
     assert verify(run) == []
+    for name, data in damaged.items():
+        assert any(text.startswith(f"made anew, for it was damaged: {name} ") for text in again.warnings), name
+        folder, file = name.split("/")[0], name.split("/")[-1]
+        assert data in [path.read_bytes() for path in (run / "damaged" / folder).glob(f"{file}*")], name
+    assert not [text for text in select(run).warnings if "damaged" in text]
 
 
 def kinds(run: Path) -> list[str]:
@@ -127,7 +133,6 @@ def test_a_flipped_bit_is_refused_or_of_no_use_and_only_it_is_made_anew(
             assert name.rpartition("/")[2] in str(error), name
             assert error.remedy
         assert any(line.startswith(name) for line in told(run)), name
-        mend(run)
         select(run)
         after = finished(run)
         gone = {file for file in before if before[file] != after.get(file)}
@@ -196,13 +201,13 @@ def test_what_is_wrong_with_shards_is_named_and_only_they_are_rewritten(
 ) -> None:
     contents, before, folder = digests(run), finished(run), shards(run)[0].parent.name
     wrong = harm(run)
-    lines = told(run)
-    assert {line.split()[0] for line in lines if line.startswith(folder)} == {f"{folder}/{name}" for name in wrong}, lines
     if harm is not duplicate_under_a_new_name:
         with pytest.raises(IntegrityError):
             select(run, "30%")
-    mend(run)
+    lines = told(run)
+    assert {line.split()[0] for line in lines if line.startswith(folder)} == {f"{folder}/{name}" for name in wrong}, lines
     select(run)
+    assert {path.name for path in (run / "damaged").rglob("*.*")} == (set() if harm is remove else wrong)
     assert done(run) == contents
     after = finished(run)
     rewritten = {name for name in before if before[name] != after[name]}
@@ -214,7 +219,7 @@ def test_what_is_wrong_with_shards_is_named_and_only_they_are_rewritten(
 def test_the_runs_own_files_are_checked_too(run: Path, select: Callable[..., Selection], name: str, how: Callable[[bytes], bytes]) -> None:
     contents = digests(run)
     (run / name).write_bytes(how((run / name).read_bytes()))
-    assert told(run) == [f"{name} is damaged"]
+    assert told(run)[0] == f"{name} is damaged"
     if name == "settings.json":
         with pytest.raises(IntegrityError, match=r"settings\.json: is damaged"):
             select(run)
@@ -249,11 +254,11 @@ def test_links_in_a_run_are_never_followed(run: Path, tmp_path: Path, select: Ca
     shard = shards(run)[0]
     shard.unlink()
     shard.symlink_to(outside / shard.name)
-    assert any("symbolic link" in line for line in told(run))
     with pytest.raises(IntegrityError, match="symbolic link"):
         select(run, "30%")
-    mend(run)
+    assert any("symbolic link" in line for line in told(run))
     select(run)
+    assert (run / "damaged" / shard.parent.name / shard.name).is_symlink()
     assert Run(run).verify() == []
     folder = shard.parent
     shutil.rmtree(folder)
