@@ -41,13 +41,14 @@ ORACLES = {
     "mt_de_en": "task=mt_de_en",
     "bbh_logical_deduction_five_objects": "task=bbh/logical_deduction_three_objects",
 }
-TARGETED = ("less", "less:aggregate=round-robin", "g2is", "gdig", "bids", "gist", "gradmatch")
+TARGETED = ("contrast", "less", "less:preset=released,aggregate=round-robin", "g2is", "gdig", "bids", "gist", "gradmatch")
 AGNOSTIC = ("tagcos", "gradmatch", "kcenter", "selffilter")
-SEVERAL = ("bids", "less", "less:aggregate=round-robin", "rds")
-NOISE = ("gdig", "gdig:preset=released", "less", "tagcos", "perplexity", "ifd")
+SEVERAL = ("contrast", "bids", "less", "less:aggregate=round-robin", "rds")
+NOISE = ("contrast", "contrast:per=token", "gdig", "gdig:preset=released", "less", "tagcos", "perplexity", "ifd")
 TESTED = 300
 LDS_ROWS, LDS_TARGETS = 1500, 64
-SETTINGS: dict[str, dict[str, Any]] = {"finetune": {"mode": "full", "lr": 5e-4, "epochs": 3, "batch_size": 16}}
+RECIPE = {"mode": "full", "lr": 5e-4, "epochs": 3, "batch_size": 16}
+SETTINGS: dict[str, dict[str, Any]] = {"finetune": RECIPE, "tuning": RECIPE}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -166,7 +167,7 @@ class Bench:
             method, _, options = name.partition(":")
             if self.options.methods and method not in self.options.methods.split(","):
                 continue
-            needs = method in ("gdig", "less")
+            needs = method in ("contrast", "gdig", "less")
             chosen = gradsift.select(
                 method,
                 pool=files[0],

@@ -54,7 +54,7 @@ class ModelSettings(Settings):
 
     name: str = "tiny"
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "nf4"] = "float32"
     device: str = "cpu"
     attention: str | None = None
     trust_remote_code: bool = False
@@ -141,7 +141,8 @@ class MachineSettings(Settings):
 
 
 class FinetuneSettings(Settings):
-    """The recipe of a training that judges a subset: AdamW, learning rate up over `warmup_ratio` of the steps and straight down to 0.
+    """The recipe of a training that judges a subset, or tunes the model on the target: AdamW, learning rate up over `warmup_ratio` of the
+    steps and straight down to 0.
 
     `steps` optimiser steps of `batch_size` rows, or as many as `epochs` passes need. `token_budget` bounds the padded tokens of one forward
     pass; gradients are accumulated up to the batch, so it changes memory and the last digits only. `mode` "full" trains every parameter,
@@ -172,7 +173,8 @@ class FinetuneSettings(Settings):
 
 
 class Config(Settings):
-    """All stages. TOML sections carry the field names: [pool], [encode], [model], [warmup], [gradients], [curvature], [finetune],
+    """All stages. TOML sections carry the field names: [pool], [encode], [model], [warmup], [gradients], [curvature], [tuning] (on target
+    rows, for the signal "tuned"), [finetune] (on subsets, to judge them),
     [machine]."""
 
     pool: PoolSettings = PoolSettings()
@@ -181,6 +183,7 @@ class Config(Settings):
     warmup: WarmupSettings = WarmupSettings()
     gradients: GradientSettings = GradientSettings()
     curvature: CurvatureSettings = CurvatureSettings()
+    tuning: FinetuneSettings = FinetuneSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     machine: MachineSettings = MachineSettings()
 

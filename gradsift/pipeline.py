@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift import curved, execute_ray, machine, projected, scalars
+from gradsift import curved, execute_ray, machine, projected, scalars, tuned
 from gradsift.artifact import Artifact, folder_hash
 from gradsift.checkpoints import adam_transform, load_checkpoints
 from gradsift.config import Config
@@ -141,6 +141,8 @@ class Pipeline(Stages):
             return [self.embeddings_recipe(signal.side)]
         if signal.name in scalars.SCALARS:
             return scalars.recipes(self, signal.name, signal.fields)
+        if signal.name == "tuned":
+            return tuned.recipes(self)
         if signal.name == "features":
             return [scalars.features_recipe(self, signal.fields)]
         if signal.name == "influence":
@@ -188,11 +190,12 @@ class Pipeline(Stages):
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(token for token in known if isinstance(token, int))
 
-    def load_base(self) -> Any:
+    def load_base(self, dtype: str | None = None) -> Any:
+        """The base model, in the run's number format or in another."""
         model = self.config.model
         return load_model(
             model.name,
-            dtype=model.dtype,
+            dtype=dtype or model.dtype,
             device="auto" if self.config.machine.spans(model.device) else model.device,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
@@ -366,6 +369,9 @@ class Pipeline(Stages):
             return found, found.isfinite()
         if signal.name == "influence":
             return self._influence(signal).influence(self, signal)
+        if signal.name == "tuned":
+            found = tuned.values(self)
+            return found, found.isfinite().all(dim=1)
         if signal.name == "features":
             return scalars.features(self, signal.fields), None
         if signal.name == "embeddings":

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from gradsift import budget as budgets
-from gradsift import machine, methods
+from gradsift import machine, methods, tuned
 from gradsift.encode import EncodedRows, encode, pad_batch, token_batches
 from gradsift.gradients import extract, output_dim
 from gradsift.model import attach_lora, tracked_modules
@@ -251,6 +251,11 @@ def _cost(pipeline: Pipeline, recipe: Recipe, tokens: Mapping[str, int], rates: 
         label, bytes_, seconds = "base model", 8 * rows, 2 * n / rates.forward
     elif recipe.stage == "ngrams":
         label, bytes_, seconds = "texts", 8 * rows, rows * 1e-4
+    elif recipe.stage == "tuned":
+        label = str(recipe.config["group"])
+        shown = tuned.steps_on(pipeline, label) * pipeline.config.tuning.batch_size
+        trained = shown * tokens["target"] / max(len(pipeline.sides["target"]), 1)
+        bytes_, seconds = 4 * rows, trained / rates.train + n / rates.forward
     elif recipe.stage == "loss":
         label, bytes_, seconds = "base model", 4 * rows, n / rates.forward
     if pipeline.stored(recipe) is not None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gradsift.pipeline import Pipeline
     from gradsift.plan import Rates, StageCost
 
-MAPPED = ("gradients", "embeddings", "loss", "ifd", "curvature")  # and influence through the curvature
+MAPPED = ("gradients", "embeddings", "loss", "tuned", "ifd", "curvature")  # and influence through the curvature
 STARTING = 15.0  # seconds until a worker has its libraries, without the model
 MINIMUM = 75 << 20  # Ray takes no smaller object store
 

@@ -36,7 +36,8 @@ from gradsift.run import SETTINGS, Run, readable_command
 from gradsift.stages import Recipe, Timing
 from gradsift.types import Selector, Subset
 
-RUN_SECTIONS = ("pool", "encode", "model", "warmup", "gradients", "curvature")  # what a run is made with, besides the number of threads
+# What a run is made with, besides the number of threads.
+RUN_SECTIONS = ("pool", "encode", "model", "warmup", "gradients", "curvature", "tuning")
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,9 @@ def opened(
         if keep:
             stack.enter_context(folder.lock(sys.argv))
             stack.enter_context(interruptible(readable_command(sys.argv)))
-        config = settle_config(folder, model, settings or {}, pool_group)
             for problem in folder.set_aside():
                 (progress or silent()).note(f"set aside as damaged, made anew where it is needed: {problem}")
+        config = settle_config(folder, model, settings or {}, pool_group)
         pipeline = open_pipeline(folder, config, as_list(pool), as_list(target), target_group, warmup_from, progress or silent(), keep=keep)
         stack.callback(pipeline.executor.close)
         yield pipeline

@@ -24,6 +24,7 @@ VERSIONS = {
     "features": 1,
     "loss": 3,
     "ifd": 3,
+    "tuned": 1,
     "ngrams": 1,
     "difficulty": 1,
     "select": 2,

@@ -67,13 +67,14 @@ class Signal:
     influence     Tensor [n, m] (or [n, groups] for a backend that merges target groups); positive = training on the row helps the target
     embeddings    Rows [n, d] of unit pooled hidden states
     loss          Tensor [n], mean negative log-likelihood per supervised token under the base model, nats
+    tuned         Tensor [n, groups], the same loss after the model was fine-tuned on a group of target rows; groups in order of appearance
     ngrams        Tensor [n], log importance weights
     difficulty    Tensor [n], minus the score a net gave the row while a model was fine-tuned
     ifd           Tensor [n], perplexity of the answer after its prompt over that of the answer alone
     features      Rows [n, d] of the numbers that stand in the pool's own rows, in `fields` (which "difficulty" may be learned from too)
     """
 
-    name: Literal["rows", "influence", "embeddings", "loss", "ngrams", "difficulty", "ifd", "features"]
+    name: Literal["rows", "influence", "embeddings", "loss", "tuned", "ngrams", "difficulty", "ifd", "features"]
     side: Literal["pool", "target"] = "pool"
     transform: Literal["none", "adam"] = "none"
     modules: Literal["lora", "linear"] = "lora"

@@ -17,6 +17,7 @@ from gradsift.types import Selector
 
 METHODS: dict[str, str] = {
     "bids": "gradsift.methods.bids:Bids",
+    "contrast": "gradsift.methods.contrast:Contrast",
     "dsir": "gradsift.methods.dsir:Dsir",
     "g2is": "gradsift.methods.g2is:G2is",
     "gdig": "gradsift.methods.gdig:Gdig",

@@ -46,6 +46,8 @@ def value(signal: Signal, n: int, seed: int, kind: str = "random") -> Any:
         made = torch.nn.functional.normalize(torch.randn(rows, D, generator=generator), dim=1)
     elif signal.name == "influence":
         made = torch.randn(n, len(set(GROUPS)) if signal.backend == "less-mean" else M, generator=generator) * 0.1
+    elif signal.name == "tuned":
+        made = torch.rand(n, len(set(GROUPS)), generator=generator)
     else:
         made = torch.rand(n, generator=generator) + 0.5
     if kind == "equal":
