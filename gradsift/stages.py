@@ -26,7 +26,7 @@ VERSIONS = {
     "ifd": 3,
     "tuned": 1,
     "ngrams": 1,
-    "difficulty": 1,
+    "difficulty": 2,
     "select": 2,
     "trial": 2,
     "compare": 1,

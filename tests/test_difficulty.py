@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gradsift.signals.difficulty import difficulty, row_totals, train_score_net, weighted_loss, weights
+from gradsift.signals.difficulty import difficulty, train_score_net, weighted_loss, weights
+from gradsift.signals.loss import token_nats
 from tests.lora_parts import llama
 
 ROWS = [
@@ -37,14 +38,16 @@ def test_one_step_lowers_the_score_of_the_row_of_higher_loss() -> None:
     assert torch.allclose(net.grad, torch.tensor([0.25, -0.25]))
 
 
-def test_row_totals_are_those_of_one_row_at_a_time() -> None:
+def test_losses_of_tokens_are_those_of_one_row_at_a_time_with_every_logit() -> None:
     model = llama()
     with torch.no_grad():
-        totals, tokens = row_totals(model, ROWS, 0)
+        nats, owner = token_nats(model, ROWS)
         for i, row in enumerate(ROWS):
-            total, count = row_totals(model, [row], 0)
-            assert torch.allclose(totals[i], total[0], atol=1e-5) and tokens[i] == count[0]
-    assert tokens.tolist() == [3, 2, 1]
+            ids, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1]
+            alone = torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="none")
+            torch.testing.assert_close(nats[owner == i], alone[labels[0, 1:] != -100], atol=1e-5, rtol=1e-5)
+    assert owner.tolist() == [0, 0, 0, 1, 1, 2]
 
 
 def test_micro_batches_leave_net_and_model_what_one_batch_makes_of_them() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsift.encode import pad_batch
+from gradsift.signals.loss import token_nats
 from gradsift.types import Rows
 
 
@@ -20,16 +20,6 @@ def weights(scores: Tensor) -> Tensor:
 def weighted_loss(scores: Tensor, totals: Tensor, tokens: Tensor) -> Tensor:
     """Sum over rows of rho x summed loss [b], over the supervised tokens [b] of all: token-mean cross-entropy where scores are equal."""
     return (weights(scores) * totals).sum() / tokens.sum()
-
-
-def row_totals(model: Any, batch: Sequence[Any], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(summed loss of the supervised tokens, nats, with its graph; how many they are), each [b]."""
-    device = next(model.parameters()).device
-    ids, mask, labels = (part.to(device) for part in pad_batch(batch, pad_id))
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-    following = labels[:, 1:]
-    nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), following, ignore_index=-100, reduction="none")
-    return nats.sum(dim=1), (following != -100).sum(dim=1)
 
 
 def train_score_net(
@@ -63,7 +53,8 @@ def train_score_net(
         supervised = sum(sum(label != -100 for label in encoded[i]["labels"][1:]) for i in rows)
         totals, place = [], 0
         for batch in step:
-            total, _ = row_totals(model, [encoded[i] for i in batch], pad_id)
+            nats, owner = token_nats(model, [encoded[i] for i in batch], pad_id=pad_id)
+            total = nats.new_zeros(len(batch)).index_add(0, owner, nats)
             ((fixed[place : place + len(batch)].to(total.device) * total).sum() / supervised).backward()
             totals.append(total.detach().cpu())
             place += len(batch)
