@@ -76,7 +76,7 @@ class Lines:
         text = f"{self._label}: {self._count:,}"
         if self._total:
             text += f" of {self._total:,}"
-        text += f" {self._unit}, {rate:,.0f} {self._unit}/s"
+        text += f" {self._unit}, {pace(rate, self._unit)}"
         if self._total and self._count:
             text += f", {duration(max(self._total - self._count, 0) / rate)} left"
         return text
@@ -100,7 +100,7 @@ class Bars:
         class Rate(rich_progress.ProgressColumn):
             def render(self, task: rich_progress.Task) -> Any:
                 rate = task.finished_speed or task.speed
-                return Text("" if rate is None else f"{rate:,.0f} {unit}/s")
+                return Text("" if rate is None else pace(rate, unit))
 
         class Left(rich_progress.ProgressColumn):
             def render(self, task: rich_progress.Task) -> Any:
@@ -133,6 +133,11 @@ class Bars:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def pace(rate: float, unit: str) -> str:
+    """1,200 tokens/s, or 50 s each where one takes longer than a second."""
+    return f"{rate:,.0f} {unit}/s" if rate >= 1 or not rate else f"{duration(1 / rate)} each"
 
 
 def duration(seconds: float) -> str:

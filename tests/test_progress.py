@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from gradsift import progress
-from gradsift.progress import Bars, Lines, Silent, duration
+from gradsift.progress import Bars, Lines, Silent, duration, pace
 
 
 class Clock:
@@ -75,3 +75,9 @@ def test_a_stream_that_is_no_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch
     assert isinstance(progress.silent(), Silent)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert isinstance(progress.auto(), Bars)
+
+
+def test_the_pace_of_slow_things_is_seconds_for_each() -> None:
+    assert pace(1234.5, "tokens") == "1,234 tokens/s" and pace(1.0, "rows") == "1 rows/s"
+    assert pace(0.02, "trainings") == "50 s each" and pace(1 / 90, "trainings") == "1 min 30 s each"
+    assert pace(0.0, "tokens") == "0 tokens/s"
