@@ -13,6 +13,8 @@ from torch import Tensor
 from .blocks import Rows, check_finite, check_rng, gather, read, sizes, spans, stream, unit
 
 EXTRA = 16  # candidates beyond k that the bfloat16 pass keeps for the re-rank
+SIDE = 16  # columns of a product that are passed over together
+PIECE = 1 << 19  # numbers gathered at a time by the re-rank: what a core's own cache holds
 WIDE = 64  # a block adds at most so many candidates per row by threshold; else the best are taken first
 RESIDENT = 1 << 30  # bytes of normalised rows kept between block products; larger ones are read again (same numbers)
 
@@ -46,12 +48,12 @@ def graph(rows: Rows, k: int, *, exact: bool = True, map: Map = map) -> tuple[Te
         left = units[i]
         for j in range(i, len(lists)):
             c = spans(n)[j][0]
-            product = (left @ units[j].T).float()
+            product = left @ units[j].T
             if i == j:
                 product.fill_diagonal_(-torch.inf)
             lists[i].add(product, c)
             if i != j:  # rows meet their columns in ascending order either way, so that a later tie is a higher index
-                lists[j].add(product.T, a)
+                lists[j].add(product, a, down=True)
         if not exact:
             lists[i].rank(rows, (a, b))
     neighbours = torch.cat([entry.columns[:, :k].cpu() for entry in lists])
@@ -85,10 +87,10 @@ class _Alone:
         units, span = self.units, self.units.spans[i]
         best = _Best(span[1] - span[0], self.keep, self.exact)
         for j, (first, _) in enumerate(units.spans):
-            product = (units[i] @ units[j].T).float() if i <= j else (units[j] @ units[i].T).float().T
+            product = units[i] @ units[j].T if i <= j else units[j] @ units[i].T
             if i == j:
                 product.fill_diagonal_(-torch.inf)
-            best.add(product, first)
+            best.add(product, first, down=i > j)
         if not self.exact:
             best.rank(self.rows, span)
         return best.columns[:, : self.k].cpu().contiguous(), best.values[:, : self.k].cpu().contiguous()
@@ -118,12 +120,16 @@ class _Best:
         self.values = torch.full((rows, 0), -torch.inf)
         self.columns = torch.zeros((rows, 0), dtype=torch.int64)
 
-    def add(self, product: Tensor, first: int) -> None:
-        """product [rows, w]: similarities to the columns first .. first + w - 1, all of them higher than those met before."""
-        if self.values.shape[1] < self.keep:
-            values, places = _top(product, min(self.keep, product.shape[1]), self.strict)
+    def add(self, product: Tensor, first: int, *, down: bool = False) -> None:
+        """product [rows, w]: similarities to the columns first .. first + w - 1, all of them higher than those met before.
+
+        `down`: the same as [w, rows]. A product serves both its sides as it was computed: turning it would cost more than looking through it.
+        """
+        found = self._above(product, down) if self.values.shape[1] == self.keep else None
+        if found is None:
+            values, places = _top((product.T if down else product).float(), min(self.keep, product.shape[0 if down else 1]), self.strict)
         else:
-            values, places = self._above(product)
+            values, places = found
             if values.shape[1] == 0:
                 return
         values = torch.cat([self.values.to(values.device), values], dim=1)
@@ -132,18 +138,31 @@ class _Best:
         self.values = order.values[:, : self.keep].contiguous()
         self.columns = columns.gather(1, order.indices[:, : self.keep])
 
-    def _above(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """What beats the last kept value of its row, padded with -infinity: after a few blocks that is little."""
-        row, column = torch.nonzero(product > self.values[:, -1:], as_tuple=True)
-        counts = torch.bincount(row, minlength=len(product))
-        width = int(counts.max())
-        if width > max(WIDE, self.keep):
-            return _top(product, min(self.keep, product.shape[1]), self.strict)
-        place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-        values = torch.full((len(product), width), -torch.inf, dtype=product.dtype, device=product.device)
-        columns = torch.zeros((len(product), width), dtype=torch.int64, device=product.device)
-        values[row, place] = product[row, column]
-        columns[row, place] = column
+    def _above(self, product: Tensor, down: bool) -> tuple[Tensor, Tensor] | None:
+        """What beats the last kept value of its row, padded with -infinity: after a few blocks that is little. None = it is a lot.
+
+        Most of the product is passed over by the maximum of every `stride`-th column, a sixteenth of it, which vector instructions find.
+        """
+        rows, width = (product.shape[1], product.shape[0]) if down else (product.shape[0], product.shape[1])
+        side = SIDE if width % SIDE == 0 else 1
+        stride = width // side
+        least = self.values[:, -1]
+        peaks = product.view(side, stride, rows).amax(0).T if down else product.view(rows, side, stride).amax(1)
+        row, offset = torch.nonzero(peaks > least[:, None], as_tuple=True)
+        part = product.view(side, stride, rows)[:, offset, row].T if down else product.view(rows, side, stride)[row, :, offset]
+        hit, place = torch.nonzero(part > least[row, None], as_tuple=True)
+        value, row, column = part[hit, place].float(), row[hit], place * stride + offset[hit]
+        counts = torch.bincount(row, minlength=rows)
+        most = int(counts.max())
+        if most > max(WIDE, self.keep):
+            return None
+        order = torch.argsort(row * width + column)
+        value, row, column = value[order], row[order], column[order]
+        rank = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+        values = torch.full((rows, most), -torch.inf, device=product.device)
+        columns = torch.zeros((rows, most), dtype=torch.int64, device=product.device)
+        values[row, rank] = value
+        columns[row, rank] = column
         return values, columns
 
     def rank(self, rows: Rows, span: tuple[int, int]) -> None:
@@ -154,10 +173,11 @@ class _Best:
             if len(row) == 0:
                 continue
             others = unit(block)
-            step = max(1, (1 << 23) // block.shape[1])
+            step = max(1, PIECE // block.shape[1])
             for part in range(0, len(row), step):
                 i, p = row[part : part + step], place[part : part + step]
-                self.values[i, p] = (mine[i] * others[self.columns[i, p] - a]).sum(1).float()
+                pairs = mine.index_select(0, i) * others.index_select(0, self.columns[i, p] - a)
+                self.values[i, p] = pairs.sum(1).float()
         by_column = self.columns.sort(dim=1)
         values = self.values.gather(1, by_column.indices)
         order = values.sort(dim=1, descending=True, stable=True)

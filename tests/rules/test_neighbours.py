@@ -37,6 +37,7 @@ def test_neighbours_match_the_plain_loops(seed, n, d, exact, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK", data.draw(st.sampled_from([7, 2048])))
         patch.setattr(knn, "WIDE", 2)
+        patch.setattr(knn, "SIDE", data.draw(st.sampled_from([1, 7, 16])))
         neighbours, similarity = knn.graph(rows, k, exact=exact)
     assert neighbours.tolist() == naive_neighbours(rows.double().numpy(), k)
     unit = torch.nn.functional.normalize(rows, dim=1)
