@@ -71,6 +71,13 @@ def test_tagcos_notes_carry_the_clusters_and_each_rows_agreement() -> None:
     assert np.allclose(sorted(chosen.notes["centroid_norms"]), sorted(float(rows[labels == c].mean(0).norm()) for c in (0, 1)), atol=1e-4)
 
 
+def test_tagcos_says_where_one_cluster_holds_most_rows() -> None:
+    even = choose(make("tagcos", {"clusters": 3, "restarts": 3}), clustered([30, 30, 30]), 6)
+    uneven = choose(make("tagcos", {"clusters": 3, "restarts": 3}), clustered([80, 1, 9]), 6)
+    assert "note" not in even.notes
+    assert "holds 80 of 90 rows and 1 of 3 clusters a single row" in uneven.notes["note"]
+
+
 SCORES = torch.tensor([[0.9, 0.0, -0.5], [0.8, 0.1, -0.4], [0.0, 0.3, 0.0], [-0.2, 0.2, 0.6], [0.1, 0.1, 0.1]])
 
 

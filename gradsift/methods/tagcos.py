@@ -67,6 +67,7 @@ class Tagcos:
         picks = list((map if self.refill == "random" else signals.map)(match, range(len(sizes))))
         order = sorted((rank, c) for c, (chosen, _) in enumerate(picks) for rank in range(len(chosen)))
         norms = np.array([float(centre.norm()) for centre in found.centres])
+        notes = {"note": lopsided(sizes)} if 2 * sizes.max() > n and len(sizes) > 2 else {}
         return Subset(
             indices=np.array([picks[c][0][rank] for rank, c in order], dtype=np.int64),
             gains=np.array([picks[c][1][rank] for rank, c in order]),
@@ -75,6 +76,7 @@ class Tagcos:
                 "cluster": labels,
                 "centroid_norms": norms,
                 "objective": found.objective,
+                **notes,
             },
         )
 
@@ -111,6 +113,14 @@ class Tagcos:
             agreement = (atoms[left] @ centre).numpy()
             chosen = np.concatenate([chosen, left[topk.top(agreement, seats - len(chosen)).numpy()]])
         return members[chosen], (atoms[chosen] @ centre).numpy()
+
+
+def lopsided(sizes: np.ndarray) -> str:
+    """What to say where one cluster holds most of the rows: matching in it takes odd rows, often those of short answers."""
+    return (
+        f"one gradient cluster holds {sizes.max():,} of {sizes.sum():,} rows and {int((sizes == 1).sum()):,} of {len(sizes):,} clusters "
+        "a single row: for a pool of this size try fewer (-o clusters=20), and look at the lengths of the picks"
+    )
 
 
 def _gather(rows: Rows, members: np.ndarray, *, normalise: bool) -> Tensor:
