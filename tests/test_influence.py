@@ -83,6 +83,20 @@ def test_scores_lie_between_minus_one_and_one_and_ignore_positive_scales() -> No
     assert torch.allclose(plain, scaled, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("rates", "weights"),
+    [
+        ((2.1569e-6, 6.0784e-6, 1e-5), (0.11828, 0.33333, 0.54839)),  # TAGCOS, steps 10, 20, 30
+        ((1.6877e-5, 1.2859e-5, 7.703e-6, 2.5616e-6), (0.4219, 0.3215, 0.1926, 0.0640)),  # LESS, four epochs
+    ],
+)
+def test_checkpoints_count_by_their_mean_learning_rate(rates: tuple[float, ...], weights: tuple[float, ...]) -> None:  # T1.8
+    east, north = torch.eye(2)
+    for chosen, weight in enumerate(weights):  # the row points the target's way at one checkpoint and across it at the others
+        pool = [(east if c == chosen else north)[None] for c in range(len(rates))]
+        assert float(score(pool, [east[None]] * len(rates), list(rates), "less")) == pytest.approx(weight, abs=5e-5)
+
+
 def test_groups_of_cosines() -> None:  # T6.3
     rows = torch.eye(2)
     target = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, 1]])

@@ -66,6 +66,18 @@ def test_inner_products_are_kept_without_bias_and_within_the_bound(projection: P
     assert (estimates.var(0) < tol.VARIANCE_SLACK * bound).all()
 
 
+def test_cosines_of_rows_at_right_angles_spread_as_one_over_the_root_of_the_width() -> None:  # T6.5
+    shapes = {"model.a": (64, 512), "model.b": (512, 64)}  # more numbers than columns: of fewer, less collide, and the spread is smaller
+    x, y = torch.randn(2, sum(o * i for o, i in shapes.values()), generator=torch.Generator().manual_seed(3))
+    y = y - (x @ y) / (x @ x) * x
+    parts = torch.stack([x, y]).split([o * i for o, i in shapes.values()], dim=1)
+    grads = {name: part.unflatten(1, shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    for dim, expected in ((8192, 0.01105), (1024, 0.03125)):
+        rows = [project(Projection(dim, seed), grads) for seed in range(300)]
+        spread = float(torch.stack([torch.cosine_similarity(a, b, dim=0) for a, b in rows]).std())
+        assert spread == pytest.approx(expected, rel=0.15)  # a standard error of 300 draws is one part in 24
+
+
 def test_different_seeds_give_unrelated_rows() -> None:
     grads = random_grads(1)
     rows = torch.cat([project(Projection(2048, seed), grads) for seed in (0, 1)])
