@@ -150,8 +150,8 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        metavar="float32|bfloat16",
-        help="Number format of the base model. (default float32)",
+        metavar="float32|bfloat16|nf4",
+        help="Number format of the base model; nf4 is 4 bits. (default float32)",
         rich_help_panel=MACHINE,
         show_default=False,
     ),

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_s
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -32,7 +33,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from gradsift.artifact import read_tensors
 from gradsift.config import LoraSettings
 from gradsift.errors import ConfigError, DataError, IntegrityError, MismatchError, UnknownName, UserError
-from gradsift.modules import Coverage, block_linears, coverage, lora_targets, some, tracked_modules
+from gradsift.modules import REPACKS, Coverage, block_linears, coverage, lora_targets, some, tracked_modules
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -57,7 +58,8 @@ __all__ = [
 BUILTIN: dict[str, Callable[[], Path]] = {}
 """Built-in models by name: a function that returns the folder, made on first use. The room that makes the model registers it here."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FOUR_BIT = "nf4"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, FOUR_BIT: torch.bfloat16}
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -136,19 +138,27 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model of a hub name, a local folder or a built-in name, in eval mode on `device`.
 
-    device: "auto" spreads it over all GPUs that the process sees (accelerate's device map). dtype: float32, bfloat16 or float16.
+    device: "auto" spreads it over all GPUs that the process sees (accelerate's device map). dtype: float32, bfloat16, float16, or nf4: linear
+    layers but the head in 4 bits by bitsandbytes (QLoRA, arXiv 2305.14314), the rest and all products in bfloat16.
     attention: transformers' attn_implementation ("eager", "sdpa", ...); None = its default.
     Raises UserError for a name that is nowhere or holds only pickled weights, DataError when the files lack weights that the model needs,
-    ConfigError for an unknown dtype or for remote code without a pinned commit.
+    ConfigError for an unknown dtype, for nf4 without bitsandbytes, or for remote code without a pinned commit.
     """
     if dtype not in DTYPES:
         raise UnknownName("dtype", dtype, DTYPES)
+    if dtype == FOUR_BIT and find_spec("bitsandbytes") is None:
+        raise ConfigError("dtype nf4 needs bitsandbytes, which is not installed", remedy="pip install 'gradsift[four-bit]'")
     path, revision = locate(name, revision, trust_remote_code)
     if revision is None:
         _refuse_pickles(Path(path))
     extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if str(device) == "auto":
         extra["device_map"] = "auto"
+    if dtype == FOUR_BIT:
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]
+        )
+        extra.setdefault("device_map", {"": torch.device(device)})
     try:
         with quiet():
             # A resolved commit, not "main": for "main" transformers may fetch weights from a conversion bot's pull request.
@@ -175,6 +185,9 @@ def load_model(
         )
     if str(device) != "auto" and not getattr(model, "is_quantized", False):
         model = model.to(device)
+    for module in model.modules():
+        if hasattr(module, REPACKS):
+            setattr(module, REPACKS, False)
     return model.eval()
 
 

@@ -21,6 +21,10 @@ from gradsift.errors import ConfigError, UnknownName
 # Attention layers of the families whose attention module is not called ...Attention or ...Attn.
 _ATTENTION_LEAVES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "Wqkv", "c_attn", "out_proj"})
 
+# By this flag bitsandbytes, on some CPUs, repacks a 4-bit layer the first time that it runs without a gradient; products of the repacked
+# weights carry no gradient, and say nothing: what is below such a layer would be differentiated as though the layer were not there.
+REPACKS = "support_avx512bf16_for_cpu"
+
 
 def is_quantised(module: nn.Module) -> bool:
     """True for a layer whose weights are packed integers (bitsandbytes, GPTQ, AWQ, HQQ), told without importing any of those."""
@@ -72,9 +76,10 @@ def tracked_modules(model: nn.Module, modules: Literal["linear"] | str | Sequenc
     None: the lora_A / lora_B layers with a trainable weight (plain linear layers also on a quantised base). "linear": every linear layer of
     the blocks (nn.Linear, Conv1D), not the head, not LoRA. Names or globs over module names: those linear layers.
 
-    Raises ConfigError when nothing is there, when a weight is quantised, or for DoRA, whose layers do not see the activations that a hook
-    reads; UnknownName for a pattern that matches nothing.
+    Raises ConfigError when nothing is there, when a weight is quantised, for DoRA, whose layers do not see the activations that a hook
+    reads, or for 4-bit layers on a CPU that cut the gradient; UnknownName for a pattern that matches nothing.
     """
+    _refuse_repacking(model)
     if modules is None:
         found = _lora_layers(model)
         if not found:
@@ -95,6 +100,17 @@ def tracked_modules(model: nn.Module, modules: Literal["linear"] | str | Sequenc
     if packed:
         raise ConfigError(f"{len(packed)} weights are quantised and have no gradient: {some(packed)}", remedy="Read LoRA (modules=None).")
     return found
+
+
+def _refuse_repacking(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if getattr(module, REPACKS, False) and isinstance(weight, Tensor) and weight.device.type == "cpu":
+            raise ConfigError(
+                "bitsandbytes repacks this 4-bit layer on the CPU, and no gradient passes through it then",
+                where=name,
+                remedy=f"Load the model with gradsift.model.load_model, or set {REPACKS} = False on its 4-bit layers before they run.",
+            )
 
 
 def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
