@@ -20,31 +20,21 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-    "MALLOC_TOP_PAD_": str(1 << 28),
-}
-if any(os.environ.get(k) != v for k, v in _ENVIRONMENT.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_ENVIRONMENT})
+import steady  # noqa: F401
 
-warnings.filterwarnings("ignore")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# isort: split
+import torch
+import xxhash
+from transformers import LlamaConfig, LlamaForCausalLM
 
-import torch  # noqa: E402
-import xxhash  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-
-import gradsift  # noqa: E402
-from gradsift.playground import write_playground  # noqa: E402
-from tests.conftest import TEMPLATE  # noqa: E402
-from tests.lora_parts import VOCAB, tokenizer  # noqa: E402
+import gradsift
+from gradsift.playground import write_playground
+from tests.conftest import TEMPLATE
+from tests.lora_parts import VOCAB, tokenizer
 
 GOAL = 2.0  # percent
 
