@@ -10,6 +10,8 @@ floors take turns within a round, so a busy machine slows all of them; a ratio i
 in the same round, and what is printed is the median (min, max) over the rounds. One thread on a CPU. `goal` is the bound the project set
 itself; nothing fails when it is missed.
 
+Full linear layers take norms="sketched" (no other library here yields norms); the arm "exact-norms" tells what exact ones cost.
+
 `--peers` adds what other libraries do (bench/peers.py, docs/benchmarks.md); those that are not installed are named in `left_out`.
 `memory`: peak memory that one more pass adds to what the process held before it, in MB, and its ratio to the floor's; models, moments and
 maps that an arm keeps from pass to pass are there before. `store`: rows of these widths written by the product's own writer, a full shard
@@ -166,7 +168,7 @@ def make_arms(rows: Rows, budget: int, shape: Shape = Shape(), floor_budget: int
     blocks = [module.weight for module in tracked_modules(linear, "linear").values()]
     squares = {n: torch.rand(module.weight.shape) * 1e-6 for n, module in tracked_modules(linear, "linear").items()}  # type: ignore[arg-type,union-attr]
     whole: dict[str, Any] = dict(token_budget=budget)
-    factored: dict[str, Any] = dict(projection=TWO_SIDED, modules="linear", token_budget=budget)
+    factored: dict[str, Any] = dict(projection=TWO_SIDED, modules="linear", token_budget=budget, norms="sketched")
     return {
         "floor-lora": floor(lora, weights, rows, floor_budget),
         "lora-sketch-1024": ours(lora, rows, projection=Projection(1024), **whole),
@@ -174,6 +176,7 @@ def make_arms(rows: Rows, budget: int, shape: Shape = Shape(), floor_budget: int
         "lora-sketch-1024-bf16": ours(lora16, rows, projection=Projection(1024), **whole),
         "floor-linear": floor(linear, blocks, rows, floor_budget),  # type: ignore[arg-type]
         "linear-16x16": ours(linear, rows, **factored),
+        "linear-16x16-exact-norms": ours(linear, rows, **{**factored, "norms": "exact"}),
         "linear-factored-adam-16x16": ours(linear, rows, transform=FactoredAdam(squares, 100), **factored),
         "linear-16x16-bf16": ours(linear16, rows, **factored),
     }

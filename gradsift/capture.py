@@ -3,8 +3,8 @@
 A tap is the identity on a module's output that also keeps its input. When the backward pass reaches it, the input x [b, t, i] and the
 output gradient g [b, t, o] of that module are at hand, and its per-example weight gradient is sum_t g_t x_t^T. That product is formed
 only where something needs it (a transform, a sketch, a short norm). Otherwise a two-sided projection takes the factors, (g P_out)^T (x
-P_in), and the squared norm comes from the t x t products, sum_{s,t} (x_s . x_t)(g_s . g_t), by blocks below the diagonal. Modules that
-read the same x (queries, keys, values) share its sketch and its products.
+P_in), and the squared norm comes from t x t products (see `products`) or, where that is asked for, from the sketch. Modules that read the
+same x (queries, keys, values) share its sketch and its products.
 """
 
 from __future__ import annotations
@@ -13,24 +13,29 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gradsift.attention import attention_configs, short_rows
 from gradsift.errors import ConfigError
+from gradsift.lowrank import LowRank, low_rank_layers
 from gradsift.modules import tracked_modules
 from gradsift.objectives import OBJECTIVES, Loss
+from gradsift.products import doubled_gram, gram_is_cheaper, product, squares
 from gradsift.projection import BoundProjection, Projection
+from gradsift.rmsnorm import in_few_passes, rms_norms
+from gradsift.swaps import swapped
 from gradsift.tail import find_tail, same_without
 from gradsift.types import Transform
 
 IGNORED = -100
-_GRAM_BLOCK = 64  # rows of the t x t products formed at once; what lies above the diagonal's blocks is never formed
 _SAME_WITHOUT: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # last feed-forward layers already checked
 
+Norms = Literal["exact", "sketched"]
 Row = tuple[np.ndarray, np.ndarray]  # (input ids, the label that each position predicts), of equal length
 
 
@@ -87,14 +92,33 @@ class _Batch:
     gathered: bool = False  # the head saw supervised positions only
     head_out: int = 0  # where the head wrote: logits still there were not capped or scaled, nothing keeps them, they may be overwritten
 
+    def called(self, owner: str, x: Tensor | None) -> None:
+        """Counts a forward call of a parameter that reads x, or None for what nothing else reads."""
+        if self.backward:  # a checkpointed block runs again during the backward pass
+            return
+        self.calls[owner] = self.calls.get(owner, 0) + 1
+        if x is None:
+            self.readers[owner] = [owner]
+            return
+        if self.last_read is None or self.last_read[0] is not x:
+            self.last_read = (x, [])
+        self.last_read[1].append(owner)
+        self.readers[owner] = self.last_read[1]
+
 
 class Capture:
     """A model with tracked modules, a transform, a projection and what is differentiated; `run` makes the rows of one batch."""
 
     def __init__(
-        self, model: nn.Module, projection: Projection, transform: Transform | None, modules: Any, loss: Loss = "cross-entropy"
+        self,
+        model: nn.Module,
+        projection: Projection,
+        transform: Transform | None,
+        modules: Any,
+        loss: Loss = "cross-entropy",
+        norms: Norms = "exact",
     ) -> None:
-        self.model, self.transform, self.differentiate = model, transform, OBJECTIVES[loss]
+        self.model, self.transform, self.differentiate, self.norms = model, transform, OBJECTIVES[loss], norms
         self.modules = tracked_modules(model, modules)
         weights = {name: _weight(name, module) for name, module in self.modules.items()}
         # modules that share one parameter are one: its gradient is the sum over all of them, under the first name
@@ -107,10 +131,12 @@ class Capture:
         if check is not None:
             check(shapes)
         self.tapped = set(self.modules.values())
+        self.low_rank = low_rank_layers(model, self.modules)
         self.device = next(iter(weights.values())).device
         self.bound: BoundProjection = projection.bind(shapes, self.device)
         self.head = _head(model)
         self.everything, self.parameters = list(model.modules()), list(model.parameters())
+        self.attention, self.rms_norms = attention_configs(self.everything), rms_norms(self.everything)
         self.blocks = [m for m in self.everything if hasattr(m, "gradient_checkpointing") and hasattr(m, "_can_checkpoint_with_cache")]
         self.tail: nn.Module | None = None if self.head is None else find_tail(model)
         self.tail_checked = False
@@ -156,20 +182,14 @@ class Capture:
         training = [m for m in self.everything if m.training]
         trainable = [p for p in self.parameters if p.requires_grad]
         blocks = [m for m in self.blocks if m.gradient_checkpointing]
-        own = [(m, m.__dict__.get("forward")) for m in blocks]
         try:
             for m in training:
                 m.training = False
             for p in trainable:
                 p.requires_grad_(False)
-            for m in blocks:
-                m.forward = _checkpointed(m.forward)
-            yield
+            with swapped([(m, _checkpointed(m.forward)) for m in blocks]):
+                yield
         finally:
-            for m, forward in own:
-                m.__dict__.pop("forward", None)
-                if forward is not None:
-                    m.forward = forward
             for p in trainable:
                 p.requires_grad_(True)
             for m in training:
@@ -183,8 +203,11 @@ class Capture:
             handles += [self.head.register_forward_pre_hook(self._before_head), self.head.register_forward_hook(self._after_head)]
         if self.tail is not None:
             handles += [self.tail.register_forward_pre_hook(self._before_tail), self.tail.register_forward_hook(self._after_tail)]
+        quick: list[tuple[nn.Module, Callable[..., Any]]] = [(m, in_few_passes(m, m.forward)) for m in self.rms_norms]
+        quick += [(parts.layer, self._low_rank(parts, anchor)) for parts in self.low_rank]
         try:
-            yield
+            with swapped(quick), short_rows(self.attention):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -229,16 +252,28 @@ class Capture:
             batch = self.batch
             if batch is None:
                 return None
-            x = args[0]
-            if not batch.backward:  # a checkpointed block runs again during the backward pass
-                batch.calls[owner] = batch.calls.get(owner, 0) + 1
-                if batch.last_read is None or batch.last_read[0] is not x:
-                    batch.last_read = (x, [])
-                batch.last_read[1].append(owner)
-                batch.readers[owner] = batch.last_read[1]
-            return _Tap.apply(out, x, anchor, sink)  # type: ignore[return-value]
+            batch.called(owner, args[0])
+            return _Tap.apply(out, args[0], anchor, sink)  # type: ignore[return-value]
 
         return hook
+
+    def _low_rank(self, parts: LowRank, anchor: Tensor) -> Callable[..., Tensor]:
+        """What stands for the forward of a LoRA layer, and taps both its matrices."""
+        own = parts.layer.forward
+
+        def sink(x: Tensor, before: Tensor, inner: Tensor, grad: Tensor) -> None:
+            self._arrived(parts.b_name, inner, grad)
+            self._arrived(parts.a_name, x, before)
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            batch = self.batch
+            if batch is None or args or kwargs or not parts.takes(x):
+                return own(x, *args, **kwargs)
+            batch.called(self.owner[parts.b_name], None)
+            batch.called(self.owner[parts.a_name], x)
+            return parts.run(x, anchor, sink)
+
+        return forward
 
     def _arrived(self, name: str, x: Tensor, grad: Tensor) -> None:
         batch, owner = self.batch, self.owner[name]
@@ -280,7 +315,7 @@ class Capture:
             source, g = _Input(x, x, [name]), torch.cat([p[1] for p in pairs], 1)
         sides = self._sides(name, g.dtype)
         if sides is None:
-            grad = self._product(name, source.spread, g)
+            grad = product(source.spread, g, name in self.transposed)
             batch.squares += torch.linalg.vector_norm(grad, dim=(1, 2)).square_()
             if self.transform is not None:
                 grad = self.transform.materialised(name, grad)
@@ -292,49 +327,31 @@ class Capture:
             together = source.spread @ torch.cat(parts, 1)
             source.sketches.update(zip(wanted, together.split([p.shape[1] for p in parts], -1), strict=True))
         inner, outer = source.sketches[name].float(), (g @ sides[0]).float()
-        self.bound.add_product(batch.state, name, *((inner, outer) if name in self.transposed else (outer, inner)))
-        batch.squares += self._squares(name, source, g)
+        left, right = (inner, outer) if name in self.transposed else (outer, inner)
+        a, b = self.bound.projection.dim  # type: ignore[misc]
+        made = self.bound.add_product(batch.state, name, left[..., :a], right[..., :b])
+        if self.norms == "exact":
+            if source.gram is None and gram_is_cheaper(source.spread, g, len(source.readers)):
+                source.gram = doubled_gram(source.spread)
+            batch.squares += squares(source.spread, g, source.gram)
+        else:
+            plain = made if self.transform is None else self.bound.product(left[..., a:], right[..., b:])
+            batch.squares += plain.square().sum(1)
 
     def _sides(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """(output side, input side) signs where the projection can take factors, with the transform's own factors in them."""
+        """(output side, input side) signs where the projection can take factors, with the transform's own factors in them; where norms are
+        sketched, then followed by those without."""
         if name not in self.sides:
             made, two_sided = None, self.bound.projection.two_sided
             factors = self.transform.factors(name) if two_sided and self.transform is not None else None  # asked for only to be used
             if two_sided and (self.transform is None or factors is not None):
                 left, right = self.bound.sides(name)
                 if factors is not None:
-                    left, right = (f.to(s)[:, None] * s for f, s in zip(factors, (left, right), strict=True))
+                    plain = (left, right) if self.norms == "sketched" else (left[:, :0], right[:, :0])
+                    left, right = (torch.cat([f.to(s)[:, None] * s, p], 1) for f, s, p in zip(factors, (left, right), plain, strict=True))
                 made = (right.to(dtype), left.to(dtype)) if name in self.transposed else (left.to(dtype), right.to(dtype))
             self.sides[name] = made
         return self.sides[name]
-
-    def _product(self, name: str, x: Tensor, g: Tensor) -> Tensor:
-        """sum_t of the outer products [b, *shape of the parameter], fp32."""
-        left, right = (x.float(), g.float()) if name in self.transposed else (g.float(), x.float())
-        if left.shape[2] > right.shape[2]:  # the narrow side first: four times faster for LoRA's
-            return torch.bmm(right.transpose(1, 2), left).transpose(1, 2)
-        return torch.bmm(left.transpose(1, 2), right)
-
-    def _squares(self, name: str, source: _Input, g: Tensor) -> Tensor:
-        """Squared gradient norms [b], by whichever product costs less."""
-        t, o, i = g.shape[1], g.shape[2], source.spread.shape[2]
-        if t * (o + i / len(source.readers)) * 0.5 > o * i:
-            return torch.linalg.vector_norm(self._product(name, source.spread, g), dim=(1, 2)).square_()
-        if source.gram is None:
-            source.gram = [block.float() for block in _gram(source.spread)]
-            for k, block in enumerate(source.gram):
-                block[:, :, : k * _GRAM_BLOCK] *= 2  # stands for its mirror image above the diagonal too
-        total = torch.zeros(len(g), device=g.device)
-        for ours, theirs in zip(source.gram, _gram(g), strict=True):
-            total += torch.linalg.vecdot(ours.flatten(1), theirs.float().flatten(1))
-        return total.clamp_(min=0)
-
-
-def _gram(a: Tensor) -> Iterator[Tensor]:
-    """Blocks of rows of a a^T for a [b, t, f], each up to the diagonal."""
-    for start in range(0, a.shape[1], _GRAM_BLOCK):
-        end = min(start + _GRAM_BLOCK, a.shape[1])
-        yield torch.bmm(a[:, start:end], a[:, :end].transpose(1, 2))
 
 
 def _weight(name: str, module: nn.Module) -> Tensor:

@@ -120,9 +120,15 @@ class BoundProjection:
         else:
             self._dense(out, name, grad.flatten(1))
 
-    def add_product(self, state: Tensor, name: str, left: Tensor, right: Tensor) -> None:
-        """Adds the two-sided projection of sum_t left_t right_t^T, whose factors [b, t, .] were multiplied by `sides(name)` already."""
-        state[:, self._parts[name]].add_(torch.bmm(left.transpose(1, 2), right).flatten(1), alpha=self._scale)
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """[b, width]: the two-sided projection of sum_t left_t right_t^T, whose factors [b, t, .] were multiplied by `sides(name)` already."""
+        return torch.bmm(left.transpose(1, 2), right).flatten(1).mul_(self._scale)
+
+    def add_product(self, state: Tensor, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """Adds their `product`, and returns it."""
+        made = self.product(left, right)
+        state[:, self._parts[name]] += made
+        return made
 
     def sides(self, name: str) -> tuple[Tensor, Tensor]:
         """(left [rows, a], right [columns, b]) of a two-sided projection: signs, exact in any dtype; their product gets 1/sqrt(ab)."""

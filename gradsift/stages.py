@@ -15,9 +15,9 @@ from gradsift.run import Run
 VERSIONS = {
     "encode": 1,
     "warmup": 1,
-    "gradients": 1,
+    "gradients": 2,
     "mean": 1,
-    "curvature": 1,
+    "curvature": 2,
     "influence": 1,
     "scores": 1,
     "embeddings": 2,

@@ -16,7 +16,7 @@ FLOORS = {
     1: "durable artifact progress machine formats tables containers packing reading writing pool chat encode projection store methods"
     " contamination constraints choice remote",
     2: "modules model transforms families",
-    3: "measures trainer_output checkpoints warmup objectives tail lowrank products capture gradients signals",
+    3: "measures trainer_output checkpoints warmup objectives tail attention rmsnorm lowrank swaps products capture gradients signals",
     4: "influence curvature",
     5: "curved projected scalars tuned run execute stages rowwork pipeline findings outputs selection delivery scoring"
     " doctor plan holdings execute_ray raywork workers parts plan_ray evaluate judging comparison arms trials tiny playground demo report",

@@ -190,6 +190,43 @@ def test_faults_of_the_call_come_before_any_work() -> None:
         extract(model, rows, projection=SKETCH, transform=Adam({}, {}, step=1))
     with pytest.raises(ConfigError, match="LoRA"):
         extract(build("llama", lora=False), rows, projection=SKETCH)
+    with pytest.raises(UnknownName):
+        extract(model, rows, projection=SKETCH, norms="none")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_sketched_norms_are_right_on_average_and_rows_are_the_same(factored: bool) -> None:
+    model, rows = build("llama", lora=False), make_rows()
+    options: dict[str, Any] = {"transform": RankOne(model) if factored else None, "modules": "linear"}
+    whole = collect(extract(model, rows, projection=TWO_SIDED, **options), len(rows))
+    squares = torch.empty(200, len(rows), dtype=torch.float64)
+    for seed in range(len(squares)):
+        projection = Projection((4, 4), seed, "rademacher", per_module=True)
+        squares[seed] = collect(extract(model, rows, projection=projection, norms="sketched", **options), len(rows)).norms.double() ** 2
+    errors = (squares.mean(0) - whole.norms.double() ** 2).abs() / (squares.std(0) / len(squares) ** 0.5)
+    assert errors.max() < tol.STANDARD_ERRORS
+    sketched = collect(extract(model, rows, projection=TWO_SIDED, norms="sketched", **options), len(rows))
+    torch.testing.assert_close(sketched.rows, whole.rows, rtol=tol.GRADIENT_RTOL, atol=tol.GRADIENT_ATOL)
+    if not factored:
+        torch.testing.assert_close(sketched.norms, sketched.rows.norm(dim=1), rtol=tol.NORM_RTOL, atol=0)
+
+
+def test_sketched_norms_still_tell_a_gradient_of_zero_and_one_that_is_not_finite() -> None:
+    model, rows = build("llama", lora=False), make_rows(4)
+    options: dict[str, Any] = {"projection": TWO_SIDED, "modules": "linear", "norms": "sketched"}
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight  # type: ignore[operator]
+        kept = head.clone()
+        head.zero_()
+        assert collect(extract(model, rows, **options), len(rows)).norms.tolist() == [0.0] * len(rows)
+        head.copy_(kept)[0, 0] = torch.inf
+        assert not collect(extract(model, rows, **options), len(rows)).norms.isfinite().any()
+
+
+def test_where_gradients_are_formed_norms_are_exact_in_either_case() -> None:
+    model, rows = build("llama", lora=True), make_rows()
+    exact, other = (collect(extract(model, rows, projection=SKETCH, norms=n), len(rows)) for n in ("exact", "sketched"))  # type: ignore[arg-type]
+    assert torch.equal(exact.norms, other.norms)
 
 
 @contextmanager
