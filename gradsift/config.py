@@ -141,8 +141,7 @@ class MachineSettings(Settings):
 
 
 class FinetuneSettings(Settings):
-    """The recipe of a training that judges a subset, or tunes the model on the target: AdamW, learning rate up over `warmup_ratio` of the
-    steps and straight down to 0.
+    """The recipe of a training that judges a subset: AdamW, learning rate up over `warmup_ratio` of the steps and straight down to 0.
 
     `steps` optimiser steps of `batch_size` rows, or as many as `epochs` passes need. `token_budget` bounds the padded tokens of one forward
     pass; gradients are accumulated up to the batch, so it changes memory and the last digits only. `mode` "full" trains every parameter,
@@ -172,6 +171,18 @@ class FinetuneSettings(Settings):
         return self.lr or {"lora": 5e-4, "full": 2e-5}[self.mode]
 
 
+class TuningSettings(FinetuneSettings):
+    """The same for the model that is tuned on the target, further: what a row gains tells the target's kind from all others only once the
+    model has left what every training does to it. lr: None = 1e-3 with LoRA, 2e-5 in full."""
+
+    epochs: float = Field(default=10, gt=0)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate in force."""
+        return self.lr or {"lora": 1e-3, "full": 2e-5}[self.mode]
+
+
 class Config(Settings):
     """All stages. TOML sections carry the field names: [pool], [encode], [model], [warmup], [gradients], [curvature], [tuning] (on target
     rows, for the signal "tuned"), [finetune] (on subsets, to judge them),
@@ -183,7 +194,7 @@ class Config(Settings):
     warmup: WarmupSettings = WarmupSettings()
     gradients: GradientSettings = GradientSettings()
     curvature: CurvatureSettings = CurvatureSettings()
-    tuning: FinetuneSettings = FinetuneSettings()
+    tuning: TuningSettings = TuningSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     machine: MachineSettings = MachineSettings()
 

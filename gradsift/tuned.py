@@ -38,7 +38,7 @@ def groups(pipeline: Pipeline) -> list[str]:
 def recipes(pipeline: Pipeline) -> list[Recipe]:
     """One stage for each target group."""
     inputs = {side: pipeline.encode_recipe(side).digest for side in ("pool", "target")}
-    config = {**pipeline.config.tuning.canonical(), "shard_rows": pipeline.config.gradients.shard_rows}
+    config = {**pipeline.config.tuning.canonical(), "lr": pipeline.config.tuning.rate, "shard_rows": pipeline.config.gradients.shard_rows}
     return [Recipe("tuned", {**config, "group": group}, inputs, pipeline.compute_identity()) for group in groups(pipeline)]
 
 
