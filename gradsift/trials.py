@@ -152,7 +152,7 @@ def _keep(scores: Scores, seconds: Mapping[str, float], artifact: Artifact) -> N
     files = {}
     if len(scores.sums):
         arrays = {"sums": scores.sums, "tokens": scores.tokens, **scores.measures}
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
+        tensors = {name: torch.tensor(value) for name, value in arrays.items()}  # those of a worker are read-only
         files[_FILE] = write_tensors(artifact.path / _FILE, tensors, {"recipe": artifact.digest})
     artifact.finish(files=files, counts={"rows": len(scores.sums)}, extra={"numbers": dict(scores.numbers)}, stats=dict(seconds))
 

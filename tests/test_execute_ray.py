@@ -24,6 +24,7 @@ from gradsift.config import Config, build
 from gradsift.errors import ConfigError, DiskFull, Interrupted, MismatchError, ResourceError, UnknownName, UserError
 from gradsift.execute import Executor, Serial
 from gradsift.execute_ray import Ray, executor_of, mapping
+from gradsift.judging import BASE, compare
 from gradsift.methods import make
 from gradsift.pipeline import Pipeline
 from gradsift.pool import read_pool
@@ -357,6 +358,22 @@ def test_a_node_lost_in_the_middle_loses_nothing(
         executor.close()
     assert parts >= 5 and node not in cluster.worker_nodes
     assert kinds(found) == ADAM and found.items() <= serial.items()
+
+
+def test_a_comparison_over_workers_is_that_of_one_process(two: Ray, tmp_path: Path, model_folder: Path, files: tuple[Path, Path]) -> None:
+    two.close()
+    settings = {**SETTINGS, "finetune": {"mode": "full", "lr": 1e-3, "steps": 3, "batch_size": 4}}
+    contents = []
+    for name, machine in {"serial": {}, "ray": {"executor": "ray", "workers": 2, "address": two.address}}.items():
+        found = compare(
+            ["perplexity"], pool=files[0], test=[files[1]], budget=8, run=tmp_path / name, model=str(model_folder), controls=["length"],
+            seeds=2, equal=["steps"], settings={**settings, "machine": {"threads": 1, **machine}},
+        )  # fmt: skip
+        assert [line.arm for line in found.table().lines] == ["perplexity", "random", "length", BASE]
+        trials = {a.path.name: a.content for a in Run(tmp_path / name).artifacts() if a.stage == "trial"}
+        contents.append((trials, [(line.arm, line.value, line.low, line.high) for line in found.table().lines]))
+    assert len(contents[0][0]) == 7  # three arms of two seeds, and the base model
+    assert contents[0] == contents[1]
 
 
 TOML = """
