@@ -73,7 +73,7 @@ def unit_rows(n: int, d: int) -> torch.Tensor:
 def of_pool(folder: Path, rows: int) -> dict[str, Callable[[], float]]:
     """Reading a pool: seconds and bytes of memory per row."""
     pool = write_playground(folder / "large", rows=rows, dev=8, test=8).pool
-    small = write_playground(folder / "small", rows=20, dev=8, test=8).pool
+    small = write_playground(folder / "small", rows=100, dev=8, test=8).pool
 
     def memory() -> float:
         """In a process of its own: this one has freed memory to put it in."""
