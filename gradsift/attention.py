@@ -123,7 +123,7 @@ class _Causal(torch.autograd.Function):
             for s, e in blocks:
                 p, g = next(chances), _grouped(grad[:, s:e], groups)
                 all_v[:, :e] += torch.bmm(p.transpose(1, 2), g)
-                inner = torch._softmax_backward_data(torch.bmm(g, v[:, :e].transpose(1, 2)), p, -1, p.dtype).mul_(scale)
+                inner = torch.ops.aten._softmax_backward_data(torch.bmm(g, v[:, :e].transpose(1, 2)), p, -1, p.dtype).mul_(scale)
                 to_q[:, s:e] = torch.bmm(inner, k[:, :e]).view(h, e - s, d)
                 all_k[:, :e] += torch.bmm(inner.transpose(1, 2), _grouped(q[:, s:e], groups))
             to_k.copy_(all_k)

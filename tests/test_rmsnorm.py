@@ -30,7 +30,7 @@ def test_outputs_and_gradients_are_the_layers_own(make: Any, dtype: torch.dtype,
     x, grad = torch.randn(2, 3, 5, 24).to(dtype).transpose(1, 2), torch.randn(2, 5, 3, 24).to(dtype)
     x.requires_grad_()
     out, expected = in_few_passes(norm, norm.forward)(x), norm(x)
-    rounding = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-6}
+    rounding: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-6}
     torch.testing.assert_close(out, expected, **rounding)
     for mine, theirs in zip(torch.autograd.grad(out, x, grad), torch.autograd.grad(expected, x, grad), strict=True):
         torch.testing.assert_close(mine, theirs, **rounding)

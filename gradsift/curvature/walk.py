@@ -77,6 +77,7 @@ class Walk(Capture):
     def __init__(self, model: nn.Module, modules: Modules = None, *, whole: bool = False) -> None:
         super().__init__(model, Projection(1), None, modules)
         self.whole = whole
+        self.low_rank = []  # their step scales what B reads in place of its output gradient: the same product, other factors
         if whole:
             self.tail = None
         groups = self._groups()
