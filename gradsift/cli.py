@@ -562,7 +562,7 @@ def diff(
     b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
     as_json: AsJson = False,
 ) -> None:
-    """Compare two selections: rows in common, and where their settings differ."""
+    """Compare two selections of one pool: rows in common, rank correlation of the scores, and where their settings differ."""
     from gradsift import holdings
 
     found = holdings.diff(a, b)
@@ -570,6 +570,9 @@ def diff(
         typer.echo(json.dumps(found, indent=2))
         return
     typer.echo(f"rows      {found['a']:,} and {found['b']:,}, {found['common']:,} in common (Jaccard {found['jaccard']:.2f})")
+    typer.echo("overlap   " + ", ".join(f"{share:.0%} of the first {j:,}" for j, share in found["overlap_at"].items()))
+    if found["spearman"] is not None:
+        typer.echo(f"scores    Spearman {found['spearman']:+.2f}")
     for field, (old, new) in found["settings"].items():
         typer.echo(f"{field}: {old} -> {new}")
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from gradsift import machine, methods, report
+from gradsift.agreement import matrix, spearman
+from gradsift.artifact import Artifact
 from gradsift.budget import Budget
 from gradsift.constraints import Screen
 from gradsift.pipeline import Pipeline, through_curvature
@@ -133,25 +135,8 @@ def _least(gains: np.ndarray) -> float | None:
     return float(known.min()) if len(known) else None
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation over the pairs where both are finite, ties at their mean rank; NaN where one side is constant."""
-    good = np.isfinite(a) & np.isfinite(b)
-    if good.sum() < 2:
-        return float("nan")
-    x, y = _mean_ranks(a[good]), _mean_ranks(b[good])
-    if x.std() == 0 or y.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
-
-
-def report_data(chosen: Chosen, timings: Sequence[Timing]) -> report.ReportData:
-    """The report of a finished selection."""
+def report_data(chosen: Chosen, timings: Sequence[Timing], artifact: Artifact) -> report.ReportData:
+    """The report of a selection whose rows `artifact` holds."""
     pool, subset = chosen.pipeline.sides["pool"], chosen.subset
     tokens = chosen.pipeline.encoded("pool").supervised.astype(np.float64)
     cut = None if chosen.score is None or subset.gains is None else _least(subset.gains)
@@ -170,6 +155,7 @@ def report_data(chosen: Chosen, timings: Sequence[Timing]) -> report.ReportData:
         borderline=tuple(borderline),
         worst=tuple(worst),
         coverage=_coverage(chosen),
+        agreement=matrix(chosen.pipeline.run, artifact),
         timings=tuple(
             report.Timing(
                 stage=t.stage, seconds=t.seconds, peak_bytes=t.peak_bytes, digest=t.digest[:12], state="reused" if t.reused else "computed"

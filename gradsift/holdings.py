@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradsift.agreement import correlation, indices, matrix, overlaps, same_pool
 from gradsift.artifact import Artifact, differences
-from gradsift.durable import read_tensors
-from gradsift.errors import DataError, IntegrityError, ResourceError, UserError
+from gradsift.errors import DataError, IntegrityError, MismatchError, ResourceError, UserError
 from gradsift.report import ReportData, write_report
 from gradsift.run import SETTINGS, Problem, Run
 
@@ -30,7 +30,7 @@ def show(root: Path) -> dict[str, Any]:
         if artifact.complete:
             config = artifact.recipe["config"]
             about = {key: config[key] for key in ("method", "budget", "seed", "transform", "checkpoint", "backend") if key in config}
-            line |= {"seconds": artifact.stats.get("seconds"), "counts": artifact.manifest["counts"], "about": about}
+            line |= {"seconds": artifact.stats.get("wall_seconds"), "counts": artifact.manifest["counts"], "about": about}
             line["finished"] = artifact.stats.get("finished", 0.0)
         stages.append(line)
     stages.sort(key=lambda line: (line.get("finished", float("inf")), line["folder"]))
@@ -70,13 +70,15 @@ def _remember(root: Path, run: Run, problems: Sequence[Problem], note: Callable[
 
 
 def report(root: Path) -> list[Path]:
-    """Writes report.html and report.md of every finished selection anew from its report.json; returns the pages."""
+    """Writes report.html and report.md of every finished selection anew from its report.json, with what the run's other selections have in
+    common with it; returns the pages."""
     run = _open(root)
-    folders = [artifact.path for artifact in run.artifacts() if artifact.stage == "select" and artifact.complete]
-    if not folders:
+    selections = [artifact for artifact in run.artifacts() if artifact.stage == "select" and artifact.complete]
+    if not selections:
         raise DataError("holds no finished selection", where=root, remedy="Run `gradsift select` first.")
     pages = []
-    for folder in folders:
+    for selection in selections:
+        folder = selection.path
         path = folder / "report.json"
         if not path.exists():
             raise DataError("has no report.json", where=folder, remedy="Delete the folder; the same select command makes it anew.")
@@ -85,17 +87,31 @@ def report(root: Path) -> list[Path]:
         except ValueError as error:
             remedy = "Delete the folder; the same select command makes it anew."
             raise IntegrityError("is not the report that was written", where=path, remedy=remedy) from error
-        pages.append(write_report(data, folder))
+        pages.append(write_report(data.model_copy(update={"agreement": matrix(run, selection)}), folder))
     return pages
 
 
 def diff(a: Path, b: Path) -> dict[str, Any]:
-    """Two selections: rows each has, rows in common, Jaccard overlap, and the settings in which they differ (field: [a, b])."""
+    """Two selections of one pool: rows each has, rows in common, Jaccard overlap, overlap among the first j picks ("overlap_at": {j: share}),
+    Spearman of the scores (None where one has none), and the settings in which they differ (field: [a, b]).
+
+    Raises MismatchError for selections of different pools: their rows have nothing to do with each other.
+    """
     first, second = _selection(a), _selection(b)
-    left, right = (set(read_tensors(s.path / "subset.safetensors")["indices"].tolist()) for s in (first, second))
+    if not same_pool(first, second):
+        raise MismatchError("selections of different pools cannot be compared", where=b, remedy="Give two selections of the same rows.")
+    picked = [indices(s) for s in (first, second)]
+    left, right = (set(rows.tolist()) for rows in picked)
     common = len(left & right)
-    fields = {name: [old, new] for name, old, new in differences(first.recipe, second.recipe)}
-    return {"a": len(left), "b": len(right), "common": common, "jaccard": round(common / max(len(left | right), 1), 4), "settings": fields}
+    return {
+        "a": len(left),
+        "b": len(right),
+        "common": common,
+        "jaccard": round(common / max(len(left | right), 1), 4),
+        "overlap_at": overlaps(*picked),
+        "spearman": correlation(first, second),
+        "settings": {name: [old, new] for name, old, new in differences(first.recipe, second.recipe)},
+    }
 
 
 def _selection(path: Path) -> Artifact:

@@ -361,7 +361,7 @@ def _write(artifact: Artifact, chosen: Chosen, add_scores: bool) -> None:
     files = {path.relative_to(artifact.path).as_posix(): file_hash(path) for path in written}
     files["subset.safetensors"] = write_tensors(artifact.path / "subset.safetensors", tensors, {"recipe": artifact.digest})
     # The report is not hashed: it shows clocks, and `gradsift report` may write it anew.
-    write_report(report_data(chosen, chosen.pipeline.timings), artifact.path)
+    write_report(report_data(chosen, chosen.pipeline.timings, artifact), artifact.path)
     numbers = {name: value for name, value in subset.notes.items() if isinstance(value, (int, float))}
     counts = {"selected": len(subset), "asked": chosen.asked, "read": pool.funnel["read"]}
     artifact.finish(files=files, counts=counts, extra={"warnings": chosen.warnings(), "notes": numbers})

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 import gradsift
 from gradsift import holdings
@@ -298,9 +299,25 @@ def test_holdings_list_check_and_compare(run: Path, tagcos: Selection, less: Sel
     assert all(line["complete"] for line in shown["stages"])
     assert holdings.verify(run) == []
     assert less.report in holdings.report(run)
+    table = ReportData.model_validate_json((less.folder / "report.json").read_bytes()).agreement
+    assert table is not None
+    names = [f"{m} {s.folder.name.removeprefix('select-')[:6]}" for m, s in (("tagcos", tagcos), ("less", less))]
+    cells = {row[0]: dict(zip(table.columns[1:], row[1:], strict=True)) for row in table.rows}
+    common = len(set(tagcos.indices.tolist()) & set(less.indices.tolist()))
+    share = round(common / min(len(tagcos), len(less)), 3)
+    assert cells[names[0]][names[1]] == cells[names[1]][names[0]] == share and cells[names[0]][names[0]] == 1
+    assert "Which selections agree" in less.report.read_text() and "Which selections agree" in less.report.with_suffix(".md").read_text()
     found = holdings.diff(tagcos.folder, less.folder)
     assert found["common"] == len(set(tagcos.indices.tolist()) & set(less.indices.tolist()))
     assert found["settings"]["config.method"] == ["tagcos", "less"]
+    first, second = tagcos.indices.tolist(), less.indices.tolist()
+    assert list(found["overlap_at"]) == [10, min(len(first), len(second))]
+    assert found["overlap_at"][10] == len(set(first[:10]) & set(second[:10])) / 10
+    scores = [pq.read_table(s.folder / "scores.parquet")["score"].to_numpy() for s in (tagcos, less)]
+    good = np.isfinite(scores[0]) & np.isfinite(scores[1])
+    assert found["spearman"] == pytest.approx(spearmanr(scores[0][good], scores[1][good])[0])
+    assert holdings.diff(less.folder, less.folder)["spearman"] == pytest.approx(1) and holdings.diff(less.folder, less.folder)["jaccard"] == 1
+    assert all(line["seconds"] >= 0 for line in shown["stages"])
     with pytest.raises(UserError, match="not a run"):
         holdings.show(run.parent / "none")
 

@@ -194,6 +194,7 @@ class ReportData(Part):
     borderline: Several[Row] = ()
     worst: Several[Row] = ()
     coverage: Table | None = None
+    agreement: Table | None = None
     timings: Several[Timing] = ()
     comparison: Comparison | None = None
     reproduce: Reproduce = Reproduce()

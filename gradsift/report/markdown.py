@@ -52,10 +52,11 @@ def render(data: ReportData) -> str:
     for title, cards in (("Best rows", data.best), ("Borderline rows", data.borderline), ("Worst rows", data.worst)):
         if cards:
             lines += [f"## {title}", "", *(line for card in cards for line in _card(card))]
-    if data.coverage:
-        cells = ([plain(cell) if isinstance(cell, str) else number(cell) for cell in row] for row in data.coverage.rows)
-        lines += ["## What the gradients cover", "", *([plain(data.coverage.caption), ""] if data.coverage.caption else [])]
-        lines += table([plain(column) for column in data.coverage.columns], cells)
+    for title, found in (("What the gradients cover", data.coverage), ("Which selections agree", data.agreement)):
+        if found:
+            cells = ([plain(cell) if isinstance(cell, str) else number(cell) for cell in row] for row in found.rows)
+            lines += [f"## {title}", "", *([plain(found.caption), ""] if found.caption else [])]
+            lines += table([plain(column) for column in found.columns], cells)
     if data.timings:
         rows = ([plain(t.stage), t.state, t.digest[:12], seconds(t.seconds), size(t.peak_bytes)] for t in data.timings)
         lines += ["## Time and memory", "", *table(["stage", "state", "artifact", "time", "peak memory"], rows, 3)]
