@@ -284,11 +284,13 @@ def _side(pipeline: Pipeline, recipe: Recipe) -> str:
 
 
 def _select_cost(pipeline: Pipeline, selector: Selector, rows: int, rates: Rates) -> StageCost:
-    """k-means or the graph of neighbours dominates where a method makes one; elsewhere selecting is reading the signals once."""
+    """k-means, the graph of neighbours, or matching (a row of products for every pick, inside its cluster) dominates where a method does it;
+    elsewhere selecting is reading the signals once."""
     n, clusters = len(pipeline.sides["pool"]), getattr(selector, "clusters", 0)
     steps = getattr(selector, "iterations", 0) + 8  # greedy k-means++ costs about that many passes besides
     pairs = n * n / 2 if hasattr(selector, "neighbours") and hasattr(selector, "exact") else 0
-    seconds = 1.0 + (n * clusters * steps * 2 + pairs) * rates.dim / rates.multiply + n * 2e-5
+    matching = rows * n / max(clusters, 1) if hasattr(selector, "ridge") else 0
+    seconds = 1.0 + (n * clusters * steps * 2 + pairs + matching) * rates.dim / rates.multiply + n * 2e-5
     mean_bytes = sum(pipeline.sides["pool"].source(i)[2] - pipeline.sides["pool"].source(i)[1] for i in range(min(n, 200))) / max(
         min(n, 200), 1
     )
