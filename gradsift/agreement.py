@@ -38,7 +38,9 @@ def overlaps(a: np.ndarray, b: np.ndarray) -> dict[int, float]:
 
 
 def correlation(a: Artifact, b: Artifact) -> float | None:
-    """Spearman of the two scores over the rows that both have scored; None where one has none, or gives all rows the same."""
+    """Spearman of the two scores over the rows that both have scored; None where one has no scores, or gives all rows the same."""
+    if not all((each.path / "scores.parquet").is_file() for each in (a, b)):
+        return None
     x, y = (pq.read_table(each.path / "scores.parquet", columns=["score"])["score"].to_numpy() for each in (a, b))
     rho = spearman(x, y)
     return None if np.isnan(rho) else rho
