@@ -8,48 +8,45 @@ layer keeps. Products and softmax are fp32. Longer rows, other types, masks and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _WIDTHS = 4  # rows of at most so many times the width of a head
 _BLOCK = 64  # queries, about
-_NAME = "gradsift_short_rows"
-_TORCHS: Any = AttentionInterface()["sdpa"]
 
 
 @contextmanager
-def short_rows(configs: Iterable[Any]) -> Iterator[None]:
-    """While it is entered, models with these transformers configs that ask for torch's attention get `causal_attention` where it applies."""
-    swapped = [config for config in configs if config._attn_implementation_internal == "sdpa"]
+def short_rows(wanted: bool) -> Iterator[None]:
+    """While it is entered, and `wanted`, the function that transformers' models look up as torch's attention is `causal_attention` where that
+    applies, and what it was elsewhere. The models' configs stay as they are: some architectures decide by them what to compute."""
+    if not wanted:
+        yield
+        return
+    usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(_forward, usual)
     try:
-        for config in swapped:
-            config._attn_implementation_internal = _NAME
         yield
     finally:
-        for config in swapped:
-            config._attn_implementation_internal = "sdpa"
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+        if ALL_ATTENTION_FUNCTIONS["sdpa"] is not usual:  # somebody's own, not transformers'
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = usual
 
 
-def attention_configs(modules: Iterable[nn.Module]) -> list[Any]:
-    """The configs of a transformers model on a CPU that say how its attention is computed; none of a compiled model, which would be compiled
-    again."""
-    found: dict[int, Any] = {}
-    for module in modules:
-        if type(module).__name__ == "OptimizedModule":
-            return []
-        config = module.__dict__.get("config")
-        if hasattr(config, "_attn_implementation_internal"):
-            found[id(config)] = config
-    return list(found.values())
+def is_helped(modules: Iterable[nn.Module]) -> bool:
+    """Whether a model has layers in bf16 on a CPU, and is not compiled: it would be compiled again."""
+    kinds = {(p.dtype, p.device.type) for m in modules for p in m.parameters(recurse=False)}
+    return (torch.bfloat16, "cpu") in kinds and all(type(m).__name__ != "OptimizedModule" for m in modules)
 
 
 def _forward(
+    usual: Callable[..., Any],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -63,14 +60,14 @@ def _forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     special = dropout or any(rest.get(name) is not None for name in ("position_bias", "cache", "softcap"))
     if attention_mask is not None or not causal or special or not _applies(query, key, value):
-        return _TORCHS(module, query, key, value, attention_mask, dropout, scaling, is_causal, **rest)
+        return usual(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **rest)
     out = causal_attention(query, key, value, 1 / sqrt(query.shape[-1]) if scaling is None else scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _applies(query: Tensor, key: Tensor, value: Tensor) -> bool:
     (b, h, t, d), (groups, keys) = query.shape, key.shape[1:3]
-    of_a_kind = query.dtype == key.dtype == value.dtype == torch.bfloat16
+    of_a_kind = query.dtype == key.dtype == value.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cpu")
     return query.device.type == "cpu" and keys == t <= _WIDTHS * d and h % groups == 0 and value.shape[:3] == (b, groups, t) and of_a_kind
 
 
@@ -137,6 +134,3 @@ def _rows(first: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Tenso
         one = first[n] if not rest else first[n].float()
         yield (one, q.float(), k.float(), v.float(), *(a[n] for a in rest))
 
-
-AttentionInterface.register(_NAME, _forward)
-AttentionMaskInterface.register(_NAME, AttentionMaskInterface()["sdpa"])

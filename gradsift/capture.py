@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gradsift.attention import attention_configs, short_rows
+from gradsift.attention import is_helped, short_rows
 from gradsift.errors import ConfigError
 from gradsift.lowrank import LowRank, low_rank_layers
 from gradsift.modules import tracked_modules
@@ -49,7 +49,8 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, x: Tensor, anchor: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.sink = sink
-        return out.view_as(out)
+        ctx.mark_dirty(out)  # the very tensor, not a view of it: what comes next may change it in place
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
@@ -136,7 +137,7 @@ class Capture:
         self.bound: BoundProjection = projection.bind(shapes, self.device)
         self.head = _head(model)
         self.everything, self.parameters = list(model.modules()), list(model.parameters())
-        self.attention, self.rms_norms = attention_configs(self.everything), rms_norms(self.everything)
+        self.bf16_attention, self.rms_norms = is_helped(self.everything), rms_norms(self.everything)
         self.blocks = [m for m in self.everything if hasattr(m, "gradient_checkpointing") and hasattr(m, "_can_checkpoint_with_cache")]
         self.tail: nn.Module | None = None if self.head is None else find_tail(model)
         self.tail_checked = False
@@ -206,7 +207,7 @@ class Capture:
         quick: list[tuple[nn.Module, Callable[..., Any]]] = [(m, in_few_passes(m, m.forward)) for m in self.rms_norms]
         quick += [(parts.layer, self._low_rank(parts, anchor)) for parts in self.low_rank]
         try:
-            with swapped(quick), short_rows(self.attention):
+            with swapped(quick), short_rows(self.bf16_attention):
                 yield
         finally:
             for handle in handles:

@@ -70,10 +70,11 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, anchor: Tensor, parts: LowRank, sink: Sink) -> Tensor:
         flat, base = x.flatten(0, -2), parts.base
         inner = (flat @ parts.a.weight.t()).mul_(parts.scaling)
-        out = nn.functional.linear(flat, base.weight, base.bias).addmm_(inner, parts.b.weight.t())
+        out = nn.functional.linear(x, base.weight, base.bias)
+        out.view(-1, out.shape[-1]).addmm_(inner, parts.b.weight.t())  # a view of `out`: what is returned may be changed in place
         ctx.save_for_backward(x, inner)
         ctx.parts, ctx.sink = parts, sink
-        return out.view(*x.shape[:-1], -1)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:

@@ -15,9 +15,9 @@ from gradsift.run import Run
 VERSIONS = {
     "encode": 1,
     "warmup": 1,
-    "gradients": 2,
+    "gradients": 3,
     "mean": 1,
-    "curvature": 2,
+    "curvature": 3,
     "influence": 1,
     "scores": 1,
     "embeddings": 2,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
+from transformers import FalconConfig, FalconForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gradsift import attention
-from gradsift.attention import attention_configs, causal_attention, short_rows
+from gradsift.attention import causal_attention, is_helped, short_rows
+from gradsift.gradients import extract
+from gradsift.modules import tracked_modules
+from gradsift.projection import Projection
 from tests.parity.parts import build
 
 
@@ -57,37 +63,90 @@ def outputs(model: Any, t: int) -> Tensor:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "neox"])
 def test_a_model_computes_what_it_did(family: str) -> None:
     model: Any = build(family, lora=False).bfloat16()
-    configs = attention_configs(model.modules())
-    with short_rows(configs):
-        assert AttentionInterface()[model.config._attn_implementation] is attention._forward
+    usual, calls = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+    with short_rows(is_helped(list(model.modules()))), patched(calls):
         short, long = outputs(model, 20), outputs(model, 40)
-    assert model.config._attn_implementation == "sdpa"
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is usual and set(calls) == {20}
     exact = outputs(model, 20)
     assert (short - exact).abs().max() < 2**-4 * exact.abs().max()
     assert torch.equal(long, outputs(model, 40))  # more than four times a head's width of 8: torch's own
 
 
+@contextmanager
+def patched(calls: list[int]) -> Iterator[None]:
+    """Notes how long the rows are that come to the row-by-row attention."""
+    own = attention.causal_attention
+
+    def noting(query: Tensor, *rest: Any) -> Tensor:
+        calls.append(query.shape[2])
+        return own(query, *rest)
+
+    attention.causal_attention = noting  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        attention.causal_attention = own
+
+
+def falcon(dtype: torch.dtype) -> Any:
+    """A model that asks its config, by name, which of its own ways to take."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_hidden_size=64)
+    model: Any = FalconForCausalLM(FalconConfig(**sizes, alibi=False, multi_query=True, new_decoder_architecture=False))
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_asks_its_config_what_to_compute_is_told_the_truth(dtype: torch.dtype) -> None:
+    model = falcon(dtype)
+    with short_rows(is_helped(list(model.modules()))):
+        assert model.config._attn_implementation == "sdpa"
+        got = outputs(model, 20)
+    assert torch.equal(got, outputs(model, 20))
+    rows = [{"input_ids": list(range(1, 21)), "labels": [-100] * 10 + list(range(11, 21))}]
+    batch = next(iter(extract(model.float(), rows, projection=Projection(64), modules="linear")))
+    model.requires_grad_(True)
+    ids = torch.tensor([rows[0]["input_ids"]])
+    torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, 9:-1], ids[0, 10:]).backward()
+    tracked = [m.weight.grad for m in tracked_modules(model, "linear").values()]
+    assert float(batch.norms[0]) == pytest.approx(float(torch.stack([g.norm() for g in tracked]).norm()), rel=1e-4)
+
+
 def test_masks_are_left_to_torch() -> None:
     model: Any = build("llama", lora=False).bfloat16()
     mask = torch.tensor([[0, 0, 1, 1, 1]])
-    with short_rows(attention_configs(model.modules())):
+    with short_rows(True):
         got = model(input_ids=torch.arange(5)[None], attention_mask=mask).logits
     assert torch.equal(got, model(input_ids=torch.arange(5)[None], attention_mask=mask).logits)
 
 
-def test_single_precision_is_left_to_torch() -> None:
+def test_single_precision_and_autocast_are_left_to_torch() -> None:
+    model, calls = build("llama", lora=False), []
+    assert not is_helped(list(model.modules())) and is_helped(list(model.bfloat16().modules()))
     model = build("llama", lora=False)
-    with short_rows(attention_configs(model.modules())):
-        got = outputs(model, 20)
-    assert torch.equal(got, outputs(model, 20))
+    with short_rows(True), patched(calls):
+        assert torch.equal(outputs(model, 20), outputs(model, 20))
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs(model, 20)
+    assert not calls
 
 
-def test_an_error_or_another_choice_leaves_the_config_as_it_was() -> None:
-    model: Any = build("llama", lora=False)
-    with pytest.raises(IndexError), short_rows(attention_configs(model.modules())):
+def test_an_error_leaves_what_was_there_and_somebodys_own_function_is_used() -> None:
+    usual, model = ALL_ATTENTION_FUNCTIONS["sdpa"], build("llama", lora=False)
+    with pytest.raises(IndexError), short_rows(True):
         model(input_ids=torch.tensor([[10**6]]))
-    assert model.config._attn_implementation == "sdpa"
-    model.set_attn_implementation("eager")
-    with short_rows(attention_configs(model.modules())):
-        assert model.config._attn_implementation == "eager"
-    assert attention_configs(nn.Sequential(nn.Linear(2, 2)).modules()) == []
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is usual
+    seen: list[int] = []
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        seen.append(args[1].shape[2])
+        return usual(*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = own
+    try:
+        with short_rows(True):
+            outputs(model, 20)
+        assert seen and ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is usual
