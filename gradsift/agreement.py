@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gradsift.artifact import Artifact
+from gradsift.artifact import REPAIR, Artifact
 from gradsift.durable import read_tensors
 from gradsift.errors import IntegrityError
 from gradsift.report import Table
@@ -33,6 +35,8 @@ def _pool(selection: Artifact) -> Any:
 def overlaps(a: np.ndarray, b: np.ndarray) -> dict[int, float]:
     """j -> share of the first j picks of one that are among the first j of the other, for j = 10, 100, ... and the smaller size."""
     most = min(len(a), len(b))
+    if not most:
+        return {}
     sizes = [10**e for e in range(1, 12) if 10**e < most] + [most]
     return {j: len(set(a[:j].tolist()) & set(b[:j].tolist())) / j for j in sizes}
 
@@ -41,7 +45,7 @@ def correlation(a: Artifact, b: Artifact) -> float | None:
     """Spearman of the two scores over the rows that both have scored; None where one has no scores, or gives all rows the same."""
     if not all((each.path / "scores.parquet").is_file() for each in (a, b)):
         return None
-    x, y = (pq.read_table(each.path / "scores.parquet", columns=["score"])["score"].to_numpy() for each in (a, b))
+    x, y = (_scores(each.path / "scores.parquet") for each in (a, b))
     rho = spearman(x, y)
     return None if np.isnan(rho) else rho
 
@@ -61,6 +65,13 @@ def _mean_ranks(values: np.ndarray) -> np.ndarray:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
+
+
+def _scores(path: Path) -> np.ndarray:
+    try:
+        return pq.read_table(path, columns=["score"])["score"].to_numpy()
+    except (pa.ArrowException, OSError) as error:
+        raise IntegrityError(f"cannot be read ({str(error).splitlines()[0]})", where=path, remedy=REPAIR) from None
 
 
 def matrix(run: Run, current: Artifact) -> Table | None:

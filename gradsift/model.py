@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -49,6 +50,7 @@ __all__ = [
     "load_tokenizer",
     "locate",
     "model_identity",
+    "quantiser",
     "quiet",
     "read_adapter_config",
     "remove_lora",
@@ -215,6 +217,11 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 # ---- identity ----
+
+
+def quantiser(dtype: str) -> dict[str, str]:
+    """What the numbers of a model in 4 bits depend on besides the model and torch."""
+    return {"bitsandbytes": version("bitsandbytes")} if dtype == FOUR_BIT else {}
 
 
 def model_identity(name: str, revision: str | None = None) -> dict[str, str]:

@@ -23,7 +23,7 @@ from gradsift.errors import DataError, UserError
 from gradsift.execute import Executor, Stopping
 from gradsift.gradients import output_dim
 from gradsift.influence import backend
-from gradsift.model import coverage, load_adapter, load_model, load_tokenizer, model_identity
+from gradsift.model import coverage, load_adapter, load_model, load_tokenizer, model_identity, quantiser
 from gradsift.objectives import Loss
 from gradsift.pool import Pool
 from gradsift.progress import Progress, silent
@@ -115,6 +115,7 @@ class Pipeline(Stages):
             "machine": kind,
             "threads": self.threads,
             "torch": torch.__version__,
+            **quantiser(model.dtype),
         }
 
     @property
@@ -370,8 +371,7 @@ class Pipeline(Stages):
         if signal.name == "influence":
             return self._influence(signal).influence(self, signal)
         if signal.name == "tuned":
-            found = tuned.values(self)
-            return found, found.isfinite().all(dim=1)
+            return (found := tuned.values(self)), found.isfinite().all(dim=1)
         if signal.name == "features":
             return scalars.features(self, signal.fields), None
         if signal.name == "embeddings":

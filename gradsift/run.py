@@ -245,8 +245,7 @@ class Run:
     def set_aside(self) -> list[Problem]:
         """Moves the files that the last verification named into the folder `damaged`, so that a run makes anew just those. Use inside `lock`.
 
-        Each is looked at again first: one that is as it was written by now is left alone. Returns what was moved or was missing, which is
-        kept in `aside` too. Raises ResourceError where files cannot be moved.
+        One that is as it was written by now is left alone. Returns, and keeps in `aside`, what was moved or missing. Raises ResourceError.
         """
         named = _read_found(self.root / FOUND)
         for folder in self._folders():
@@ -255,12 +254,13 @@ class Run:
                 for problem in found:
                     self.discard(problem, aside=True)
                 self.aside += found
-        _unlink(self.root / FOUND)
+        if _read_found(self.root / FOUND) == named:  # else another verification has ended meanwhile
+            _unlink(self.root / FOUND)
         return self.aside
 
     def mended(self) -> list[str]:
         """`aside` as warnings of a result."""
-        return [f"made anew, for it was damaged: {problem}" for problem in self.aside]
+        return [f"set aside as damaged: {problem}" for problem in self.aside]
 
     def discard(self, problem: Problem, *, aside: bool = False) -> None:
         """Removes what `problem` names, and the manifest that vouched for it, so that the next run makes anew just that. Use inside `lock`.

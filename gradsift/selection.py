@@ -170,11 +170,11 @@ def opened(
         if keep:
             stack.enter_context(folder.lock(sys.argv))
             stack.enter_context(interruptible(readable_command(sys.argv)))
-            for problem in folder.set_aside():
-                (progress or silent()).note(f"set aside as damaged, made anew where it is needed: {problem}")
         config = settle_config(folder, model, settings or {}, pool_group)
         pipeline = open_pipeline(folder, config, as_list(pool), as_list(target), target_group, warmup_from, progress or silent(), keep=keep)
         stack.callback(pipeline.executor.close)
+        for problem in folder.set_aside() if keep else ():  # by a command that is not refused: its result tells of it
+            pipeline.progress.note(f"set aside as damaged, made anew where it is needed: {problem}")
         yield pipeline
 
 

@@ -63,14 +63,15 @@ def tiny_model(
     """The folder of the built-in model, which is trained first if it is not there; transformers loads it as any local model.
 
     `cache` defaults to $GRADSIFT_CACHE, else $XDG_CACHE_HOME/gradsift, else ~/.cache/gradsift. The folder's name holds a digest of the
-    settings and of the beginning of the training stream, so another recipe gets another folder. `progress(step, steps)` is called after
-    every step. The same weights for the same torch build and kind of CPU; the process's random state and threads are left as they were. Two
-    processes may build at once: the first to finish gives the folder its name. Raises ResourceError when the cache cannot be written.
+    settings, of how batches are cut and of the beginning of the training stream, so another recipe gets another folder.
+    `progress(step, steps)` is called after every step. The same weights for the same torch build and kind of CPU; the process's random
+    state and threads are left as they were. Two processes may build at once: the first to finish gives the folder its name. Raises
+    ResourceError when the cache cannot be written.
     """
     settings = settings or TinySettings()
     root = cache or cache_folder()
     weights = {family.name: family.share * (settings.target_weight if family.name == TARGET_FAMILY else 1.0) for family in FAMILIES}
-    recipe = {"settings": settings.canonical(), "template": TEMPLATE, "stream": list(islice(stream(settings.seed, weights), 400))}
+    recipe = {"settings": settings.canonical(), "template": TEMPLATE, "batches": 2, "stream": list(islice(stream(settings.seed, weights), 400))}
     folder = Path(root) / f"tiny-{recipe_digest(recipe)[:12]}"
     if (folder / "config.json").is_file():
         return folder

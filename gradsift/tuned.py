@@ -13,10 +13,10 @@ from torch import Tensor
 
 from gradsift.artifact import Artifact
 from gradsift.durable import write_tensors
-from gradsift.errors import DataError, UserError
+from gradsift.errors import ConfigError, DataError, UserError
 from gradsift.evaluate import finetune
 from gradsift.execute import Serial, Stopping
-from gradsift.model import load_adapter, quiet
+from gradsift.model import FOUR_BIT, load_adapter, quiet
 from gradsift.parts import Parts
 from gradsift.stages import Recipe
 from gradsift.types import Checkpoint
@@ -36,7 +36,9 @@ def groups(pipeline: Pipeline) -> list[str]:
 
 
 def recipes(pipeline: Pipeline) -> list[Recipe]:
-    """One stage for each target group."""
+    """One stage for each target group. Raises ConfigError for a training in full of a model in 4 bits."""
+    if pipeline.config.tuning.mode == "full" and pipeline.config.model.dtype == FOUR_BIT:
+        raise ConfigError("a model in 4 bits cannot be trained in full", remedy='Leave [tuning] mode = "lora", or take --dtype bfloat16.')
     inputs = {side: pipeline.encode_recipe(side).digest for side in ("pool", "target")}
     config = {**pipeline.config.tuning.canonical(), "lr": pipeline.config.tuning.rate, "shard_rows": pipeline.config.gradients.shard_rows}
     return [Recipe("tuned", {**config, "group": group}, inputs, pipeline.compute_identity()) for group in groups(pipeline)]

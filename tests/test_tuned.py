@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from gradsift import methods
+from gradsift import methods, tuned
 from gradsift.config import FinetuneSettings
-from gradsift.errors import DataError, UserError
+from gradsift.errors import ConfigError, DataError, UserError
 from gradsift.evaluate import finetune
 from gradsift.model import load_model
 from gradsift.plan import plan
@@ -48,8 +48,8 @@ def test_it_is_the_loss_under_a_model_trained_on_each_group(
     torch.testing.assert_close(signals[LOSS].double(), plain, rtol=1e-4, atol=1e-5)
     for column, group in enumerate(dict.fromkeys(groups)):
         own = [target[i] for i, other in enumerate(groups) if other == group]
-        tuned = finetune(str(model_folder), own, settings=FinetuneSettings(**{**TUNING, "mode": mode}))
-        torch.testing.assert_close(signals[TUNED][:, column].double(), row_losses(tuned, pool, token_budget=1).mean, rtol=1e-4, atol=1e-5)
+        trained = finetune(str(model_folder), own, settings=FinetuneSettings(**{**TUNING, "mode": mode}))
+        torch.testing.assert_close(signals[TUNED][:, column].double(), row_losses(trained, pool, token_budget=1).mean, rtol=1e-4, atol=1e-5)
         assert (signals[TUNED][:, column] - signals[LOSS]).abs().max() > 0.05
 
 
@@ -143,3 +143,10 @@ def test_groups_take_turns_or_the_best_one_counts() -> None:
     }
     assert choose(**case) == [0, 3, 1]
     assert choose(**case, aggregate="max") == [0, 1, 2]
+
+
+def test_four_bits_are_not_trained_in_full(files: tuple[Path, Path], model_folder: Path, tmp_path: Path) -> None:
+    common = given(files, model_folder, tmp_path / "run")
+    common["settings"] = {**common["settings"], "model": {"dtype": "nf4"}}
+    with opened(**common) as pipeline, pytest.raises(ConfigError, match=r"cannot be trained in full.*lora"):
+        tuned.recipes(pipeline)

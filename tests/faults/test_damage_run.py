@@ -91,7 +91,7 @@ def test_a_flipped_bit_in_every_file_of_a_run(run: Path, select: Callable[..., S
     assert digests(run) == contents
     assert verify(run) == []
     for name, data in damaged.items():
-        assert any(text.startswith(f"made anew, for it was damaged: {name} ") for text in again.warnings), name
+        assert any(text.startswith(f"set aside as damaged: {name} ") for text in again.warnings), name
         folder, file = name.split("/")[0], name.split("/")[-1]
         assert data in [path.read_bytes() for path in (run / "damaged" / folder).glob(f"{file}*")], name
     assert not [text for text in select(run).warnings if "damaged" in text]

@@ -10,6 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -22,6 +24,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -62,6 +66,16 @@ def mistral() -> nn.Module:
     return MistralForCausalLM(MistralConfig(**_GROUPED, sliding_window=6))
 
 
+def olmo() -> nn.Module:
+    grouped = {name: value for name, value in _GROUPED.items() if name != "head_dim"}
+    return OlmoForCausalLM(OlmoConfig(**grouped, clip_qkv=0.1))  # changes the outputs of q, k and v in place
+
+
+def falcon() -> nn.Module:
+    shape = {name: value for name, value in _SHAPE.items() if name != "intermediate_size"}
+    return FalconForCausalLM(FalconConfig(**shape, ffn_hidden_size=48, alibi=False, bias=True))  # adds to its MLP's output in place
+
+
 def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0))
 
@@ -77,6 +91,8 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Sequence[str]]] = {
     "gemma2": (gemma2, ("q_proj", "v_proj", "up_proj")),
     "gemma3": (gemma3, ("q_proj", "o_proj")),
     "mistral": (mistral, ("k_proj", "v_proj")),
+    "olmo": (olmo, ("q_proj", "k_proj", "v_proj")),
+    "falcon": (falcon, ("query_key_value", "dense_4h_to_h")),
     "gpt2": (gpt2, ("c_attn", "c_proj")),
     "neox": (neox, ("query_key_value", "dense_h_to_4h")),
 }
