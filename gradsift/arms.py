@@ -133,7 +133,8 @@ class Arms:
         return np.sort(np.concatenate(drawn))
 
     def oracle(self, text: str, count: int) -> Choice:
-        """`count` rows, or all there are, drawn for every seed among those whose FIELD is VALUE."""
+        """`count` rows drawn for every seed among those whose FIELD is VALUE; where they are fewer, all of them and random others: the same
+        steps on a handful of rows would say how a handful is overfitted."""
         field, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--oracle {text}: not FIELD=VALUE", remedy="Write it as --oracle source=gsm8k.")
@@ -141,5 +142,11 @@ class Arms:
         marked = np.array([row for row in self.usable.tolist() if str(pool.record(row).get(field)) == value], dtype=np.int64)
         if not len(marked):
             raise UserError(f"--oracle {text}: no row of the pool has that value", remedy="Look at the rows with `gradsift inspect`.")
-        drawn = [np.random.default_rng([seed, 7]).choice(marked, min(count, len(marked)), replace=False) for seed in self.seeds]
-        return Choice(f"oracle {text}", "control", tuple(np.sort(rows) for rows in drawn))
+        others = np.setdiff1d(self.usable, marked)
+        short = min(max(count - len(marked), 0), len(others))
+        drawn = []
+        for seed in self.seeds:
+            rng = np.random.default_rng([seed, 7])
+            taken = rng.choice(marked, min(count, len(marked)), replace=False)
+            drawn.append(np.sort(np.concatenate([taken, rng.choice(others, short, replace=False)]) if short else taken))
+        return Choice(f"oracle {text}", "control", tuple(drawn))

@@ -26,6 +26,7 @@ from gradsift.stages import Recipe
 from gradsift.transforms.adam import Adam
 from gradsift.types import Selector, Signal
 
+MATCHING = 16  # a multiply-add of a matrix and one row against one of two matrices (bench/scale.py): the matrix is read for every pick
 SAMPLE = 2000  # rows that are encoded to learn token counts, where the encoding is not there yet
 PROBE = 48  # rows whose gradient is taken to learn the machine's speed
 SHARD_META = 17  # bytes of norms, losses, scales, tokens and code per row
@@ -289,7 +290,7 @@ def _select_cost(pipeline: Pipeline, selector: Selector, rows: int, rates: Rates
     n, clusters = len(pipeline.sides["pool"]), getattr(selector, "clusters", 0)
     steps = getattr(selector, "iterations", 0) + 8  # greedy k-means++ costs about that many passes besides
     pairs = n * n / 2 if hasattr(selector, "neighbours") and hasattr(selector, "exact") else 0
-    matching = rows * n / max(clusters, 1) if hasattr(selector, "ridge") else 0
+    matching = MATCHING * rows * n / max(clusters, 1) if hasattr(selector, "ridge") else 0
     seconds = 1.0 + (n * clusters * steps * 2 + pairs + matching) * rates.dim / rates.multiply + n * 2e-5
     mean_bytes = sum(pipeline.sides["pool"].source(i)[2] - pipeline.sides["pool"].source(i)[1] for i in range(min(n, 200))) / max(
         min(n, 200), 1

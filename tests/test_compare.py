@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from gradsift import judging
+from gradsift.arms import Arms
+from gradsift.budget import parse
 from gradsift.comparison import MEAN, Comparison, Measured, compare_measured
 from gradsift.config import EncodeSettings
 from gradsift.encode import encode
@@ -20,6 +22,7 @@ from gradsift.judging import BASE, compare
 from gradsift.model import load_tokenizer
 from gradsift.playground import TinySettings, generate, target_rows, tiny_model
 from gradsift.pool import read_pool
+from gradsift.selection import opened
 
 LONG = " " + " ".join(f"word{i}" for i in range(20))
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -135,6 +138,19 @@ def test_several_tests_their_mean_answers_and_a_command(files: dict[str, Path], 
     text = "\n".join(found.lines())
     assert "mean of the tests: loss (lower is better), the same optimiser steps" in text
     assert "one seed" in text
+
+
+def test_an_oracle_of_few_rows_takes_them_all_and_random_others(files: dict[str, Path], model: str, tmp_path: Path) -> None:
+    with opened(tmp_path / "run", pool=files["pool"], model=model, settings=SETTINGS) as pipeline:
+        pool = pipeline.sides["pool"]
+        marked = {row for row in range(len(pool)) if pool.record(row).get("family") == "translate"}
+        arms = Arms(pipeline, parse(10), np.array([min(marked)]), [0, 1])
+        few, many = arms.oracle("family=translate", len(marked) + 4), arms.oracle("family=translate", 3)
+    for seed in (0, 1):
+        rows = few.rows(seed).tolist()
+        assert len(set(rows)) == len(marked) + 4 and set(rows) >= marked - {min(marked)} and min(marked) not in rows
+        assert len(many.rows(seed)) == 3 and set(many.rows(seed).tolist()) < marked
+    assert few.rows(0).tolist() != few.rows(1).tolist()
 
 
 def test_mistakes_are_named(files: dict[str, Path], model: str, tmp_path: Path) -> None:

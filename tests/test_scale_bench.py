@@ -15,7 +15,7 @@ from gradsift import methods
 from gradsift.config import LoraSettings
 from gradsift.machine import peak_bytes
 from gradsift.model import attach_lora, load_model
-from gradsift.plan import Rates, _cost, _select_cost
+from gradsift.plan import MATCHING, Rates, _cost, _select_cost
 from gradsift.selection import opened
 from tests.conftest import SETTINGS
 
@@ -55,11 +55,12 @@ def test_bytes_and_seconds_are_those_of_the_plan(
         m = len(pipeline.sides["target"]) if target else 0
     a = scaling.Assumed(
         parameters=flops / 4 / rates.train, gpu_flops=flops, utilisation=1.0, gpus=1, tokens_per_row=per_row, id_bytes=ids, dim=64, target_rows=m,
-        clusters=4, driver_threads=1, thread_efficiency=1.0, disk_bytes=1e30, network_bytes=1e30, warmup_share=24 / 72, warmup_epochs=30 * 4 / 24,
+        clusters=4, budget=18 / 72, driver_threads=1, thread_efficiency=1.0, disk_bytes=1e30, network_bytes=1e30,
+        warmup_share=24 / 72, warmup_epochs=30 * 4 / 24,
     )  # fmt: skip
     measured = scaling.Measured(
-        rates.train / rates.gradients, 0.0, 1 / (rates.encode_rows * per_row), 0.0, rates.multiply, rates.multiply, 2 / rates.multiply, 0.0,
-        1 / rates.multiply, 0.0, 0.0,
+        rates.train / rates.gradients, 0.0, 1 / (rates.encode_rows * per_row), 0.0, rates.multiply, rates.multiply, 2 / rates.multiply,
+        MATCHING / rates.multiply, 1 / rates.multiply, 0.0, 0.0,
     )  # fmt: skip
     found = {stage["stage"]: stage for stage in scaling.stages(method, n, a, measured)}
     ours = {"encode": "encode", "warm-up": "warmup", "gradients x 3": "gradients", "influence": "influence", "mean": "mean"}
@@ -70,7 +71,8 @@ def test_bytes_and_seconds_are_those_of_the_plan(
         if theirs:
             assert found[name]["hours"] * 3600 == pytest.approx(sum(s.seconds for s in theirs), rel=1e-6), stage
     if method == "tagcos":
-        assert found["k-means"]["hours"] * 3600 == pytest.approx(chosen.seconds - 1.0 - n * 2e-5)
+        both = found["k-means"]["hours"] + found["matching"]["hours"]
+        assert both * 3600 == pytest.approx(chosen.seconds - 1.0 - n * 2e-5)
 
 
 def test_an_adapter_has_as_many_numbers(scaling: ModuleType, model_folder: Path) -> None:
