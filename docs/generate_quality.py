@@ -45,8 +45,8 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
     found = results[name]["5% over targets"]
     arms = sorted((arm for arm in found["arms"].items() if "against random" in arm[1]), key=lambda arm: arm[1]["against random"][0])
     lines = [
-        f"Loss on held-out rows, mean over {len(found['targets'])} targets ({name.partition(' (')[2]}, 5 % picked, a 6M-parameter model; lower is better, 95 % "
-        "intervals; [all tables](docs/quality.md)):",
+        f"Loss on held-out rows, mean over {len(found['targets'])} targets ({name.partition(' (')[2][:-1]}; 5 % picked, a 6M-parameter model; lower "
+        "is better, 95 % intervals; [all tables](docs/quality.md)):",
         "",
         "| trained on | against random rows | against RDS+ |",
         "|---|---:|---:|",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -67,3 +68,17 @@ def test_the_recovered_gap_is_the_share_of_what_the_oracle_gains(bench: ModuleTy
     assert less["against random"][0] == pytest.approx(-(0.5 + 1 + 0.1) / 3, abs=0.01)
     assert less["against rds"][0] == pytest.approx(-(0.5 + 1 + 0.1) / 6, abs=0.01)
     assert less["against rds"][2] < 0
+
+
+def test_the_page_and_the_readme_say_what_the_results_say() -> None:
+    root = Path(__file__).parent.parent
+    spec = importlib.util.spec_from_file_location("generate_quality", root / "docs" / "generate_quality.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    results = json.loads((root / "bench" / "results" / "quality.json").read_text(encoding="utf-8"))
+    assert (root / "docs" / "quality.md").read_text(encoding="utf-8") == generate.page(results)
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert generate.BEGIN + generate.summary(results) + generate.END in readme
+    assert "| `contrast` |" in generate.summary(results)
