@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -26,7 +26,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gradsift import machine
 from gradsift.artifact import canonical_json, recipe_digest
 from gradsift.config import Settings
-from gradsift.encode import token_batches
 from gradsift.errors import ResourceError
 from gradsift.families import FAMILIES, TARGET_FAMILY, stream
 from gradsift.model import quiet
@@ -63,7 +62,7 @@ def tiny_model(
     """The folder of the built-in model, which is trained first if it is not there; transformers loads it as any local model.
 
     `cache` defaults to $GRADSIFT_CACHE, else $XDG_CACHE_HOME/gradsift, else ~/.cache/gradsift. The folder's name holds a digest of the
-    settings, of how batches are cut and of the beginning of the training stream, so another recipe gets another folder.
+    settings and of the beginning of the training stream, so another recipe gets another folder.
     `progress(step, steps)` is called after every step. The same weights for the same torch build and kind of CPU; the process's random
     state and threads are left as they were. Two processes may build at once: the first to finish gives the folder its name. Raises
     ResourceError when the cache cannot be written.
@@ -71,7 +70,7 @@ def tiny_model(
     settings = settings or TinySettings()
     root = cache or cache_folder()
     weights = {family.name: family.share * (settings.target_weight if family.name == TARGET_FAMILY else 1.0) for family in FAMILIES}
-    recipe = {"settings": settings.canonical(), "template": TEMPLATE, "batches": 2, "stream": list(islice(stream(settings.seed, weights), 400))}
+    recipe = {"settings": settings.canonical(), "template": TEMPLATE, "stream": list(islice(stream(settings.seed, weights), 400))}
     folder = Path(root) / f"tiny-{recipe_digest(recipe)[:12]}"
     if (folder / "config.json").is_file():
         return folder
@@ -123,6 +122,16 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _filled(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Rows of about one length in batches, longest first, each with as many as fit: the recipe counts steps, so steps are to be full."""
+    order, batches, at = sorted(range(len(lengths)), key=lambda i: -lengths[i]), [], 0
+    while at < len(order):
+        rows = max(1, tokens // lengths[order[at]])
+        batches.append(order[at : at + rows])
+        at += rows
+    return batches
+
+
 def _batches(tokenizer: Any, settings: TinySettings, weights: Mapping[str, float]) -> Iterator[tuple[Tensor, Tensor]]:
     """Without end: ids [b, t], right-padded, and the loss weight [b, t] of each. Rows of about one length share a batch."""
     source, rng, pad = stream(settings.seed, weights), Random(settings.seed), tokenizer.pad_token_id
@@ -131,7 +140,7 @@ def _batches(tokenizer: Any, settings: TinySettings, weights: Mapping[str, float
         texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
         ids = [torch.tensor(row) for row in tokenizer(texts)["input_ids"]]
         prompts = [3 + len(chat[0]["content"].encode()) for chat in chats]  # <|user|>, a token per byte, <|end|>, <|assistant|>
-        batches = token_batches([len(row) for row in ids], settings.tokens)
+        batches = _filled([len(row) for row in ids], settings.tokens)
         rng.shuffle(batches)
         for batch in batches:
             padded = nn.utils.rnn.pad_sequence([ids[i] for i in batch], batch_first=True, padding_value=pad)
