@@ -11,8 +11,7 @@ set itself; nothing fails when it is missed.
 
 `--kronfluence` (the package must be installed; docs/benchmarks.md) fits EK-FAC and scores 8 targets with kronfluence over the same model,
 rows and labels: true labels, per-example eigenvalue correction, damping 0.1 x mean eigenvalue of each layer, which it has as an option
-(`damping_factor=None`). Its default, 1e-8 in all layers, is next to nothing beside these eigenvalues and orders rows otherwise: mean
-Spearman with ours 0.38 over 24 rows and 8 targets; without curvature on either side the scores are equal. Given are its cost against the
+(`damping_factor=None`); its default is 1e-8 in all layers. Given are its cost against the
 floor, and how its scores lie with ours: for each target, over the pool, the Spearman and the Pearson correlation (least and mean of the
 targets). Both take a row's loss as the mean over its supervised tokens. What differs by definition is which tokens enter the factors: "all
 tokens" masks padding alone, as kronfluence is commonly run, "same tokens" also the last token of each row, whose activations cannot reach

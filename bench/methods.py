@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from quality import read, stratified, write
+from quality import general_pool
 
 from gradsift import budget, machine, methods
 from gradsift.artifact import Artifact
@@ -56,10 +56,7 @@ class Bench:
 
     @property
     def pool(self) -> Path:
-        path = self.root / "data" / f"pool{self.options.rows}.jsonl"
-        if not path.exists():
-            write(path, stratified(read(self.shared / "data" / "pool_general.jsonl.gz"), "source", self.options.rows))
-        return path
+        return general_pool(self.root, self.shared, self.options.rows)
 
     def opened(self, arm: str, **more: Any) -> Any:
         targeted = selector_of(arm).target != "none"

@@ -77,6 +77,14 @@ def stratified(rows: Sequence[dict[str, Any]], field: str, count: int, seed: int
     return [rows[i] for i in sorted(chosen.tolist())]
 
 
+def general_pool(root: Path, shared: Path, count: int) -> Path:
+    """The file of a stratified part of the general pool, written where it is not there yet."""
+    path = root / "data" / f"pool{count}.jsonl"
+    if not path.exists():
+        write(path, stratified(read(shared / "data" / "pool_general.jsonl.gz"), "source", count))
+    return path
+
+
 class Bench:
     """One bench run: its files, its settings, and the results so far."""
 
@@ -98,10 +106,7 @@ class Bench:
 
     @property
     def pool(self) -> Path:
-        path = self.root / "data" / f"pool{self.options.rows}.jsonl"
-        if not path.exists():
-            write(path, stratified(read(self.shared / "data" / "pool_general.jsonl.gz"), "source", self.options.rows))
-        return path
+        return general_pool(self.root, self.shared, self.options.rows)
 
     def compare(self, arms: Sequence[str], tests: Sequence[str], budget: str, **more: Any) -> Comparison:
         """One comparison on the general pool; all tests of the bench are kept out of every arm, so that arms can be shared."""

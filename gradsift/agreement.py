@@ -25,11 +25,22 @@ def indices(selection: Artifact) -> np.ndarray:
 
 
 def same_pool(a: Artifact, b: Artifact) -> bool:
-    return _pool(a) == _pool(b)
+    """Whether both chose from the same rows, with whatever model and settings."""
+    first, second = _encoding(a), _encoding(b)
+    if first == second:
+        return True
+    read = [_rows_read(selection, digest) for selection, digest in ((a, first), (b, second))]
+    return read[0] is not None and read[0] == read[1]
 
 
-def _pool(selection: Artifact) -> Any:
-    return next((digest for name, digest in sorted(selection.recipe["inputs"].items()) if name.endswith("-encode")), None)
+def _encoding(selection: Artifact) -> str:
+    return next((digest for name, digest in sorted(selection.recipe["inputs"].items()) if name.endswith("-encode")), "")
+
+
+def _rows_read(selection: Artifact, encoding: str) -> Any:
+    """Digest of the rows behind an encoding of the same run; None where that is gone."""
+    made = Artifact.load(selection.path.parent / f"encode-{encoding[:12]}")
+    return None if made is None else made.recipe["inputs"].get("rows")
 
 
 def overlaps(a: np.ndarray, b: np.ndarray) -> dict[int, float]:

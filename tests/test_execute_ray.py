@@ -1,5 +1,8 @@
 # ruff: noqa: PT012 - what a signal or a lost worker stops is more than one statement
-"""The map on a real Ray cluster of three nodes on this machine: the bytes of Serial, whatever dies, hangs or is interrupted."""
+"""The map on a real Ray cluster of three nodes on this machine: the bytes of Serial, whatever dies, hangs or is interrupted.
+
+Over 400 lines because all of it shares the clusters that take long to start.
+"""
 
 from __future__ import annotations
 

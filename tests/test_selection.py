@@ -322,6 +322,17 @@ def test_holdings_list_check_and_compare(run: Path, tagcos: Selection, less: Sel
         holdings.show(run.parent / "none")
 
 
+def test_selections_of_the_same_rows_are_compared_across_runs(tmp_path: Path, pool_file: Path, model_folder: Path) -> None:
+    first = select("length", pool_file, model_folder, tmp_path / "a", budget=8)
+    other = {**SETTINGS, "encode": {"max_length": 500}}  # another encoding of the same rows
+    second = select("length", pool_file, model_folder, tmp_path / "b", budget=8, settings=other)
+    common = len(set(first.indices.tolist()) & set(second.indices.tolist()))
+    assert holdings.diff(first.folder, second.folder)["common"] == common
+    fewer = write_rows(tmp_path / "fewer.jsonl", rows(72)[:50])
+    with pytest.raises(MismatchError, match="different pools"):
+        holdings.diff(first.folder, select("length", fewer, model_folder, tmp_path / "c", budget=8).folder)
+
+
 def test_a_flipped_bit_is_found_and_mended(tmp_path: Path, pool_file: Path, model_folder: Path) -> None:
     run = tmp_path / "r"
     chosen = select("perplexity", pool_file, model_folder, run, budget=5)

@@ -28,7 +28,7 @@ class Contrast:
     "token" = nats per supervised token. aggregate: "round-robin" = the target groups take turns; "max" = a row's best group counts.
     How the model is trained on the target is the section [tuning] of the settings.
 
-    Differences from the paper: there nats per token, here `per=row` by default (it trains better models in bench/quality.py); the paper
+    Differences from the paper: there nats per token, here `per=row` by default, since a training step weighs all tokens alike; the paper
     schedules training by the score, here the best rows are taken. Details of the paper are from memory.
     """
 
