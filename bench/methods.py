@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="methods, separated by commas")
     parser.add_argument("--read", default="", metavar="METHOD", help="prints picks of a finished one")
     parser.add_argument("--rows", type=int, default=8000)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--shared", default="../shared")
     parser.add_argument("--run", default="runs/methods")

@@ -23,6 +23,7 @@ from gradsift.rules import blocks, kmeans
 from gradsift.selection import as_list, check_target, opened
 from gradsift.signals.embeddings import hidden_size
 from gradsift.stages import Recipe
+from gradsift.store import HEADER
 from gradsift.transforms.adam import Adam
 from gradsift.types import Selector, Signal
 
@@ -259,9 +260,20 @@ def _cost(pipeline: Pipeline, recipe: Recipe, tokens: Mapping[str, int], rates: 
         bytes_, seconds = 4 * rows, trained / rates.train + n / rates.forward
     elif recipe.stage == "loss":
         label, bytes_, seconds = "base model", 4 * rows, n / rates.forward
-    if pipeline.stored(recipe) is not None:
-        bytes_, seconds = 0, 0.0
-    return StageCost(recipe.stage, label, recipe.digest[:12], pipeline.stored(recipe) is not None, rows, n, int(bytes_), seconds)
+    left = _left(pipeline, recipe)
+    return StageCost(recipe.stage, label, recipe.digest[:12], left == 0, rows, n, int(left * bytes_), left * seconds)
+
+
+def _left(pipeline: Pipeline, recipe: Recipe) -> float:
+    """The share of a stage that has to be made: none of one that is there, but for files that `gradsift verify` found damaged. A stage in
+    shards makes just those anew."""
+    there = pipeline.stored(recipe)
+    if there is None:
+        return 1.0
+    named, files = pipeline.run.named.get(there.path.name, set()), there.manifest["files"]
+    if not named:
+        return 0.0
+    return min(1.0, len(named) / max(1, len(files))) if (there.path / HEADER).exists() else 1.0
 
 
 def _warmup_label(pipeline: Pipeline, tokens: int, rows: int) -> tuple[str, float]:

@@ -242,19 +242,24 @@ class Run:
             _unlink(path)
         return bool(found)
 
+    @property
+    def named(self) -> dict[str, set[str]]:
+        """Files by artifact folder that the last verification found damaged and no command has set aside yet."""
+        return _read_found(self.root / FOUND)
+
     def set_aside(self) -> list[Problem]:
         """Moves the files that the last verification named into the folder `damaged`, so that a run makes anew just those. Use inside `lock`.
 
         One that is as it was written by now is left alone. Returns, and keeps in `aside`, what was moved or missing. Raises ResourceError.
         """
-        named = _read_found(self.root / FOUND)
+        named = self.named
         for folder in self._folders():
             if files := named.get(folder.name):
                 found = [p for p in _verify(folder, files) if p.file in files and not p.remedy]
                 for problem in found:
                     self.discard(problem, aside=True)
                 self.aside += found
-        if _read_found(self.root / FOUND) == named:  # else another verification has ended meanwhile
+        if self.named == named:  # else another verification has ended meanwhile
             _unlink(self.root / FOUND)
         return self.aside
 

@@ -10,6 +10,7 @@ import gradsift
 from gradsift import holdings
 from gradsift.plan import plan
 from gradsift.selection import Selection
+from gradsift.store import IDS
 from tests.conftest import SETTINGS
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")
@@ -72,3 +73,21 @@ def test_afterwards_everything_is_there_already(run: Path, pool_file: Path, targ
     after = plan("less", pool=pool_file, target=target_file, run=run, budget=5)
     assert all(s.reused for s in after.stages if s.stage != "select")
     assert after.bytes == sum(s.bytes for s in after.stages if s.stage == "select")
+
+
+def test_what_verify_named_is_planned_anew_shard_by_shard(run: Path, pool_file: Path, target_file: Path, model_folder: Path) -> None:
+    chosen(run, pool_file, target_file, model_folder)
+    whole = plan("less", pool=pool_file, target=target_file, model=str(model_folder), run=run, **ARGUMENTS)
+    assert all(stage.reused for stage in whole.stages[:-1])
+    shard = next(path for path in sorted(run.glob("gradients-*/*.safetensors")) if path.name != IDS)
+    folder, before = shard.parent.name, shard.read_bytes()
+    shard.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert holdings.verify(run)
+    found = plan("less", pool=pool_file, target=target_file, model=str(model_folder), run=run, **ARGUMENTS)
+    [anew] = [stage for stage in found.stages[:-1] if not stage.reused]
+    assert folder == f"gradients-{anew.digest}" and anew.bytes > 0 and anew.seconds > 0
+    assert shard.exists()  # a plan moves nothing
+    chosen(run, pool_file, target_file, model_folder)
+    assert shard.read_bytes() == before
+    after = plan("less", pool=pool_file, target=target_file, model=str(model_folder), run=run, **ARGUMENTS)
+    assert all(stage.reused for stage in after.stages[:-1])
