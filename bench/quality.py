@@ -1,7 +1,8 @@
 """Selection quality on real data: is a model trained on the subset better than one trained on its controls?
 
-    python bench/quality.py                                    every table with few seeds: hours of CPU; says how many first
+    python bench/quality.py                                    every table: many hours of CPU; says how many first
     python bench/quality.py --tables agnostic,targeted --targets gsm8k --seeds 5
+    python bench/quality.py --budgets 1% --seeds 2            a fifth of the training
     python bench/quality.py --full                             1 % too, equal tokens, all targets
 
 Needs the folder of pools, targets and the small model that the tests use (`--shared`, default ../shared). Everything is kept in `--run`
@@ -24,10 +25,13 @@ import pyarrow.parquet as pq
 from scipy.stats import rankdata
 
 import gradsift
+from gradsift import methods
 from gradsift.arms import CONTROL
 from gradsift.comparison import Comparison, Line
+from gradsift.encode import encode
 from gradsift.influence import BACKENDS
 from gradsift.judging import BASE, compare
+from gradsift.plan import probe
 from gradsift.progress import auto
 from gradsift.rules.topk import apportion
 from gradsift.selection import opened
@@ -110,14 +114,14 @@ class Bench:
 
     def compare(self, arms: Sequence[str], tests: Sequence[str], budget: str, **more: Any) -> Comparison:
         """One comparison on the general pool; all tests of the bench are kept out of every arm, so that arms can be shared."""
-        methods = [arm for arm in arms if not self.options.methods or arm.partition(":")[0] in self.options.methods.split(",")]
         return compare(
-            methods,
+            self.chosen(arms),
             pool=self.pool,
             test=[self.tests[t] for t in tests],
             decontaminate=list(self.tests.values()),
             budget=budget,
             run=self.root / f"run{self.options.rows}",
+            pool_group="source",  # as bench/methods.py: what one bench has made of these rows serves the other
             model=self.model,
             seeds=self.options.seeds,
             equal=("steps", "tokens") if self.options.full else ("steps",),
@@ -222,7 +226,38 @@ class Bench:
                 scores = np.nan_to_num(np.stack([column.to_numpy() for column in table.columns], axis=1))
                 self.record("lds", backend, datamodeling(scores, members, losses))
 
+    def projected(self) -> float:
+        """CPU-hours of what is asked for, from an empty folder: passes over the pool and trainings, at the speed of a few rows."""
+        options, wanted = self.options, self.options.tables.split(",")
+        with opened(
+            self.root / "speed", pool=self.pool, model=self.model, settings=self.settings, pool_group="source", keep=False
+        ) as pipeline:
+            rows = encode(pipeline.sides["pool"].take(range(0, options.rows, 8)), pipeline.tokenizer, pipeline.config.encode)
+            rates, per_row = probe(pipeline, rows, methods.make("less")), float(rows.lengths.mean())
+            checkpoints, threads = pipeline.checkpoint_count, pipeline.threads
+        pool, several, seconds = options.rows * per_row, {"targeted", "several", "agnostic"} & set(wanted), 0.0
+        passes = checkpoints + 1 + 3 + len(self.targets) if several else 0  # Adam rows at each, plain rows, curvature, influence of each target
+        passes += (checkpoints + 1 + 3 + 2 + 2) if "noise" in wanted else 0
+        passes += (2 * checkpoints + 3 + 3 + 2) * LDS_ROWS / options.rows if "lds" in wanted else 0
+        seconds += passes * pool / rates.gradients
+        controls = {"targeted": 6, "several": 4, "agnostic": 4}  # with the oracle and a random arm
+        named = {"targeted": TARGETED, "several": SEVERAL, "agnostic": AGNOSTIC}
+        for table in several:
+            arms = len(self.chosen(named[table])) + controls[table]
+            for budget in options.budgets.split(","):
+                rows_picked = float(budget.rstrip("%")) / 100 * options.rows
+                each = RECIPE["epochs"] * rows_picked * per_row / rates.train + TESTED * per_row / rates.forward
+                seconds += arms * options.seeds * each * (len(self.targets) if table == "targeted" else 1)
+        if "lds" in wanted:
+            seconds += options.halves * RECIPE["epochs"] * LDS_ROWS / 2 * per_row / rates.train
+        return seconds * threads / 3600
+
+    def chosen(self, arms: Sequence[str]) -> list[str]:
+        """Those of `arms` that are asked for."""
+        return [arm for arm in arms if not self.options.methods or arm.partition(":")[0] in self.options.methods.split(",")]
+
     def run(self) -> None:
+        print(f"from an empty folder, about {self.projected():.1f} CPU-hours; what is there already is not made again", file=sys.stderr)
         tables: dict[str, Callable[[str], None]] = {
             "agnostic": self.agnostic,
             "targeted": self.targeted,
@@ -231,7 +266,8 @@ class Bench:
             "lds": self.lds,
         }
         for name in self.options.tables.split(","):
-            for budget in ("5%", "1%") if self.options.full and name not in ("noise", "lds") else ("5%",):
+            several = name not in ("noise", "lds")  # these two have no budget of their own
+            for budget in self.options.budgets.split(",") if several else ("",):
                 tables[name](budget)
 
 
@@ -320,14 +356,17 @@ def main() -> None:
     parser.add_argument("--methods", default="", help="only these, separated by commas")
     parser.add_argument("--rows", type=int, default=8000, help="of the general pool, and of the translation pool")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--budgets", default="", help="of the tables that train on what was chosen (default 5%%; with --full 5%%,1%%)")
     parser.add_argument("--halves", type=int, default=60, help="trainings of the linear datamodeling score")
     parser.add_argument("--full", action="store_true")
-    parser.add_argument("--dtype", default="bfloat16", help="of the model while gradients are taken; it is trained in float32")
+    parser.add_argument("--dtype", default="float32", help="of the model while gradients are taken; it is trained in float32")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--shared", default="../shared")
     parser.add_argument("--run", default="runs/quality")
     parser.add_argument("--out", default="bench/results/quality.json")
-    Bench(parser.parse_args()).run()
+    options = parser.parse_args()
+    options.budgets = options.budgets or ("5%,1%" if options.full else "5%")
+    Bench(options).run()
 
 
 if __name__ == "__main__":

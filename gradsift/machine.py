@@ -45,6 +45,11 @@ def usable_cores() -> int:
     return min(psutil.cpu_count(logical=False) or bound, bound)
 
 
+def emulates_bfloat16(device: str) -> bool:
+    """Whether bfloat16 products on `device` are made of float32 ones, at a fraction of their speed: CPUs without AVX-512."""
+    return device == "cpu" and platform.machine() in ("x86_64", "AMD64") and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def peak_bytes() -> int:
     """Largest resident set of this process so far."""
     scale = 1 if sys.platform == "darwin" else 1024

@@ -15,7 +15,7 @@ import torch
 from rich.console import RenderableType
 
 from gradsift import budget as budgets
-from gradsift import methods, outputs, playground
+from gradsift import machine, methods, outputs, playground
 from gradsift.artifact import Artifact, file_hash, read_json
 from gradsift.choice import choose
 from gradsift.config import Config, build
@@ -239,6 +239,8 @@ def open_pipeline(
         for name, format in rows.formats.items():
             progress.note(f"{name}: {format} rows")
     pipeline = Pipeline(run, config, candidates, wanted, warmup_from=None if warmup_from is None else Path(warmup_from), progress=progress)
+    if config.model.dtype in ("bfloat16", "nf4") and machine.emulates_bfloat16(config.model.device):
+        progress.note(f"{config.model.dtype}: this CPU has no bfloat16 products, and gradients may take ten times as long as in float32")
     path = run.root / SETTINGS
     if keep and not path.exists():
         kept = {name: config.model_dump(mode="json")[name] for name in RUN_SECTIONS} | {"machine": {"threads": pipeline.threads}}

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -23,3 +24,11 @@ def test_a_process_bound_to_one_cpu_takes_one_thread_unless_told():
     cpu = min(os.sched_getaffinity(0))
     said = subprocess.run([sys.executable, "-c", BOUND, str(cpu)], capture_output=True, text=True, check=True).stdout
     assert said.split() == ["1", "1", "2"]
+
+
+def test_bfloat16_is_emulated_on_cpus_without_avx512():
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "flags" not in flags:
+        pytest.skip("this system does not tell what its CPU can do")
+    assert machine.emulates_bfloat16("cpu") == ("avx512dq" not in flags)
+    assert not machine.emulates_bfloat16("cuda")
