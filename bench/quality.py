@@ -147,7 +147,7 @@ class Bench:
         """Table 1: methods with a target, one target at a time; the recovered gap over those where the oracle is clearly better."""
         found = {}
         for target in self.targets:
-            controls = ["length", "length-matched", "perplexity", "rds"]
+            controls = self.options.controls.split(",")
             found[target] = self.compare(
                 TARGETED, [target], budget, target=[self.devs[target]], controls=controls, oracle=ORACLES.get(target)
             )
@@ -240,7 +240,7 @@ class Bench:
         passes += (checkpoints + 1 + 3 + 2 + 2) if "noise" in wanted else 0
         passes += (2 * checkpoints + 3 + 3 + 2) * LDS_ROWS / options.rows if "lds" in wanted else 0
         seconds += passes * pool / rates.gradients
-        controls = {"targeted": 6, "several": 4, "agnostic": 4}  # with the oracle and a random arm
+        controls = {"targeted": 2 + len(options.controls.split(",")), "several": 4, "agnostic": 4}  # with the oracle and random rows
         named = {"targeted": TARGETED, "several": SEVERAL, "agnostic": AGNOSTIC}
         for table in several:
             arms = len(self.chosen(named[table])) + controls[table]
@@ -357,6 +357,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8000, help="of the general pool, and of the translation pool")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--budgets", default="", help="of the tables that train on what was chosen (default 5%%; with --full 5%%,1%%)")
+    parser.add_argument("--controls", default="length,length-matched,perplexity,rds", help="beside random, in the table of one target at a time")
     parser.add_argument("--halves", type=int, default=60, help="trainings of the linear datamodeling score")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--dtype", default="float32", help="of the model while gradients are taken; it is trained in float32")
