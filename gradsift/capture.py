@@ -253,6 +253,9 @@ class Capture:
             batch = self.batch
             if batch is None:
                 return None
+            if not isinstance(out, Tensor):
+                what = f"{type(module).__name__} gives {type(out).__name__}, not a tensor"
+                raise ConfigError(what, where=name, remedy="Name the other layers: modules=[...] (routers of a mixture cannot be read).")
             batch.called(owner, args[0])
             return _Tap.apply(out, args[0], anchor, sink)  # type: ignore[return-value]
 

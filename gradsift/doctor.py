@@ -22,6 +22,7 @@ from gradsift.encode import encode
 from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.gradients import Modules, _out_of_memory, extract, plan_batches
 from gradsift.model import attach_lora, coverage, load_model, load_tokenizer
+from gradsift.pipeline import projection_of
 from gradsift.progress import Progress, silent
 from gradsift.projection import Projection
 from gradsift.selection import as_list, read_side
@@ -196,8 +197,7 @@ def _measure(
     try:
         model = _model(config)
         modules: Modules = None if config.gradients.modules == "lora" else "linear"
-        settings = config.gradients
-        projection = Projection(dim=settings.dim, seed=settings.seed, kind=settings.projection)
+        projection = projection_of(config.gradients)
         covered = coverage(model, modules).summary() | {
             "parameters": sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
         }

@@ -15,9 +15,12 @@ from gradsift.agreement import matrix, spearman
 from gradsift.artifact import Artifact
 from gradsift.budget import Budget
 from gradsift.constraints import Screen
+from gradsift.influence import backend, pool_transform
+from gradsift.objectives import Loss
 from gradsift.pipeline import Pipeline, through_curvature
 from gradsift.reading import Dropped
 from gradsift.stages import Timing
+from gradsift.store import RowStore
 from gradsift.types import Selector, Signal, Subset
 
 SHOWN = 20
@@ -69,18 +72,21 @@ class Chosen:
     @cached_property
     def norms(self) -> np.ndarray | None:
         """[n] gradient norms at the last checkpoint, where the method read gradients."""
-        for signal in sorted(self.selector.needs(), key=repr):
-            if reads_stored_rows(signal):
-                return self.pipeline.rows("pool", self.pipeline.checkpoint_count - 1, signal.transform).norms.numpy()
-        return None
+        return None if self._rows is None else self._rows.norms.numpy()
 
     @cached_property
     def losses(self) -> np.ndarray | None:
+        if any(signal.name == "loss" for signal in self.selector.needs()):
+            return self.pipeline.loss().numpy()
+        return None if self._rows is None else self._rows.losses.numpy()
+
+    @cached_property
+    def _rows(self) -> RowStore | None:
+        """The stored rows of the pool that the method read, at the last checkpoint."""
         for signal in sorted(self.selector.needs(), key=repr):
-            if signal.name == "loss":
-                return self.pipeline.loss().numpy()
             if reads_stored_rows(signal):
-                return self.pipeline.rows("pool", self.pipeline.checkpoint_count - 1, signal.transform).losses.numpy()
+                loss: Loss = backend(str(signal.backend)).loss if signal.name == "influence" else "cross-entropy"
+                return self.pipeline.rows("pool", self.pipeline.checkpoint_count - 1, pool_transform(signal), loss)
         return None
 
     def why(self, row: int) -> str:

@@ -147,6 +147,11 @@ def _measure(encoded: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray]:
     for n in range(len(encoded)):
         row = encoded[n]
         labels = np.asarray(row["labels"])
+        if labels.ndim != 1 or np.ndim(row["input_ids"]) != 1:
+            what = f"row {n} holds {np.shape(row['input_ids'])} ids and {labels.shape} labels, not one list of each"
+            raise DataError(what, remedy="Give every row by itself, without a batch dimension.")
+        if len(labels) and (labels.dtype.kind not in "iu" or bool(((labels < 0) & (labels != IGNORED)).any())):
+            raise DataError(f"row {n} has labels that are neither token ids nor {IGNORED}", remedy="Encode the pool again.")
         if len(labels) != len(row["input_ids"]):
             raise DataError(f"row {n} has {len(row['input_ids'])} tokens and {len(labels)} labels", remedy="Encode the pool again.")
         places = np.flatnonzero(labels[1:] != IGNORED)

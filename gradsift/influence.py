@@ -16,7 +16,7 @@ from torch import Tensor
 from gradsift.curvature.trak import trak_target
 from gradsift.errors import UnknownName, UserError
 from gradsift.objectives import Loss
-from gradsift.types import Rows
+from gradsift.types import Rows, Signal
 
 BLOCK = 2048
 RIDGE = 0.1
@@ -67,6 +67,11 @@ def backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise UnknownName("influence backend", name, BACKENDS)
     return BACKENDS[name]
+
+
+def pool_transform(signal: Signal) -> str:
+    """What the pool's rows of a signal carry: what it says, or what its backend takes. Raises UnknownName."""
+    return backend(str(signal.backend)).transform if signal.transform == "backend" else signal.transform
 
 
 def score(pool: Sequence[Rows], target: Sequence[Rows], weights: Sequence[float], name: str, **more: Any) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -43,10 +43,13 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """All linear layers of the blocks, by name: not the output head, not the LoRA layers."""
+    """All linear layers of the blocks, by name: not the output head (nor what peft wrapped in it), not the LoRA layers, not what peft keeps
+    of a layer that it trains in full."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
-    return {n: m for n, m in model.named_modules() if is_linear(m) and m is not head and not re.search(r"(^|\.)lora_", n)}
+    under_head = {id(m) for m in head.modules()} if isinstance(head, nn.Module) else set()
+    apart = re.compile(r"(^|\.)(lora_|original_module(\.|$))")
+    return {n: m for n, m in model.named_modules() if is_linear(m) and id(m) not in under_head and not apart.search(n)}
 
 
 def lora_targets(model: nn.Module, targets: str) -> list[str]:
@@ -81,10 +84,7 @@ def tracked_modules(model: nn.Module, modules: Literal["linear"] | str | Sequenc
     """
     _refuse_repacking(model)
     if modules is None:
-        found = _lora_layers(model)
-        if not found:
-            raise ConfigError("the model has no trainable LoRA layers", remedy="Attach or load an adapter, or read modules='linear'.")
-        return found
+        return _lora_layers(model)
     if modules == "linear":
         found = block_linears(model)
     else:
@@ -99,7 +99,20 @@ def tracked_modules(model: nn.Module, modules: Literal["linear"] | str | Sequenc
     packed = [n for n, m in found.items() if is_quantised(m)]
     if packed:
         raise ConfigError(f"{len(packed)} weights are quantised and have no gradient: {some(packed)}", remedy="Read LoRA (modules=None).")
+    _refuse_shared(model, found)
     return found
+
+
+def _refuse_shared(model: nn.Module, tracked: Mapping[str, nn.Module]) -> None:
+    """A weight that a layer beside the tracked ones uses too: that use would be missing from its gradient."""
+    names = {id(module.weight): name for name, module in tracked.items()}
+    inside = {id(module) for module in tracked.values()}
+    for other, module in model.named_modules():
+        for parameter in module.parameters(recurse=False) if id(module) not in inside else ():
+            if id(parameter) in names:
+                what = f"shares its weight with {other}, whose part of the gradient is not read"
+                remedy = f"Leave it out, or name both layers if {other} is linear (an embedding cannot be read)."
+                raise ConfigError(what, where=names[id(parameter)], remedy=remedy)
 
 
 def _refuse_repacking(model: nn.Module) -> None:
@@ -115,16 +128,24 @@ def _refuse_repacking(model: nn.Module) -> None:
 
 def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
+    frozen = False
     for name, layer in model.named_modules():
         # A ParamWrapper (LoRA on a bare parameter) folds its weights into that parameter and never calls its lora_A.
         if not isinstance(layer, BaseTunerLayer) or isinstance(layer, ParamWrapper):
             continue
         if any(getattr(layer, "use_dora", {}).values()):
             raise ConfigError("a DoRA layer uses its weights outside of a layer call", where=name, remedy="Train plain LoRA.")
+        if layer.merged:
+            raise ConfigError("its adapter is merged into the base weight and not called", where=name, remedy="Call model.unmerge_adapter().")
         for part in ("lora_A", "lora_B"):
             for adapter, linear in getattr(layer, part, {}).items():
                 if isinstance(linear, nn.Linear) and linear.weight.requires_grad:
                     found[f"{name}.{part}.{adapter}"] = linear
+                frozen |= isinstance(linear, nn.Linear) and not linear.weight.requires_grad
+    if not found:
+        load = "Load the adapter with PeftModel.from_pretrained(..., is_trainable=True)."
+        remedy = load if frozen else "Attach or load an adapter, or read modules='linear'."
+        raise ConfigError(f"the model has no trainable LoRA layers{': its adapter is frozen' if frozen else ''}", remedy=remedy)
     return found
 
 

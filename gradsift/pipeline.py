@@ -17,7 +17,7 @@ from torch import Tensor
 from gradsift import curved, execute_ray, machine, projected, scalars, tuned
 from gradsift.artifact import Artifact, folder_hash
 from gradsift.checkpoints import adam_transform, load_checkpoints
-from gradsift.config import Config
+from gradsift.config import Config, GradientSettings
 from gradsift.encode import EncodedRows, encode, tokenizer_identity
 from gradsift.errors import DataError, UserError
 from gradsift.execute import Executor, Stopping
@@ -84,6 +84,9 @@ class Pipeline(Stages):
 
     def gradients_recipe(self, side: str, checkpoint: int, transform: str, loss: Loss = "cross-entropy") -> Recipe:
         settings = self.config.gradients.canonical() | _named(loss)
+        if transform == "adam" and self.modules is not None:
+            what = f"the warm-up's Adam moments are those of its LoRA layers, and modules = {self.modules!r} reads others"
+            raise UserError(what, remedy='Leave [gradients] modules = "lora", or take plain gradients: -o transform=none.')
         if transform == "none":
             del settings["adam_form"]
         inputs = {"rows": self.encode_recipe(side).digest, "warmup": self.warmup_recipe().digest}
@@ -231,8 +234,7 @@ class Pipeline(Stages):
 
     @property
     def projection(self) -> Projection:
-        settings = self.config.gradients
-        return Projection(dim=settings.dim, seed=settings.seed, kind=settings.projection)
+        return projection_of(self.config.gradients)
 
     def rows(self, side: str, checkpoint: int, transform: str, loss: Loss = "cross-entropy") -> RowStore:
         """The stored rows of one side at one checkpoint: gradients of the loss, or of the margin of an answer."""
@@ -264,7 +266,7 @@ class Pipeline(Stages):
         map_ = adam_transform(at, settings.adam_form, base=model, force=force) if transform == "adam" else None
         lent = self.lend(model, at)
         del model
-        work = GradientWork(lent, self.projection, map_, modules, settings.token_budget, settings.store_dtype, dim, inner, loss)
+        work = GradientWork(lent, self.projection, map_, modules, settings.token_budget, settings.store_dtype, dim, inner, loss, settings.norms)
         for problem in store.problems:
             self.progress.note(f"made anew: {problem}")
         shards = store.missing()
@@ -383,6 +385,11 @@ class Pipeline(Stages):
         stores = [self.rows(signal.side, c, signal.transform) for c in self.used_checkpoints(signal)]
         good = torch.stack([store.usable for store in stores]).all(dim=0)
         return stores if signal.checkpoints == "each" else stores[-1], good
+
+
+def projection_of(settings: GradientSettings) -> Projection:
+    """The map that the settings of a run name: two-sided for each layer where `dim` is a pair."""
+    return Projection(dim=settings.dim, seed=settings.seed, kind=settings.projection, per_module=isinstance(settings.dim, tuple))
 
 
 def _named(loss: Loss) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradsift.artifact import Artifact
 from gradsift.durable import write_tensors
 from gradsift.errors import DataError, MismatchError, UserError
-from gradsift.influence import backend, score_blocks
+from gradsift.influence import backend, pool_transform, score_blocks
 from gradsift.stages import Recipe
 from gradsift.store import RowStore, RowView
 from gradsift.types import Signal
@@ -41,7 +41,7 @@ class Sides:
 def influence_recipe(pipeline: Pipeline, signal: Signal) -> Recipe:
     inputs, loss = {}, backend(str(signal.backend)).loss
     for c in pipeline.used_checkpoints(signal):
-        inputs[f"pool{c}"] = pipeline.gradients_recipe("pool", c, signal.transform, loss).digest
+        inputs[f"pool{c}"] = pipeline.gradients_recipe("pool", c, pool_transform(signal), loss).digest
         inputs[f"target{c}"] = pipeline.gradients_recipe("target", c, "none", loss).digest
     return Recipe("influence", {"backend": signal.backend, "checkpoints": signal.checkpoints, **_ridge(pipeline, signal)}, inputs)
 
@@ -53,7 +53,7 @@ def _ridge(pipeline: Pipeline, signal: Signal) -> dict[str, Any]:
 
 
 def recipes(pipeline: Pipeline, signal: Signal) -> list[Recipe]:
-    sides, loss = [("pool", signal.transform), ("target", "none")], backend(str(signal.backend)).loss
+    sides, loss = [("pool", pool_transform(signal)), ("target", "none")], backend(str(signal.backend)).loss
     rows = [pipeline.gradients_recipe(side, c, transform, loss) for side, transform in sides for c in pipeline.used_checkpoints(signal)]
     return [pipeline.warmup_recipe(), *rows, influence_recipe(pipeline, signal)]
 
@@ -63,7 +63,7 @@ def sides(pipeline: Pipeline, signal: Signal) -> Sides:
     if "target" not in pipeline.sides:
         raise UserError("influence needs a target", remedy="Add --target FILE.")
     checkpoints, used, loss = pipeline.checkpoints(), pipeline.used_checkpoints(signal), backend(str(signal.backend)).loss
-    pool = [pipeline.rows("pool", c, signal.transform, loss) for c in used]
+    pool = [pipeline.rows("pool", c, pool_transform(signal), loss) for c in used]
     target = [pipeline.rows("target", c, "none", loss) for c in used]
     for a, b in zip(pool, target, strict=True):
         for name in ("projection", "dim", "seed", "modules"):

@@ -17,11 +17,12 @@ identity    the flat gradient itself, for tests and tiny models.
 from __future__ import annotations
 
 import hashlib
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -49,8 +50,12 @@ class Projection:
     per_module: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.dim, list):  # what TOML and JSON make of a pair
-            object.__setattr__(self, "dim", tuple(self.dim))
+        # The maps are keyed by how these are written: numbers of other libraries become Python's, and what only looks like a number is refused.
+        object.__setattr__(self, "seed", _whole(self.seed, "seed"))
+        if isinstance(self.dim, (list, tuple)):  # TOML and JSON make a list of a pair
+            object.__setattr__(self, "dim", tuple(_whole(part, "dim") for part in self.dim))
+        elif self.dim is not None:
+            object.__setattr__(self, "dim", _whole(self.dim, "dim"))
         if self.kind not in ("sketch", "rademacher", "identity"):
             raise ConfigError(f"projection kind is {self.kind!r}", remedy="Known: sketch, rademacher, identity.")
         if self.kind == "identity":
@@ -221,5 +226,11 @@ def canonical_names(names: Mapping[str, object]) -> dict[str, str]:
     return short if len(set(short.values())) == len(short) else {n: n.removesuffix(".weight") for n in names}
 
 
+def _whole(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ConfigError(f"{name}={value!r} is not a whole number", remedy="Pass an int, for example dim=8192, seed=0.")
+    return operator.index(value)
+
+
 def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and value > 0

@@ -76,7 +76,7 @@ class Signal:
 
     name: Literal["rows", "influence", "embeddings", "loss", "tuned", "ngrams", "difficulty", "ifd", "features"]
     side: Literal["pool", "target"] = "pool"
-    transform: Literal["none", "adam"] = "none"
+    transform: Literal["none", "adam", "backend"] = "none"  # "backend": of an influence, what its backend takes
     modules: Literal["lora", "linear"] = "lora"
     checkpoints: Literal["last", "each", "mean"] = "last"
     backend: str | None = None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gradsift import playground
+from gradsift.capture import Norms
 from gradsift.config import ModelSettings
 from gradsift.curvature import Fitting, Targets, score_pool
 from gradsift.durable import canonical_json
@@ -98,6 +99,7 @@ class GradientWork:
     dim: int
     advance: Advance = nothing
     loss: Loss = "cross-entropy"
+    norms: Norms = "exact"
 
     def __call__(self) -> Callable[[EncodedRows], tuple[dict[str, Tensor], int]]:
         model = self.model()
@@ -109,7 +111,7 @@ class GradientWork:
             usable = [i for i in range(count) if encoded.codes[i] == 0]
             taken = [encoded[i] for i in usable]
             options = {"transform": self.transform, "modules": self.modules, "token_budget": self.token_budget, "loss": self.loss}
-            for batch in extract(model, taken, projection=self.projection, **options):
+            for batch in extract(model, taken, projection=self.projection, norms=self.norms, **options):
                 at = torch.tensor([usable[int(i)] for i in batch.indices])
                 rows[at], norms[at], losses[at], tokens[at] = batch.rows, batch.norms, batch.losses, batch.tokens
                 for i in batch.failed:

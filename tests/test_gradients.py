@@ -180,6 +180,15 @@ def test_a_malformed_row_is_named() -> None:
         list(extract(build("llama", lora=True), [make_rows(1)[0], {"input_ids": [1, 2, 3], "labels": [1, 2]}], projection=SKETCH))
 
 
+def test_a_batch_in_place_of_a_row_is_not_read_as_silence() -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])  # what a tokenizer gives with return_tensors="pt"
+    with pytest.raises(DataError, match=r"row 0 holds .* not one list of each"):
+        list(extract(build("llama", lora=True), [{"input_ids": ids, "labels": ids}], projection=SKETCH))  # type: ignore[dict-item]
+    for labels in ([-1, 2, 3], [1.0, 2.0, 3.0]):
+        with pytest.raises(DataError, match="row 0 has labels"):
+            list(extract(build("llama", lora=True), [{"input_ids": [1, 2, 3], "labels": labels}], projection=SKETCH))  # type: ignore[dict-item]
+
+
 def test_faults_of_the_call_come_before_any_work() -> None:
     model, rows = build("llama", lora=True), make_rows(2)
     with pytest.raises(ConfigError, match="token_budget is 0"):

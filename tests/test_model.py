@@ -276,6 +276,39 @@ def test_frozen_lora_is_not_tracked_and_dora_is_refused() -> None:
         tracked_modules(dora)
 
 
+def test_a_weight_that_something_else_uses_too_is_refused() -> None:
+    """Of a head tied to the embedding only the head's part would be read: a wrong gradient that nothing tells from a right one."""
+    tied: Any = llama(tie_word_embeddings=True)
+    for modules in (["lm_head"], ["*"]):
+        with pytest.raises(ConfigError, match=r"lm_head.*shares its weight with model.embed_tokens"):
+            tracked_modules(tied, modules)
+    assert "lm_head" not in tracked_modules(tied, "linear")
+    assert "lm_head" in tracked_modules(llama(), ["*"])
+
+
+def test_what_peft_puts_around_the_head_is_the_head() -> None:
+    wrapped: Any = get_peft_model(llama(), LoraConfig(target_modules=["lm_head", "q_proj"]))
+    assert not [n for n in tracked_modules(wrapped, "linear") if "lm_head" in n]
+    kept: Any = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "o_proj"]))
+    names = list(tracked_modules(kept, "linear"))
+    assert not [n for n in names if "lm_head" in n or "original_module" in n]
+    assert len([n for n in names if "o_proj" in n]) == 2
+
+
+def test_an_adapter_that_cannot_be_read_says_why() -> None:
+    merged: Any = attach_lora(llama())
+    merged.merge_adapter()
+    with pytest.raises(ConfigError, match="merged") as told:
+        tracked_modules(merged)
+    assert "unmerge_adapter" in str(told.value)
+    merged.unmerge_adapter()
+    assert tracked_modules(merged)
+    frozen = attach_lora(llama()).requires_grad_(False)
+    with pytest.raises(ConfigError, match="frozen") as told:
+        tracked_modules(frozen)
+    assert "is_trainable=True" in str(told.value)
+
+
 class PackedLinear(nn.Linear):
     """The shape of a 4-bit layer: an nn.Linear whose weight is a column of packed bytes."""
 

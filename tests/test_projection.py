@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -189,3 +190,16 @@ def test_a_gpu_applies_the_same_map() -> None:
         for name, g in grads.items():
             bound.add(state, name, g.cuda())
         torch.testing.assert_close(bound.finish(state).cpu(), project(projection, grads))
+
+
+def test_the_same_number_of_another_library_is_the_same_map() -> None:
+    grads = random_grads()
+    plain = project(Projection(32, seed=3), grads)
+    assert torch.equal(project(Projection(np.int64(32), seed=np.uint8(3)), grads), plain)  # type: ignore[arg-type]
+    pair = Projection([np.int64(4), 4], kind="rademacher", per_module=True)  # type: ignore[arg-type]
+    assert torch.equal(project(pair, grads), project(Projection((4, 4), kind="rademacher", per_module=True), grads))
+    for seed in (True, 1.0, "1", None):
+        with pytest.raises(ConfigError, match="seed"):
+            Projection(32, seed=seed)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="dim"):
+        Projection(True)

@@ -380,3 +380,44 @@ def test_what_happens_is_said_aloud(tmp_path: Path, pool_file: Path, model_folde
     said = capsys.readouterr().err
     assert "pool.jsonl: messages rows" in said
     assert re.search(r"checkpoint \d+: \d+ modules, 100.0% of the trainable parameters; mean pairwise cosine", said)
+
+
+def test_any_backend_under_a_methods_rule_reads_the_rows_that_backend_takes(
+    run: Path, pool_file: Path, target_file: Path, model_folder: Path, less: Selection
+) -> None:
+    given = {"target": target_file, "budget": 6}
+    cosine = select("less", pool_file, model_folder, run, options={"backend": "cosine"}, **given)
+    assert reads(cosine) == {"none"} and reads(less) == {"adam", "none"}
+    adam = select("gdig", pool_file, model_folder, run, options={"backend": "less", "clusters": 3}, **given)
+    assert "adam" in reads(adam)
+    through = select("bids", pool_file, model_folder, run, options={"backend": "ekfac"}, **given)
+    assert len(through) == 6 and {t.stage for t in through.timings} >= {"curvature", "influence"}
+    margin = select("bids", pool_file, model_folder, run, options={"backend": "trak"}, **given)
+    assert {artifact.recipe["config"].get("loss") for artifact in gradients_of(margin)} == {"margin"}
+    with pytest.raises(UnknownName, match="backend"):
+        select("bids", pool_file, model_folder, run, options={"backend": "ekfak"}, **given)
+
+
+def gradients_of(chosen: Selection) -> list[Artifact]:
+    """The stored gradients that a selection was made of, target rows' included."""
+    found = [Artifact.load(chosen.folder.parent / f"gradients-{t.digest[:12]}") for t in chosen.timings if t.stage == "gradients"]
+    return [artifact for artifact in found if artifact is not None]
+
+
+def reads(chosen: Selection) -> set[str]:
+    return {str(artifact.recipe["config"]["transform"]) for artifact in gradients_of(chosen)}
+
+
+def test_all_linear_layers_by_two_sided_products(tmp_path: Path, pool_file: Path, target_file: Path, model_folder: Path) -> None:
+    gradients = {**SETTINGS["gradients"], "modules": "linear", "projection": "rademacher", "dim": [4, 4], "norms": "sketched"}
+    settings = {**SETTINGS, "gradients": gradients}
+    with pytest.raises(UserError, match="Adam moments are those of its LoRA layers"):  # before anything is trained
+        select("less", pool_file, model_folder, tmp_path / "a", target=target_file, settings=settings)
+    assert not list((tmp_path / "a").glob("warmup-*"))
+    chosen = select(
+        "less", pool_file, model_folder, tmp_path / "a", target=target_file, settings=settings, options={"transform": "none"}
+    )
+    store = RowStore.open(next((tmp_path / "a").glob("gradients-*")))
+    assert store.shape[1] % 16 == 0 and store.shape[1] > 64 and len(chosen) == 18
+    with pytest.raises(ConfigError, match="rademacher"):
+        select("tagcos", pool_file, model_folder, tmp_path / "b", settings={**SETTINGS, "gradients": {"dim": [4, 4]}})

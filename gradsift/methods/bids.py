@@ -25,19 +25,20 @@ class Bids:
 
     Differences from the paper: the standard deviation is over n - 1, the mean over no row is 0 and ties go to the lowest row, all of which
     it leaves open; constant columns are left out. Where the pool's rows are all alike, none is better than another: the first ones are
-    taken, and a warning says so. `standardise=false` is its ablation.
+    taken, and a warning says so. `standardise=false` is its ablation; `backend=` takes another influence than LESS's (docs/scores.md).
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
     standardise: bool = True
-    transform: Literal["adam", "none"] = "adam"
+    transform: Literal["adam", "none"] | None = None
+    backend: str = "less"
 
     def needs(self) -> frozenset[Signal]:
         return frozenset({self.influence})
 
     @property
     def influence(self) -> Signal:
-        return Signal("influence", transform=self.transform, checkpoints="mean", backend="less")
+        return Signal("influence", transform=self.transform or "backend", checkpoints="mean", backend=self.backend)
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         scores = torch.as_tensor(signals[self.influence], dtype=torch.float32)
@@ -52,6 +53,8 @@ class Bids:
             values = (values - values.mean(dim=0)) / values.std(dim=0)
         best, which = (values - values[picks.indices].mean(dim=0)).max(dim=1)
         groups = list(signals.target_groups) or ["target"] * scores.shape[1]
+        if len(groups) > scores.shape[1]:  # a backend that merges a group's rows has one column for each
+            groups = list(dict.fromkeys(groups))
         notes = {
             "score": best.numpy(),
             "influence": scores.amax(dim=1).numpy(),

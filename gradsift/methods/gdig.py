@@ -50,7 +50,8 @@ class Gdig:
 
     @property
     def influence(self) -> Signal:
-        return Signal("influence", backend=self.backend or ("kfac-released" if self.preset == "released" else "ekfac"))
+        backend = self.backend or ("kfac-released" if self.preset == "released" else "ekfac")
+        return Signal("influence", transform="backend", backend=backend)
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         scores = torch.as_tensor(signals[self.influence], dtype=torch.float32).cpu()

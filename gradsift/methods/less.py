@@ -26,14 +26,15 @@ class Less:
     Differences from the paper: `preset=paper` merges a group's target gradients into their mean and takes one cosine with it.
     Differences from the released code: `preset=released` averages the cosines with each target row within a group. Both take any number
     and size of groups; the released code needs equal, contiguous ones. The Adam form (bias correction, eps) is a setting of the run's gradients.
-    `transform=none` compares plain gradients instead, for warm-ups whose optimiser state is gone.
+    `transform=none` compares plain gradients instead, for warm-ups whose optimiser state is gone. `backend=` takes another line of the table
+    of influence backends (docs/scores.md): `ekfac` or `trak`, say, with LESS's rule on top.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
     preset: Literal["paper", "released"] = "paper"
     aggregate: Literal["max", "round-robin"] = "max"
-    transform: Literal["adam", "none"] = "adam"
-    backend: Literal["less", "less-mean"] | None = None
+    transform: Literal["adam", "none"] | None = None
+    backend: str | None = None
 
     def needs(self) -> frozenset[Signal]:
         return frozenset({self.influence})
@@ -41,13 +42,13 @@ class Less:
     @property
     def influence(self) -> Signal:
         backend = self.backend or ("less" if self.preset == "released" else "less-mean")
-        return Signal("influence", transform=self.transform, checkpoints="mean", backend=backend)
+        return Signal("influence", transform=self.transform or "backend", checkpoints="mean", backend=backend)
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         scores = torch.as_tensor(signals[self.influence], dtype=torch.float32)
         columns = list(signals.target_groups)
         groups = list(dict.fromkeys(columns))
-        merged = scores.shape[1] == len(groups) and self.influence.backend == "less-mean"
+        merged = scores.shape[1] < len(columns) or self.influence.backend == "less-mean"  # one column for each group
         by_group = scores if merged else topk.group_scores(scores, columns)
         best, which = by_group.max(dim=1)
         by_turns = self.aggregate == "round-robin"
