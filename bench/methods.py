@@ -103,14 +103,20 @@ class Bench:
                 made = self._apart("signals", arm)
                 self.results["stages"] |= made["spent"]
                 chosen = self._apart("choose", arm)
-                line = {"stages": made["needs"], "folder": chosen["folder"], "warnings": chosen["warnings"]}
+                line = {"stages": made["needs"], "folder": chosen["folder"], "warnings": chosen["warnings"], "on": self.machine}
                 self.results["methods"][arm] = line | (
                     {"seconds": chosen["spent"], "peak_gb": chosen["peak_gb"]} if chosen["spent"] else {}
                 )
                 self.save()
-        for arm in self.results["methods"]:
-            self.results["methods"][arm] |= self.described(arm)
+        for arm, line in self.results["methods"].items():
+            if (self.root / "run" / line["folder"]).is_dir():  # else it was chosen in another folder, perhaps on another machine
+                line |= self.described(arm)
         self.save()
+
+    @property
+    def machine(self) -> dict[str, str]:
+        """What a method's seconds depend on; it stands beside each, for a file may be continued elsewhere."""
+        return {"cpu": machine.cpu_kind(), "dtype": self.options.dtype}
 
     def _apart(self, part: str, arm: str) -> dict[str, Any]:
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--part", part, "--arm", arm], stdout=subprocess.PIPE, check=True)
@@ -121,20 +127,24 @@ class Bench:
             "rows": self.options.rows,
             "budget": BUDGET,
             "target": "gsm8k",
-            "dtype": self.options.dtype,
             "threads": self.options.threads,
         }
-        self.results |= {"about": about | {"cpu": machine.cpu_kind(), **machine.versions()}}
+        self.results |= {"about": about | machine.versions()}
         self.results["missing"] = [arm for arm in self.every if arm not in self.results["methods"]]
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(json.dumps(self.results, indent=1, ensure_ascii=False) + "\n")
 
     def described(self, arm: str) -> dict[str, Any]:
         """What a finished selection took, and what its score follows."""
-        table = self._table(arm)
+        table = table_in(self.root / "run" / self.results["methods"][arm]["folder"])
         picks, score = order(table), numbers(table, "score")
         norms = next(
-            (column for other in self.results["methods"] if np.isfinite(column := numbers(self._table(other), "norm")).any()), None
+            (
+                column
+                for line in self.results["methods"].values()
+                if (path := self.root / "run" / line["folder"]).is_dir() and np.isfinite(column := numbers(table_in(path), "norm")).any()
+            ),
+            None,
         )
         lengths = numbers(table, "tokens")
         follows = {"length": lengths, **({"norm": norms} if norms is not None else {})}
@@ -149,12 +159,9 @@ class Bench:
             "read": [table["id"][i] for i in to_read(picks)],
         }
 
-    def _table(self, arm: str) -> dict[str, list[Any]]:
-        return pq.read_table(self.root / "run" / self.results["methods"][arm]["folder"] / "scores.parquet").to_pydict()
-
     def show(self, arm: str) -> str:
         rows = {row["id"]: row for row in map(json.loads, self.pool.read_text(encoding="utf-8").splitlines())}
-        table = self._table(arm)
+        table = table_in(self.root / "run" / self.results["methods"][arm]["folder"])
         parts = []
         for rank in to_read(np.arange(len(picks := order(table)))):
             row, at = rows[table["id"][picks[rank]]], int(picks[rank])
@@ -165,6 +172,10 @@ class Bench:
             texts = [" / ".join(message["content"][:CUT].split("\n")) for message in row["messages"]]
             parts.append("\n".join([head, *(f"   {mark} {text}" for mark, text in zip("?!?!?!?!", texts, strict=False))]))
         return "\n".join(parts)
+
+
+def table_in(selection: Path) -> dict[str, list[Any]]:
+    return pq.read_table(selection / "scores.parquet").to_pydict()
 
 
 def counted(pipeline: Pipeline) -> dict[str, dict[str, Any]]:

@@ -460,6 +460,9 @@ def methods(as_json: AsJson = False) -> None:
     for method in found:
         typer.echo(f"{method['name']}  (target {method['target']}; reads {', '.join(method['needs']) or 'nothing'})")
         typer.echo(f"    {method['summary']}")
+        for name in ("source", "cost"):
+            if method[name]:
+                typer.echo(f"    {name}: {method[name]}")
         if method["options"]:
             typer.echo("    " + "  ".join(f"-o {key}={value}" for key, value in method["options"].items()))
 

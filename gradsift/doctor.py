@@ -22,9 +22,8 @@ from gradsift.encode import encode
 from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.gradients import Modules, _out_of_memory, extract, plan_batches
 from gradsift.model import attach_lora, coverage, load_model, load_tokenizer
-from gradsift.pipeline import projection_of
 from gradsift.progress import Progress, silent
-from gradsift.projection import Projection
+from gradsift.projection import Projection, projection_of
 from gradsift.selection import as_list, read_side
 
 EQUAL = 0.9999  # least cosine at which two rows of one example count as the same

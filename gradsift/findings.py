@@ -15,9 +15,10 @@ from gradsift.agreement import matrix, spearman
 from gradsift.artifact import Artifact
 from gradsift.budget import Budget
 from gradsift.constraints import Screen
-from gradsift.influence import backend, pool_transform
+from gradsift.curved import curvature_recipe
+from gradsift.influence import backend, pool_transform, through_curvature
 from gradsift.objectives import Loss
-from gradsift.pipeline import Pipeline, through_curvature
+from gradsift.pipeline import Pipeline
 from gradsift.reading import Dropped
 from gradsift.stages import Timing
 from gradsift.store import RowStore
@@ -203,6 +204,10 @@ def _verdict(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
         if np.isfinite(rho):
             level = "warn" if abs(rho) > 0.5 and chosen.method != "length" else "note"
             lines.append(report.Verdict(text=f"Rank correlation of score and answer length: {rho:+.2f}.", level=level))
+    if chosen.score is not None and chosen.norms is not None:
+        rho = spearman(chosen.score[chosen.kept], chosen.norms[chosen.kept])
+        if np.isfinite(rho):
+            lines.append(report.Verdict(text=f"Rank correlation of score and gradient norm: {rho:+.2f}."))
     if chosen.norms is not None:
         rho = spearman(chosen.norms[chosen.kept], tokens[chosen.kept])
         lines.append(report.Verdict(text=f"Rank correlation of gradient norm and answer length: {rho:+.2f}."))
@@ -227,10 +232,15 @@ def _influence_lines(chosen: Chosen) -> list[str]:
         made = chosen.pipeline.stored(chosen.pipeline.influence_recipe(signal)) if through_curvature(signal) else None
         if made is not None:
             ratio = made.manifest["extra"]["damping_to_mean_eigenvalue"]
+            fitted = chosen.pipeline.stored(curvature_recipe(chosen.pipeline, signal))
+            if fitted is not None:
+                lines.append(f"The curvature was fitted on {fitted.manifest['counts']['rows']:,} rows of the pool.")
             lines.append(
                 f"Damping over mean eigenvalue of the curvature: {ratio['least']:.2g} to {ratio['most']:.2g} (median {ratio['median']:.2g}); "
                 "far above 1 the curvature hardly matters and scores are plain products of gradients."
             )
+    if "neighbour_recall" in notes:
+        lines.append(f"The graph holds {100 * notes['neighbour_recall']:.2f} % of the true nearest neighbours (a sample of rows).")
     if "helps_every_target" in notes:
         lines.append(
             f"{notes['helps_every_target']:,} rows help every target row; {notes['survivors']:,} help at least {100 * notes['quantile']:.1f} % "

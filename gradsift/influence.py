@@ -74,6 +74,11 @@ def pool_transform(signal: Signal) -> str:
     return backend(str(signal.backend)).transform if signal.transform == "backend" else signal.transform
 
 
+def through_curvature(signal: Signal) -> bool:
+    """Whether a signal is an influence that reads whole gradients, not stored rows. Raises UnknownName."""
+    return signal.name == "influence" and backend(str(signal.backend)).curvature is not None
+
+
 def score(pool: Sequence[Rows], target: Sequence[Rows], weights: Sequence[float], name: str, **more: Any) -> Tensor:
     """Scores [n, m], or [n, groups] (order of first appearance) for a backend that merges: what `score_blocks` yields, as one matrix."""
     return torch.cat(list(score_blocks(pool, target, weights, name, **more)))

@@ -17,17 +17,17 @@ from torch import Tensor
 from gradsift import curved, execute_ray, machine, projected, scalars, tuned
 from gradsift.artifact import Artifact, folder_hash
 from gradsift.checkpoints import adam_transform, load_checkpoints
-from gradsift.config import Config, GradientSettings
+from gradsift.config import Config
 from gradsift.encode import EncodedRows, encode, tokenizer_identity
 from gradsift.errors import DataError, UserError
 from gradsift.execute import Executor, Stopping
 from gradsift.gradients import output_dim
-from gradsift.influence import backend
+from gradsift.influence import through_curvature
 from gradsift.model import coverage, load_adapter, load_model, load_tokenizer, model_identity, quantiser
 from gradsift.objectives import Loss
 from gradsift.pool import Pool
 from gradsift.progress import Progress, silent
-from gradsift.projection import Projection
+from gradsift.projection import Projection, projection_of
 from gradsift.rowwork import Scaled, check_quarantine, fill_mean, mean_pairwise_cosine
 from gradsift.run import Run
 from gradsift.signals.embeddings import POOLING, TOKEN_BUDGET, hidden_size
@@ -387,18 +387,9 @@ class Pipeline(Stages):
         return stores if signal.checkpoints == "each" else stores[-1], good
 
 
-def projection_of(settings: GradientSettings) -> Projection:
-    """The map that the settings of a run name: two-sided for each layer where `dim` is a pair."""
-    return Projection(dim=settings.dim, seed=settings.seed, kind=settings.projection, per_module=isinstance(settings.dim, tuple))
-
-
 def _named(loss: Loss) -> dict[str, Any]:
     """What a recipe says of rows that are not gradients of the loss; the others say nothing, as they always did."""
     return {} if loss == "cross-entropy" else {"loss": loss}
-
-
-def through_curvature(signal: Signal) -> bool:
-    return signal.name == "influence" and backend(str(signal.backend)).curvature is not None
 
 
 def _restrict(value: Any, kept: Tensor) -> Any:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradsift.config import GradientSettings
 from gradsift.errors import ConfigError, MismatchError
 
 CACHE_BYTES = 2 << 30  # of maps, per bound projection and device
@@ -74,6 +75,11 @@ class Projection:
     def bind(self, shapes: Mapping[str, Shape], device: torch.device | str = "cpu") -> BoundProjection:
         """The map for parameters of these (name -> shape), in this order, on this device."""
         return BoundProjection(self, dict(shapes), torch.device(device))
+
+
+def projection_of(settings: GradientSettings) -> Projection:
+    """The map that a run's settings name: two-sided for each layer where `dim` is a pair."""
+    return Projection(dim=settings.dim, seed=settings.seed, kind=settings.projection, per_module=isinstance(settings.dim, tuple))
 
 
 class BoundProjection:

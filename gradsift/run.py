@@ -245,7 +245,11 @@ class Run:
     @property
     def named(self) -> dict[str, set[str]]:
         """Files by artifact folder that the last verification found damaged and no command has set aside yet."""
-        return _read_found(self.root / FOUND)
+        found, named = (read_json(self.root / FOUND) or {}).get("found"), dict[str, set[str]]()
+        for entry in found if isinstance(found, list) else []:
+            if isinstance(entry, dict) and isinstance(entry.get("artifact"), str) and isinstance(entry.get("file"), str):
+                named.setdefault(entry["artifact"], set()).add(entry["file"])
+        return named
 
     def set_aside(self) -> list[Problem]:
         """Moves the files that the last verification named into the folder `damaged`, so that a run makes anew just those. Use inside `lock`.
@@ -312,16 +316,6 @@ def _move(path: Path, folder: Path) -> None:
         os.rename(path, target)
     except OSError as error:
         raise resource_error(error, target) from error
-
-
-def _read_found(path: Path) -> dict[str, set[str]]:
-    """Files by artifact that a verification named; empty where there was none, or its file is damaged."""
-    named: dict[str, set[str]] = {}
-    found = (read_json(path) or {}).get("found")
-    for entry in found if isinstance(found, list) else []:
-        if isinstance(entry, dict) and isinstance(entry.get("artifact"), str) and isinstance(entry.get("file"), str):
-            named.setdefault(entry["artifact"], set()).add(entry["file"])
-    return named
 
 
 def _damage(path: Path) -> str | None:

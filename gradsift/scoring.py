@@ -21,7 +21,8 @@ from gradsift.durable import replacing, require_space
 from gradsift.errors import UnknownName, UserError
 from gradsift.execute import stop_here
 from gradsift.influence import backend as backend_of
-from gradsift.pipeline import Pipeline, through_curvature
+from gradsift.influence import through_curvature
+from gradsift.pipeline import Pipeline
 from gradsift.progress import Progress
 from gradsift.rules import topk
 from gradsift.selection import as_list, opened

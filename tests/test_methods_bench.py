@@ -51,3 +51,13 @@ def test_the_page_is_made_from_the_numbers(monkeypatch: pytest.MonkeyPatch) -> N
     page = importlib.import_module("generate_methods").page(results)
     assert page == (docs / "methods-measured.md").read_text(encoding="utf-8")
     assert page.count("| `") == len(results["methods"]) >= 8
+
+
+def test_the_guides_table_is_what_the_methods_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradsift.methods import METHODS, describe
+
+    docs = BENCH.parent / "docs"
+    monkeypatch.syspath_prepend(str(docs))
+    text = (docs / "methods.md").read_text(encoding="utf-8")
+    assert importlib.import_module("generate_methods").guided(text) == text
+    assert {method["name"] for method in describe()} == set(METHODS) and all(method["source"] and method["cost"] for method in describe())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
@@ -75,12 +76,28 @@ def options_of(selector: Selector) -> dict[str, Any]:
 
 
 def describe() -> list[dict[str, Any]]:
-    """Every method as plain data: name, first sentence, target, signals it needs by default, options with their defaults."""
+    """Every method as plain data: name, first sentence, where it is from, target, signals it needs by default, cost, options with defaults."""
     found = []
     for name in sorted(table()):
         cls = load(name)
         needs = sorted({signal.name for signal in cls().needs()})
         options = {field.name: field.default for field in dataclasses.fields(cls)}
-        summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
-        found.append({"name": name, "summary": summary, "target": cls.target, "needs": needs, "options": options})
+        text = inspect.getdoc(cls) or ""
+        found.append(
+            {
+                "name": name,
+                "summary": text.split("\n\n")[0].replace("\n", " "),
+                "source": re.split("; |: ", _said(text, "Source"), maxsplit=1)[0],
+                "target": cls.target,
+                "needs": needs,
+                "cost": _said(text, "Cost"),
+                "options": options,
+            }
+        )
     return found
+
+
+def _said(text: str, what: str) -> str:
+    """The sentence that a docstring says after "Source:" or "Cost:"; "" where it says nothing."""
+    found = re.search(rf"\b{what}: (.+?)(?=\.\s|\.?\n\n|\.?\Z)", text, re.DOTALL)
+    return " ".join(found[1].split()) if found else ""

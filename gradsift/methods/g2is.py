@@ -76,6 +76,8 @@ class G2is:
         origin = np.full(n, -1)
         origin[found.indices.numpy()] = found.component.numpy()
         notes = {"score": score.numpy(), "component": origin, "component_weights": core.weights.numpy(), "walked": len(found)}
+        if not self.exact and k > 0:
+            notes["neighbour_recall"] = knn.recall(rows, graph, rng=np.random.default_rng(0))
         if len(found) < budget:
             notes["note"] = (
                 f"the walks ended after {len(found):,} rows; the other {budget - len(found):,} are those of highest weighted product "
