@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
+from gradsift.methods.reading import finite
 from gradsift.rules import balance
 from gradsift.types import Signal, Signals, Subset
 
@@ -41,7 +42,7 @@ class Bids:
         return Signal("influence", transform=self.transform or "backend", checkpoints="mean", backend=self.backend)
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
-        scores = torch.as_tensor(signals[self.influence], dtype=torch.float32)
+        scores = finite(signals, self.influence).float()
         if bool((scores == scores[:1]).all()):
             note = "every pool row has the same influence on every target row: the first rows were taken"
             return Subset(indices=np.arange(budget), notes={"note": note})

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
+from gradsift.methods.reading import finite
 from gradsift.rules import topk
 from gradsift.types import Signal, Signals, Subset
 
@@ -41,7 +42,7 @@ class Contrast:
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         groups = list(dict.fromkeys(signals.target_groups))
-        tuned, loss = torch.as_tensor(signals[TUNED]).double(), torch.as_tensor(signals[LOSS]).double()
+        tuned, loss = finite(signals, TUNED).double(), finite(signals, LOSS).double()
         if tuned.shape != (signals.n, len(groups)) or signals.tokens is None:
             raise ValueError(f"tuned losses [n, groups] of shape {tuple(tuned.shape)} do not fit {signals.n} rows and {len(groups)} groups")
         power = {"row": 1.0, "sqrt": 0.5, "token": 0.0}[self.per]

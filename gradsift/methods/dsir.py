@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 
+from gradsift.methods.reading import finite
 from gradsift.rules import sample, topk
 from gradsift.types import Signal, Signals, Subset
 
@@ -35,8 +35,8 @@ class Dsir:
         return frozenset({NGRAMS})
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
-        weights = torch.as_tensor(signals[NGRAMS], dtype=torch.float64)
         drawn = self.draw == "gumbel"
+        weights = finite(signals, NGRAMS, below=drawn).double()
         indices = (sample.gumbel_topk(weights / self.temperature, budget, rng=rng) if drawn else topk.top(weights, budget)).numpy()
         gain = weights.numpy()
         return Subset(indices, gains=gain[indices], notes={"score": gain})

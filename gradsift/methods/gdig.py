@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift.methods.reading import Raw
+from gradsift.methods.reading import Raw, finite
 from gradsift.rules import kmeans, topk
 from gradsift.rules.blocks import gather
 from gradsift.types import Rows, Signal, Signals, Subset
@@ -54,7 +54,7 @@ class Gdig:
         return Signal("influence", transform="backend", backend=backend)
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
-        scores = torch.as_tensor(signals[self.influence], dtype=torch.float32).cpu()
+        scores = finite(signals, self.influence).float().cpu()
         mean = scores.double().mean(dim=1).numpy()
         if self.preset == "released":
             indices = topk.top(mean, budget).numpy()

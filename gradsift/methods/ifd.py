@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from gradsift.methods.reading import finite
 from gradsift.rules import topk
 from gradsift.types import Signal, Signals, Subset
 
@@ -35,7 +36,7 @@ class Ifd:
         return frozenset({IFD})
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
-        value = np.asarray(signals[IFD], dtype=np.float64)
+        value = finite(signals, IFD).double().numpy()
         fine = value < self.most
         if self.fill == "none" and not fine.any():
             raise ValueError(f"no row has a difficulty below {self.most:g} (the lowest is {value.min():.3g}); fill=rest takes the lowest")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 
+from gradsift.methods.reading import finite
 from gradsift.rules import topk
 from gradsift.types import Signal, Signals, Subset
 
@@ -45,7 +45,7 @@ class Less:
         return Signal("influence", transform=self.transform or "backend", checkpoints="mean", backend=backend)
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
-        scores = torch.as_tensor(signals[self.influence], dtype=torch.float32)
+        scores = finite(signals, self.influence).float()
         columns = list(signals.target_groups)
         groups = list(dict.fromkeys(columns))
         merged = scores.shape[1] < len(columns) or self.influence.backend == "less-mean"  # one column for each group

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from gradsift.methods.reading import finite
 from gradsift.rules import topk
 from gradsift.types import Signal, Signals, Subset
 
@@ -28,7 +29,7 @@ class Perplexity:
         return frozenset({LOSS})
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
-        loss = np.asarray(signals[LOSS], dtype=np.float64)
+        loss = finite(signals, LOSS).double().numpy()
         if self.band == "middle":
             rank = np.empty(len(loss))
             rank[np.argsort(loss, kind="stable")] = np.arange(len(loss))

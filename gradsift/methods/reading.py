@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gradsift.types import Rows
+from gradsift.types import Rows, Signal, Signals
 
 BLOCK = 2048
 
@@ -50,6 +50,18 @@ def blocks(rows: Rows) -> Iterator[tuple[int, Tensor]]:
     """(first row, fp32 rows) of every 2,048 rows, in order."""
     for start in range(0, rows.shape[0], BLOCK):
         yield start, torch.as_tensor(rows[start : min(start + BLOCK, rows.shape[0])]).float()
+
+
+def finite(signals: Signals, signal: Signal, *, below: bool = False) -> Tensor:
+    """A signal's scores [n] or [n, m] as they are; `below`: -infinity may stand for what is never to be taken.
+
+    Raises ValueError that names the signal and says how many rows are not finite.
+    """
+    scores = torch.as_tensor(signals[signal])
+    bad = ~(torch.isfinite(scores) | torch.isneginf(scores) if below else torch.isfinite(scores))
+    if bad.any():
+        raise ValueError(f"{signal.name} is NaN or infinite in {int(bad.reshape(len(bad), -1).any(dim=1).sum()):,} of {len(bad):,} rows")
+    return scores
 
 
 def whole(rows: Rows) -> Tensor:

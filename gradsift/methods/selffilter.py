@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 
+from gradsift.methods.reading import finite
 from gradsift.rules import penalty
 from gradsift.types import Signal, Signals, Subset
 
@@ -53,7 +53,7 @@ class Selffilter:
         return frozenset({Signal("difficulty", fields=self.fields), self.rows})
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
-        difficulty = torch.as_tensor(signals[Signal("difficulty", fields=self.fields)], dtype=torch.float64)
+        difficulty = finite(signals, Signal("difficulty", fields=self.fields)).double()
         difficulty = difficulty.clamp(min=0) if self.clamp else difficulty
         found = penalty.diverse(difficulty, signals[self.rows], budget, neighbours=self.neighbours, gamma=self.gamma)
         return Subset(found.indices.numpy(), gains=found.gains.numpy(), notes={"score": difficulty.numpy()})
