@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import NonNegativeFloat
 
 from gradsift.methods.reading import Raw, Unit, blocks, mean
 from gradsift.rules import omp, topk
@@ -37,8 +38,8 @@ class Gradmatch:
 
     target: ClassVar[Literal["required", "optional", "none"]] = "optional"
     preset: Literal["paper", "released"] = "paper"
-    ridge: float = 0.0
-    tol: float = 1e-4
+    ridge: NonNegativeFloat = 0.0
+    tol: NonNegativeFloat = 1e-4
     refill: Literal["repeat", "random"] | None = None
     normalise: bool | None = None
     transform: Literal["none", "adam"] = "none"
@@ -62,7 +63,7 @@ class Gradmatch:
         indices = found.indices.numpy()
         score = torch.cat([(block.double() @ goal.to(block.device)).cpu() for _, block in blocks(atoms)]).numpy()
         if len(found) < budget:
-            filled = omp.fill(atoms, goal, budget, refill=refill, rng=rng, ridge=self.ridge, on_repeat=on_repeat, tol=self.tol)
+            filled = omp.fill(atoms, goal, budget, refill=refill, rng=rng, found=found, ridge=self.ridge, on_repeat=on_repeat, tol=self.tol)
             left = np.setdiff1d(np.arange(n), filled.numpy())
             last = left[topk.top(score[left], budget - len(filled)).numpy()]
             indices = np.concatenate([filled.numpy(), last])

@@ -79,14 +79,15 @@ def fill(
     *,
     refill: Literal["repeat", "random", "none"] = "repeat",
     rng: np.random.Generator | None = None,
+    found: Match | None = None,
     **options: Any,
 ) -> Tensor:
     """Choose `budget` atoms by `match`, and make up for what it leaves open -> int64 [<= budget], in pick order.
 
     `refill="repeat"` matches the same target again with the atoms not yet chosen until the budget is spent or a call adds nothing (the
     outer loop released with TAGCOS, which has no exit in the latter case); `"random"` draws the rest uniformly from `rng` (GRAD-MATCH);
-    `"none"` returns what one call found. `options` are those of `match`. Raises ValueError like `match`, for an unknown `refill`, and for
-    `"random"` without `rng`.
+    `"none"` returns what one call found. `options` are those of `match`; `found`: what it found with them, where it was called before.
+    Raises ValueError like `match`, for an unknown `refill`, and for `"random"` without `rng`.
     """
     if refill not in ("repeat", "random", "none"):
         raise ValueError(f'refill must be "repeat", "random" or "none", got {refill!r}')
@@ -94,7 +95,7 @@ def fill(
         rng = check_rng(rng)
     search = _Search(atoms, target, **options)
     budget = check_budget(budget, search.n)
-    chosen = search.run(budget).indices
+    chosen = (found or search.run(budget)).indices
     while refill == "repeat" and len(chosen) < budget:
         more = search.run(budget - len(chosen), without=chosen).indices
         if len(more) == 0:

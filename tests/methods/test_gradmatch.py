@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gradsift.methods import make
+from gradsift.rules import omp
 from gradsift.types import Subset
 from tests.methods.parts import Stored, choose, random_rows
 
@@ -76,3 +77,17 @@ def test_repeat_fills_with_the_next_best_and_random_draws() -> None:
 def test_gains_are_products_with_the_mean() -> None:
     chosen = choose(make("gradmatch", RAW), torch.eye(4), GOAL, 2)
     assert chosen.gains is not None and chosen.gains.tolist() == pytest.approx([3, 2])
+
+
+@pytest.mark.parametrize("options", [RAW, {**RAW, "refill": "random"}])
+def test_a_first_matching_that_ended_early_is_not_made_again(monkeypatch: pytest.MonkeyPatch, options: dict[str, str]) -> None:
+    firsts: list[int] = []
+
+    class Counted(omp._Search):
+        def run(self, budget: int, without: torch.Tensor | None = None) -> omp.Match:
+            if without is None:
+                firsts.append(budget)
+            return super().run(budget, without)
+
+    monkeypatch.setattr(omp, "_Search", Counted)
+    assert len(choose(make("gradmatch", options), torch.eye(4), GOAL, 4)) == 4 and firsts == [4]
