@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from gradsift.methods.reading import Raw, finite
@@ -39,10 +40,10 @@ class Gdig:
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
     preset: Literal["paper", "released"] = "paper"
     backend: str | None = None
-    clusters: int = 512
+    clusters: PositiveInt = 512
     cosine: bool = False
-    iterations: int = 25
-    restarts: int = 1
+    iterations: PositiveInt = 25
+    restarts: PositiveInt = 1
     fill: Literal["quantile", "none"] = "quantile"
 
     def needs(self) -> frozenset[Signal]:
@@ -84,6 +85,8 @@ class Gdig:
                 f"{every:,} rows help all {m:,} trusted examples, fewer than the budget: the {kept:,} rows that help "
                 f"at least {least:,} of them ({least / m:.1%}) were clustered"
             )
+            if none := int((helped == 0).sum()) if least == 0 else 0:
+                notes["note"] += f"; {none:,} of these help none"
         return notes
 
 

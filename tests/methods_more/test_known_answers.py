@@ -99,3 +99,23 @@ def test_ifd_discards_rows_whose_prompt_does_not_help() -> None:
     filled = choose("ifd", values, 5)
     assert filled.indices.tolist() == [2, 0, 3, 4, 1] and "3 rows" in filled.notes["note"]
     assert Signal("ifd") in methods.make("ifd").needs()
+
+
+def test_gdig_says_how_many_survivors_help_nothing() -> None:
+    found = choose("gdig", {"influence": -SCORES.abs() - 1, "rows": ROWS}, 4, clusters=2)
+    assert len(found) == 4 and found.notes["quantile"] == 0
+    assert "the 7 rows that help at least 0 of them (0.0%) were clustered; 7 of these help none" in found.notes["note"]
+    mixed = choose("gdig", {"influence": SCORES, "rows": ROWS}, 7, clusters=2)
+    assert len(mixed) == 7 and "; 1 of these help none" in mixed.notes["note"]
+    assert "help none" not in choose("gdig", {"influence": SCORES, "rows": ROWS}, 5, clusters=2).notes["note"]
+
+
+@pytest.mark.parametrize("n", [9, 10])
+def test_the_middle_of_perplexity_does_not_depend_on_the_order_of_rows(n: int) -> None:
+    losses = torch.arange(n) * 0.5 + 1
+    for budget in range(1, n + 1):
+        plain = choose("perplexity", {"loss": losses}, budget).indices.tolist()
+        for seed in range(50):
+            order = np.random.default_rng(seed).permutation(n)
+            assert order[choose("perplexity", {"loss": losses[torch.as_tensor(order)]}, budget).indices].tolist() == plain
+    assert plain[:3] == ([4, 3, 5] if n == 9 else [4, 5, 3])
