@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+from pydantic import PositiveFloat
 
 from gradsift.methods.reading import finite
 from gradsift.rules import sample, topk
@@ -29,7 +30,7 @@ class Dsir:
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
     draw: Literal["gumbel", "top"] = "gumbel"
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
 
     def needs(self) -> frozenset[Signal]:
         return frozenset({NGRAMS})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from gradsift.methods.reading import Raw, blocks, group_means, whole
@@ -33,8 +34,8 @@ class Gist:
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
-    rank: int = 150
-    variance: float | None = None
+    rank: PositiveInt = 150
+    variance: Annotated[float, Field(gt=0, le=1)] | None = None
     energy: bool = False
 
     def needs(self) -> frozenset[Signal]:

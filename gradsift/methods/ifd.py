@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import PositiveFloat
 
 from gradsift.methods.reading import finite
 from gradsift.rules import topk
@@ -29,7 +30,7 @@ class Ifd:
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "none"
-    most: float = 1.0
+    most: PositiveFloat = 1.0
     fill: Literal["rest", "none"] = "rest"
 
     def needs(self) -> frozenset[Signal]:

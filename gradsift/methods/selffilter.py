@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+from pydantic import NonNegativeFloat, NonNegativeInt
 
 from gradsift.methods.reading import finite
 from gradsift.rules import penalty
@@ -32,8 +33,8 @@ class Selffilter:
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "none"
-    neighbours: int = 10
-    gamma: float = 1.0
+    neighbours: NonNegativeInt = 10
+    gamma: NonNegativeFloat = 1.0
     clamp: bool = False
     features: str | None = None
 

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from gradsift.rules import kmeans, omp, topk
@@ -29,14 +30,14 @@ class Tagcos:
 
     target: ClassVar[Literal["required", "optional", "none"]] = "none"
     preset: Literal["paper", "released"] = "paper"
-    clusters: int = 100
+    clusters: PositiveInt = 100
     cosine: bool = False
-    iterations: int = 25
-    restarts: int = 1
-    ridge: float | None = None
+    iterations: PositiveInt = 25
+    restarts: PositiveInt = 1
+    ridge: NonNegativeFloat | None = None
     on_repeat: Literal["mask", "stop"] | None = None
     refill: Literal["repeat", "random", "none"] = "repeat"
-    tol: float = 1e-4
+    tol: NonNegativeFloat = 1e-4
     transform: Literal["adam", "none"] = "adam"
 
     def needs(self) -> frozenset[Signal]:

@@ -201,3 +201,28 @@ def test_options_are_converted_and_wrong_ones_refused_with_the_nearest_name() ->
         methods.make("tagcos", {"clusters": "many"})
     with pytest.raises(ConfigError, match="preset"):
         methods.make("less", {"preset": "newest"})
+
+
+NONSENSE: dict[str, dict[str, list[Any]]] = {
+    "dsir": {"temperature": [0, -1, "nan"]},
+    "gdig": {"clusters": [0, -2], "iterations": [0], "restarts": [0]},
+    "gist": {"rank": [0, -1], "variance": [0, 1.5]},
+    "gradmatch": {"ridge": [-1], "tol": [-1e-4]},
+    "ifd": {"most": [0, -1]},
+    "selffilter": {"neighbours": [-3], "gamma": [-1, "nan"]},
+    "tagcos": {"clusters": [0], "iterations": [0], "restarts": [0], "ridge": [-1, "-1"], "tol": [-1]},
+}
+
+
+@pytest.mark.parametrize(("name", "key", "wrong"), [(m, key, v) for m, of in NONSENSE.items() for key, vs in of.items() for v in vs])
+def test_a_value_outside_an_options_range_is_refused_by_name(name: str, key: str, wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"option {key} of {name}: .*not '?{wrong}"):
+        methods.make(name, {key: wrong})
+
+
+def test_the_ends_of_a_range_and_every_default_are_taken() -> None:
+    for name in methods.METHODS:
+        assert methods.make(name, methods.options_of(methods.make(name))) == methods.make(name)
+    assert methods.make("selffilter", {"neighbours": 0, "gamma": "0"}) == methods.load("selffilter")(neighbours=0, gamma=0)
+    assert methods.make("tagcos", {"clusters": 1, "ridge": 0, "tol": 0}) == methods.load("tagcos")(clusters=1, ridge=0, tol=0)
+    assert methods.make("gist", {"rank": 1, "variance": 1}) == methods.load("gist")(rank=1, variance=1)

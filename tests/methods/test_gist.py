@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsift.methods import make
+from gradsift.methods.gist import Gist
 from tests.methods.parts import Stored, choose, random_rows
 
 GROUPS = ["a", "a", "b", "b", "b", "c"]
@@ -88,4 +89,4 @@ def test_one_direction_cannot_rank_and_a_warning_says_so() -> None:
 
 def test_a_rank_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="rank"):
-        choose(make("gist", {"rank": 0}), random_rows(4, 3, 9), random_rows(2, 3, 10), 1)
+        choose(Gist(rank=0), random_rows(4, 3, 9), random_rows(2, 3, 10), 1)
