@@ -75,8 +75,8 @@ def curvature(pipeline: Pipeline, signal: Signal) -> Curvature:
             _spread(pipeline, fitting, FittingWork(pipeline.lend(model, at), taken, about))
         fitted = fitting.result()
         hash_ = fitted.save(artifact.path / "curvature.safetensors")
-        shutil.rmtree(artifact.path / FOLDER)
         artifact.finish(files={"curvature.safetensors": hash_}, counts={"rows": count, "parameters": len(fitted.names)})
+        shutil.rmtree(artifact.path / FOLDER)
 
     return Curvature.load(pipeline.make(recipe, fill).path / "curvature.safetensors")
 
@@ -138,6 +138,6 @@ def _score(pipeline: Pipeline, signal: Signal, artifact: Artifact) -> None:
     ratios = sorted(line.ratio for line in inverse.damped)
     damping = {"least": ratios[0], "median": ratios[len(ratios) // 2], "most": ratios[-1]}
     extra = {"damping_to_mean_eigenvalue": damping, "rank": targets.rank, "norm_kept_by_rank": min(targets.kept.values(), default=1.0)}
-    parts.remove()
     counts = {"rows": len(pool), "targets": len(targets)}
     artifact.finish(files={"scores.safetensors": hash_}, counts=counts, extra=extra)
+    parts.remove()  # last: until then they are what is kept of the work

@@ -159,7 +159,7 @@ class Pipeline(Stages):
 
     def encoded(self, side: str) -> EncodedRows:
         if side not in self._encoded:
-            artifact = self.make(self.encode_recipe(side), lambda artifact: self._encode(side, artifact))
+            artifact = self.checked(self.make(self.encode_recipe(side), lambda artifact: self._encode(side, artifact)))
             self._encoded[side] = EncodedRows.load(artifact.path)
         return self._encoded[side]
 
@@ -174,7 +174,9 @@ class Pipeline(Stages):
     def checkpoints(self) -> list[Checkpoint]:
         if self.warmup_from is not None:
             return load_checkpoints(self.warmup_from)
-        return load_checkpoints(self.make(self.warmup_recipe(), self._warm_up).path)
+        made = self.checked(self.make(self.warmup_recipe(), self._warm_up))
+        named = {name.partition("/")[0] for name in made.manifest["files"]}  # and no folder that somebody has put beside them
+        return [checkpoint for checkpoint in load_checkpoints(made.path) if checkpoint.path.name in named]
 
     def _warm_up(self, artifact: Artifact) -> None:
         model = self.load_base()

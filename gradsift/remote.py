@@ -67,22 +67,36 @@ def fetched(url: str, cache: Path | None = None) -> Path:
         os.replace(temp, target)
     except Exception as error:
         temp.unlink(missing_ok=True)
-        raise _refusal(url, error) from error
+        raise _refusal(url, error, target, int(about.get("size") or 0)) from error
     return target
 
 
 def sent(file: Path, url: str) -> None:
-    """Copies a local file to `url`. Storages of objects show it when it is whole. Raises as `fetched`."""
+    """Copies a local file to `url`, where it is seen when it is whole: until then what was there stays. Raises as `fetched`."""
     system, path = _system(url)
     try:
         if _is_local(system):
-            make_folder(Path(path).absolute().parent)
-        with open(file, "rb") as source, system.open(path, "wb") as target:
-            shutil.copyfileobj(source, target, 1 << 22)
+            _copied(file, Path(path).absolute())
+        else:
+            system.put_file(str(file), path)
     except ResourceError:
         raise
     except Exception as error:
         raise _refusal(url, error) from error
+
+
+def _copied(file: Path, target: Path) -> None:
+    make_folder(target.parent)
+    temp = target.parent / f".tmp-{secrets.token_hex(8)}"
+    try:
+        with open(file, "rb") as source, open(temp, "wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 22)
+            copy.flush()
+            os.fsync(copy.fileno())
+        os.replace(temp, target)
+    except OSError as error:
+        temp.unlink(missing_ok=True)
+        raise resource_error(error, target, file.stat().st_size) from error
 
 
 def _system(url: str) -> tuple[Any, str]:
@@ -102,9 +116,10 @@ def _is_local(system: Any) -> bool:
     return "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
 
 
-def _refusal(url: str, error: Exception) -> ResourceError:
+def _refusal(url: str, error: Exception, copy: Path | None = None, size: int = 0) -> ResourceError:
+    """`copy`, `size`: the file on this machine that was being written, and how large it was to be."""
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError | PermissionError):
-        return resource_error(error, Path(url))
+        return resource_error(error, copy or Path(url), size)
     said = " ".join(str(error).split())[:200]
     return ResourceError(
         f"the storage refused ({type(error).__name__}: {said})", where=url, remedy="Check the credentials and the network."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from gradsift.durable import write_tensors
 from gradsift.errors import UserError
 from gradsift.execute import Stopping
 from gradsift.model import attach_lora
-from gradsift.parts import Parts
+from gradsift.parts import FOLDER, Parts
 from gradsift.signals import difficulty, ngrams
 from gradsift.signals.features import features as own_features
 from gradsift.stages import Recipe
@@ -67,6 +68,8 @@ def values(pipeline: Pipeline, name: str, fields: Sequence[str] = ()) -> Tensor:
             found = _ngrams(pipeline) if name == "ngrams" else _of_each(pipeline, name, artifact)
         hash_ = write_tensors(artifact.path / f"{name}.safetensors", {name: found}, {"recipe": artifact.digest})
         artifact.finish(files={f"{name}.safetensors": hash_}, counts={"rows": len(found)})
+        if (artifact.path / FOLDER).is_dir():  # last: until then the parts are what is kept of the work
+            shutil.rmtree(artifact.path / FOLDER)
 
     return pipeline.make(recipes(pipeline, name, fields)[-1], fill).tensors(f"{name}.safetensors")[name]
 
@@ -88,7 +91,6 @@ def _of_each(pipeline: Pipeline, name: str, artifact: Artifact) -> Tensor:
             outer(parts.shards[shard])
     pipeline.progress.done()
     found = torch.cat(parts.read(name))
-    parts.remove()
     return found.float() if name == "loss" else found
 
 

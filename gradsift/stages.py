@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gradsift import machine
-from gradsift.artifact import Artifact, recipe
+from gradsift.artifact import REPAIR, Artifact, file_hash, recipe
 from gradsift.durable import recipe_digest
+from gradsift.errors import IntegrityError
 from gradsift.run import Run
 
 VERSIONS = {
@@ -69,6 +70,16 @@ class Stages:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.timings: list[Timing] = []
+        self._sound: set[str] = set()
+
+    def checked(self, artifact: Artifact) -> Artifact:
+        """`artifact`, whose files were compared with its manifest once in this process. Raises IntegrityError naming the file."""
+        if artifact.path.name not in self._sound:
+            for name, stated in artifact.manifest["files"].items():
+                if file_hash(artifact.file(name)) != stated:
+                    raise IntegrityError("is not the file that the manifest names", where=artifact.path / name, remedy=REPAIR)
+            self._sound.add(artifact.path.name)
+        return artifact
 
     def make(self, recipe: Recipe, fill: Callable[[Artifact], None]) -> Artifact:
         """The complete artifact of a recipe: what is there, or what `fill` makes of the open folder."""

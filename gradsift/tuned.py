@@ -72,10 +72,9 @@ def _fill(pipeline: Pipeline, group: str, artifact: Artifact) -> None:
                 outer(parts.shards[shard])
             pipeline.progress.done()
     found = torch.cat(parts.read("tuned")).float()
-    parts.remove()
-    artifact.finish(
-        files={_FILE: write_tensors(artifact.path / _FILE, {"tuned": found}, {"recipe": artifact.digest})}, counts={"rows": len(found)}
-    )
+    hash_ = write_tensors(artifact.path / _FILE, {"tuned": found}, {"recipe": artifact.digest})
+    artifact.finish(files={_FILE: hash_}, counts={"rows": len(found)})
+    parts.remove()  # last: until then they are what is kept of the work
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,3 +74,19 @@ def test_what_cannot_be_had_says_why(memory: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(type(memory), "info", refuse)
     with pytest.raises(ResourceError, match=r"refused \(PermissionError: Access Denied\)"):
         fetched("memory://bucket/pool.jsonl")
+
+
+def test_a_copy_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "chosen.jsonl").write_bytes(TEXT)
+    there = tmp_path / "out" / "chosen.jsonl"
+    there.parent.mkdir()
+    there.write_bytes(b"earlier\n")
+
+    def full(source: Any, target: Any, length: int = 0) -> None:
+        target.write(source.read(10))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gradsift.remote.shutil.copyfileobj", full)
+    with pytest.raises(ResourceError, match=f"{len(TEXT):,} bytes needed"):
+        sent(tmp_path / "chosen.jsonl", f"file://{there}")
+    assert there.read_bytes() == b"earlier\n" and [path.name for path in there.parent.iterdir()] == ["chosen.jsonl"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
 from gradsift.methods.reading import Centred, Raw, products
@@ -36,9 +37,9 @@ class G2is:
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
     preset: Literal["paper", "released"] = "paper"
-    keep: float = 0.5
-    neighbours: int = 50
-    consistency: float = 0.8
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.5
+    neighbours: NonNegativeInt = 50
+    consistency: NonNegativeFloat = 0.8
     centred: bool | None = None
     orient: bool | None = None
     redistribute: bool | None = None

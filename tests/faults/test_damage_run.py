@@ -266,3 +266,32 @@ def test_links_in_a_run_are_never_followed(run: Path, tmp_path: Path, select: Ca
     with pytest.raises(IntegrityError, match="symbolic link"):
         select(run, "30%")
     assert {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()} == kept
+
+
+@pytest.mark.parametrize("file", ["checkpoint.json", "adapter_config.json", "moments.safetensors"])
+def test_a_changed_warmup_makes_no_other_numbers_under_the_same_name(run: Path, pool_file: Path, model_folder: Path, file: str) -> None:
+    """A second method takes more from the checkpoints than is stored already: it must not take it from files that were changed since."""
+    settings = {**SETTINGS, "warmup": {**SETTINGS["warmup"], "checkpoints": 2}}
+
+    def tagcos() -> Selection:
+        return gradsift.select(
+            "tagcos", pool=pool_file, model=str(model_folder), run=run, budget=6, settings=settings, options={"clusters": 3}
+        )
+
+    changed = next(path for path in sorted(run.glob("warmup-*/checkpoint-*/*")) if path.name == file)
+    before = changed.read_bytes()
+    changed.write_bytes(before.replace(b'"mean_lr":', b'"mean_lr":1') if file == "checkpoint.json" else before[:-1] + b" ")
+    assert changed.read_bytes() != before
+    with pytest.raises(IntegrityError, match=file):
+        tagcos()
+    assert verify(run)
+    tagcos()  # the warm-up is made anew, and all that came of it is still its own
+    assert changed.read_bytes() == before and verify(run) == []
+
+
+def test_a_checkpoint_that_somebody_put_there_is_none(run: Path, select: Callable[..., Selection]) -> None:
+    stages = digests(run)
+    first = sorted(run.glob("warmup-*/checkpoint-*"))[0]
+    shutil.copytree(first, first.parent / "checkpoint-1")
+    assert len(select(run, "30%")) == 22
+    assert {name: digest for name, digest in digests(run).items() if name in stages} == stages
