@@ -94,11 +94,11 @@ def curvature(found: Mapping[str, Any]) -> str:
 
 def rules(found: Mapping[str, Any]) -> str:
     lines = ["## Rules\n", "| rule | CPU s | against | ratio | goal | besides |", "|---|---:|---|---:|---:|---|"]
-    for part in found.values():
+    for rule, part in found.items():
         for name, one in part.items() if isinstance(part, dict) else ():
             known = ("cpu_s", "wall_s", "against", "against_cpu_s", "ratio", "goal")
             besides = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in one.items() if key not in known)
-            lines.append(row(name, f"{one['cpu_s']}", one.get("against", ""), f"{one.get('ratio', '')}", goal(one), besides))
+            lines.append(row(f"{rule}, {name}", f"{one['cpu_s']}", one.get("against", ""), f"{one.get('ratio', '')}", goal(one), besides))
     return "\n".join([*lines, ""])
 
 

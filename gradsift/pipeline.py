@@ -26,7 +26,7 @@ from gradsift.influence import through_curvature
 from gradsift.model import coverage, load_adapter, load_model, load_tokenizer, model_identity, quantiser
 from gradsift.objectives import Loss
 from gradsift.pool import Pool
-from gradsift.progress import Progress, silent
+from gradsift.progress import Progress, Told, silent
 from gradsift.projection import Projection, projection_of
 from gradsift.rowwork import Scaled, check_quarantine, fill_mean, mean_pairwise_cosine
 from gradsift.run import Run
@@ -354,7 +354,7 @@ class Pipeline(Stages):
             tokens=encoded.supervised[pool.numpy()],
             groups=[self.sides["pool"].groups[int(i)] for i in pool],
             target_groups=self._target_groups(needs, kept["target"]) if "target" in self.sides else (),
-            map=execute_ray.mapping(self.executor, self.run.root),
+            map=Told(execute_ray.mapping(self.executor, self.run.root), self.progress),
         )
         return signals, pool.numpy()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TextIO
 
 
@@ -133,6 +133,37 @@ class Bars:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class Told:
+    """A `map` that tells how far choosing is: rules do blocks of rows, or clusters, with it, one round after the other, and how many rounds
+    there will be is not known. A line every `every` seconds, from the first `every` on. The results are those of `inner`."""
+
+    def __init__(
+        self, inner: Callable[..., Any], progress: Progress, *, every: float = 10.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._inner, self._progress, self._every, self._clock = inner, progress, every, clock
+        self._rounds, self._began = 0, clock()
+        self._next = self._began + every
+
+    def __call__(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        given = list(items)
+        self._rounds += 1
+        return self._tell(self._inner(function, given), self._rounds, len(given))
+
+    def _tell(self, results: Iterable[Any], number: int, total: int) -> Iterator[Any]:
+        for done, result in enumerate(results, start=1):
+            if (now := self._clock()) >= self._next:
+                self._next = now + self._every
+                self._progress.note(f"choosing: round {number:,}, {done:,} of {total:,} parts, {duration(now - self._began)}")
+            yield result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _plain_map, ()  # sent to a worker, where there is nobody to tell
+
+
+def _plain_map() -> Any:
+    return map
 
 
 def pace(rate: float, unit: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import pickle
 import sys
 
 import pytest
 
 from gradsift import progress
-from gradsift.progress import Bars, Lines, Silent, duration, pace
+from gradsift.progress import Bars, Lines, Silent, Told, duration, pace
 
 
 class Clock:
@@ -81,3 +82,16 @@ def test_the_pace_of_slow_things_is_seconds_for_each() -> None:
     assert pace(1234.5, "tokens") == "1,234 tokens/s" and pace(1.0, "rows") == "1 rows/s"
     assert pace(0.02, "trainings") == "50 s each" and pace(1 / 90, "trainings") == "1 min 30 s each"
     assert pace(0.0, "tokens") == "0 tokens/s"
+
+
+def test_choosing_tells_its_rounds_and_changes_no_result() -> None:
+    now, lines = [0.0], io.StringIO()
+    told = Told(map, Lines(lines), every=10, clock=lambda: now[0])
+
+    def slow(x: int) -> int:
+        now[0] += 4
+        return x * x
+
+    assert list(told(slow, range(3))) == [0, 1, 4] and list(told(slow, iter(range(3)))) == [0, 1, 4]
+    assert lines.getvalue().splitlines() == ["choosing: round 1, 3 of 3 parts, 12 s", "choosing: round 2, 3 of 3 parts, 24 s"]
+    assert pickle.loads(pickle.dumps(told)) is map
