@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsift.methods import make
+from gradsift.methods.gdig import _Part
 from gradsift.rules import topk
 from gradsift.types import Selector, Signal, Signals, Subset
 
@@ -117,3 +118,21 @@ def test_length_takes_the_longest_or_the_shortest_answers() -> None:
     assert make("length", {"order": "shortest"}).select(given, 2, rng=rng).indices.tolist() == [0, 2]
     with pytest.raises(ValueError, match="tokens"):
         make("length").select(Signals({}, n=4), 2, rng=rng)
+
+
+def test_gdig_clusters_rows_that_were_projected_once_more() -> None:
+    sizes = [30, 20, 10]
+    rows = clustered(sizes, d=900, spread=0.01)
+    influence, labels = torch.ones(60, 3), {}
+    for dim in (0, 400):
+        method = make("gdig", {"clusters": 3, "restarts": 3, "dim": dim})
+        given = Signals({s: influence if s.name == "influence" else rows for s in method.needs()}, n=60, target_groups=["a"] * 3)
+        found = method.select(given, 9, rng=np.random.default_rng(0))
+        labels[dim] = found.notes["cluster"]
+        assert per_cluster(found, sizes) == [3, 3, 3]
+    assert all(len(set(labels[0][labels[400] == c])) == 1 for c in range(3))
+    part = _Part(rows, np.arange(60), raw=False, dim=400)
+    assert part.shape == (60, 400) and torch.equal(part[0:60], _Part(rows, np.arange(60), raw=False, dim=400)[0:60])
+    near, far = part[0:2] @ part[0:2].T, rows[0:2] @ rows[0:2].T
+    assert (near - far).abs().max() < 6 / 400**0.5  # inner products are kept, as far as 400 signs keep them
+    assert _Part(rows, np.arange(60), raw=False, dim=900).signs is None

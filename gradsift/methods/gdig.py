@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from gradsift.methods.reading import Raw, finite
@@ -32,7 +32,8 @@ class Gdig:
 
     Differences from the paper: curvature is EK-FAC of LoRA or linear layers at the warm-up's last checkpoint; the paper fine-tunes the
     whole model on the pool and takes K-FAC (`backend=kfac`). Clusters are those of the projected rows, at their own length or with
-    `cosine=true` at unit length. 512 clusters is from memory of the paper; there are as many as rows at most.
+    `cosine=true` at unit length, projected once more to `dim` numbers (`dim=0`: as they are stored). 512 clusters and 400 numbers are
+    from memory of the paper; there are as many clusters as rows at most.
     Differences from the released code: `preset=released` ranks by the mean score over trusted examples taken two at a time, K-FAC with
     summed tokens, factored damping 0.5 and rank 32, and neither filters nor clusters, as the code does; padding is masked here.
     """
@@ -41,6 +42,7 @@ class Gdig:
     preset: Literal["paper", "released"] = "paper"
     backend: str | None = None
     clusters: PositiveInt = 512
+    dim: NonNegativeInt = 400
     cosine: bool = False
     iterations: PositiveInt = 25
     restarts: PositiveInt = 1
@@ -70,7 +72,7 @@ class Gdig:
             )
         notes = self._counts(helped, least, scores.shape[1])
         labels = np.full(signals.n, -1, dtype=np.int64)
-        rows = _Part(signals[Signal("rows")], good, raw=not self.cosine)
+        rows = _Part(signals[Signal("rows")], good, raw=not self.cosine, dim=self.dim)
         labels[good] = kmeans.fit(
             rows, min(self.clusters, len(good)), rng=rng, cosine=self.cosine, iterations=self.iterations, restarts=self.restarts
         ).labels.numpy()
@@ -105,11 +107,17 @@ def resample(labels: np.ndarray, budget: int, rng: np.random.Generator) -> np.nd
 
 
 class _Part:
-    """Some of the rows, at the length their gradients have or as they are stored."""
+    """Some of the rows, at the length their gradients have or as they are stored, projected once more to `dim` numbers where they have more: by
+    dense signs over sqrt(dim), the same for every run."""
 
-    def __init__(self, rows: Rows, indices: np.ndarray, *, raw: bool) -> None:
-        self.rows = Raw(rows) if raw else rows
-        self.indices, self.shape = torch.as_tensor(indices), (len(indices), rows.shape[1])
+    def __init__(self, rows: Rows, indices: np.ndarray, *, raw: bool, dim: int) -> None:
+        self.rows, d = Raw(rows) if raw else rows, rows.shape[1]
+        self.signs: Tensor | None = None
+        if 0 < dim < d:
+            drawn = np.random.Generator(np.random.Philox(key=dim)).integers(0, 2, (d, dim), dtype=np.int8)
+            self.signs = torch.from_numpy(drawn).float().mul_(2).sub_(1).div_(dim**0.5)
+        self.indices, self.shape = torch.as_tensor(indices), (len(indices), d if self.signs is None else self.signs.shape[1])
 
     def __getitem__(self, where: slice) -> Tensor:
-        return gather(self.rows, self.indices[where])
+        rows = gather(self.rows, self.indices[where])
+        return rows if self.signs is None else rows.float() @ self.signs.to(rows.device)
