@@ -154,7 +154,9 @@ class Slot:
 
     def overdue(self) -> bool:
         task = self.task  # a worker that is still looking for a machine does not hang
-        return task is not None and task.kind != "hello" and time.monotonic() - task.since > self.executor.shard_timeout
+        if task is None or task.kind == "hello" or time.monotonic() - task.since <= self.executor.shard_timeout:
+            return False
+        return not self.executor._ray.wait([task.ref], timeout=0)[0]  # one that has answered waits for us, who were busy or stopped
 
     def end(self) -> None:
         if self.actor is not None:
