@@ -153,19 +153,6 @@ def test_a_worker_that_dies_and_one_that_hangs_are_replaced(two: Ray, tmp_path: 
     assert "lost at shard 2" in notes[0] and "lost at shard 4 (no answer within 4 s)" in notes[1] and len(notes) == 2
 
 
-def test_workers_that_answered_while_their_caller_was_busy_do_not_hang(two: Ray) -> None:
-    notes, found = [], {}
-    executor = Ray(threads=1, workers=2, address=two.address, shard_timeout=12, note=notes.append)
-    try:
-        for shard, value in executor.map(squares, range(6)):
-            found[shard] = value
-            if len(found) == 1:
-                time.sleep(13)  # longer than a shard may take
-    finally:
-        executor.close()
-    assert found == {k: k * k for k in range(6)} and notes == []
-
-
 def test_a_shard_that_costs_three_workers_ends_the_work(two: Ray) -> None:
     def make() -> Callable[[int], int]:
         def work(shard: int) -> int:
