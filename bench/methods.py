@@ -101,9 +101,9 @@ class Bench:
         for arm in self.arms:
             if "seconds" not in self.results["methods"].get(arm, {}):
                 made = self._apart("signals", arm)
-                self.results["stages"] |= made["spent"]
+                self.results["stages"] |= {self.key(digest): spent for digest, spent in made["spent"].items()}
                 chosen = self._apart("choose", arm)
-                line = {"stages": made["needs"], "folder": chosen["folder"], "warnings": chosen["warnings"], "on": self.machine}
+                line = {"stages": [self.key(digest) for digest in made["needs"]], "folder": chosen["folder"], "warnings": chosen["warnings"], "on": self.machine}
                 self.results["methods"][arm] = line | (
                     {"seconds": chosen["spent"], "peak_gb": chosen["peak_gb"]} if chosen["spent"] else {}
                 )
@@ -112,6 +112,10 @@ class Bench:
             if (self.root / "run" / line["folder"]).is_dir():  # else it was chosen in another folder, perhaps on another machine
                 line |= self.described(arm)
         self.save()
+
+    def key(self, digest: str) -> str:
+        """Of a stage and where it was made: encoding, for one, has the same digest everywhere and not the same cost."""
+        return " ".join([digest, *self.machine.values()])
 
     @property
     def machine(self) -> dict[str, str]:
