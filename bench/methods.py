@@ -103,7 +103,8 @@ class Bench:
                 made = self._apart("signals", arm)
                 self.results["stages"] |= {self.key(digest): spent for digest, spent in made["spent"].items()}
                 chosen = self._apart("choose", arm)
-                line = {"stages": [self.key(digest) for digest in made["needs"]], "folder": chosen["folder"], "warnings": chosen["warnings"], "on": self.machine}
+                keys = [self.key(digest) for digest in made["needs"]]
+                line = {"stages": keys, "folder": chosen["folder"], "warnings": chosen["warnings"], "on": self.machine}
                 self.results["methods"][arm] = line | (
                     {"seconds": chosen["spent"], "peak_gb": chosen["peak_gb"]} if chosen["spent"] else {}
                 )

@@ -58,45 +58,42 @@ def fetched(url: str, cache: Path | None = None) -> Path:
         return target
     make_folder(folder)
     require_space(folder, int(about.get("size") or 0))
-    temp = folder / f".tmp-{secrets.token_hex(8)}"
     try:
-        with system.open(path, "rb") as source, open(temp, "wb") as copy:
-            shutil.copyfileobj(source, copy, 1 << 22)
-            copy.flush()
-            os.fsync(copy.fileno())
-        os.replace(temp, target)
+        with system.open(path, "rb") as source:
+            _copied(source, target)
     except Exception as error:
-        temp.unlink(missing_ok=True)
         raise _refusal(url, error, target, int(about.get("size") or 0)) from error
     return target
 
 
 def sent(file: Path, url: str) -> None:
-    """Copies a local file to `url`, where it is seen when it is whole: until then what was there stays. Raises as `fetched`."""
+    """Copies a local file to `url`. On a local disk it is seen when it is whole, elsewhere as the storage's own upload has it. Raises as
+    `fetched`."""
     system, path = _system(url)
     try:
         if _is_local(system):
-            _copied(file, Path(path).absolute())
+            make_folder(Path(path).absolute().parent)
+            with open(file, "rb") as source:
+                _copied(source, Path(path).absolute())
         else:
             system.put_file(str(file), path)
     except ResourceError:
         raise
     except Exception as error:
-        raise _refusal(url, error) from error
+        raise _refusal(url, error, Path(path) if _is_local(system) else None, file.stat().st_size) from error
 
 
-def _copied(file: Path, target: Path) -> None:
-    make_folder(target.parent)
+def _copied(source: Any, target: Path) -> None:
+    """The bytes of an open file as `target`, all of them or, where it fails, what was there before."""
     temp = target.parent / f".tmp-{secrets.token_hex(8)}"
     try:
-        with open(file, "rb") as source, open(temp, "wb") as copy:
+        with open(temp, "wb") as copy:
             shutil.copyfileobj(source, copy, 1 << 22)
             copy.flush()
             os.fsync(copy.fileno())
         os.replace(temp, target)
-    except OSError as error:
+    finally:
         temp.unlink(missing_ok=True)
-        raise resource_error(error, target, file.stat().st_size) from error
 
 
 def _system(url: str) -> tuple[Any, str]:
