@@ -118,18 +118,21 @@ class Comparison:
         better = "lower is better" if table.lower_is_better else "higher is better"
         same = "the same optimiser steps" if table.equal == "steps" else "the same number of tokens"
         width = max(len(arm.name) for arm in self.arms) + 2
-        head = f"{'':<{width}}{table.measure:>9}{f'against {self.control} ({self.level:.0%})':>34}{'rows':>9}{'tokens':>10}{'steps':>7}"
+        wide = max(9, len(table.measure) + 2)
+        head = (
+            f"{'':<{width}}{table.measure:>{wide}}{f'against {self.control} ({self.level:.0%})':>34}{'rows':>9}{'tokens':>10}{'steps':>7}"
+        )
         return [f"{table.test}: {table.measure} ({better}), {same}", head]
 
     def _body(self, table: Results) -> list[str]:
         width, arms = max(len(arm.name) for arm in self.arms) + 2, {arm.name: arm for arm in self.arms}
-        body = []
+        wide, body = max(9, len(table.measure) + 2), []
         for line in sorted(table.lines, key=lambda line: line.value if table.lower_is_better else -line.value):
             arm, against = arms[line.arm], ""
             if line.difference is not None:
                 mark = "*" if line.certain else " "
                 against = f"{line.difference:+.4f} ({line.low:+.4f} to {line.high:+.4f}){mark}"
-            body.append(f"{arm.name:<{width}}{line.value:>9.4f}{against:>34}{arm.rows:>9,}{arm.tokens:>10,}{line.steps:>7,}")
+            body.append(f"{arm.name:<{width}}{line.value:>{wide}.4f}{against:>34}{arm.rows:>9,}{arm.tokens:>10,}{line.steps:>7,}")
         return body
 
     def markdown(self) -> str:

@@ -263,8 +263,7 @@ def _commanded(trials: Trials, by_arm: Mapping[str, Sequence[Trial]], command: C
         for arm, found in numbers.items():
             values = np.array([[each.get(name, np.nan)] for each in found])
             measured[arm] = Measured(values, np.ones(1), by_arm[arm][0].settings.steps or 0)
-        label = COMMAND if name == "value" else f"{COMMAND}: {name}"
-        results += compare_measured({COMMAND: measured}, control=CONTROL, level=level, measure=label, equal=way, seed=0)
+        results += compare_measured({COMMAND: measured}, control=CONTROL, level=level, measure=name, equal=way, seed=0)
     return results
 
 

@@ -121,16 +121,16 @@ def test_several_tests_their_mean_answers_and_a_command(files: dict[str, Path], 
         ("test", "loss", "steps"),
         ("other", "loss", "steps"),
         ("other", "exact", "steps"),
-        ("command", "command", "steps"),
+        ("command", "value", "steps"),
         (MEAN, "loss", "tokens"),
         ("test", "loss", "tokens"),
         ("other", "loss", "tokens"),
         ("other", "exact", "tokens"),
-        ("command", "command", "tokens"),
+        ("command", "value", "tokens"),
     ]
     mean, parts = found.table().line("length"), [found.table(t).line("length") for t in ("test", "other")]
     assert mean.value == pytest.approx(np.mean([part.value for part in parts]))
-    assert found.table("command", "command").line("length").value >= 4  # weights, config, tokenizer
+    assert found.table("command", "value").line("length").value >= 4  # weights, config, tokenizer
     assert found.table("other", "exact").line(BASE).value == 0
     # Long rows take fewer steps for the same number of tokens.
     assert found.table(equal="tokens").line("length").steps < found.table(equal="steps").line("length").steps
