@@ -153,8 +153,13 @@ class Slot:
         self.task = _Task(kind, getattr(self.actor, kind).remote(*given), time.monotonic(), shard, maker)
 
     def overdue(self) -> bool:
-        task = self.task  # a worker that is still looking for a machine does not hang
-        return task is not None and task.kind != "hello" and time.monotonic() - task.since > self.executor.shard_timeout
+        """Whether the worker hangs: no answer for too long. One that is still looking for a machine does not, nor one whose answer waits for a
+        caller who was busy himself."""
+        task = self.task
+        if task is None or task.kind == "hello" or time.monotonic() - task.since <= self.executor.shard_timeout:
+            return False
+        answered, _ = self.executor._ray.wait([task.ref], timeout=0, fetch_local=False)  # it may lie on the worker's machine still
+        return not answered
 
     def end(self) -> None:
         if self.actor is not None:

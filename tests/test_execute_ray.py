@@ -153,6 +153,49 @@ def test_a_worker_that_dies_and_one_that_hangs_are_replaced(two: Ray, tmp_path: 
     assert "lost at shard 2" in notes[0] and "lost at shard 4 (no answer within 4 s)" in notes[1] and len(notes) == 2
 
 
+def test_a_worker_hangs_until_its_answer_is_there_whoever_takes_it_late(two: Ray, tmp_path: Path) -> None:
+    def make() -> Callable[[int], int]:
+        def work(shard: int) -> int:
+            while not (tmp_path / "go").exists():
+                time.sleep(0.05)
+            return shard
+
+        return work
+
+    executor = Ray(threads=1, workers=1, address=two.address, shard_timeout=900)
+    try:
+        executor._connect()
+        (slot,) = executor._slots
+        slot.start()
+        for kind, given, hangs in (("hello", (), False), ("build", (executor._put(make),), False), ("work", (7,), True)):
+            if kind != "hello":
+                slot.ask(kind, *given)
+            assert slot.task is not None and not slot.overdue()
+            if not hangs:
+                ray.wait([slot.task.ref])
+            slot.task.since -= 10_000
+            assert slot.overdue() is hangs
+        (tmp_path / "go").touch()
+        assert ray.get(slot.task.ref) == 7 and not slot.overdue()
+    finally:
+        executor.close()
+
+
+def test_answers_that_waited_for_a_busy_caller_are_taken_and_no_worker_is_lost(two: Ray) -> None:
+    notes, found = [], {}
+    executor = Ray(threads=1, workers=2, address=two.address, shard_timeout=900, note=notes.append)
+    try:
+        for shard, value in executor.map(squares, range(6)):
+            found[shard] = value
+            for slot in executor._slots:  # as after hours in which this process did something else
+                if slot.task is not None and slot.task.kind == "work":
+                    ray.wait([slot.task.ref])
+                    slot.task.since -= 10_000
+    finally:
+        executor.close()
+    assert found == {k: k * k for k in range(6)} and notes == []
+
+
 def test_a_shard_that_costs_three_workers_ends_the_work(two: Ray) -> None:
     def make() -> Callable[[int], int]:
         def work(shard: int) -> int:
