@@ -13,16 +13,17 @@ Ray passes Python objects between its own processes by pickle, so a Ray cluster 
 from __future__ import annotations
 
 import builtins
-import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gradsift.config import Config
+from gradsift.durable import TEMP, write_atomic
 from gradsift.errors import ResourceError
-from gradsift.execute import Executor, Serial, interruptible
-from gradsift.raywork import Round, Slot, fingerprint, full, join, plain_tensors
+from gradsift.execute import Executor, Serial, interruptible, stop_here
+from gradsift.raywork import POLL, START, Round, Slot, fingerprint, full, join, plain_tensors
 
 T = TypeVar("T")
 
@@ -90,29 +91,55 @@ class Ray:
                 yield waiting.pop(following)
                 following += 1
 
-    def sees(self, folder: Path) -> bool:
-        """Whether every worker at hand can read a folder of this machine: a shared file system."""
-        path = str(folder)
+    def blind(self, folder: Path) -> str | None:
+        """Which machine with room for workers cannot read a folder of this one, and why; None where all can: a shared file system.
 
-        def make() -> Callable[[int], bool]:
-            def look(_: int) -> bool:
-                time.sleep(0.05)  # long enough for every worker to get some of these
-                return os.path.isdir(path)
+        Each is asked for a file that is written for that: a folder of the same name elsewhere does not hold it, and no cache of a network file
+        system can have an old answer. Raises ResourceError where this process may not write there, Interrupted.
+        """
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
-            return look
+        self._join()
+        path, nonce = folder / f"{TEMP}seen-{secrets.token_hex(8)}", secrets.token_hex(16)
+        write_atomic(path, nonce.encode())
+        try:
+            look = self._ray.remote(num_cpus=0, max_retries=0)(_read)
+            asked = {
+                look.options(scheduling_strategy=On(node, soft=False)).remote(str(path)): name for node, name, room in self._nodes() if room
+            }
+            with interruptible():
+                for ref, name in asked.items():
+                    if (found := self._answer(ref)) != nonce:
+                        return f"{name}: {found if isinstance(found, Exception) else 'another folder has that name there'}"
+        finally:
+            path.unlink(missing_ok=True)
+        return None
 
-        self._connect()
-        return all(seen for _, seen in self.map(make, range(4 * len(self._slots))))
+    def _answer(self, ref: Any) -> Any:
+        """What a task gives, or the exception that stands for it."""
+        until = time.monotonic() + START
+        while not self._ray.wait([ref], timeout=POLL)[0]:
+            stop_here()
+            if time.monotonic() > until:
+                return TimeoutError(f"no answer in {START:g} s")
+        try:
+            return self._ray.get(ref)
+        except self._ray.exceptions.RayError as error:
+            return error
 
     def room(self) -> int:
         """Workers that the machines now in the cluster have room for. Joins it, starts nothing."""
         self._join()
-        found = 0
+        return sum(room for _, _, room in self._nodes())
+
+    def _nodes(self) -> list[tuple[str, str, int]]:
+        """Id, name for people, and room for workers of every machine that is up."""
+        found = []
         for node in self._ray.nodes():
             if node["Alive"]:
                 has = node["Resources"]
-                most = [int(has.get("CPU", 0) // self._cpus)]
-                found += min(most + ([int(has.get("GPU", 0) // self.gpus)] if self.gpus else []))
+                most = [int(has.get("CPU", 0) // self._cpus)] + ([int(has.get("GPU", 0) // self.gpus)] if self.gpus else [])
+                found.append((node["NodeID"], f"{node['NodeManagerHostname']} (node {node['NodeID'][:12]})", min(most)))
         return found
 
     def _join(self) -> None:
@@ -141,6 +168,17 @@ class Ray:
         for slot in self._slots:
             slot.end()
         self._slots = []
+
+
+_SHARE = "to spread them too, put the run on a file system that every machine has under the same path"
+
+
+def _read(path: str) -> str | OSError:
+    """In a task on another machine: a small file, or why not."""
+    try:
+        return Path(path).read_text()
+    except OSError as error:
+        return OSError(error.strerror)
 
 
 def executor_of(config: Config, threads: int, note: Callable[[str], None] | None = None) -> Executor:
@@ -176,9 +214,12 @@ class _Spread:
         if len(given) < 2:
             return builtins.map(function, given)
         if self._seen is None:
-            self._seen = self._executor.sees(self._folder)
-            if not self._seen:
-                self._executor._note(f"workers cannot read {self._folder}: clustering and matching stay in this process")
+            blind = self._executor.blind(self._folder)
+            self._seen = blind is None
+            if blind is not None:
+                self._executor._note(
+                    f"workers cannot read {self._folder} on {blind}. Clustering and matching stay in this process; {_SHARE}"
+                )
         return self._executor.spread(function, given) if self._seen else builtins.map(function, given)
 
     def __reduce__(self) -> tuple[Any, ...]:

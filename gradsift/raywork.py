@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 TRIES = 3  # workers that may be lost over one shard, and in a row before any has begun to work
 START = 600.0  # seconds in which the first worker must find a place
-_POLL = 0.2  # seconds between looks at clocks and signals
+POLL = 0.2  # seconds between looks at clocks and signals
 _MISSING = 'Install it: pip install "gradsift[ray]".'
 
 
@@ -234,7 +234,7 @@ class Round:
             self.alone_since = time.monotonic()
         if not waiting:
             return
-        done, _ = self.executor._ray.wait(list(waiting), num_returns=1, timeout=_POLL)
+        done, _ = self.executor._ray.wait(list(waiting), num_returns=1, timeout=POLL)
         for ref in done:
             slot = waiting[ref]
             try:

@@ -6,6 +6,8 @@ gives back tensors. The one who called `map` writes them down, so a worker needs
 
 from __future__ import annotations
 
+import json
+import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from gradsift.config import ModelSettings
 from gradsift.curvature import Fitting, Targets, score_pool
 from gradsift.durable import canonical_json
 from gradsift.encode import EncodedRows
-from gradsift.errors import MismatchError
+from gradsift.errors import MismatchError, UserError
 from gradsift.gradients import Modules, extract
 from gradsift.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, load_model, model_identity
 from gradsift.objectives import Loss
@@ -66,10 +68,16 @@ class ModelSource:
     def _load(self) -> Any:
         playground.register()
         model = self.settings
-        found = canonical_json(model_identity(model.name, model.revision))
+        where = f"{model.name} on {socket.gethostname()}"
+        remedy = "Give every machine the same files under that path, or name a hub model with --revision."
+        try:
+            found = canonical_json(model_identity(model.name, model.revision))
+        except UserError as error:
+            if json.loads(self.identity)["kind"] == "hub":
+                raise
+            raise MismatchError(f"{error.what}, while the driver has one", where=where, remedy=remedy) from error
         if found != self.identity:
-            remedy = "Give every machine the same files, or name a hub model with --revision."
-            raise MismatchError(f"is another model here ({found.decode()}) than at the driver", where=model.name, remedy=remedy)
+            raise MismatchError(f"is another model here ({found.decode()}) than at the driver", where=where, remedy=remedy)
         loaded = load_model(
             model.name,
             dtype=model.dtype,

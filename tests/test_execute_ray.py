@@ -7,12 +7,16 @@ Over 400 lines because all of it shares the clusters that take long to start.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +27,20 @@ from typer.testing import CliRunner
 
 from gradsift.artifact import MANIFEST
 from gradsift.cli import app
-from gradsift.config import Config, build
+from gradsift.config import Config, ModelSettings, build
 from gradsift.errors import ConfigError, DiskFull, Interrupted, MismatchError, ResourceError, UnknownName, UserError
 from gradsift.execute import Executor, Serial
 from gradsift.execute_ray import Ray, executor_of, mapping
 from gradsift.judging import BASE, compare
 from gradsift.methods import make
+from gradsift.model import model_identity
 from gradsift.pipeline import Pipeline
 from gradsift.pool import read_pool
 from gradsift.rules import knn
 from gradsift.run import Run
 from gradsift.store import RowStore, RowView
 from gradsift.types import Signal, Signals
+from gradsift.workers import ModelSource
 from tests.conftest import SETTINGS, rows, write_rows
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
@@ -44,17 +50,33 @@ pytestmark = [
     # Ray leaves the pipes and logs of its own processes to the garbage collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+HERE = Path("/proc/self/cwd")  # one path, and to every process its own folder: as the disks of several machines
 SMALL = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
 
+@contextlib.contextmanager
+def standing_in(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the cluster's processes are started: HERE is this folder to them, and another to who is started elsewhere."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def cluster(home: Path) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     os.environ.setdefault("RAY_worker_niceness", "0")  # as `join` sets it for a cluster of its own
-    made = Cluster(initialize_head=True, head_node_args={**SMALL, "include_dashboard": False})
-    for _ in range(2):
-        made.add_node(**SMALL)
+    with standing_in(home):
+        made = Cluster(initialize_head=True, head_node_args={**SMALL, "include_dashboard": False})
+        for _ in range(2):
+            made.add_node(**SMALL)
     yield made
     ray.shutdown()
     made.shutdown()
@@ -97,7 +119,10 @@ def test_every_shard_once_by_as_many_workers_as_asked_for(two: Ray) -> None:
 
 def test_part_is_called_here_and_tensors_arrive_whole_and_aligned(two: Ray) -> None:
     here = os.getpid()
-    given = {k: torch.arange(k * 3, dtype=dtype).reshape(3, k) for k, dtype in enumerate([torch.float16, torch.int8, torch.bfloat16, torch.float64])}
+    given = {
+        k: torch.arange(k * 3, dtype=dtype).reshape(3, k)
+        for k, dtype in enumerate([torch.float16, torch.int8, torch.bfloat16, torch.float64])
+    }
 
     def part(shard: int) -> tuple[int, torch.Tensor]:
         return os.getpid(), given[shard]
@@ -244,7 +269,6 @@ def test_rules_get_a_map_in_order_that_is_the_builtin_one_elsewhere(two: Ray, tm
     assert list(over(lambda span: span[0] * 10 + span[1], [(3, 1), (1, 2), (2, 3)])) == [31, 12, 23]
     assert list(over(lambda _: over is builtins.map and os.getpid() != here, [0, 1])) == [True, True]
     assert list(over(lambda _: os.getpid(), [0])) == [here]
-    assert list(mapping(two, tmp_path / "nowhere")(lambda _: os.getpid(), [0, 1])) == [here, here]
     assert mapping(Serial(), tmp_path) is builtins.map
 
 
@@ -274,7 +298,9 @@ def test_ray_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_settings_name_the_executor_and_no_room_is_told(two: Ray) -> None:
-    config = build({"model": {"name": "x"}, "machine": {"executor": "ray", "address": two.address, "workers": 3, "shard_timeout": 5.0}}, "t")
+    config = build(
+        {"model": {"name": "x"}, "machine": {"executor": "ray", "address": two.address, "workers": 3, "shard_timeout": 5.0}}, "t"
+    )
     made = executor_of(config, threads=1)
     assert isinstance(made, Ray) and (made.address, made.shard_timeout, made.gpus, made.threads) == (two.address, 5.0, 0, 1)
     assert isinstance(executor_of(build({}, "t"), threads=1), Serial)
@@ -312,7 +338,9 @@ EVERY = (
 )
 
 
-def make_all(folder: Path, config: Config, files: tuple[Path, Path], executor: Executor, needs: tuple[Signal, ...] = EVERY) -> dict[str, bytes]:
+def make_all(
+    folder: Path, config: Config, files: tuple[Path, Path], executor: Executor, needs: tuple[Signal, ...] = EVERY
+) -> dict[str, bytes]:
     """{folder name: manifest} of every stage that the signals need."""
     pool, target = (read_pool([file], max_bad_rows=0) for file in files)
     run = Run(folder)
@@ -362,6 +390,17 @@ def where() -> Callable[[int], str]:
     return work
 
 
+@dataclass
+class Held:
+    """Makes a worker that has the model, if it gets it."""
+
+    source: ModelSource
+
+    def __call__(self) -> Callable[[int], int]:
+        self.source.load()
+        return lambda shard: shard
+
+
 def stand_everywhere(executor: Ray) -> None:
     """Workers on all four nodes before any work begins."""
     seen: set[str] = set()
@@ -404,6 +443,43 @@ def test_a_node_lost_in_the_middle_loses_nothing(
         executor.close()
     assert parts >= 5 and node not in cluster.worker_nodes
     assert kinds(found) == ADAM and found.items() <= serial.items()
+
+
+@pytest.mark.skipif(not HERE.exists(), reason="a path that leads every process elsewhere is Linux's")
+def test_a_machine_that_has_other_files_under_the_same_path_is_named(
+    cluster: Any, two: Ray, home: Path, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.close()
+    shutil.copytree(model_folder, home / "model")
+    for place in (home, tmp_path):
+        (place / "run").mkdir()
+    with standing_in(tmp_path):
+        node = cluster.add_node(**SMALL)
+    monkeypatch.chdir(home)
+    notes: list[str] = []
+    executor = Ray(threads=1, workers=4, address=two.address, note=notes.append)
+    try:
+        assert executor.blind(home) is None
+        found = executor.blind(HERE / "run")
+        assert found == f"{socket.gethostname()} (node {node.node_id[:12]}): No such file or directory"
+        assert list(mapping(executor, HERE / "run")(lambda _: os.getpid(), [0, 1])) == [os.getpid()] * 2
+        assert notes[-1].startswith(f"workers cannot read {HERE / 'run'} on {socket.gethostname()} (node ")
+        assert notes[-1].endswith("put the run on a file system that every machine has under the same path")
+        assert not list(home.glob("run/.*")), "what was written to be looked for is taken away"
+        stand_everywhere(executor)
+        settings = ModelSettings(name=str(HERE / "model"))
+        source = ModelSource.of(settings, model_identity(settings.name))
+        with pytest.raises(
+            MismatchError, match=rf"{HERE}/model on {socket.gethostname()}: no such model folder, while the driver.*same files"
+        ):
+            list(executor.map(Held(source), range(8)))
+        shutil.copytree(model_folder, tmp_path / "model")
+        (tmp_path / "model" / "config.json").write_bytes((model_folder / "config.json").read_bytes() + b" ")
+        with pytest.raises(MismatchError, match=rf"{HERE}/model on {socket.gethostname()}: is another model here .* than at the driver"):
+            list(executor.map(Held(source), range(8)))
+    finally:
+        executor.close()
+        cluster.remove_node(node)
 
 
 def test_a_comparison_over_workers_is_that_of_one_process(two: Ray, tmp_path: Path, model_folder: Path, files: tuple[Path, Path]) -> None:
