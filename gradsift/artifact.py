@@ -40,6 +40,7 @@ __all__ = [
     "REPAIR",
     "SCHEMA",
     "STATS",
+    "SUMS",
     "Artifact",
     "canonical_json",
     "check_schema",
@@ -50,17 +51,24 @@ __all__ = [
     "inside",
     "read_json",
     "read_manifest",
+    "read_sealed",
     "read_tensors",
     "recipe",
     "recipe_digest",
+    "recipe_file",
     "remove_leftovers",
     "require_space",
+    "rewritten",
+    "seal_fault",
+    "sealed",
     "write_atomic",
     "write_tensors",
 ]
 
 SCHEMA = 1  # of every JSON file in a run folder
 MANIFEST, STATS, RECIPE = "manifest.json", "stats.json", "recipe.json"
+SUMS = "report.digests.json"  # of files that tell of clocks, and may be written anew: no manifest holds their hashes
+_FIELDS = ("stage", "version", "config", "inputs", "identity")  # of a recipe
 _UPGRADE = "Upgrade gradsift, or choose another --run folder."
 _REMAKE = "Delete it and run the same command again: the files beside it are checked, and kept where they are whole."
 REPAIR = "Run `gradsift verify RUN`, then the same command again: only what is damaged is made anew."
@@ -73,6 +81,48 @@ def recipe(
     if not stage.replace("-", "").replace("_", "").isalnum() or not stage.isascii():
         raise ValueError(f"{stage!r} is not a stage name: letters, digits, - and _")
     return {"stage": stage, "version": version, "config": dict(config), "inputs": dict(inputs), "identity": dict(identity)}
+
+
+def recipe_file(made_by: Mapping[str, Any], schema: int = SCHEMA) -> bytes:
+    """The bytes of recipe.json for what `recipe()` returns."""
+    return canonical_json({"schema": schema, **made_by})
+
+
+def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
+    """`body` with a digest of itself, in place of one that it had: what is changed later by accident is noticed."""
+    plain = {key: value for key, value in body.items() if key != "seal"}
+    return {**plain, "seal": recipe_digest(plain)}
+
+
+def seal_fault(found: Mapping[str, Any], *, required: bool = False) -> str | None:
+    """What is wrong with an object read from a file that `sealed` made; None where nothing is, or it has no seal and none is `required`."""
+    if "seal" not in found:
+        return "has lost its seal" if required else None
+    try:
+        return None if sealed(found)["seal"] == found["seal"] else "was changed after it was written"
+    except ValueError:  # a NaN that was none
+        return "was changed after it was written"
+
+
+def read_sealed(path: Path, *, remedy: str) -> dict[str, Any]:
+    """The object of a file that `sealed` made, without its seal. Raises IntegrityError with this remedy where it is not as it was written."""
+    found = read_json(path)
+    what = "is damaged" if found is None else seal_fault(found)
+    if found is None or what is not None:
+        raise IntegrityError(what or "", where=path, remedy=remedy)
+    return {key: value for key, value in found.items() if key != "seal"}
+
+
+def rewritten(folder: Path, name: str) -> bytes | None:
+    """A recipe.json or stats.json for a complete artifact whose own is lost: the manifest repeats the recipe; times are not known any more.
+    None for any other file, or where the manifest cannot tell."""
+    try:
+        manifest = read_manifest(folder) if name in (RECIPE, STATS) else None
+    except (IntegrityError, MismatchError):
+        return None
+    if manifest is None:
+        return None
+    return recipe_file({field: manifest[field] for field in _FIELDS}) if name == RECIPE else canonical_json(sealed({}))
 
 
 def file_hash(path: Path) -> str:
@@ -103,9 +153,9 @@ def folder_hash(folder: Path) -> str:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """The hash of every file below `folder` but manifest, stats, recipe and temporary ones, by relative name ("/" between parts)."""
+    """The hash of every file below `folder` but manifest, stats, recipe, sums and temporary ones, by relative name ("/" between parts)."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    own = {MANIFEST, STATS, RECIPE}
+    own = {MANIFEST, STATS, RECIPE, SUMS}
     return {name: file_hash(inside(folder, name)) for name in names if name not in own and not name.rpartition("/")[2].startswith(TEMP)}
 
 
@@ -183,7 +233,7 @@ class Artifact:
             for folder in (self.path, *(path for path in self.path.rglob("*") if path.is_dir() and not path.is_symlink())):
                 remove_leftovers(folder)
             if read_json(inside(self.path, RECIPE)) is None:
-                write_atomic(self.path / RECIPE, canonical_json({"schema": SCHEMA, **self.recipe}))
+                write_atomic(self.path / RECIPE, recipe_file(self.recipe))
 
     @classmethod
     def load(cls, path: Path) -> Artifact | None:
@@ -192,10 +242,9 @@ class Artifact:
         if found is None:
             return None
         check_schema(found, path)
-        fields = ("stage", "version", "config", "inputs", "identity")
-        if any(field not in found for field in fields):
+        if any(field not in found for field in _FIELDS):
             raise IntegrityError("its recipe lacks a field", where=path, remedy="Delete the folder; the next run makes it anew.")
-        artifact = cls(path.parent, {field: found[field] for field in fields}, create=False)
+        artifact = cls(path.parent, {field: found[field] for field in _FIELDS}, create=False)
         if artifact.path.name != path.name:
             remedy = "Give the folder its name back, or delete it."
             raise IntegrityError(f"holds the recipe of {artifact.path.name}", where=path, remedy=remedy)
@@ -232,8 +281,9 @@ class Artifact:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Wall time, peak memory, versions and what the stage added; not digested. Empty where they are lost."""
-        return read_json(inside(self.path, STATS)) or {}
+        """Wall time, peak memory, versions and what the stage added; not digested, but sealed. Empty where they are lost."""
+        found = read_json(inside(self.path, STATS)) or {}
+        return {} if seal_fault(found) else {key: value for key, value in found.items() if key != "seal"}
 
     def file(self, name: str) -> Path:
         """The path of a file of this artifact. Raises IntegrityError for a name that leads outside, or through a link."""
@@ -273,7 +323,7 @@ class Artifact:
             "versions": versions(),
             **(stats or {}),
         }
-        write_atomic(self.path / STATS, json.dumps(made, indent=1, sort_keys=True).encode() + b"\n")
+        write_atomic(self.path / STATS, json.dumps(sealed(made), indent=1, sort_keys=True).encode() + b"\n")
         body: dict[str, Any] = {
             "schema": SCHEMA,
             **self.recipe,
@@ -282,9 +332,11 @@ class Artifact:
             "extra": dict(extra or {}),
             "files": files,
             "content": recipe_digest(files),
+            "sealed": [
+                name for name in (STATS, SUMS) if (self.path / name).exists()
+            ],  # beside `files`: those that carry a digest of themselves
         }
-        body = json.loads(canonical_json(body))
-        manifest = {**body, "seal": recipe_digest(body)}
+        manifest = sealed(json.loads(canonical_json(body)))
         write_atomic(self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n")
         self._manifest = manifest
 

@@ -5,7 +5,6 @@ More than 400 lines because a command names each of its flags, twice."""
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -605,6 +604,7 @@ def main() -> None:
     import warnings
 
     from gradsift.errors import GradsiftError
+    from gradsift.redaction import readable_command
 
     # Deprecations between libraries are for their developers, not for whoever reads this log.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -614,7 +614,7 @@ def main() -> None:
         print(f"gradsift: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print(f"gradsift: interrupted. Nothing finished is lost; resume with: gradsift {shlex.join(sys.argv[1:])}", file=sys.stderr)
+        print(f"gradsift: interrupted. Nothing finished is lost; resume with: {readable_command(sys.argv)}", file=sys.stderr)
         sys.exit(130)
 
 

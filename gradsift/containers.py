@@ -24,6 +24,7 @@ from typing import IO, Any
 import zstandard
 
 from gradsift.errors import DataError, DiskFull, ResourceError, UserError
+from gradsift.redaction import redacted
 from gradsift.remote import fetched, is_url
 from gradsift.tables import AGAIN, EXPANSION, ROOM, Place, Table, arrow, expanded, hub, parquet, saved_folder
 
@@ -56,7 +57,7 @@ def open_source(name: str, *, max_row_bytes: int, max_expansion: float) -> Text 
         if path.exists() and not path.is_file():
             raise UserError("is a pipe or a device, and rows are read more than once", where=name, remedy="Write it to a file first.")
         with open(path, "rb") as file:
-            return _open_file(file, path, name, max_row_bytes, max_expansion)
+            return _open_file(file, path, redacted(name) if is_url(name) else name, max_row_bytes, max_expansion)
     except FileNotFoundError:
         raise UserError("there is no such file", where=name, remedy=_nearest(path)) from None
     except OSError as error:

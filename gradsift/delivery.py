@@ -8,13 +8,14 @@ from pathlib import Path
 from gradsift.artifact import REPAIR, Artifact, file_hash
 from gradsift.durable import make_folder
 from gradsift.errors import IntegrityError, UserError
-from gradsift.remote import is_url, sent
+from gradsift.pool import split_name
+from gradsift.remote import is_url, place_of, sent
 from gradsift.writing import copy_file
 
 
 def check_out(out: str | Path | None, inputs: Sequence[str | Path]) -> None:
     """Raises UserError when `out` would overwrite a file of `inputs`, given as [NAME=]FILE."""
-    if out is not None and any(Path(out).resolve() == Path(str(file).rpartition("=")[2]).resolve() for file in inputs):
+    if out is not None and any(place_of(str(out)) == place_of(split_name(file)[1]) for file in inputs):
         raise UserError("--out names an input file", where=out, remedy="Choose another name for what is written.")
 
 

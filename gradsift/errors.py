@@ -22,11 +22,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gradsift.redaction import redacted
+
 
 class GradsiftError(Exception):
     """Base of every error gradsift raises on purpose.
 
-    `what` is the fault, `where` the place (a path, `file:line`, a row id), `remedy` what to do next; str() joins them in one line.
+    `what` is the fault, `where` the place (a path, `file:line`, a row id), `remedy` what to do next; str() joins them in one line, without
+    the secrets that URLs may hold.
     """
 
     exit_code = 1
@@ -41,7 +44,7 @@ class GradsiftError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{text}. {self.remedy}" if self.remedy else text
+        return redacted(f"{text}. {self.remedy}" if self.remedy else text)
 
 
 def _rebuilt(kind: type[GradsiftError], args: tuple[Any, ...], fields: dict[str, Any]) -> GradsiftError:

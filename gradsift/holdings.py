@@ -8,9 +8,10 @@ from typing import Any
 
 from gradsift.agreement import correlation, indices, matrix, overlaps, same_pool
 from gradsift.artifact import Artifact, differences
+from gradsift.checking import Problem
 from gradsift.errors import DataError, IntegrityError, MismatchError, ResourceError, UserError
 from gradsift.report import ReportData, write_report
-from gradsift.run import SETTINGS, Problem, Run
+from gradsift.run import SETTINGS, Run
 
 
 def _open(root: Path) -> Run:

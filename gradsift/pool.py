@@ -18,6 +18,7 @@ from gradsift.containers import EXPANSION, SUFFIXES, Table, Text, open_source
 from gradsift.errors import DataError, UnknownName, UserError
 from gradsift.formats import FIELD_NAMES, FORMATS, Fields, convert, detect, parse_row
 from gradsift.reading import NO_GROUP, Columns, Dropped, Progress, Reader, too_many, unique_ids
+from gradsift.redaction import redacted
 from gradsift.remote import is_url
 from gradsift.types import Example
 from gradsift.writing import canonical, subset_suffix, write_dropped, write_subset
@@ -120,7 +121,7 @@ class Pool(Sequence[Example]):
         return self.exact_duplicates()
 
 
-def _split_name(source: str | Path) -> tuple[str | None, str]:
+def split_name(source: str | Path) -> tuple[str | None, str]:
     """`[NAME=]FILE` -> (NAME, FILE). A file whose own name has an equals sign wins."""
     text = str(source)
     name, equals, file = text.partition("=")
@@ -133,7 +134,7 @@ def _default_name(file: str) -> str:
     """The file's name without the suffixes of containers: its group."""
     if file.startswith("hf:"):
         return file[3:].split("@")[0].rstrip("/").rsplit("/", 1)[-1]
-    path = Path(file)
+    path = Path(file.partition("?")[0] if is_url(file) else file)
     while path.suffix.lower() in SUFFIXES and path.stem:
         path = path.with_suffix("")
     return path.name or str(path)
@@ -175,9 +176,9 @@ def read_pool(
     reader = Reader(fields, _mapped_format(format, mapping), group_field, id_field, progress)
     files, names = [], []
     for source in sources:
-        name, file = _split_name(source)
+        name, file = split_name(source)
         files.append(open_source(file, max_row_bytes=max_row_bytes, max_expansion=max_expansion))
-        names.append(file)
+        names.append(redacted(file) if is_url(file) else file)
         reader.read(files[-1], name or _default_name(file))
     changed = unique_ids(reader.ids, reader.named)
     pool = Pool(reader.columns(), files, names, reader.formats, fields)

@@ -33,6 +33,14 @@ def is_url(name: str) -> bool:
     return _URL.match(name) is not None
 
 
+def place_of(name: str) -> str | Path:
+    """Where a path or URL leads: the same for two names of one file on this machine's disk. Elsewhere the URL itself."""
+    if not is_url(name):
+        return Path(name).resolve()
+    scheme, _, path = name.partition("://")
+    return Path(path).resolve() if scheme.lower() in ("file", "local") else name
+
+
 def fetched(url: str, cache: Path | None = None) -> Path:
     """A local copy of one file, made anew only when the storage says that the file has changed; of a file:// URL the file itself.
 

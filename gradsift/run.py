@@ -7,42 +7,38 @@ import errno
 import fcntl
 import json
 import os
-import re
-import shlex
 import socket
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradsift.artifact import MANIFEST, RECIPE, SCHEMA, Artifact, canonical_json, check_schema, differences, file_hash, read_json, recipe
+from gradsift.artifact import (
+    MANIFEST,
+    RECIPE,
+    SCHEMA,
+    Artifact,
+    canonical_json,
+    check_schema,
+    differences,
+    read_json,
+    recipe,
+    rewritten,
+    seal_fault,
+    sealed,
+)
+from gradsift.checking import BY_NAME, Problem, check_folder, own_fault
+from gradsift.config import Config
 from gradsift.durable import inside, make_folder, remove_leftovers, resource_error, write_atomic
-from gradsift.errors import GradsiftError, MismatchError, ResourceError, UserError
-from gradsift.store import HEADER, RowStore
+from gradsift.errors import ResourceError, UserError
+from gradsift.redaction import readable_command
 
 RUN_FILE, SETTINGS, LOCK_FILE = "run.json", "settings.json", ".gradsift-lock"
 FOUND, ASIDE = "found-damaged.json", "damaged"  # what a verification named; the folder where the next run puts those files
 _KIND = "gradsift run"
-_SECRET_FLAG = re.compile(r"^(--?[\w-]*(?:token|password|secret|api-?key|auth))(=.*)?$", re.IGNORECASE)
-_SECRET = re.compile(r"\b(?:hf|sk|ghp|github_pat|glpat|xox[abp])[_-][A-Za-z0-9_-]{12,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
-_HIDDEN = "***"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong in a run: `artifact` is the folder's name ("": the run's own), `file` the name within it ("": the folder itself), `what`
-    the fault. `remedy`: what the user has to do, where no run can make it anew; else empty."""
-
-    artifact: str
-    file: str
-    what: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        text = f"{self.artifact}/{self.file} {self.what}" if self.artifact else f"{self.file} {self.what}"
-        return f"{text}. {self.remedy}" if self.remedy else text
+_OWN = {RUN_FILE: ("kind", "schema", "commands"), SETTINGS: tuple(Config.model_fields)}  # files of the run itself, and what they hold
 
 
 @dataclass(frozen=True)
@@ -86,9 +82,9 @@ class Run:
     def _read(self) -> dict[str, Any] | None:
         path = self.root / RUN_FILE
         found = read_json(path) if self.root.is_dir() else None
-        if found is None and path.exists() and any(self.root.glob(f"*/{RECIPE}")):
-            return {"kind": _KIND, "schema": SCHEMA, "commands": []}  # run.json is damaged; nothing in it is needed to resume
-        if found is None or found.get("kind") != _KIND:
+        if found is None or found.get("kind") != _KIND or seal_fault(found):
+            if path.exists() and any(self.root.glob(f"*/{RECIPE}")):
+                return {"kind": _KIND, "schema": SCHEMA, "commands": []}  # run.json is damaged; nothing in it is needed to resume
             return None
         check_schema(found, path)
         return found
@@ -96,7 +92,7 @@ class Run:
     def _make(self) -> None:
         make_folder(self.root)
         if not self.exists:
-            write_atomic(self.root / RUN_FILE, canonical_json({"kind": _KIND, "schema": SCHEMA, "commands": []}))
+            write_atomic(self.root / RUN_FILE, _run_file([]))
 
     # --- commands and the lock
 
@@ -112,7 +108,7 @@ class Run:
         text = readable_command(command)
         entry = {"command": text, "folder": os.getcwd()}
         commands = [known for known in about.get("commands", []) if known != entry]
-        write_atomic(self.root / RUN_FILE, canonical_json({**about, "commands": [*commands, entry]}) + b"\n")
+        write_atomic(self.root / RUN_FILE, _run_file([*commands, entry]))
         return text
 
     @contextlib.contextmanager
@@ -225,9 +221,9 @@ class Run:
 
     def verify(self) -> list[Problem]:
         """Hashes every file of every artifact and returns what is wrong, naming the file. Reads only."""
-        own = [path for path in (self.root / RUN_FILE, self.root / SETTINGS) if os.path.lexists(path)]
-        problems = [Problem("", path.name, what) for path in own if (what := _damage(path))]
-        return problems + [problem for folder in self._folders() for problem in _verify(folder)]
+        own = [(self.root / name, known) for name, known in _OWN.items() if os.path.lexists(self.root / name)]
+        problems = [Problem("", path.name, what) for path, known in own if (what := own_fault(path, known))]
+        return problems + [problem for folder in self._folders() for problem in check_folder(folder)]
 
     def remember(self, problems: Sequence[Problem]) -> bool:
         """Keeps what a verification found, for the next run to `set_aside`; nothing found takes an earlier finding away. True: there is some.
@@ -259,7 +255,7 @@ class Run:
         named = self.named
         for folder in self._folders():
             if files := named.get(folder.name):
-                found = [p for p in _verify(folder, files) if p.file in files and not p.remedy]
+                found = [p for p in check_folder(folder, files) if p.file in files and not p.remedy]
                 for problem in found:
                     self.discard(problem, aside=True)
                 self.aside += found
@@ -273,6 +269,7 @@ class Run:
 
     def discard(self, problem: Problem, *, aside: bool = False) -> None:
         """Removes what `problem` names, and the manifest that vouched for it, so that the next run makes anew just that. Use inside `lock`.
+        What the manifest does not vouch for is made anew at once: the recipe, and stats without their times.
 
         `aside`: what it names is moved into the folder `damaged` of the run, not deleted.
         Raises UserError where no run can make it anew, ResourceError where files cannot be deleted.
@@ -281,20 +278,26 @@ class Run:
         parent, _, last = problem.file.rpartition("/")
         place = inside(folder, parent) if parent else folder
         if problem.remedy or last in ("", ".", ".."):
-            raise UserError(problem.what, where=folder / problem.file, remedy=problem.remedy or _BY_NAME)
+            raise UserError(problem.what, where=folder / problem.file, remedy=problem.remedy or BY_NAME)
         if folder == self.root and last == RUN_FILE:  # what makes the folder a run; nothing in it is needed to resume
-            write_atomic(self.root / RUN_FILE, canonical_json({"kind": _KIND, "schema": SCHEMA, "commands": []}))
+            write_atomic(self.root / RUN_FILE, _run_file([]))
             return
         path = place / last  # perhaps a link: then the link is removed
-        if path != folder / MANIFEST:  # that goes first: killed in between, the artifact is merely incomplete
+        again = rewritten(folder, last) if place == folder else None
+        if again is None and path != folder / MANIFEST:  # that goes first: killed in between, the artifact is merely incomplete
             _unlink(folder / MANIFEST)
         if aside and os.path.lexists(path):
             _move(path, inside(self.root, f"{ASIDE}/{folder.name}"))
         else:
             _unlink(path)
+        if again is not None:
+            write_atomic(path, again)
 
 
-_BY_NAME = "Give the folder its name back, or delete it."
+def _run_file(commands: Sequence[Mapping[str, str]]) -> bytes:
+    return canonical_json(sealed({"kind": _KIND, "schema": SCHEMA, "commands": list(commands)})) + b"\n"
+
+
 _WAIT = "Wait for it, or use another --run folder."
 
 
@@ -318,79 +321,8 @@ def _move(path: Path, folder: Path) -> None:
         raise resource_error(error, target) from error
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with a JSON file of the run itself."""
-    try:
-        return None if read_json(path) is not None else "is damaged"
-    except GradsiftError as error:
-        return error.what
-
-
 def _has_recipe(folder: Path) -> bool:
     return any((folder / name).exists() for name in (MANIFEST, RECIPE))
-
-
-def _verify(folder: Path, only: Collection[str] | None = None) -> list[Problem]:
-    """What is wrong in an artifact's folder. `only`: hash no more than these of a complete one's files."""
-    try:
-        artifact = Artifact.load(folder)
-    except GradsiftError as error:
-        place = Path(error.where or folder)
-        file = place.name if place.parent == folder else ""
-        by_hand = isinstance(error, MismatchError) or not file
-        return [Problem(folder.name, file, error.what, (error.remedy or _BY_NAME) if by_hand else "")]
-    if artifact is None:
-        return [Problem(folder.name, RECIPE, "is damaged")]
-    if artifact.complete:
-        return _verify_files(artifact, only)
-    problems = [Problem(folder.name, MANIFEST, "is damaged")] if (folder / MANIFEST).exists() else []
-    if (folder / HEADER).exists():
-        problems += _verify_shards(folder)
-    return problems
-
-
-def _verify_files(artifact: Artifact, only: Collection[str] | None) -> list[Problem]:
-    problems = []
-    for name, stated in artifact.manifest["files"].items():
-        if only is not None and name not in only:
-            continue
-        try:
-            found = file_hash(artifact.file(name))
-        except GradsiftError as error:
-            problems.append(Problem(artifact.path.name, name, error.what))
-            continue
-        if found != stated:
-            problems.append(Problem(artifact.path.name, name, f"is not the file that the manifest names (hash {found}, stated {stated})"))
-    foreign = sorted(path.name for path in artifact.path.glob("*.safetensors") if path.name not in artifact.manifest["files"])
-    return problems + [Problem(artifact.path.name, name, "is a file that the manifest does not name") for name in foreign]
-
-
-def _verify_shards(folder: Path) -> list[Problem]:
-    """Damaged shards of a store that is being filled; absent ones are no problem."""
-    try:
-        store = RowStore.partial(folder)
-    except GradsiftError as error:
-        name = Path(error.where or HEADER).name
-        return [Problem(folder.name, name, error.what)] if os.path.lexists(folder / name) else []  # taken away by a repair: made anew
-    return [Problem(folder.name, name, what) for name, what in store.faults(verify=True).values() if os.path.lexists(folder / name)]
-
-
-def readable_command(command: str | Sequence[str]) -> str:
-    """A command line to paste into a shell, with the program's bare name and without secrets."""
-    words, hide = [], False
-    for i, word in enumerate(shlex.split(command) if isinstance(command, str) else command):
-        if i == 0:
-            name = os.path.basename(word)
-            words.append("gradsift" if name in ("gradsift", "__main__.py") else word)
-        elif hide:
-            words.append(_HIDDEN)
-            hide = False
-        elif (flag := _SECRET_FLAG.match(word)) is not None:
-            words.append(f"{flag[1]}={_HIDDEN}" if flag[2] else word)
-            hide = flag[2] is None
-        else:
-            words.append(_SECRET.sub(_HIDDEN, word))
-    return shlex.join(words)
 
 
 def _describe(holder: Mapping[str, Any]) -> str:

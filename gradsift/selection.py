@@ -16,7 +16,7 @@ from rich.console import RenderableType
 
 from gradsift import budget as budgets
 from gradsift import machine, methods, outputs, playground
-from gradsift.artifact import Artifact, file_hash, read_json
+from gradsift.artifact import Artifact, file_hash, read_sealed, sealed
 from gradsift.choice import choose
 from gradsift.config import Config, build
 from gradsift.constraints import Constraints, screen
@@ -24,15 +24,16 @@ from gradsift.constraints import build as build_constraints
 from gradsift.delivery import check_out, deliver
 from gradsift.durable import write_atomic, write_tensors
 from gradsift.encode import coloured, encode
-from gradsift.errors import BudgetError, ConfigError, IntegrityError, MismatchError, UserError
+from gradsift.errors import BudgetError, ConfigError, MismatchError, UserError
 from gradsift.execute import interruptible
 from gradsift.findings import Chosen, report_data
 from gradsift.model import load_tokenizer
 from gradsift.pipeline import Pipeline
 from gradsift.pool import Pool, read_pool
 from gradsift.progress import Progress, silent
+from gradsift.redaction import readable_command
 from gradsift.report import write_report
-from gradsift.run import SETTINGS, Run, readable_command
+from gradsift.run import SETTINGS, Run
 from gradsift.stages import Recipe, Timing
 from gradsift.types import Selector, Subset
 
@@ -194,10 +195,7 @@ def settle_config(run: Run, model: str | None, settings: Mapping[str, Mapping[st
         if "name" not in asked.get("model", {}):
             raise ConfigError("no model was named", remedy="Add --model NAME, a local folder, or --model tiny.")
         return config
-    kept = read_json(path)
-    if kept is None:
-        remedy = "Delete it and give the settings of the run again: what was made with them is found again."
-        raise IntegrityError("is damaged", where=path, remedy=remedy)
+    kept = read_sealed(path, remedy="Delete it and give the settings of the run again: what was made with them is found again.")
     if asked.get("machine", {}).get("threads") == 0:  # no number of its own: the run's
         del asked["machine"]["threads"]
     merged = {name: _overlaid(kept.get(name, {}), asked.get(name, {})) for name in {*kept, *asked}}
@@ -244,7 +242,7 @@ def open_pipeline(
     path = run.root / SETTINGS
     if keep and not path.exists():
         kept = {name: config.model_dump(mode="json")[name] for name in RUN_SECTIONS} | {"machine": {"threads": pipeline.threads}}
-        write_atomic(path, (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode())
+        write_atomic(path, (json.dumps(sealed(kept), indent=2, ensure_ascii=False) + "\n").encode())
     return pipeline
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 
 import fsspec
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
+from gradsift.cli import app
 from gradsift.errors import ResourceError, UserError
 from gradsift.pool import read_pool
 from gradsift.remote import fetched, is_url, sent
+from gradsift.run import Run
 
 ROWS = [{"id": f"r{i}", "messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]} for i in range(5)]
 TEXT = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -90,3 +95,58 @@ def test_a_copy_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
     with pytest.raises(ResourceError, match=f"{len(TEXT):,} bytes needed"):
         sent(tmp_path / "chosen.jsonl", f"file://{there}")
     assert there.read_bytes() == b"earlier\n" and [path.name for path in there.parent.iterdir()] == ["chosen.jsonl"]
+
+
+SETTINGS_FILE = """
+[encode]
+max_length = 128
+[machine]
+threads = 1
+"""
+
+
+def select(folder: Path, model: Path, pool: str, out: str) -> Result:
+    (folder / "settings.toml").write_text(SETTINGS_FILE)
+    words = ["select", "length", "--pool", pool, "--model", str(model), "--budget", "40%", "--run", str(folder / "run"), "--out", out]
+    return CliRunner().invoke(app, [*words, "--config", str(folder / "settings.toml")])
+
+
+@pytest.mark.parametrize("name", ["pool.jsonl", "pool.jsonl?sig=s3cret&v=1", "pool.jsonl.gz"])
+def test_select_reads_a_pool_from_a_url_and_sends_what_it_chose_to_one(tmp_path: Path, memory: Any, model_folder: Path, name: str) -> None:
+    memory.pipe(f"/me:s3cret@bucket/{name}", gzip.compress(TEXT) if name.endswith(".gz") else TEXT)
+    for place in ("near", "far"):
+        (tmp_path / place).mkdir()
+    (tmp_path / "near" / "pool.jsonl").write_bytes(TEXT)
+    near = select(tmp_path / "near", model_folder, f"file://{tmp_path}/near/pool.jsonl", f"file://{tmp_path}/near/out/chosen.jsonl")
+    far = select(tmp_path / "far", model_folder, f"memory://me:s3cret@bucket/{name}", "memory://me:s3cret@results/deep/chosen.jsonl")
+    assert (near.exit_code, far.exit_code) == (0, 0), (near.output, far.output)
+    chosen = (tmp_path / "near" / "out" / "chosen.jsonl").read_bytes()
+    assert memory.cat("/me:s3cret@results/deep/chosen.jsonl") == chosen
+    assert len(chosen.splitlines()) == 2 and set(chosen.splitlines()) <= set(TEXT.splitlines())
+    assert contents(tmp_path / "near") == contents(tmp_path / "far")
+    held = b"".join(path.read_bytes() for path in (tmp_path / "far" / "run").rglob("*") if path.is_file())
+    assert b"s3cret" not in held and "s3cret" not in far.output
+    memory.pipe("/me:s3cret@results/deep/chosen.jsonl", b"")
+    assert (
+        select(
+            tmp_path / "far", model_folder, f"memory://me:s3cret@bucket/{name}", "memory://me:s3cret@results/deep/chosen.jsonl"
+        ).exit_code
+        == 0
+    )
+    assert memory.cat("/me:s3cret@results/deep/chosen.jsonl") == chosen
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {artifact.path.name: artifact.content for artifact in Run(folder / "run").artifacts()}
+
+
+def test_select_does_not_send_over_its_own_input_and_tells_what_the_storage_refused(
+    tmp_path: Path, memory: Any, model_folder: Path
+) -> None:
+    memory.pipe("/bucket/a=b.jsonl", TEXT)
+    for pool in ("memory://bucket/pool.jsonl", "memory://bucket/a=b.jsonl", "web=memory://bucket/pool.jsonl"):
+        refused = select(tmp_path, model_folder, pool, pool.removeprefix("web="))
+        assert isinstance(refused.exception, UserError) and "--out names an input file" in str(refused.exception), pool
+    none = select(tmp_path, model_folder, "memory://bucket/none.jsonl", "memory://bucket/chosen.jsonl")
+    assert isinstance(none.exception, UserError) and "memory://bucket/none.jsonl: there is no such file" in str(none.exception)
+    assert memory.cat("/bucket/pool.jsonl") == TEXT and not memory.exists("/bucket/chosen.jsonl")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gradsift.artifact import make_folder, write_atomic
+from gradsift.artifact import SUMS, canonical_json, file_hash, make_folder, sealed, write_atomic
 from gradsift.report.data import (
     Cluster,
     Compared,
@@ -48,14 +48,18 @@ __all__ = [
 
 
 def write_report(data: ReportData, folder: Path) -> Path:
-    """Write report.json, report.md and report.html into `folder` (made if missing); returns the path of the page.
+    """Write report.json, report.md and report.html into `folder` (made if missing), and their digests beside them; returns the path of the page.
 
     The same data gives the same bytes. Each file is replaced whole or not at all; raises DiskFull or ResourceError.
     """
     folder = Path(folder)
     make_folder(folder)
-    write_atomic(folder / "report.json", (data.model_dump_json(indent=1) + "\n").encode())
-    write_atomic(folder / "report.md", render_markdown(data).encode())
-    page = folder / "report.html"
-    write_atomic(page, render_page(data).encode())
-    return page
+    pages = {
+        "report.json": (data.model_dump_json(indent=1) + "\n").encode(),
+        "report.md": render_markdown(data).encode(),
+        "report.html": render_page(data).encode(),
+    }
+    for name, content in pages.items():
+        write_atomic(folder / name, content)
+    write_atomic(folder / SUMS, canonical_json(sealed({"files": {name: file_hash(folder / name) for name in pages}})) + b"\n")
+    return folder / "report.html"
