@@ -20,6 +20,7 @@ from gradsift.errors import DataError, UserError
 from gradsift.execute import Stopping
 from gradsift.influence import backend
 from gradsift.parts import FOLDER, Parts
+from gradsift.provenance import made_on
 from gradsift.stages import Recipe
 from gradsift.types import Signal
 from gradsift.workers import FittingWork, ScoreWork
@@ -75,7 +76,9 @@ def curvature(pipeline: Pipeline, signal: Signal) -> Curvature:
             _spread(pipeline, fitting, FittingWork(pipeline.lend(model, at), taken, about))
         fitted = fitting.result()
         hash_ = fitted.save(artifact.path / "curvature.safetensors")
-        artifact.finish(files={"curvature.safetensors": hash_}, counts={"rows": count, "parameters": len(fitted.names)})
+        artifact.finish(
+            files={"curvature.safetensors": hash_}, counts={"rows": count, "parameters": len(fitted.names)}, extra=fitting.made()
+        )
         shutil.rmtree(artifact.path / FOLDER)
 
     return Curvature.load(pipeline.make(recipe, fill).path / "curvature.safetensors")
@@ -84,10 +87,10 @@ def curvature(pipeline: Pipeline, signal: Signal) -> Curvature:
 def _spread(pipeline: Pipeline, fitting: Fitting, work: FittingWork) -> None:
     """Both passes of a fit, shard by shard, by workers elsewhere; `fitting.result()` then only adds up."""
     for shard, sums in pipeline.executor.map(work, fitting.missing("factors")):
-        fitting.factors(shard, sums)
+        fitting.factors(shard, sums, made_on(pipeline.executor.gpu))
     if fitting.correct:
         for shard, sums in pipeline.executor.map(replace(work, basis=fitting.basis()), fitting.missing("eigenvalues")):
-            fitting.eigenvalues(shard, sums)
+            fitting.eigenvalues(shard, sums, made_on(pipeline.executor.gpu))
 
 
 def influence(pipeline: Pipeline, signal: Signal) -> tuple[Tensor, Tensor]:
@@ -128,8 +131,8 @@ def _score(pipeline: Pipeline, signal: Signal, artifact: Artifact) -> None:
     pipeline.progress.start(tokens, "tokens", f"influence on {len(targets)} targets, {signal.backend}")
     work = ScoreWork(pipeline.lend(model, at), targets, **shared)
     del model
-    for shard, found in pipeline.executor.map(work, missing, lambda shard: pool.part(parts.shards[shard])):
-        parts.keep(shard, {"scores": found})
+    for shard, (found, halvings) in pipeline.executor.map(work, missing, lambda shard: pool.part(parts.shards[shard])):
+        parts.keep(shard, {"scores": found}, made_on(pipeline.executor.gpu, halvings))
         pipeline.progress.advance(int(pool.lengths[parts.shards[shard]].sum()))
     pipeline.progress.done()
     every = parts.read("scores")  # mapped from disk, not in memory
@@ -139,5 +142,5 @@ def _score(pipeline: Pipeline, signal: Signal, artifact: Artifact) -> None:
     damping = {"least": ratios[0], "median": ratios[len(ratios) // 2], "most": ratios[-1]}
     extra = {"damping_to_mean_eigenvalue": damping, "rank": targets.rank, "norm_kept_by_rank": min(targets.kept.values(), default=1.0)}
     counts = {"rows": len(pool), "targets": len(targets)}
-    artifact.finish(files={"scores.safetensors": hash_}, counts=counts, extra=extra)
+    artifact.finish(files={"scores.safetensors": hash_}, counts=counts, extra={**extra, **parts.made()})
     parts.remove()  # last: until then they are what is kept of the work

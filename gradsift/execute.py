@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from gradsift import machine
 from gradsift.errors import Interrupted
 from gradsift.progress import Progress
 from gradsift.store import RowStore
@@ -25,10 +26,11 @@ _RESUME = "The same command resumes: finished shards are kept."
 class Executor(Protocol):
     """Where shards are worked on. `make_worker` is called once per worker, there (it loads the model); the worker takes part(shard), which is
     called here, or the shard's number where there is no `part`. `remote`: workers are other processes, perhaps on other machines: they see
-    what `make_worker` and `part` bring along, and nothing else.
+    what `make_worker` and `part` bring along, and nothing else. `gpu`: the kind of GPU that made the result yielded last, "" for a CPU.
     """
 
     remote: bool
+    gpu: str
 
     def map(
         self, make_worker: Callable[[], Callable[[Any], T]], shards: Sequence[int], part: Callable[[int], Any] | None = None
@@ -42,9 +44,12 @@ class Executor(Protocol):
 
 
 class Serial:
-    """One worker in this process, shards in the given order."""
+    """One worker in this process, shards in the given order. `device`: where its model is."""
 
     remote = False
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device, self.gpu = device, ""
 
     def map(
         self, make_worker: Callable[[], Callable[[Any], T]], shards: Sequence[int], part: Callable[[int], Any] | None = None
@@ -54,6 +59,7 @@ class Serial:
             return
         with interruptible():
             worker = make_worker()
+            self.gpu = "" if self._device == "cpu" else machine.gpu_kind([self._device])
             for shard in shards:
                 stop_here()
                 yield shard, worker(shard if part is None else part(shard))

@@ -59,6 +59,7 @@ class Ray:
         self._wanted = workers
         self._slots: list[Slot] = []
         self._ray: Any = None
+        self.gpu = ""
 
     def map(
         self, make_worker: Callable[[], Callable[[Any], T]], shards: Sequence[int], part: Callable[[int], Any] | None = None
@@ -185,7 +186,7 @@ def executor_of(config: Config, threads: int, note: Callable[[str], None] | None
     """The executor that the settings name, for workers of `threads` threads."""
     wanted = config.machine
     if wanted.executor == "serial":
-        return Serial()
+        return Serial(config.model.device)
     return Ray(
         threads=threads,
         workers=wanted.workers,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gradsift import machine, methods, report
+from gradsift import machine, methods, provenance, report
 from gradsift.agreement import matrix, spearman
 from gradsift.artifact import Artifact
 from gradsift.budget import Budget
@@ -20,7 +20,7 @@ from gradsift.influence import backend, pool_transform, through_curvature
 from gradsift.objectives import Loss
 from gradsift.pipeline import Pipeline
 from gradsift.reading import Dropped
-from gradsift.stages import Timing
+from gradsift.stages import Recipe, Timing
 from gradsift.store import RowStore
 from gradsift.types import Selector, Signal, Subset
 
@@ -29,7 +29,8 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Chosen:
-    """A subset of the pool (indices and per-row notes over all n pool rows) with what it came from. `screen`: the rows it could choose."""
+    """A subset of the pool (indices and per-row notes over all n pool rows) with what it came from. `screen`: the rows it could choose; `made_of`:
+    the stages it was made of."""
 
     pipeline: Pipeline
     method: str
@@ -39,6 +40,7 @@ class Chosen:
     seed: int
     screen: Screen
     budget: Budget
+    made_of: Sequence[Recipe] = ()
 
     @property
     def n(self) -> int:
@@ -125,6 +127,9 @@ class Chosen:
             found.append(f"{overlap} target rows stand in the pool word for word")
         if "note" in self.subset.notes:
             found.append(str(self.subset.notes["note"]))
+        for recipe in self.made_of:
+            if (made := self.pipeline.stored(recipe)) is not None:
+                found += provenance.warnings(made.path.name, made.manifest["extra"])
         return found
 
     def overlap(self) -> int:

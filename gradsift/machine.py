@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterable
 
 import psutil
 import torch
@@ -60,6 +61,13 @@ def versions() -> dict[str, str]:
     """What the numbers depend on."""
     names = ("gradsift", "torch", "transformers", "peft", "numpy", "safetensors")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def gpu_kind(devices: Iterable[str | int]) -> str:
+    """The kinds of GPU among `devices`, by name: "" where none is one. Two kinds may give other last digits for the same work."""
+    if not torch.cuda.is_available():
+        return ""
+    return " + ".join(sorted({torch.cuda.get_device_name(device) for device in devices if str(device) != "cpu"}))
 
 
 def cpu_kind() -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from gradsift import provenance
 from gradsift.artifact import Artifact
 from gradsift.durable import make_folder, read_tensors, remove_leftovers, write_tensors
 from gradsift.errors import IntegrityError
@@ -27,9 +30,13 @@ class Parts:
         """The shards that are absent or damaged."""
         return [shard for shard in range(len(self.shards)) if not self._there(shard)]
 
-    def keep(self, shard: int, tensors: dict[str, Tensor]) -> None:
-        """Raises DiskFull, ResourceError."""
-        write_tensors(self._path(shard), tensors, self._meta(shard))
+    def keep(self, shard: int, tensors: dict[str, Tensor], made: Mapping[str, str] | None = None) -> None:
+        """`made`: what `provenance.made_on` says of the shard. Raises DiskFull, ResourceError."""
+        write_tensors(self._path(shard), tensors, {**(made or {}), **self._meta(shard)})
+
+    def made(self) -> dict[str, Any]:
+        """How the shards were made, for the manifest."""
+        return provenance.summary(self._path(shard) for shard in range(len(self.shards)))
 
     def read(self, name: str) -> list[Tensor]:
         """One tensor of every shard, in order, mapped from disk."""

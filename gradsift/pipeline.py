@@ -28,6 +28,7 @@ from gradsift.objectives import Loss
 from gradsift.pool import Pool
 from gradsift.progress import Progress, Told, silent
 from gradsift.projection import Projection, projection_of
+from gradsift.provenance import made_on
 from gradsift.rowwork import Scaled, check_quarantine, fill_mean, mean_pairwise_cosine
 from gradsift.run import Run
 from gradsift.signals.embeddings import POOLING, TOKEN_BUDGET, hidden_size
@@ -274,10 +275,8 @@ class Pipeline(Stages):
         shards = store.missing()
         tokens = sum(int(encoded.lengths[store.shards[shard]].sum()) for shard in shards)
         self.progress.start(tokens, "tokens", f"gradients of the {side}, checkpoint {at.step}, {transform}")
-        halvings = 0
-        for shard, (packed, halved) in self.executor.map(work, shards, lambda shard: encoded.part(store.shards[shard])):
-            store.put(shard, packed)
-            halvings += halved
+        for shard, (packed, halvings) in self.executor.map(work, shards, lambda shard: encoded.part(store.shards[shard])):
+            store.put(shard, packed, made_on(self.executor.gpu, halvings))
             outer(store.shards[shard])
         self.progress.done()
         check_quarantine(store, encoded)
@@ -285,7 +284,7 @@ class Pipeline(Stages):
         what = f"{covered.modules} modules, {covered.share:.1%} of the trainable parameters"
         self.progress.note(f"gradients of the {side}, checkpoint {at.step}: {what}; mean pairwise cosine {cosine:.2f}")
         extra = {"mean_pairwise_cosine": cosine, "coverage": covered.summary()}
-        store.seal(artifact, extra=extra, stats={"batch_halvings": halvings})
+        store.seal(artifact, extra=extra)
 
     def mean_rows(self, side: str, transform: str) -> RowStore:
         """Checkpoint mean of unit rows weighted by mean_lr (TAGCOS, released `mean_grad`): not re-normalised, the norm is in `scales`."""
@@ -324,7 +323,7 @@ class Pipeline(Stages):
             work = EmbeddingWork(self.lend(model), spec["dim"], self.pad_id, inner)
             del model
             for shard, packed in self.executor.map(work, shards, lambda shard: encoded.part(store.shards[shard])):
-                store.put(shard, packed)
+                store.put(shard, packed, made_on(self.executor.gpu))
                 outer(store.shards[shard])
             self.progress.done()
             check_quarantine(store, encoded, "embedding")

@@ -112,8 +112,9 @@ class Worker:
         plain_tensors()
         self._work: Callable[[Any], Any] | None = None
 
-    def hello(self, threads: int, cpu: bool) -> tuple[str, dict[str, str]]:
-        return socket.gethostname(), fingerprint(threads, cpu=cpu)
+    def hello(self, threads: int, cpu: bool) -> tuple[str, dict[str, str], str]:
+        gpu = "" if cpu else machine.gpu_kind(range(torch.cuda.device_count()))  # Ray shows it its own GPUs alone
+        return socket.gethostname(), fingerprint(threads, cpu=cpu), gpu
 
     def build(self, make_worker: Callable[[], Callable[[Any], Any]]) -> None:
         self._work = None  # the last stage's goes first
@@ -137,7 +138,7 @@ class Slot:
     """One place for a worker: an actor, what it was last asked, and which round's work it holds."""
 
     def __init__(self, executor: Ray, number: int) -> None:
-        self.executor, self.number, self.host = executor, number, ""
+        self.executor, self.number, self.host, self.gpu = executor, number, "", ""
         self.actor: Any = None
         self.task: _Task | None = None
         self.built: Any = None  # the reference of the maker whose work it holds
@@ -251,10 +252,11 @@ class Round:
             else:
                 self.stillborn = 0
                 self._assign()  # the worker goes on while the caller writes
+                self.executor.gpu = slot.gpu
                 yield task.shard, value
 
-    def _check(self, slot: Slot, host: str, found: Mapping[str, str]) -> None:
-        slot.host = host
+    def _check(self, slot: Slot, host: str, found: Mapping[str, str], gpu: str) -> None:
+        slot.host, slot.gpu = host, gpu
         for name, ours in self.executor.expect.items():
             if found.get(name) != ours:
                 remedy = "Give every machine of the cluster the same installation (and kind of CPU)."

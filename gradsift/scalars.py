@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gradsift import provenance
 from gradsift.artifact import Artifact
 from gradsift.contamination import text_of
 from gradsift.durable import write_tensors
@@ -16,6 +17,7 @@ from gradsift.errors import UserError
 from gradsift.execute import Stopping
 from gradsift.model import attach_lora
 from gradsift.parts import FOLDER, Parts
+from gradsift.provenance import made_on
 from gradsift.signals import difficulty, ngrams
 from gradsift.signals.features import features as own_features
 from gradsift.stages import Recipe
@@ -67,7 +69,8 @@ def values(pipeline: Pipeline, name: str, fields: Sequence[str] = ()) -> Tensor:
         else:
             found = _ngrams(pipeline) if name == "ngrams" else _of_each(pipeline, name, artifact)
         hash_ = write_tensors(artifact.path / f"{name}.safetensors", {name: found}, {"recipe": artifact.digest})
-        artifact.finish(files={f"{name}.safetensors": hash_}, counts={"rows": len(found)})
+        made = provenance.summary(sorted((artifact.path / FOLDER).glob("*.safetensors")))
+        artifact.finish(files={f"{name}.safetensors": hash_}, counts={"rows": len(found)}, extra=made)
         if (artifact.path / FOLDER).is_dir():  # last: until then the parts are what is kept of the work
             shutil.rmtree(artifact.path / FOLDER)
 
@@ -87,7 +90,7 @@ def _of_each(pipeline: Pipeline, name: str, artifact: Artifact) -> Tensor:
     if missing:
         work = ScalarWork(pipeline.lend(None if pipeline.executor.remote else pipeline.load_base()), name, pipeline.pad_id, inner)
         for shard, found in pipeline.executor.map(work, missing, lambda shard: encoded.part(parts.shards[shard])):
-            parts.keep(shard, {name: found})
+            parts.keep(shard, {name: found}, made_on(pipeline.executor.gpu))
             outer(parts.shards[shard])
     pipeline.progress.done()
     found = torch.cat(parts.read(name))

@@ -300,7 +300,9 @@ def select_in(
         left = screen(limits, pool, signals, kept)
         subset = choose(selector, signals, left, kept, limits, wanted, read=read, lengths=lengths, seed=seed, allow_short=allow_short)
         asked = wanted.rows(read) if wanted.unit == "rows" else len(subset)
-        _write(artifact, Chosen(pipeline, method, selector, spread(subset, kept, len(pool)), asked, seed, left, wanted), add_scores)
+        _write(
+            artifact, Chosen(pipeline, method, selector, spread(subset, kept, len(pool)), asked, seed, left, wanted, recipes), add_scores
+        )
 
     chosen = Recipe("select", config, inputs)
     if pipeline.stored(chosen) and any(pipeline.unfinished(recipe) for recipe in recipes):

@@ -18,6 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from gradsift import provenance
 from gradsift.artifact import REPAIR, SCHEMA, Artifact, check_schema, differences, file_hash, read_json, read_manifest
 from gradsift.durable import (
     TensorFile,
@@ -227,13 +228,13 @@ class RowStore:
         if self._wanted(shard):
             self.put(shard, pack(rows, norms=norms, losses=losses, tokens=tokens, codes=codes, dtype=self.dtype))
 
-    def put(self, shard: int, packed: Mapping[str, Tensor]) -> None:
-        """As `write`, of tensors that `packing.pack` made for this store, perhaps in another process."""
+    def put(self, shard: int, packed: Mapping[str, Tensor], made: Mapping[str, str] | None = None) -> None:
+        """As `write`, of tensors that `packing.pack` made for this store, perhaps in another process. `made`: what `provenance.made_on` says."""
         if not self._wanted(shard):
             return
         place = self.shards[shard]
         meta = {"store": self._key, "recipe": self.digest, "shard": str(shard), "rows": f"{place.start}:{place.stop}"}
-        write_tensors(self.path / _shard_name(shard), packed, meta)
+        write_tensors(self.path / _shard_name(shard), packed, {**(made or {}), **meta})
         self._distrusted.discard(shard)
 
     def _wanted(self, shard: int) -> bool:
@@ -278,7 +279,8 @@ class RowStore:
 
     def seal(self, artifact: Artifact, *, extra: Mapping[str, Any] | None = None, stats: Mapping[str, Any] | None = None) -> None:
         """Completes the artifact whose folder this store fills. Raises IntegrityError while shards are missing."""
-        artifact.finish(files=self.files(), counts=self.counts(), extra=extra, stats=stats)
+        made = provenance.summary(self.path / _shard_name(shard) for shard in range(len(self.shards)))
+        artifact.finish(files=self.files(), counts=self.counts(), extra={**(extra or {}), **made}, stats=stats)
 
     # --- reading
 

@@ -124,7 +124,7 @@ class Trials:
         for number, (made, seconds) in self.pipeline.executor.map(make, range(len(jobs)), lambda number: _job(*jobs[number], encoded)):
             trial, tests = jobs[number]
             for test, scores in zip(tests, made, strict=True):
-                self.pipeline.make(self.recipe(trial, test), functools.partial(_keep, scores, seconds))
+                self.pipeline.make(self.recipe(trial, test), functools.partial(_keep, scores, seconds, self.pipeline.executor.gpu))
             progress.advance()
         progress.done()
         return len(jobs)
@@ -148,13 +148,14 @@ def _not_run(artifact: Artifact) -> None:
     raise RuntimeError(f"{artifact.path.name} was asked for its scores before it was run")
 
 
-def _keep(scores: Scores, seconds: Mapping[str, float], artifact: Artifact) -> None:
+def _keep(scores: Scores, seconds: Mapping[str, float], gpu: str, artifact: Artifact) -> None:
     files = {}
     if len(scores.sums):
         arrays = {"sums": scores.sums, "tokens": scores.tokens, **scores.measures}
         tensors = {name: torch.tensor(value) for name, value in arrays.items()}  # those of a worker are read-only
         files[_FILE] = write_tensors(artifact.path / _FILE, tensors, {"recipe": artifact.digest})
-    artifact.finish(files=files, counts={"rows": len(scores.sums)}, extra={"numbers": dict(scores.numbers)}, stats=dict(seconds))
+    extra = {"numbers": dict(scores.numbers), **({"gpus": {gpu: 1}} if gpu else {})}
+    artifact.finish(files=files, counts={"rows": len(scores.sums)}, extra=extra, stats=dict(seconds))
 
 
 @dataclass(frozen=True, eq=False)

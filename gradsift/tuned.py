@@ -18,6 +18,7 @@ from gradsift.evaluate import finetune
 from gradsift.execute import Serial, Stopping
 from gradsift.model import FOUR_BIT, load_adapter, quiet
 from gradsift.parts import Parts
+from gradsift.provenance import made_on
 from gradsift.stages import Recipe
 from gradsift.types import Checkpoint
 from gradsift.workers import ScalarWork
@@ -68,12 +69,12 @@ def _fill(pipeline: Pipeline, group: str, artifact: Artifact) -> None:
             inner, outer = pipeline.advances(encoded)
             work = ScalarWork(model, "loss", pipeline.pad_id, inner)
             for shard, found in executor.map(work, missing, lambda shard: encoded.part(parts.shards[shard])):
-                parts.keep(shard, {"tuned": found})
+                parts.keep(shard, {"tuned": found}, made_on(executor.gpu))
                 outer(parts.shards[shard])
             pipeline.progress.done()
     found = torch.cat(parts.read("tuned")).float()
     hash_ = write_tensors(artifact.path / _FILE, {"tuned": found}, {"recipe": artifact.digest})
-    artifact.finish(files={_FILE: hash_}, counts={"rows": len(found)})
+    artifact.finish(files={_FILE: hash_}, counts={"rows": len(found)}, extra=parts.made())
     parts.remove()  # last: until then they are what is kept of the work
 
 
@@ -99,7 +100,7 @@ def _trained(pipeline: Pipeline, group: str) -> Iterator[tuple[Any, Any]]:
     pipeline.progress.done()
     if settings.mode == "full":
         whole = trained.to(getattr(torch, model.dtype))  # as the base model, whose loss it is compared with
-        yield lambda: whole, Serial() if pipeline.executor.remote else pipeline.executor
+        yield lambda: whole, Serial(pipeline.config.model.device) if pipeline.executor.remote else pipeline.executor
         return
     with tempfile.TemporaryDirectory(prefix="gradsift-") as folder:
         with quiet():

@@ -113,7 +113,7 @@ class GradientWork:
         model = self.model()
 
         def work(encoded: EncodedRows) -> tuple[dict[str, Tensor], int]:
-            count, halvings = len(encoded), 0
+            count, halvings = len(encoded), 0.0
             rows, norms, losses = torch.zeros(count, self.dim), torch.zeros(count), torch.zeros(count)
             tokens, codes = torch.zeros(count, dtype=torch.int32), torch.zeros(count, dtype=torch.uint8)
             usable = [i for i in range(count) if encoded.codes[i] == 0]
@@ -124,9 +124,9 @@ class GradientWork:
                 rows[at], norms[at], losses[at], tokens[at] = batch.rows, batch.norms, batch.losses, batch.tokens
                 for i in batch.failed:
                     codes[usable[i]] = OUT_OF_MEMORY
-                halvings += batch.halvings
+                halvings += 1 - 0.5**batch.halvings  # a batch cut k times is k + 1 pieces, whose 2^-depths add up to 1
                 self.advance(int(encoded.lengths[at.numpy()].sum()))
-            return pack(rows, norms=norms, losses=losses, tokens=tokens, codes=codes, dtype=self.dtype), halvings
+            return pack(rows, norms=norms, losses=losses, tokens=tokens, codes=codes, dtype=self.dtype), round(halvings)
 
         return work
 
@@ -197,22 +197,23 @@ class FittingWork:
 
 @dataclass(frozen=True)
 class ScoreWork:
-    """Rows of a shard -> scores fp32 [r, m], NaN for rows that could not be encoded."""
+    """Rows of a shard -> (scores fp32 [r, m], NaN for rows that could not be encoded; how often a batch had to be halved for memory)."""
 
     model: Callable[[], Any]
     targets: Targets
     modules: Modules
     token_budget: int
 
-    def __call__(self) -> Callable[[EncodedRows], Tensor]:
+    def __call__(self) -> Callable[[EncodedRows], tuple[Tensor, int]]:
         model = self.model()
 
-        def work(encoded: EncodedRows) -> Tensor:
-            found = torch.full((len(encoded), len(self.targets)), torch.nan)
+        def work(encoded: EncodedRows) -> tuple[Tensor, int]:
+            found, cuts = torch.full((len(encoded), len(self.targets)), torch.nan), list[None]()
             fine = [i for i in range(len(encoded)) if encoded.codes[i] == 0]
             rows = [encoded[i] for i in fine]
-            for indices, scores in score_pool(model, rows, self.targets, modules=self.modules, token_budget=self.token_budget):
+            about = {"modules": self.modules, "token_budget": self.token_budget, "halved": lambda: cuts.append(None)}
+            for indices, scores in score_pool(model, rows, self.targets, **about):
                 found[torch.tensor([fine[int(i)] for i in indices])] = scores
-            return found
+            return found, len(cuts)
 
         return work

@@ -35,6 +35,8 @@ from gradsift.judging import BASE, compare
 from gradsift.methods import make
 from gradsift.model import model_identity
 from gradsift.pipeline import Pipeline
+from gradsift.plan import Rates, StageCost
+from gradsift.plan_ray import STARTING, spread
 from gradsift.pool import read_pool
 from gradsift.rules import knn
 from gradsift.run import Run
@@ -308,6 +310,57 @@ def test_settings_name_the_executor_and_no_room_is_told(two: Ray) -> None:
         build({"machine": {"workers": -1}}, "t")
     with pytest.raises(ResourceError, match="no machine of the Ray cluster has room for a worker of 64 CPUs"):
         list(Ray(threads=64, address=two.address).map(squares, [1]))
+
+
+# --- GPUs: Ray hands out what its nodes declare, so these need none
+
+
+def gpus_given() -> Callable[[int], tuple[dict[str, float], tuple[str, ...], str, int]]:
+    def work(_: int) -> tuple[dict[str, float], tuple[str, ...], str, int]:
+        time.sleep(0.3)
+        context = ray.get_runtime_context()
+        place = (context.get_node_id(), *context.get_accelerator_ids()["GPU"])
+        return context.get_assigned_resources(), place, os.environ["CUDA_VISIBLE_DEVICES"], os.getpid()
+
+    return work
+
+
+def test_workers_of_gpus_get_those_they_ask_for_and_the_plan_counts_them(
+    cluster: Any, two: Ray, tmp_path: Path, model_folder: Path, pool_file: Path
+) -> None:
+    two.close()
+    nodes = [cluster.add_node(**{**SMALL, "num_cpus": 2}, num_gpus=count) for count in (2, 1)]
+    made = {count: Ray(threads=4, gpus=count, address=two.address) for count in (1, 2, 3)}
+    try:
+        assert {count: executor.room() for count, executor in made.items()} == {1: 3, 2: 1, 3: 0}
+        with pytest.raises(ResourceError, match=r"room for a worker of 1 CPUs and 3 GPUs. Lower --threads or --gpus-per-worker"):
+            list(made[3].map(gpus_given, [0]))
+        ((_, (resources, place, shown, _)),) = list(made[2].map(gpus_given, [0]))
+        assert resources == {"CPU": 1.0, "GPU": 2.0} and place == (nodes[0].node_id, "0", "1") and shown == "0,1"
+        pool = read_pool([pool_file])
+        config = build({"model": {"name": str(model_folder)}, "machine": {"threads": 1}}, "t")
+        for count, workers in {1: 3, 2: 1}.items():
+            pipeline = Pipeline(Run(tmp_path / "run"), config, pool, executor=made[count])
+            cost = StageCost("gradients", "", "", reused=False, rows=72, tokens=7200, bytes=0, seconds=60.0)
+            found = spread(pipeline, [cost], Rates(1, 1, 1, 1, 1, peak_bytes=10, dim=8, parameters=5, hidden=4, factors=2))
+            assert found is not None and (found.workers, found.gpus, found.seconds) == (workers, count, 60 / workers + STARTING)
+            assert f"{workers} workers of {count} GPUs" in found.line()
+        made[2].close()
+        seen: dict[tuple[str, ...], int] = {}
+        while len(seen) < 3:
+            for _, (resources, place, shown, pid) in made[1].map(gpus_given, range(6)):
+                assert resources == {"CPU": 1.0, "GPU": 1.0} and place[1:] == (shown,)
+                seen[place] = pid
+        assert set(seen) == {(nodes[0].node_id, "0"), (nodes[0].node_id, "1"), (nodes[1].node_id, "0")}
+        for slot in made[1]._slots:  # as if each had told of another kind
+            slot.gpu = f"kind {ray.get(slot.actor.work.remote(0))[-1]}"
+        for _, (*_, pid) in made[1].map(gpus_given, range(6)):
+            assert made[1].gpu == f"kind {pid}"
+    finally:
+        for executor in made.values():
+            executor.close()
+        for node in nodes:
+            cluster.remove_node(node)
 
 
 # --- the stages of a run

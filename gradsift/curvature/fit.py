@@ -16,6 +16,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from gradsift import machine, provenance
 from gradsift.artifact import differences, read_json
 from gradsift.curvature.fitted import SCHEMA, Curvature
 from gradsift.curvature.walk import Layer, Row, Visit, Walk, row, uniforms
@@ -139,14 +140,19 @@ class Fitting:
 
     # --- the two passes
 
-    def factors(self, shard: int, made: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The shard's sums "A/<group>" and "G/<name>", made or read; or `made`, which is kept: what `sum_factors` gave elsewhere."""
-        return self._stored(f"factors-{shard:05d}", lambda: made or self.sum_factors(shard), {})
+    def factors(self, shard: int, made: dict[str, Tensor] | None = None, on: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+        """The shard's sums "A/<group>" and "G/<name>", made or read; or `made`, which is kept: what `sum_factors` gave elsewhere. `on`: what
+        `provenance.made_on` says of it."""
+        return self._stored(f"factors-{shard:05d}", lambda: made or self.sum_factors(shard), {}, on)
 
-    def eigenvalues(self, shard: int, made: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def eigenvalues(self, shard: int, made: dict[str, Tensor] | None = None, on: Mapping[str, str] | None = None) -> dict[str, Tensor]:
         """The shard's sums "values/<name>" of squared gradients in the eigenbasis, likewise. Needs the factors of every shard."""
         basis = self.basis()
-        return self._stored(f"eigenvalues-{shard:05d}", lambda: made or self.sum_squares(shard, basis), {"basis": self._basis_digest})
+        return self._stored(f"eigenvalues-{shard:05d}", lambda: made or self.sum_squares(shard, basis), {"basis": self._basis_digest}, on)
+
+    def made(self) -> dict[str, Any]:
+        """How the shards in the store were made, for a manifest: nothing of those made here on a CPU."""
+        return provenance.summary(sorted(self.store.glob("*s-*.safetensors"))) if self.store else {}  # of both passes, without the basis
 
     def missing(self, name: Literal["factors", "eigenvalues"]) -> list[int]:
         """The shards whose sums the store does not hold."""
@@ -214,7 +220,9 @@ class Fitting:
 
     # --- shards on disk, and their sum
 
-    def _stored(self, name: str, make: Callable[[], dict[str, Tensor]], meta: Mapping[str, str]) -> dict[str, Tensor]:
+    def _stored(
+        self, name: str, make: Callable[[], dict[str, Tensor]], meta: Mapping[str, str], on: Mapping[str, str] | None = None
+    ) -> dict[str, Tensor]:
         if self.store is None:
             if name not in self._kept:
                 self._kept[name] = make()
@@ -222,7 +230,8 @@ class Fitting:
         if (there := self._read(name, meta)) is not None:
             return there
         tensors = make()
-        write_tensors(self.store / f"{name}.safetensors", tensors, self._meta(name, meta))
+        on = provenance.made_on(machine.gpu_kind([str(self.walk.device)])) if on is None else on
+        write_tensors(self.store / f"{name}.safetensors", tensors, {**on, **self._meta(name, meta)})
         return tensors
 
     def _read(self, name: str, meta: Mapping[str, str]) -> dict[str, Tensor] | None:

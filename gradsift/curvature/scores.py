@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -211,12 +211,19 @@ def compress(matrices: Tensor, rank: int, seed: int, name: str) -> tuple[Tensor,
 
 
 def score_pool(
-    model: nn.Module, encoded: Sequence[Encoded], targets: Targets, *, modules: Modules = None, token_budget: int = 1024
+    model: nn.Module,
+    encoded: Sequence[Encoded],
+    targets: Targets,
+    *,
+    modules: Modules = None,
+    token_budget: int = 1024,
+    halved: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Yields (indices [b], scores [b, m]) until every row of `encoded` was scored once: zeros first for rows without a supervised token,
     then by length, longest first. A row whose gradient is not finite scores NaN.
 
-    When a batch runs out of memory it is halved, and a single row that does not fit scores NaN, with a warning in the log. Between batches
+    When a batch runs out of memory it is halved, which `halved` is told, and a single row that does not fit scores NaN, with a warning in the
+    log: then the numbers are right, but not bit for bit those of another machine. Between batches
     the model is what it was. Raises MismatchError when the model has other parameters than the targets.
     """
     walk = Walk(model, modules)
@@ -224,10 +231,12 @@ def score_pool(
         if targets.shape(name) != layer.shape:
             remedy = "Prepare the targets with the same model and modules."
             raise MismatchError(f"the targets have no gradient of {name} {layer.shape}", remedy=remedy)
-    return _stream(walk, encoded, targets, token_budget)
+    return _stream(walk, encoded, targets, token_budget, halved)
 
 
-def _stream(walk: Walk, encoded: Sequence[Encoded], targets: Targets, token_budget: int) -> Iterator[tuple[np.ndarray, Tensor]]:
+def _stream(
+    walk: Walk, encoded: Sequence[Encoded], targets: Targets, token_budget: int, halved: Callable[[], None]
+) -> Iterator[tuple[np.ndarray, Tensor]]:
     lengths, supervised = _measure(encoded)
     silent = np.flatnonzero(supervised == 0)
     if len(silent):
@@ -251,6 +260,7 @@ def _stream(walk: Walk, encoded: Sequence[Encoded], targets: Targets, token_budg
         if not fits and len(batch) > 1:
             half = len(batch) // 2
             todo.extendleft([batch[half:], batch[:half]])
+            halved()
         if scorer.full or not todo:
             yield from scorer.flush()
 
