@@ -10,8 +10,9 @@ export MALLOC_TOP_PAD_ ?= 268435456
 demo: setup
 	$(BIN)/gradsift demo
 
+# A file of tests goes to one process as a whole, and each process has one thread: threads of two that share a core wait for each other.
 test: setup lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 # 200 SIGKILLs over real runs (about 6 minutes on two cores), then long fuzzing.
 faults: setup
