@@ -16,7 +16,7 @@ from torch import Tensor
 from gradsift.artifact import Artifact
 from gradsift.curvature import Curvature, Fitting, prepare_targets
 from gradsift.durable import write_tensors
-from gradsift.errors import DataError, UserError
+from gradsift.errors import UserError
 from gradsift.execute import Stopping
 from gradsift.influence import backend
 from gradsift.parts import FOLDER, Parts
@@ -113,8 +113,6 @@ def _score(pipeline: Pipeline, signal: Signal, artifact: Artifact) -> None:
     model = pipeline.model_at(at)
     wanted, pool = pipeline.encoded("target"), pipeline.encoded("pool")
     usable = np.flatnonzero(wanted.codes == 0)
-    if not len(usable):
-        raise DataError("no target row is usable", remedy="Look at the target with `gradsift inspect`.")
     shared = {"modules": pipeline.modules, "token_budget": gradients.token_budget}
     targets = prepare_targets(
         model,

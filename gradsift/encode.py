@@ -34,6 +34,7 @@ from gradsift.chat import (
 from gradsift.config import EncodeSettings
 from gradsift.durable import TensorFile, write_tensors
 from gradsift.errors import DataError, IntegrityError
+from gradsift.pool import Pool
 from gradsift.types import Encoded, Example
 
 __all__ = ["EncodeSettings", "EncodedRows", "coloured", "encode", "pad_batch", "token_batches", "tokenizer_identity"]
@@ -285,7 +286,8 @@ def _judge(pool: Sequence[Example], codes: np.ndarray, details: Mapping[int, str
     row = int(np.flatnonzero(codes == code)[0])
     reason, _, remedy = REASONS[code].partition(". ")
     what = f"{int(bad.sum()):,} of {len(codes):,} rows have nothing to learn from at max_length {settings.max_length:,}; most: {reason}"
-    raise DataError(f"{what} (row {pool[row].id!r}: {details.get(row, 'no details kept')})", remedy=remedy)
+    example = f"row {pool[row].id!r} of the group {pool[row].group!r}: {details.get(row, 'no details kept')}"
+    raise DataError(f"{what} ({example})", where=pool.place(row) if isinstance(pool, Pool) else None, remedy=remedy)
 
 
 def token_batches(lengths: np.ndarray | Sequence[int], token_budget: int) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift import curved, execute_ray, machine, projected, scalars, tuned
+from gradsift import curved, execute_ray, machine, projected, scalars, targets, tuned
 from gradsift.artifact import Artifact, folder_hash
 from gradsift.checkpoints import adam_transform, load_checkpoints
 from gradsift.config import Config
@@ -29,11 +29,11 @@ from gradsift.pool import Pool
 from gradsift.progress import Progress, Told, silent
 from gradsift.projection import Projection, projection_of
 from gradsift.provenance import made_on
-from gradsift.rowwork import Scaled, check_quarantine, fill_mean, mean_pairwise_cosine
+from gradsift.rowwork import Scaled, check_quarantine, fill_mean, mean_pairwise_cosine, restrict
 from gradsift.run import Run
 from gradsift.signals.embeddings import POOLING, TOKEN_BUDGET, hidden_size
 from gradsift.stages import Recipe, Stages
-from gradsift.store import RowStore, RowView
+from gradsift.store import RowStore
 from gradsift.types import Checkpoint, Signal, Signals
 from gradsift.warmup import warm_up
 from gradsift.workers import EmbeddingWork, GradientWork, ModelSource, nothing
@@ -162,6 +162,8 @@ class Pipeline(Stages):
         if side not in self._encoded:
             artifact = self.checked(self.make(self.encode_recipe(side), lambda artifact: self._encode(side, artifact)))
             self._encoded[side] = EncodedRows.load(artifact.path)
+            if side == "target":  # before anything is spent
+                targets.check_encoded(self.sides[side], self._encoded[side])
         return self._encoded[side]
 
     def _encode(self, side: str, artifact: Artifact) -> None:
@@ -269,7 +271,9 @@ class Pipeline(Stages):
         map_ = adam_transform(at, settings.adam_form, base=model, force=force) if transform == "adam" else None
         lent = self.lend(model, at)
         del model
-        work = GradientWork(lent, self.projection, map_, modules, settings.token_budget, settings.store_dtype, dim, inner, loss, settings.norms)
+        work = GradientWork(
+            lent, self.projection, map_, modules, settings.token_budget, settings.store_dtype, dim, inner, loss, settings.norms
+        )
         for problem in store.problems:
             self.progress.note(f"made anew: {problem}")
         shards = store.missing()
@@ -334,18 +338,18 @@ class Pipeline(Stages):
     def signals(self, needs: frozenset[Signal]) -> tuple[Signals, np.ndarray]:
         """The declared signals over the usable rows (those no signal has quarantined), and the pool indices of these rows."""
         encoded = self.encoded("pool")
-        usable = {side: torch.ones(len(rows), dtype=torch.bool) for side, rows in self.sides.items()}
-        usable["pool"] &= torch.as_tensor(encoded.codes == 0)
+        usable = {side: torch.as_tensor(self.encoded(side).codes == 0) for side in self.sides}
         values: dict[Signal, Any] = {}
         for signal in self.at_hand(needs):
             values[signal], good = self._signal(signal)
             if good is not None:
                 usable[signal.side] &= good
         kept = {side: good.nonzero()[:, 0] for side, good in usable.items()}
-        for side, rows in kept.items():
-            if not len(rows):
-                raise DataError(f"no usable row in the {side}", remedy="See dropped rows with `gradsift inspect`.")
-        values = {s: _restrict(v, kept[s.side]) if len(kept[s.side]) < len(usable[s.side]) else v for s, v in values.items()}
+        if not len(kept["pool"]):
+            raise DataError("no usable row in the pool", remedy="See dropped rows with `gradsift inspect`.")
+        if "target" in self.sides:
+            targets.check_groups(self.sides["target"], usable["target"], self.encoded("target"))
+        values = {s: restrict(v, kept[s.side]) if len(kept[s.side]) < len(usable[s.side]) else v for s, v in values.items()}
         pool = kept["pool"]
         signals = Signals(
             values=values,
@@ -391,9 +395,3 @@ class Pipeline(Stages):
 def _named(loss: Loss) -> dict[str, Any]:
     """What a recipe says of rows that are not gradients of the loss; the others say nothing, as they always did."""
     return {} if loss == "cross-entropy" else {"loss": loss}
-
-
-def _restrict(value: Any, kept: Tensor) -> Any:
-    if isinstance(value, list):
-        return [RowView(rows, kept) for rows in value]
-    return value[kept] if isinstance(value, Tensor) else RowView(value, kept)

@@ -107,6 +107,11 @@ class Pool(Sequence[Example]):
         """file:line of the row."""
         return f"{self.names[self._columns.file[row]]}:{self._columns.line[row]}"
 
+    def empty_files(self) -> list[str]:
+        """Names of the files that no row is from."""
+        filled = set(self._columns.file.tolist())
+        return [name for number, name in enumerate(self.names) if number not in filled]
+
     def exact_duplicates(self) -> dict[int, int]:
         """Row -> the first row with the same messages and tools, for every row but the first of its kind."""
         keys = self._columns.content_hash.view(np.dtype((np.void, 16))).ravel()
@@ -234,8 +239,7 @@ def _warnings(pool: Pool, reader: Reader, changed: int) -> list[str]:
     if counts["group:none"]:
         found.append(f"{counts['group:none']:,} rows have no field {reader.group_field!r}; their group is {NO_GROUP!r}")
     found += [f"{file.name}: {file.cut}; the rows before are used" for file in pool.files if file.cut]
-    filled = set(pool._columns.file.tolist())
-    found += [f"{name}: no usable row" for number, name in enumerate(pool.names) if number not in filled]
+    found += [f"{file}: no usable row" for file in pool.empty_files()]
     if len(set(reader.formats)) > 1:
         found.append("the files have different formats: " + ", ".join(f"{name} {form}" for name, form in pool.formats.items()))
     return found

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gradsift import targets
 from gradsift.artifact import Artifact
 from gradsift.durable import write_tensors
-from gradsift.errors import DataError, MismatchError, UserError
+from gradsift.errors import MismatchError, UserError
 from gradsift.influence import backend, pool_transform, score_blocks
 from gradsift.stages import Recipe
 from gradsift.store import RowStore, RowView
@@ -59,9 +60,10 @@ def recipes(pipeline: Pipeline, signal: Signal) -> list[Recipe]:
 
 
 def sides(pipeline: Pipeline, signal: Signal) -> Sides:
-    """The stored rows, made where they are missing. Raises UserError without a target, DataError when no target row is usable."""
+    """The stored rows, made where they are missing. Raises UserError without a target, DataError for a target group without a usable row."""
     if "target" not in pipeline.sides:
         raise UserError("influence needs a target", remedy="Add --target FILE.")
+    wanted = pipeline.encoded("target")
     checkpoints, used, loss = pipeline.checkpoints(), pipeline.used_checkpoints(signal), backend(str(signal.backend)).loss
     pool = [pipeline.rows("pool", c, pool_transform(signal), loss) for c in used]
     target = [pipeline.rows("target", c, "none", loss) for c in used]
@@ -70,8 +72,7 @@ def sides(pipeline: Pipeline, signal: Signal) -> Sides:
             if a.spec[name] != b.spec[name]:
                 raise MismatchError(f"pool and target rows differ in {name}: {a.spec[name]} and {b.spec[name]}")
     good = torch.stack([store.usable for store in target]).all(dim=0)
-    if not good.any():
-        raise DataError("no target row has a usable gradient", remedy="Look at the target with `gradsift inspect`.")
+    targets.check_groups(pipeline.sides["target"], good, wanted)
     kept = good.nonzero()[:, 0]
     groups = [pipeline.sides["target"].groups[int(i)] for i in kept]
     return Sides(pool, [RowView(store, kept) for store in target], [checkpoints[c].mean_lr for c in used], kept, groups)

@@ -1,15 +1,16 @@
-"""Stores of gradient rows: what share may be unusable, the weighted mean over checkpoints, the mean cosine."""
+"""Stores of gradient rows: what share may be unusable, the weighted mean over checkpoints, the mean cosine, some of the rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradsift.encode import EncodedRows
 from gradsift.errors import DataError
-from gradsift.store import RowStore
+from gradsift.store import RowStore, RowView
 
 MOST_QUARANTINED = 0.05  # share of the encoded rows whose gradient may be unusable before a stage stops
 
@@ -56,3 +57,10 @@ def mean_pairwise_cosine(store: RowStore) -> float:
     for start in range(0, store.shape[0], 2048):
         total += store[start : start + 2048].float().sum(dim=0).double()
     return float((total @ total - count) / max(count * (count - 1), 1))
+
+
+def restrict(value: Any, kept: Tensor) -> Any:
+    """The rows `kept` of a signal's value: numbers, rows, or a list of rows."""
+    if isinstance(value, list):
+        return [restrict(rows, kept) for rows in value]
+    return value[kept] if isinstance(value, Tensor) else RowView(value, kept)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradsift.artifact import Artifact
 from gradsift.durable import write_tensors
-from gradsift.errors import ConfigError, DataError, UserError
+from gradsift.errors import ConfigError, UserError
 from gradsift.evaluate import finetune
 from gradsift.execute import Serial, Stopping
 from gradsift.model import FOUR_BIT, load_adapter, quiet
@@ -84,8 +84,6 @@ def _trained(pipeline: Pipeline, group: str) -> Iterator[tuple[Any, Any]]:
     an adapter is small enough to travel."""
     target, settings = pipeline.encoded("target"), pipeline.config.tuning
     taken = [i for i, other in enumerate(pipeline.sides["target"].groups) if other == group and target.codes[i] == 0]
-    if not taken:
-        raise DataError(f"no row of the target group {group!r} can be used", remedy="See why with `gradsift inspect`.")
     model = pipeline.config.model
     pipeline.progress.start(settings.steps_for(len(taken)), "steps", f"training on {group}")
     steps = Stopping(pipeline.progress)

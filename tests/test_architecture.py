@@ -18,7 +18,7 @@ FLOORS = {
     2: "modules model transforms families",
     3: "measures trainer_output checkpoints warmup objectives tail attention rmsnorm lowrank swaps products capture gradients signals",
     4: "influence curvature",
-    5: "agreement curved projected scalars tuned run checking execute stages rowwork pipeline findings outputs selection delivery scoring"
+    5: "agreement curved projected scalars tuned run checking execute stages rowwork targets pipeline findings outputs selection delivery scoring"
     " doctor plan holdings execute_ray raywork workers parts plan_ray evaluate judging comparison arms trials tiny playground demo report",
     6: "cli flags __main__ __init__",
 }
