@@ -9,13 +9,13 @@ from torch import Tensor
 
 from gradsift.methods import make
 from gradsift.methods.gdig import _Part
-from gradsift.rules import topk
+from gradsift.rules import kmeans, omp, topk
 from gradsift.types import Selector, Signal, Signals, Subset
 
 
 def choose(selector: Selector, value: Tensor, budget: int, *, target_groups: list[str] | None = None, seed: int = 0) -> Subset:
     (signal,) = selector.needs()
-    given = Signals({signal: value}, n=len(value), target_groups=target_groups or [])
+    given = Signals({signal: value}, n=value.shape[0], target_groups=target_groups or [])
     return selector.select(given, budget, rng=np.random.default_rng(seed))
 
 
@@ -77,6 +77,95 @@ def test_tagcos_says_where_one_cluster_holds_most_rows() -> None:
     uneven = choose(make("tagcos", {"clusters": 3, "restarts": 3}), clustered([80, 1, 9]), 6)
     assert "note" not in even.notes
     assert "holds 80 of 90 rows and 1 of 3 clusters a single row" in uneven.notes["note"]
+
+
+def mixed(seed: int = 0) -> Tensor:
+    """Two loose clusters of unit rows and one whose rows go both ways, so that most of it points away from its centroid."""
+    generator = torch.Generator().manual_seed(seed)
+    axis = torch.eye(24)[23] * torch.where(torch.arange(40) % 2 == 0, 1.0, -0.9)[:, None]
+    return torch.cat([clustered([33, 28], spread=0.3, seed=seed), axis + 0.02 * torch.randn(40, 24, generator=generator)])
+
+
+def test_tagcos_released_leaves_seats_open_and_says_how_many() -> None:
+    rows, options = mixed(), {"clusters": 3, "restarts": 5, "preset": "released"}
+    chosen = choose(make("tagcos", options), rows, 70)
+    sizes = np.bincount(chosen.notes["cluster"])
+    seats = np.floor(70 / 101 * sizes).astype(int)
+    assert chosen.notes["seats"] == seats.sum() < 70 and len(chosen) <= seats.sum()
+    told = chosen.notes["note"]
+    assert f"rounded down, ask for {seats.sum()} of 70 rows" in told and "-o fill=nearest meets the budget" in told
+    if len(chosen) < seats.sum():
+        assert f"left {seats.sum() - len(chosen)} of {seats.sum()} seats open" in told
+    exact = choose(make("tagcos", {**options, "fill": "nearest"}), rows, 70)
+    got = np.bincount(exact.notes["cluster"][exact.indices], minlength=3).tolist()
+    assert got == topk.apportion(70, sizes, capacity=sizes) and "note" not in exact.notes
+    assert set(chosen.indices.tolist()) <= set(exact.indices.tolist())
+
+
+def test_tagcos_open_seats_are_those_that_no_row_fits() -> None:
+    rows = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-0.5, 0.0], [-0.5, 0.0]])  # mean (0.25, 0): two rows point its way, two away
+    for preset in ("paper", "released"):
+        few = choose(make("tagcos", {"clusters": 1, "preset": preset, "fill": "none"}), rows, 4)
+        assert sorted(few.indices.tolist()) == [0, 1]
+        assert few.notes["note"] == "matching left 2 of 4 seats open: -o fill=nearest meets the budget"
+        assert len(choose(make("tagcos", {"clusters": 1, "preset": preset, "fill": "nearest"}), rows, 4)) == 4
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_tagcos_weights_are_each_clusters_coefficients_by_its_share(preset: str) -> None:
+    rows = mixed(3)
+    options = {"clusters": 3, "restarts": 5, "preset": preset}
+    chosen = choose(make("tagcos", {**options, "weights": True}), rows, 60)
+    plain = choose(make("tagcos", options), rows, 60)
+    assert plain.weights is None and plain.indices.tolist() == chosen.indices.tolist() and chosen.weights is not None
+    labels, weight = chosen.notes["cluster"], dict(zip(chosen.indices.tolist(), chosen.weights.tolist(), strict=True))
+    matched = 0
+    for c in range(3):
+        members = np.flatnonzero(labels == c)
+        seats = int(np.isin(chosen.indices, members).sum())
+        ridge, repeat = (0.0, "mask") if preset == "paper" else (1.0, "stop")
+        found = omp.match(rows[members], rows[members].mean(0), seats, ridge=ridge, on_repeat=repeat)  # type: ignore[arg-type]
+        matched += len(found)
+        for i, x in zip(members[found.indices.numpy()], found.coefficients.tolist(), strict=True):
+            assert weight.pop(int(i)) == pytest.approx(x * len(members) / 101, rel=1e-4, abs=1e-6)
+    assert weight and set(weight.values()) == {1 / 101} and chosen.notes["matched"] == matched
+    assert f"{len(weight)} of {len(chosen)} rows are no atom of a cluster's first match and weigh 1/n" in chosen.notes["note"]
+
+
+def test_tagcos_weighted_rows_sum_to_the_pools_mean() -> None:
+    rows = clustered([20, 30, 40], spread=0.2)
+    chosen = choose(make("tagcos", {"clusters": 3, "restarts": 3, "weights": True}), rows, 60)
+    assert chosen.weights is not None
+    total = (torch.as_tensor(chosen.weights)[:, None] * rows[chosen.indices].double()).sum(0)
+    first = chosen.notes["matched"]
+    assert first < 60
+    extra = 1 / 90 * rows[chosen.indices[chosen.weights == 1 / 90]].double().sum(0)
+    assert torch.allclose(total - extra, rows.double().mean(0), atol=5e-3)
+
+
+class Counted:
+    """Rows that count how often each is read."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows, self.shape, self.reads = rows, tuple(rows.shape), np.zeros(len(rows), dtype=np.int64)
+
+    def __getitem__(self, where: slice) -> Tensor:
+        self.reads[where] += 1
+        return self.rows[where].clone()
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_tagcos_reads_a_row_twice_after_clustering_however_many_clusters(preset: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(5000, 12, generator=generator), dim=1)
+    clustering, counted = Counted(rows), Counted(rows)
+    kmeans.fit(clustering, 50, rng=np.random.default_rng(0), iterations=3)
+    selector = make("tagcos", {"clusters": 50, "iterations": 3, "preset": preset})
+    stored = choose(selector, counted, 500)  # type: ignore[arg-type]
+    assert (counted.reads - clustering.reads).max() == 2 and (counted.reads - clustering.reads).min() >= 1
+    held = choose(selector, rows, 500)
+    assert stored.indices.tolist() == held.indices.tolist() and stored.gains is not None and held.gains is not None
+    assert stored.gains.tolist() == held.gains.tolist() and np.array_equal(stored.notes["score"], held.notes["score"])
 
 
 SCORES = torch.tensor([[0.9, 0.0, -0.5], [0.8, 0.1, -0.4], [0.0, 0.3, 0.0], [-0.2, 0.2, 0.6], [0.1, 0.1, 0.1]])

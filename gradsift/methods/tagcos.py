@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
+from gradsift.methods.reading import blocks
 from gradsift.rules import kmeans, omp, topk
+from gradsift.rules.blocks import gather
 from gradsift.types import Rows, Signal, Signals, Subset
 
 
@@ -22,10 +24,19 @@ class Tagcos:
     checkpoints' mean learning rates (not re-normalised); k-means; orthogonal matching pursuit of every cluster's centroid.
     Cost: gradients of the pool at every checkpoint; k-means is clusters x n x d per step; matching one pass over a cluster per pick.
 
-    Differences from the paper (`preset=paper`, the default): none known; ridge 0, a repeated atom is masked, cluster budgets by largest
-    remainder so that they sum to the budget, matching repeated on what is left of a cluster until its share is spent.
-    Differences from the released code (`preset=released`): ridge 1 from the second atom on, a repeated atom ends a call, cluster budgets
-    floored (small clusters get none, so fewer rows than asked come back). Both drop the coefficients, as the code does.
+    weights: keep the matching's coefficients as training weights, in `weights.jsonl`: x_i of a cluster's match times the cluster's share
+    of the pool, so that the weighted rows sum to the pool's mean feature; a row that a repeated match or the fill added weighs 1 / n, its
+    own in that mean, and a note says how many did (`cosine=true`: to the clusters' directions, by their shares). By default coefficients are dropped, as in the paper's training and the released code.
+
+    fill: "nearest" = cluster budgets by largest remainder, so that they sum to the budget, and rows nearest to the centroid complete a share
+    that matching leaves open; "none" = budgets floored and open seats left open, so that fewer rows than asked may come back: the report
+    says how many the clusters were to give and how many matched.
+
+    Differences from the paper (`preset=paper`, the default: `fill=nearest`): none known; ridge 0, a repeated atom is masked, matching
+    repeated on what is left of a cluster until its share is spent.
+    Differences from the released code (`preset=released`: ridge 1 from the second atom on, a repeated atom ends a call, `fill=none`): a
+    cluster of which no row left points toward the centroid gives fewer rows than its share, where the code calls the matching again
+    without end. Clusters too small for a seat give no row, as there.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "none"
@@ -37,6 +48,8 @@ class Tagcos:
     ridge: NonNegativeFloat | None = None
     on_repeat: Literal["mask", "stop"] | None = None
     refill: Literal["repeat", "random", "none"] = "repeat"
+    fill: Literal["nearest", "none"] | None = None
+    weights: bool = False
     tol: NonNegativeFloat = 1e-4
     transform: Literal["adam", "none"] = "adam"
 
@@ -47,6 +60,11 @@ class Tagcos:
     def rows(self) -> Signal:
         return Signal("rows", transform=self.transform, checkpoints="mean")
 
+    @property
+    def exact(self) -> bool:
+        """Whether the budget is met to the row."""
+        return (self.fill or ("none" if self.preset == "released" else "nearest")) == "nearest"
+
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         rows: Rows = signals[self.rows]
         n = rows.shape[0]
@@ -55,65 +73,89 @@ class Tagcos:
         )
         labels = np.asarray(found.labels)
         sizes = np.bincount(labels, minlength=len(found.centres))
-        if self.preset == "released":
-            seats = np.floor(budget / n * sizes + 1e-9).astype(int)
-        else:
+        if self.exact:
             seats = np.asarray(topk.apportion(budget, sizes, capacity=sizes))
+        else:
+            seats = np.floor(budget / n * sizes + 1e-9).astype(int)
         draws = rng if self.refill == "random" else None
 
-        def match(c: int) -> tuple[np.ndarray, np.ndarray]:
+        def match(c: int) -> _Picks:
             return self._match(rows, np.flatnonzero(labels == c), found.centres[c], int(seats[c]), draws)
 
         # One generator serves the clusters in turn, so draws are not for other processes.
-        picks = list((map if self.refill == "random" else signals.map)(match, range(len(sizes))))
-        order = sorted((rank, c) for c, (chosen, _) in enumerate(picks) for rank in range(len(chosen)))
-        norms = np.array([float(centre.norm()) for centre in found.centres])
-        notes = {"note": lopsided(sizes)} if 2 * sizes.max() > n and len(sizes) > 2 else {}
+        picks: list[_Picks] = list((map if self.refill == "random" else signals.map)(match, range(len(sizes))))
+        order = sorted((rank, c) for c, chosen in enumerate(picks) for rank in range(len(chosen.members)))
+        matched = sum(len(chosen.coefficients) for chosen in picks)
+        notes: dict[str, Any] = {"score": self._agreement(rows, labels, found.centres), "cluster": labels, "objective": found.objective}
+        notes["centroid_norms"] = np.array([float(centre.norm()) for centre in found.centres])
+        notes |= {"seats": int(seats.sum()), "matched": matched}
+        told = [lopsided(sizes)] if 2 * sizes.max() > n and len(sizes) > 2 else []
+        told += self._counts(budget, int(seats.sum()), len(order), matched)
         return Subset(
-            indices=np.array([picks[c][0][rank] for rank, c in order], dtype=np.int64),
-            gains=np.array([picks[c][1][rank] for rank, c in order]),
-            notes={
-                "score": self._agreement(rows, labels, found.centres),
-                "cluster": labels,
-                "centroid_norms": norms,
-                "objective": found.objective,
-                **notes,
-            },
+            indices=np.array([picks[c].members[rank] for rank, c in order], dtype=np.int64),
+            gains=np.array([picks[c].gains[rank] for rank, c in order]),
+            weights=np.array([picks[c].weight(rank, n) for rank, c in order]) if self.weights else None,
+            notes=notes | ({"note": "; ".join(told)} if told else {}),
         )
+
+    def _counts(self, budget: int, seats: int, given: int, matched: int) -> list[str]:
+        """What to say of rows asked for and given, and of weights that are no coefficients."""
+        told = []
+        if given < budget:
+            why = f"the clusters' budgets, each rounded down, ask for {seats:,} of {budget:,} rows" if seats < budget else ""
+            open_ = f"matching left {seats - given:,} of {seats:,} seats open" if given < seats else ""
+            told.append(f"{'; '.join(filter(None, (why, open_)))}: -o fill=nearest meets the budget")
+        if self.weights and matched < given:
+            told.append(f"{given - matched:,} of {given:,} rows are no atom of a cluster's first match and weigh 1/n")
+        return told
 
     def _agreement(self, rows: Rows, labels: np.ndarray, centres: Tensor) -> np.ndarray:
         """[n], product of every row with its own centroid: what the report draws; matching decides by more than this."""
         score = np.empty(rows.shape[0])
-        for start in range(0, len(score), 2048):
-            block = rows[start : min(start + 2048, len(score))].float()
+        for start, block in blocks(rows):
             block = torch.nn.functional.normalize(block, dim=1) if self.cosine else block
-            score[start : start + len(block)] = (block * centres[torch.as_tensor(labels[start : start + len(block)])]).sum(dim=1).numpy()
+            own = centres[torch.as_tensor(labels[start : start + len(block)])].to(block.device)
+            score[start : start + len(block)] = (block * own).sum(dim=1).cpu().numpy()
         return score
 
-    def _match(
-        self, rows: Rows, members: np.ndarray, centre: Tensor, seats: int, rng: np.random.Generator | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Pool indices of one cluster's picks, in pick order, and their product with the centroid."""
+    def _match(self, rows: Rows, members: np.ndarray, centre: Tensor, seats: int, rng: np.random.Generator | None) -> _Picks:
+        """One cluster's picks. Its rows are read once, and no other."""
         if seats == 0:
-            return np.empty(0, dtype=np.int64), np.empty(0)
-        atoms = _gather(rows, members, normalise=self.cosine)
-        chosen = omp.fill(
-            atoms,
-            centre,
-            seats,
-            refill=self.refill,
-            rng=rng,
-            ridge=self.ridge if self.ridge is not None else float(self.preset == "released"),
-            on_repeat=self.on_repeat or ("stop" if self.preset == "released" else "mask"),
-            tol=self.tol,
-        )
-        chosen = np.asarray(chosen, dtype=np.int64)
-        if len(chosen) < seats and self.preset == "paper" and self.refill == "repeat":
+            return _Picks(np.empty(0, dtype=np.int64), np.empty(0), np.empty(0), len(members))
+        atoms = gather(rows, torch.as_tensor(members)).float()
+        atoms = torch.nn.functional.normalize(atoms, dim=1) if self.cosine else atoms
+        centre = centre.to(atoms.device)
+        options: dict[str, Any] = {
+            "ridge": self.ridge if self.ridge is not None else float(self.preset == "released"),
+            "on_repeat": self.on_repeat or ("stop" if self.preset == "released" else "mask"),
+            "tol": self.tol,
+        }
+        found = omp.match(atoms, centre, seats, **options)
+        chosen = found.indices.numpy()
+        if 0 < len(found) < seats or (self.refill == "random" and not len(found)):
+            chosen = omp.fill(atoms, centre, seats, refill=self.refill, rng=rng, found=found, **options).numpy()
+        if len(chosen) < seats and self.exact:
             # Rows that point away from the centroid are never matched; the closest of them complete the cluster's share.
             left = np.setdiff1d(np.arange(len(members)), chosen)
-            agreement = (atoms[left] @ centre).numpy()
+            agreement = (atoms[torch.as_tensor(left, device=atoms.device)] @ centre).cpu().numpy()
             chosen = np.concatenate([chosen, left[topk.top(agreement, seats - len(chosen)).numpy()]])
-        return members[chosen], (atoms[chosen] @ centre).numpy()
+        gains = (atoms[torch.as_tensor(chosen, device=atoms.device)] @ centre).cpu().numpy()
+        return _Picks(members[chosen], gains, found.coefficients.numpy(), len(members))
+
+
+@dataclass(frozen=True)
+class _Picks:
+    """A cluster's picks in pick order: pool indices `members` [k], products with the centroid `gains` [k], and the `coefficients` [<= k] of
+    its first match, whose atoms come first. `size`: rows of the cluster."""
+
+    members: np.ndarray
+    gains: np.ndarray
+    coefficients: np.ndarray
+    size: int
+
+    def weight(self, rank: int, n: int) -> float:
+        """The training weight of a pick: its part in the mean of all n rows."""
+        return float(self.coefficients[rank]) * self.size / n if rank < len(self.coefficients) else 1 / n
 
 
 def lopsided(sizes: np.ndarray) -> str:
@@ -122,17 +164,3 @@ def lopsided(sizes: np.ndarray) -> str:
         f"one gradient cluster holds {sizes.max():,} of {sizes.sum():,} rows and {int((sizes == 1).sum()):,} of {len(sizes):,} clusters "
         "a single row: for a pool of this size try fewer (-o clusters=20), and look at the lengths of the picks"
     )
-
-
-def _gather(rows: Rows, members: np.ndarray, *, normalise: bool) -> Tensor:
-    """fp32 copy of some rows, read in runs of neighbouring blocks so that a store is never held whole."""
-    if isinstance(rows, Tensor):
-        atoms = rows[torch.as_tensor(members)].float()
-    else:
-        atoms = torch.empty(len(members), rows.shape[1])
-        for start in range(0, rows.shape[0], 2048):
-            here = np.flatnonzero((members >= start) & (members < start + 2048))
-            if len(here):
-                block = rows[start : min(start + 2048, rows.shape[0])]
-                atoms[torch.as_tensor(here)] = block[torch.as_tensor(members[here] - start)].float()
-    return torch.nn.functional.normalize(atoms, dim=1) if normalise else atoms
