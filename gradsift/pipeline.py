@@ -19,7 +19,7 @@ from gradsift.artifact import Artifact, folder_hash
 from gradsift.checkpoints import adam_transform, load_checkpoints
 from gradsift.config import Config
 from gradsift.encode import EncodedRows, encode, tokenizer_identity
-from gradsift.errors import DataError, UserError
+from gradsift.errors import DataError, MismatchError, UserError
 from gradsift.execute import Executor, Stopping
 from gradsift.gradients import output_dim
 from gradsift.influence import through_curvature
@@ -29,10 +29,10 @@ from gradsift.pool import Pool
 from gradsift.progress import Progress, Told, silent
 from gradsift.projection import Projection, projection_of
 from gradsift.provenance import made_on
-from gradsift.rowwork import Scaled, check_quarantine, fill_mean, mean_pairwise_cosine, restrict
+from gradsift.rowwork import Scaled, check_quarantine, fill_mean, mean_pairwise_cosine, narrowed, restrict
 from gradsift.run import Run
 from gradsift.signals.embeddings import POOLING, TOKEN_BUDGET, hidden_size
-from gradsift.stages import Recipe, Stages
+from gradsift.stages import Recipe, Stages, named
 from gradsift.store import RowStore
 from gradsift.types import Checkpoint, Signal, Signals
 from gradsift.warmup import warm_up
@@ -84,7 +84,7 @@ class Pipeline(Stages):
         return Recipe("warmup", self.config.warmup.canonical(), {"pool": self.encode_recipe("pool").digest}, self.compute_identity())
 
     def gradients_recipe(self, side: str, checkpoint: int, transform: str, loss: Loss = "cross-entropy") -> Recipe:
-        settings = self.config.gradients.canonical() | _named(loss)
+        settings = self.config.gradients.canonical() | named(loss)
         if transform == "adam" and self.modules is not None:
             what = f"the warm-up's Adam moments are those of its LoRA layers, and modules = {self.modules!r} reads others"
             raise UserError(what, remedy='Leave [gradients] modules = "lora", or take plain gradients: -o transform=none.')
@@ -135,13 +135,16 @@ class Pipeline(Stages):
         return [signal for signal in sorted(needs, key=repr) if signal.side in self.sides]
 
     def recipes(self, needs: frozenset[Signal]) -> list[Recipe]:
-        """Every stage that `needs` takes, in the order they are made, without repeats."""
+        """Every stage that `needs` takes, in the order they are made, without repeats. Raises MismatchError for rows of other modules."""
         found = [self.encode_recipe(side) for side in self.sides]
         for signal in self.at_hand(needs):
             found += self._recipes_of(signal)
         return list({recipe.digest: recipe for recipe in found}.values())
 
     def _recipes_of(self, signal: Signal) -> list[Recipe]:
+        if signal.modules == "linear" and self.modules is None:
+            remedy = 'Set [gradients] modules = "linear" in the file given with --config, for a new --run folder.'
+            raise MismatchError("the method reads gradients of all linear layers, this run's are of modules = 'lora'", remedy=remedy)
         if signal.name == "embeddings":
             return [self.embeddings_recipe(signal.side)]
         if signal.name in scalars.SCALARS:
@@ -261,7 +264,7 @@ class Pipeline(Stages):
             recipe_digest=artifact.digest,
             ids=pool.ids,
             dim=dim,
-            spec={**settings.model_dump(include={"projection", "seed", "modules"}), "dim": dim, "transform": transform, **_named(loss)},
+            spec={**settings.model_dump(include={"projection", "seed", "modules"}), "dim": dim, "transform": transform, **named(loss)},
             shard_rows=settings.shard_rows,
             dtype=settings.store_dtype,
         )
@@ -349,7 +352,7 @@ class Pipeline(Stages):
             raise DataError("no usable row in the pool", remedy="See dropped rows with `gradsift inspect`.")
         if "target" in self.sides:
             targets.check_groups(self.sides["target"], usable["target"], self.encoded("target"))
-        values = {s: restrict(v, kept[s.side]) if len(kept[s.side]) < len(usable[s.side]) else v for s, v in values.items()}
+        values = {s: narrowed(v if bool(usable[s.side].all()) else restrict(v, kept[s.side]), s.dim) for s, v in values.items()}
         pool = kept["pool"]
         signals = Signals(
             values=values,
@@ -390,8 +393,3 @@ class Pipeline(Stages):
         stores = [self.rows(signal.side, c, signal.transform) for c in self.used_checkpoints(signal)]
         good = torch.stack([store.usable for store in stores]).all(dim=0)
         return stores if signal.checkpoints == "each" else stores[-1], good
-
-
-def _named(loss: Loss) -> dict[str, Any]:
-    """What a recipe says of rows that are not gradients of the loss; the others say nothing, as they always did."""
-    return {} if loss == "cross-entropy" else {"loss": loss}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradsift.encode import EncodedRows
 from gradsift.errors import DataError
+from gradsift.methods.reading import Narrow
 from gradsift.store import RowStore, RowView
 
 MOST_QUARANTINED = 0.05  # share of the encoded rows whose gradient may be unusable before a stage stops
@@ -64,3 +65,10 @@ def restrict(value: Any, kept: Tensor) -> Any:
     if isinstance(value, list):
         return [restrict(rows, kept) for rows in value]
     return value[kept] if isinstance(value, Tensor) else RowView(value, kept)
+
+
+def narrowed(value: Any, dim: int | None) -> Any:
+    """Rows, or a list of them, that are wider than `dim` projected to it; anything else as it is."""
+    if isinstance(value, list):
+        return [narrowed(rows, dim) for rows in value]
+    return Narrow(value, dim) if dim is not None and value.shape[1] > dim else value

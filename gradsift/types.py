@@ -72,6 +72,12 @@ class Signal:
     difficulty    Tensor [n], minus the score a net gave the row while a model was fine-tuned
     ifd           Tensor [n], perplexity of the answer after its prompt over that of the answer alone
     features      Rows [n, d] of the numbers that stand in the pool's own rows, in `fields` (which "difficulty" may be learned from too)
+
+    modules       of rows and influence: "lora" = the modules that the run's gradients are of, LoRA's unless its settings say otherwise; "linear"
+                  = all linear layers, and a run of others is refused
+    dim           of rows: wider ones come projected once more, to this many numbers (`methods.reading.Narrow`); None = as they are stored
+
+    Raises ValueError for `modules` or `dim` of a signal that has none.
     """
 
     name: Literal["rows", "influence", "embeddings", "loss", "tuned", "ngrams", "difficulty", "ifd", "features"]
@@ -82,6 +88,12 @@ class Signal:
     backend: str | None = None
     dim: int | None = None
     fields: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.dim is not None and (self.name != "rows" or self.dim < 1):
+            raise ValueError(f"dim={self.dim} of {self.name}: only rows have a width that can be chosen, of at least 1")
+        if self.modules != "lora" and self.name not in ("rows", "influence"):
+            raise ValueError(f"modules={self.modules!r} of {self.name}: only rows and influence are of gradients")
 
 
 class UndeclaredSignal(KeyError):

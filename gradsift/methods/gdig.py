@@ -10,7 +10,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from gradsift.methods.reading import Raw, finite
+from gradsift.methods.reading import Raw, finite, signs
 from gradsift.rules import kmeans, topk
 from gradsift.rules.blocks import gather
 from gradsift.types import Rows, Signal, Signals, Subset
@@ -112,10 +112,7 @@ class _Part:
 
     def __init__(self, rows: Rows, indices: np.ndarray, *, raw: bool, dim: int) -> None:
         self.rows, d = Raw(rows) if raw else rows, rows.shape[1]
-        self.signs: Tensor | None = None
-        if 0 < dim < d:
-            drawn = np.random.Generator(np.random.Philox(key=dim)).integers(0, 2, (d, dim), dtype=np.int8)
-            self.signs = torch.from_numpy(drawn).float().mul_(2).sub_(1).div_(dim**0.5)
+        self.signs = signs(d, dim) if 0 < dim < d else None
         self.indices, self.shape = torch.as_tensor(indices), (len(indices), d if self.signs is None else self.signs.shape[1])
 
     def __getitem__(self, where: slice) -> Tensor:

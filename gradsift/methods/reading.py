@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,28 @@ class Centred:
     def __getitem__(self, where: slice) -> Tensor:
         block = self.rows[where]
         return block - self.mean.to(block.device)
+
+
+class Narrow:
+    """Rows projected once more to `dim` numbers, by `signs`; products are kept up to noise."""
+
+    def __init__(self, rows: Rows, dim: int) -> None:
+        self.rows, self.shape, self.signs = rows, (rows.shape[0], dim), signs(rows.shape[1], dim)
+
+    def __getitem__(self, where: slice) -> Tensor:
+        block = torch.as_tensor(self.rows[where]).float()
+        return block @ self.signs.to(block.device)
+
+    @property
+    def scales(self) -> Tensor | None:
+        """What unit rows of a store must be multiplied by, before the projection as after it; None over rows that carry none."""
+        return getattr(self.rows, "scales", None)
+
+
+def signs(d: int, dim: int) -> Tensor:
+    """fp32 [d, dim], +-1 / sqrt(dim): the same for every run and machine."""
+    drawn = np.random.Generator(np.random.Philox(key=dim)).integers(0, 2, (d, dim), dtype=np.int8)
+    return torch.from_numpy(drawn).float().mul_(2).sub_(1).div_(dim**0.5)
 
 
 def blocks(rows: Rows) -> Iterator[tuple[int, Tensor]]:

@@ -25,8 +25,9 @@ class Tagcos:
     Cost: gradients of the pool at every checkpoint; k-means is clusters x n x d per step; matching one pass over a cluster per pick.
 
     weights: keep the matching's coefficients as training weights, in `weights.jsonl`: x_i of a cluster's match times the cluster's share
-    of the pool, so that the weighted rows sum to the pool's mean feature; a row that a repeated match or the fill added weighs 1 / n, its
-    own in that mean, and a note says how many did (`cosine=true`: to the clusters' directions, by their shares). By default coefficients are dropped, as in the paper's training and the released code.
+    of the pool, so that the weighted rows sum to the pool's mean feature (`cosine=true`: to the clusters' directions, by their shares); a
+    row that a repeated match or the fill added weighs 1 / n, its own in that mean, and a note says how many did. By default coefficients
+    are dropped, as in the released code.
 
     fill: "nearest" = cluster budgets by largest remainder, so that they sum to the budget, and rows nearest to the centroid complete a share
     that matching leaves open; "none" = budgets floored and open seats left open, so that fewer rows than asked may come back: the report
@@ -73,10 +74,8 @@ class Tagcos:
         )
         labels = np.asarray(found.labels)
         sizes = np.bincount(labels, minlength=len(found.centres))
-        if self.exact:
-            seats = np.asarray(topk.apportion(budget, sizes, capacity=sizes))
-        else:
-            seats = np.floor(budget / n * sizes + 1e-9).astype(int)
+        floors = np.floor(budget / n * sizes + 1e-9).astype(int)
+        seats = np.asarray(topk.apportion(budget, sizes, capacity=sizes)) if self.exact else floors
         draws = rng if self.refill == "random" else None
 
         def match(c: int) -> _Picks:
