@@ -9,13 +9,15 @@ from torch import Tensor
 from .blocks import Rows, check_budget, check_finite, check_rng, gather, sizes, stream
 
 PENDING = 64  # chosen rows whose distances are brought up to date in one pass
-NOISE = 1e-6  # squared distances below this share of |x|^2 + |c|^2 are rounding (float16 rows: 2.5e-7): zero
+# Squared distances below this share of |x|^2 + |c|^2 are rounding of the arithmetic (float16 rows in float32: 2.5e-7): zero.
+NOISE = {torch.float32: 1e-6, torch.float64: 1e-14}
 
 
 def farthest_first(rows: Rows, budget: int, *, start: int | None = None, rng: np.random.Generator) -> Tensor:
     """Begin at `start` (None: a row drawn from `rng`) and add the row farthest from all chosen ones -> int64 [budget], in pick order.
 
-    Euclidean distance of the rows as they are; ties, and rows that coincide with chosen ones, go to the lowest index. A larger budget
+    Euclidean distance of the rows as they are; ties, and rows that coincide with chosen ones (to a thousandth of their length in float32, a
+    ten-millionth in float64), go to the lowest index. A larger budget
     with the same start only appends. Source: Gonzalez 1985; Sener & Savarese 2018, algorithm 1 (k-Center-Greedy).
 
     Distances only shrink, so what is known of a row bounds its distance from above: the farthest candidates are kept exact among
@@ -68,4 +70,4 @@ def _apply(rows: Rows, squares: Tensor, bound: Tensor, new: Tensor) -> None:
 def _distance(points: Tensor, point_squares: Tensor, centres: Tensor, centre_squares: Tensor) -> Tensor:
     both = point_squares[:, None] + centre_squares
     distance = both - 2 * (points @ centres.T).cpu()
-    return torch.where(distance > NOISE * both, distance, torch.zeros_like(distance))
+    return torch.where(distance > NOISE[distance.dtype] * both, distance, torch.zeros_like(distance))

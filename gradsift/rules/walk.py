@@ -13,6 +13,7 @@ from .blocks import Rows, check_finite, floating, gather, sizes, stream, unit
 from .topk import apportion
 
 SCAN = 512  # rows looked at together when no neighbour passes
+TOLERANCE = 1e-6  # of a cosine: what float32 rows leave of a right angle, or of an equal alignment, is no conflict and no loss
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ def gradient_walk(
     components [c, d] (signed: orient them first), budgets [c], neighbours int [n, k], each row's nearest ones in descending similarity
     (-1 = none). All vectors are normalised inside. The walk of a direction starts at the unused row of highest signed product with it.
     From the row added last it takes the first neighbour that is unused, has a product >= 0 with every row of this walk (no conflict), and
-    leaves |cos(G + row, direction)| >= consistency * |cos(G, direction)|, G the sum of the walk's unit rows. If no neighbour passes, all
-    unused rows are tried under the same two tests, in descending product with the direction; if none of them does, the walk has ended.
+    leaves |cos(G + row, direction)| >= consistency * |cos(G, direction)|, G the sum of the walk's unit rows. Both hold to `TOLERANCE`, so
+    that rounding does not decide at a right angle: a row at 90 degrees is in no conflict. If no neighbour passes, all unused rows are tried
+    under the same two tests, in descending product with the direction; if none of them does, the walk has ended.
 
     May return fewer rows than the budgets ask for. With `redistribute` the seats left by ended walks are shared out among the walks that
     have not ended, by budget, until none is left or every walk has ended; an ended walk never starts again, a budget of 0 never starts.
@@ -141,10 +143,10 @@ class _Path:
         vectors = unit(gather(self.rows, candidates).cpu().double())
         sums = vectors + self.total
         floor = self.consistency * self._alignment(self.total[None])
-        steady = torch.nonzero(self._alignment(sums) >= floor).flatten()
+        steady = torch.nonzero(self._alignment(sums) >= floor - TOLERANCE).flatten()
         if len(steady) == 0:
             return -1
-        agree = (vectors[steady] @ torch.stack(self.members).T >= 0).all(1)
+        agree = (vectors[steady] @ torch.stack(self.members).T >= -TOLERANCE).all(1)
         self.conflicts[candidates[steady[~agree]]] = True
         return int(candidates[steady[agree][0]]) if bool(agree.any()) else -1
 

@@ -140,6 +140,18 @@ def test_a_nan_row_is_refused_and_never_picked(selector: Selector, budget: int) 
         choose(selector, budget, given)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_signals_are_read_as_the_numbers_they_are(selector: Selector, dtype: torch.dtype) -> None:
+    half, same = signals(selector), signals(selector)
+    for given, kind in ((half, dtype), (same, torch.float32)):
+        for signal, made in given.values.items():
+            halved = [m.to(dtype).to(kind) for m in (made if isinstance(made, list) else [made])]
+            given.values.values_[signal] = halved if isinstance(made, list) else halved[0]  # type: ignore[attr-defined]
+    found, wanted = choose(selector, 7, half), choose(selector, 7, same)
+    assert found.indices.tolist() == wanted.indices.tolist()
+    assert found.gains is None or np.allclose(found.gains, wanted.gains, rtol=1e-5, atol=1e-6)  # type: ignore[arg-type]
+
+
 def test_minus_infinity_is_a_weight_that_dsir_never_draws() -> None:
     selector = methods.make("dsir")
     given = signals(selector)

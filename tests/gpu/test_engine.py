@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,11 +15,13 @@ from torch import nn
 import gradsift
 from gradsift.curvature import fit, influence_scores
 from gradsift.gradients import GradientBatch, extract
+from gradsift.methods import make
 from gradsift.model import attach_lora, load_adapter, load_model, tracked_modules
 from gradsift.projection import Projection
 from gradsift.signals.loss import row_losses
 from gradsift.store import RowStore
 from gradsift.transforms.adam import Adam, FactoredAdam
+from gradsift.types import Signals
 from tests import tolerances as tol
 from tests.conftest import SETTINGS
 from tests.lora_parts import llama, token_rows
@@ -162,6 +165,15 @@ def test_the_main_job_on_a_gpu(method: str, tmp_path: Path, pool_file: Path, tar
     for store in stores:
         assert bool(store.usable.all())
         assert torch.allclose(store[0 : len(store)].float().norm(dim=1), torch.ones(len(store)), atol=1e-3)
+
+
+def test_tagcos_follows_the_device_of_its_rows() -> None:
+    rows = torch.nn.functional.normalize(torch.randn(300, 24, generator=torch.Generator().manual_seed(0)), dim=1)
+    selector = make("tagcos", {"clusters": 5})
+    (signal,) = selector.needs()
+    for place in (rows, rows.to(DEVICE)):
+        chosen = selector.select(Signals({signal: place}, n=300), 40, rng=np.random.default_rng(0))
+        assert len(set(chosen.indices.tolist())) == 40
 
 
 def test_an_adapter_and_a_model_are_loaded_on_to_the_device(tmp_path: Path, model_folder: Path) -> None:

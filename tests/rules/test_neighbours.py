@@ -91,6 +91,22 @@ def test_farthest_first_matches_the_plain_loops(seed, n, d, pending, data):
     assert found.tolist() == naive_centres(rows.numpy(), budget, start)
 
 
+@pytest.mark.parametrize("step", [1e-4, 1e-6])
+def test_farthest_first_tells_close_float64_rows_apart(step):
+    """Squared distances of 1e-8 and less of the rows' own, which float32 could not hold."""
+    places = torch.tensor([0.0, 1, 4, 2, 4], dtype=torch.float64)
+    rows = torch.stack([torch.ones(5, dtype=torch.float64), step * places], dim=1)
+    found = kcenter.farthest_first(rows, 5, start=0, rng=rng()).tolist()
+    assert found == [0, 2, 3, 1, 4] == naive_centres(rows.numpy(), 5, 0)  # the last row is that of row 2
+
+
+def test_farthest_first_takes_equal_rows_last_in_any_precision():
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        rows = normal(2, 30, 500, torch.float32).to(dtype).repeat(2, 1)
+        found = kcenter.farthest_first(rows, 60, start=0, rng=rng()).tolist()
+        assert sorted(i % 30 for i in found[:30]) == list(range(30)) and found[30:] == sorted(found[30:])
+
+
 def test_farthest_first_on_many_rows_prefixes_stores_and_duplicates():
     rows = normal(1, 2500, 12, torch.float32)
     found = kcenter.farthest_first(rows, 150, start=5, rng=rng())
