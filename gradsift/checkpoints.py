@@ -230,10 +230,13 @@ def read_moments(checkpoint: Checkpoint, *, base: nn.Module | None = None, force
     return {name: (state.m[name], state.v[name]) for name in state.m}
 
 
-def adam_transform(checkpoint: Checkpoint, form: Any = "released", *, base: nn.Module | None = None, force: bool = False) -> Adam:
-    """The Adam transform at a checkpoint with the run's own betas, eps and number of updates."""
+def adam_transform(
+    checkpoint: Checkpoint, form: Any = "released", *, momentum: bool = True, base: nn.Module | None = None, force: bool = False
+) -> Adam:
+    """The Adam transform at a checkpoint with the run's own betas, eps and number of updates; without `momentum`, with beta1 = 0."""
     state = read_adam_state(checkpoint, base=base, force=force)
-    return Adam(state.m, state.v, state.step, state.betas, state.eps, form=form)
+    betas = state.betas if momentum else (0.0, state.betas[1])
+    return Adam(state.m, state.v, state.step, betas, state.eps, form=form)
 
 
 def check_length(steps: int, checkpoints: int, force: bool) -> list[int]:

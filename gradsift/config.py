@@ -92,7 +92,8 @@ class GradientSettings(Settings):
     """The stored rows. One setting for all methods of a run, so that a second method reuses the first one's rows.
 
     dim: width of a row; a pair (a, b) with projection "rademacher" keeps a x b numbers of each layer and never forms a gradient: the way to
-    read all linear layers (`modules` "linear"). norms: "sketched" takes them from such a projection, a seventh faster.
+    read all linear layers (`modules` "linear"). norms: "sketched" takes them from such a projection, a seventh faster. adam_momentum: False
+    takes beta1 = 0 in Adam rows, g / sqrt(v') alone, without the first moment that all rows of a checkpoint share.
     """
 
     modules: Literal["lora", "linear"] = "lora"
@@ -101,6 +102,7 @@ class GradientSettings(Settings):
     norms: Literal["exact", "sketched"] = "exact"
     seed: int = 0
     adam_form: Literal["paper", "released"] = "paper"
+    adam_momentum: bool = True
     token_budget: int = Field(default=1024, ge=1)
     shard_rows: int = Field(default=2048, ge=1)
     store_dtype: Literal["float16", "int8"] = "float16"
@@ -113,8 +115,9 @@ class GradientSettings(Settings):
 
     def canonical(self) -> dict[str, Any]:
         made = super().canonical()
-        if self.norms == "exact":  # rows made before there was a choice say nothing
-            del made["norms"]
+        for name, usual in (("norms", "exact"), ("adam_momentum", True)):  # rows made before there was a choice say nothing
+            if made[name] == usual:
+                del made[name]
         return made
 
 

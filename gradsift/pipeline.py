@@ -89,7 +89,7 @@ class Pipeline(Stages):
             what = f"the warm-up's Adam moments are those of its LoRA layers, and modules = {self.modules!r} reads others"
             raise UserError(what, remedy='Leave [gradients] modules = "lora", or take plain gradients: -o transform=none.')
         if transform == "none":
-            del settings["adam_form"]
+            settings = {name: value for name, value in settings.items() if not name.startswith("adam_")}
         inputs = {"rows": self.encode_recipe(side).digest, "warmup": self.warmup_recipe().digest}
         return Recipe("gradients", {**settings, "transform": transform, "checkpoint": checkpoint}, inputs, self.compute_identity())
 
@@ -271,7 +271,8 @@ class Pipeline(Stages):
 
         inner, outer = self.advances(encoded)
         force = self.config.machine.force
-        map_ = adam_transform(at, settings.adam_form, base=model, force=force) if transform == "adam" else None
+        form, momentum = settings.adam_form, settings.adam_momentum
+        map_ = adam_transform(at, form, momentum=momentum, base=model, force=force) if transform == "adam" else None
         lent = self.lend(model, at)
         del model
         work = GradientWork(

@@ -25,6 +25,7 @@ class Adam:
     form="paper": (m' / (1 - b1^(step+1))) / (sqrt(v' / (1 - b2^(step+1))) + eps): the Adam update of Kingma & Ba (arXiv 1412.6980,
     algorithm 1), which LESS's definition of Gamma follows: bias correction, eps outside the root.
 
+    betas=(0, b2): without momentum. m' is then the example's gradient, so that no part is shared by all examples of a checkpoint.
     Weight decay and the learning rate are left out: neither depends on the example. Raises MismatchError, naming the parameter, when m
     or v lacks it or has another shape.
     """
