@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import psutil
 import torch
 
 # glibc's mallopt numbers (malloc.h). Freed tensors stay in the process instead of going back to the kernel, whose page faults can cost half
 # of a small model's time; blocks of 32 MB and more (shards, wide logits) still come and go by mmap, or they would fragment the heap.
-_MALLOPT = ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+_MALLOPT = (("mmap_threshold", -3, 32 << 20), ("trim_threshold", -1, 2**31 - 1), ("top_pad", -2, 64 << 20))
 
 
 # oneDNN keeps compiled kernels for every shape it has met, 1,024 of them by default: batches of ever new lengths fill a gigabyte with bfloat16
@@ -33,10 +36,11 @@ def settle(threads: int) -> int:
         os.environ.setdefault(name, "8")
     threads = threads or usable_cores()
     torch.set_num_threads(threads)
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+    if _glibc():
         mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in _MALLOPT:
-            mallopt(parameter, value)
+        for name, parameter, value in _MALLOPT:
+            if f"MALLOC_{name.upper()}_" not in os.environ and f"glibc.malloc.{name}=" not in os.environ.get("GLIBC_TUNABLES", ""):
+                mallopt(parameter, value)
     return threads
 
 
@@ -52,9 +56,30 @@ def emulates_bfloat16(device: str) -> bool:
 
 
 def peak_bytes() -> int:
-    """Largest resident set of this process so far."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    """Largest resident set of this process so far, or since `forget_peak`."""
+    # Not ru_maxrss where it can be helped: on Linux a started program inherits the maximum of the one that started it.
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE) if status.exists() else None
+    if found is not None:
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def used_bytes() -> int:
+    """Resident set of this process now, after what it freed went back to the kernel (with glibc)."""
+    if _glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+    return psutil.Process().memory_info().rss
+
+
+def _glibc() -> bool:
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+
+
+def forget_peak() -> None:
+    """From here on `peak_bytes` starts at what is resident now, where the system can do that (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,14 +22,22 @@ from gradsift.progress import Progress, duration
 from gradsift.rules import blocks, kmeans
 from gradsift.selection import as_list, check_target, opened
 from gradsift.signals.embeddings import hidden_size
+from gradsift.signals.loss import row_losses
 from gradsift.stages import Recipe
 from gradsift.store import HEADER
 from gradsift.transforms.adam import Adam
 from gradsift.types import Selector, Signal
+from gradsift.warmup import WarmupSettings, plan_warmup
 
 MATCHING = 16  # a multiply-add of a matrix and one row against one of two matrices (bench/scale.py): the matrix is read for every pick
 SAMPLE = 2000  # rows that are encoded to learn token counts, where the encoding is not there yet
 PROBE = 48  # rows whose gradient is taken to learn the machine's speed
+CHARTS = 100_000_000  # bytes that the renderer of the report's charts takes, however few they show
+# What a stage does with the model.
+TRAINING = {"warmup", "difficulty", "tuned"}
+GRADIENTS = {"gradients", "curvature", "influence"}
+FORWARD = {"loss", "ifd", "embeddings", "tuned"}
+ANY = frozenset(TRAINING | GRADIENTS | FORWARD)
 SHARD_META = 17  # bytes of norms, losses, scales, tokens and code per row
 
 
@@ -57,6 +65,7 @@ class Rates:
     encode_rows: float
     multiply: float  # fp32 multiply-adds per second
     peak_bytes: int
+    used_bytes: int  # that is not free again afterwards
     dim: int
     parameters: int
     hidden: int
@@ -111,12 +120,15 @@ def plan(
     progress: Progress | None = None,
 ) -> Plan:
     """The cost of `select` with the same arguments. Nothing is written; the model is loaded and run on a few dozen rows.
+    `peak_bytes` counts from what this process already holds, so a plan made in a fresh process (as the command is) says what a fresh process
+    will hold.
 
     Errors as `selection.select`.
     """
     selector = methods.make(method, options)
     wanted, targets = budgets.parse(budget), as_list(target)
     check_target(method, selector, targets)
+    machine.forget_peak()
     with opened(
         run, pool=pool, target=targets, model=model, settings=settings, pool_group=pool_group, target_group=target_group,
         warmup_from=warmup_from, progress=progress, keep=False,
@@ -126,9 +138,11 @@ def plan(
 
 def _plan(pipeline: Pipeline, method: str, selector: Selector, wanted: budgets.Budget) -> Plan:
     encoded = {side: _encoded(pipeline, side) for side in pipeline.sides}
-    rates = probe(pipeline, encoded["pool"][0], selector)
+    recipes = pipeline.recipes(selector.needs())
+    todo = {recipe.stage for recipe in recipes if _left(pipeline, recipe)}
+    rates = probe(pipeline, encoded["pool"][0], selector, todo if pipeline.warmup_from is None else todo - {"warmup"})
     tokens = {side: int(rows.lengths.sum() * scale) for side, (rows, scale) in encoded.items()}
-    stages = [_cost(pipeline, recipe, tokens, rates) for recipe in pipeline.recipes(selector.needs())]
+    stages = [_cost(pipeline, recipe, tokens, rates) for recipe in recipes]
     candidates = pipeline.sides["pool"]
     rows = wanted.rows(candidates.funnel["read"])
     if wanted.unit != "rows":  # at the pool's mean length
@@ -161,41 +175,69 @@ def _encoded(pipeline: Pipeline, side: str) -> tuple[EncodedRows, float]:
     return encode(sample, pipeline.tokenizer, pipeline.config.encode), len(rows) / len(sample)
 
 
-def probe(pipeline: Pipeline, encoded: EncodedRows, selector: Selector) -> Rates:
-    """Runs the model on rows spread over the pool's lengths, and the longest batch, to learn speed and memory on this machine."""
-    usable = np.flatnonzero(encoded.codes == 0)
-    by_length = usable[np.argsort(encoded.lengths[usable], kind="stable")]
-    rows = [encoded[int(i)] for i in by_length[np.linspace(0, len(by_length) - 1, min(PROBE, len(by_length))).astype(int)]]
-    tokens = sum(len(row["input_ids"]) for row in rows)
+def probe(pipeline: Pipeline, encoded: EncodedRows, selector: Selector, todo: Collection[str] = ANY) -> Rates:
+    """Runs the model as the stages named in `todo` will (others get a rate of 1), to learn speed and memory on this machine: on rows spread
+    over the pool's lengths, and the batches that are the largest."""
     started = time.perf_counter()
     encode(pipeline.sides["pool"].take(range(min(500, len(pipeline.sides["pool"])))), pipeline.tokenizer, pipeline.config.encode)
     encode_rate = min(500, len(pipeline.sides["pool"])) / (time.perf_counter() - started)
     a, b = torch.randn(1024, 2048), torch.randn(2048, 128)
     multiply = a.numel() * 128 / min(_timed(lambda: a @ b) for _ in range(5))
     if not selector.needs():
-        return Rates(1, 1, 1, encode_rate, multiply, machine.peak_bytes(), 0, 0, 0, 0)
+        return Rates(1, 1, 1, encode_rate, multiply, machine.peak_bytes(), machine.used_bytes(), 0, 0, 0, 0)
     model = attach_lora(pipeline.load_base(), pipeline.config.warmup.lora)
-    train = tokens / _timed(lambda: _train_pass(model, rows, pipeline.pad_id))
     settings = pipeline.config.gradients
     modules = None if settings.modules == "lora" else settings.modules
     names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    adam = None
-    if modules is None:
-        zeros = {name: torch.zeros_like(parameter) for name, parameter in names.items()}
-        adam = Adam(zeros, {name: torch.ones_like(parameter) for name, parameter in names.items()}, 1)
+    train, taken, forward = 1.0, 1.0, 1.0
+    if TRAINING & set(todo):
+        batches = _micro_batches(encoded, pipeline.config.warmup)
+        tokens = sum(len(encoded[i]["input_ids"]) for batch in batches for i in batch)
+        train = tokens / _timed(lambda: _pass(model, encoded, batches, pipeline.pad_id))
+    rows = [encoded[i] for i in _spread_and_largest(encoded, settings.shard_rows, settings.token_budget)]
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    if GRADIENTS & set(todo):
+        adam = None
+        if modules is None:
+            zeros = {name: torch.zeros_like(parameter) for name, parameter in names.items()}
+            adam = Adam(zeros, {name: torch.ones_like(parameter) for name, parameter in names.items()}, 1)
 
-    def gradients() -> None:
-        for _ in extract(model, rows, projection=pipeline.projection, transform=adam, modules=modules, token_budget=settings.token_budget):
-            pass
+        def gradients() -> None:
+            for start in range(0, len(rows), settings.shard_rows):
+                part, options = rows[start : start + settings.shard_rows], {"transform": adam, "modules": modules}
+                for _ in extract(model, part, projection=pipeline.projection, token_budget=settings.token_budget, **options):
+                    pass
 
-    gradients()  # draws the projection's maps, once
-    taken = tokens / _timed(gradients)
-    with torch.no_grad():
-        forward = tokens / _timed(lambda: _train_pass(model, rows, pipeline.pad_id, backward=False))
+        gradients()  # draws the projection's maps, once
+        taken = tokens / _timed(gradients)
+    if FORWARD & set(todo):
+        forward = tokens / _timed(lambda: row_losses(model, rows, pad_id=pipeline.pad_id))
     dim = output_dim(model, pipeline.projection, modules)
     parameters = sum(p.numel() for p in names.values())
     factors = 4 * sum(side * side for module in tracked_modules(model, modules).values() for side in cast(Any, module).weight.shape)
-    return Rates(train, taken, forward, encode_rate, multiply, machine.peak_bytes(), dim, parameters, hidden_size(model), factors)
+    used, peak = machine.used_bytes(), machine.peak_bytes()
+    return Rates(train, taken, forward, encode_rate, multiply, peak, used, dim, parameters, hidden_size(model), factors)
+
+
+def _spread_and_largest(encoded: EncodedRows, shard_rows: int, token_budget: int) -> list[int]:
+    """First the rows of the batch with the most tokens that a shard can give, which takes what a stage takes at the most, then rows spread
+    over the lengths."""
+    usable = np.flatnonzero(encoded.codes == 0)
+    shards = [usable[start : start + shard_rows] for start in range(0, len(usable), shard_rows)]
+    batches = [shard[batch] for shard in shards for batch in token_batches(encoded.lengths[shard], token_budget)]
+    largest = max(batches, key=lambda batch: len(batch) * encoded.lengths[batch].max()).tolist()
+    by_length = usable[np.argsort(encoded.lengths[usable], kind="stable")]
+    spread = by_length[np.linspace(0, len(by_length) - 1, min(PROBE, len(by_length))).astype(int)]
+    return [*largest, *sorted(set(spread.tolist()) - set(largest))]
+
+
+def _micro_batches(encoded: EncodedRows, settings: WarmupSettings) -> list[list[int]]:
+    """The first micro-batches of the warm-up, of `PROBE` rows or a few more, and its largest."""
+    planned = plan_warmup(encoded, settings)
+    batches = [planned.rows[piece].tolist() for step in planned.steps for piece in step]
+    counts = np.cumsum([len(batch) for batch in batches])
+    largest = max(batches, key=lambda batch: len(batch) * encoded.lengths[batch].max())
+    return [*batches[: int(np.searchsorted(counts, PROBE)) + 1], largest]
 
 
 def _timed(work: Any) -> float:
@@ -204,14 +246,17 @@ def _timed(work: Any) -> float:
     return time.perf_counter() - started
 
 
-def _train_pass(model: Any, rows: list[Any], pad_id: int, *, backward: bool = True) -> None:
-    for batch in token_batches([len(row["input_ids"]) for row in rows], 2048):  # as the warm-up cuts its steps
-        ids, mask, labels = pad_batch([rows[int(i)] for i in batch], pad_id)
+def _pass(model: Any, encoded: EncodedRows, batches: list[list[int]], pad_id: int) -> None:
+    """Forward and backward, as the warm-up's steps; each in a call of its own, so that nothing of it is there when the next one starts."""
+
+    def step(batch: list[int]) -> None:
+        ids, mask, labels = pad_batch([encoded[i] for i in batch], pad_id)
         kept = labels[:, 1:] != -100
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1][kept].float()
-        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][kept])
-        if backward:
-            loss.backward()
+        torch.nn.functional.cross_entropy(logits, labels[:, 1:][kept]).backward()
+
+    for batch in batches:
+        step(batch)
     model.zero_grad(set_to_none=True)
 
 
@@ -311,13 +356,14 @@ def _select_cost(pipeline: Pipeline, selector: Selector, rows: int, rates: Rates
 
 
 def _peak(pipeline: Pipeline, selector: Selector, rates: Rates) -> int:
-    """The probe's own peak, a shard being filled and packed, and what choosing holds at once besides: the allocator keeps what it once had.
+    """The larger of two: the probe's own peak with a shard being filled and packed; what is used when the stages are done, with what choosing
+    holds at once and the drawing of the report's charts, both of which take what the stages have freed before they take more.
 
     Rules read blocks of 2,048 rows as float32. k-means has five of them (the rows, their product, the rows that move), a sketch of its sample,
     and then one cluster's atoms at a time, of which the largest is taken to be four times the mean; others read and normalise a block.
     """
     if not any(isinstance(s, Signal) and s.name in ("rows", "influence") for s in selector.needs()):
-        return rates.peak_bytes
+        return max(rates.peak_bytes, rates.used_bytes + CHARTS)
     n, clusters = len(pipeline.sides["pool"]), getattr(selector, "clusters", 0)
     shard = min(pipeline.config.gradients.shard_rows, n) * rates.dim * (4 + 4 + 2)
     block = min(blocks.BLOCK, n) * rates.dim * 4
@@ -325,4 +371,4 @@ def _peak(pipeline: Pipeline, selector: Selector, rates: Rates) -> int:
     if clusters:
         sample = min(n, max(min(kmeans.SAMPLE * clusters, kmeans.SAMPLE_MOST), kmeans.SAMPLE_LEAST))
         choosing = 5 * block + sample * kmeans.SKETCH * 4 + min(n, 4 * -(-n // clusters)) * rates.dim * 4
-    return rates.peak_bytes + shard + choosing
+    return max(rates.peak_bytes + shard, rates.used_bytes + max(shard, choosing) + CHARTS)
