@@ -137,7 +137,8 @@ def _failed(engine: Capture, index: int, tokens: np.ndarray, size: int, halvings
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    said = ("out of memory", "DefaultCPUAllocator")
+    """Also where a library could not allocate its own workspace, which torch reports as an error like any other."""
+    said = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or any(s in str(error) for s in said)
 
 

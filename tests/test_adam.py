@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -85,6 +87,19 @@ def test_missing_or_misshapen_moments_name_the_parameter() -> None:
         adam.materialised("other", G)
     with pytest.raises(MismatchError, match=r"first moment of a has shape \(1, 2\), the parameter \(2, 2\)"):
         Adam({"a": M}, {"a": V}, step=0).materialised("a", torch.ones(1, 2, 2))
+
+
+@pytest.mark.parametrize("form", ["released", "paper"])
+@pytest.mark.parametrize("bad", [-1e-12, float("nan"), float("inf")])
+def test_a_second_moment_that_is_no_mean_of_squares_names_the_parameter(form: Any, bad: float) -> None:
+    broken = torch.tensor([[bad, 0.01]])
+    with pytest.raises(ConfigError, match="second moment of p is negative or not finite"):
+        Adam({"p": M}, {"p": broken}, step=3, form=form).materialised("p", G)
+
+
+def test_a_first_moment_that_is_not_finite_names_the_parameter() -> None:
+    with pytest.raises(ConfigError, match="first moment of p is not finite"):
+        Adam({"p": torch.tensor([[float("nan"), 0.1]])}, {"p": V}, step=3).materialised("p", G)
 
 
 def test_settings_are_checked() -> None:

@@ -27,7 +27,7 @@ class Adam:
 
     betas=(0, b2): without momentum. m' is then the example's gradient, so that no part is shared by all examples of a checkpoint.
     Weight decay and the learning rate are left out: neither depends on the example. Raises MismatchError, naming the parameter, when m
-    or v lacks it or has another shape.
+    or v lacks it or has another shape; ConfigError when m is not finite or v is negative or not finite.
     """
 
     def __init__(
@@ -74,6 +74,9 @@ class Adam:
         kept = self._ready.get((name, grad.device))
         if kept is None or kept[0].shape != grad.shape[1:]:
             self.check({name: tuple(grad.shape[1:])})
+            if not bool(torch.isfinite(self._m[name]).all()):
+                raise ConfigError(f"the first moment of {name} is not finite", remedy=_REMEDY)
+            _check_second(name, self._v[name])
             m = self._m[name].to(grad.device, torch.float32) * self.betas[0]
             v = self._v[name].to(grad.device, torch.float32) * self.betas[1]
             if self.form == "released":
@@ -130,9 +133,8 @@ class FactoredAdam:
         if key not in self._ready:
             if key not in self._v:
                 raise MismatchError(f"no second moment for parameter {name}", remedy=_REMEDY)
+            _check_second(name, self._v[key])
             v = self._v[key].double()
-            if not bool(torch.isfinite(v).all()) or bool((v < 0).any()):
-                raise ConfigError(f"the second moment of {name} is negative or not finite", remedy=_REMEDY)
             v = v / (1 - self.beta**self.step if self.step else 1.0) + self.eps**2
             root = v.sum().sqrt()  # half of it in each factor, so that neither leaves the range of fp32
             self._ready[key] = ((v.sum(1) / root).rsqrt().float(), (v.sum(0) / root).rsqrt().float())
@@ -141,6 +143,12 @@ class FactoredAdam:
     def __str__(self) -> str:
         count = Counter(self.used.values())
         return f"FactoredAdam: {count['factored']} parameters factored, {count['materialised']} materialised"
+
+
+def _check_second(name: str, v: Tensor) -> None:
+    """A mean of squares, or its root is no number and every row of the pool is lost."""
+    if not bool(torch.isfinite(v).all()) or bool((v < 0).any()):
+        raise ConfigError(f"the second moment of {name} is negative or not finite", remedy=_REMEDY)
 
 
 def _moment(moments: Mapping[str, Tensor], which: str, name: str, shape: tuple[int, ...]) -> Tensor:
