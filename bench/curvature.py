@@ -7,7 +7,11 @@ backward with the batch's weight gradients. Arms and floor take turns within a r
 same round, printed as median (min, max). `fit` is both passes, `factors` and `eigenvalues`, without the eigendecompositions, which are paid
 once per fit and given apart in ms (`once_cpu_ms`). `scores-M`: the pool's side of M whole (full rank) targets, prepared before;
 `scores-M-low`: the same at rank 32, with `--low`. What preparing costs is given apart, in ms per target. `goal` is the bound the project
-set itself; nothing fails when it is missed.
+set itself; nothing fails when it is missed. `added_mb`, `memory_ratio`: peak memory that one more pass adds to what the process held
+before it (the targets, the basis), and its ratio to the floor's.
+
+`--rows 2000 --targets` measures the fit alone, on as many rows as the goal names: ten minutes of one
+core a round, and as much twice before the first.
 
 `--kronfluence` (the package must be installed; docs/benchmarks.md) fits EK-FAC and scores 8 targets with kronfluence over the same model,
 rows and labels: true labels, per-example eigenvalue correction, damping 0.1 x mean eigenvalue of each layer, which it has as an option
@@ -35,7 +39,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # first of all, because it sets the allocator and one thread for the whole process, by starting it again
-from engine import base_model, floor, make_rows  # isort: skip
+from engine import added_memory, base_model, floor, make_rows  # isort: skip
 import numpy as np
 import torch
 from peers import Arm, Rows, losses, pad
@@ -50,7 +54,7 @@ GOALS = {"fit": 2.0, "scores-8": 1.2, "scores-64": 1.5, "scores-256": 3.0}
 def make_arms(n: int, budget: int, counts: list[int], low: bool) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
     """The arms by name, and what is paid once, in ms."""
     model, rows = base_model(), make_rows(n)
-    targets = make_rows(max(counts))
+    targets = make_rows(max(counts, default=0))
     weights = [module.weight for module in tracked_modules(model, "linear").values()]
     work = Fitting(model, rows, modules="linear", token_budget=budget)
     once: dict[str, float] = {}
@@ -169,6 +173,8 @@ def main() -> None:
     arms, once = make_arms(args.rows, args.budget, args.targets, args.low)
     for run in arms.values():
         run()
+    memory = {name: added_memory(run, "cpu") for name, run in arms.items()}
+    memory["fit"] = max(memory["factors"], memory["eigenvalues"])
     cpu: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(args.rounds):
         for name, run in arms.items():
@@ -181,7 +187,7 @@ def main() -> None:
         "torch": torch.__version__, "rounds": args.rounds, "rows": args.rows, "token_budget": args.budget,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "once_cpu_ms": {name: round(ms, 1) for name, ms in once.items()},
-        "arms": {name: figures(name, cpu, args.rows) for name in cpu},
+        "arms": {name: figures(name, cpu, memory, args.rows) for name in cpu},
     }  # fmt: skip
     if args.kronfluence:
         report["kronfluence"] = against_kronfluence(make_rows(args.rows), make_rows(args.rows + 8)[-8:], args.budget)
@@ -191,10 +197,13 @@ def main() -> None:
         args.json.write_text(text + "\n")
 
 
-def figures(name: str, cpu: dict[str, list[float]], rows: int) -> dict[str, object]:
+def figures(name: str, cpu: dict[str, list[float]], memory: dict[str, float], rows: int) -> dict[str, object]:
     ratios = [a / f for a, f in zip(cpu[name], cpu["floor"], strict=True)]
     spread = [round(x, 3) for x in (statistics.median(ratios), min(ratios), max(ratios))]
-    return {"cpu_ms_per_row": round(1000 * statistics.median(cpu[name]) / rows, 2), "cpu_ratio": spread, "goal": GOALS.get(name)}
+    return {
+        "cpu_ms_per_row": round(1000 * statistics.median(cpu[name]) / rows, 2), "cpu_ratio": spread, "goal": GOALS.get(name),
+        "added_mb": round(memory[name]), "memory_ratio": round(memory[name] / memory["floor"], 2),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

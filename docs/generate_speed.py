@@ -72,9 +72,13 @@ def engine(found: Mapping[str, Any]) -> str:
 
 
 def curvature(found: Mapping[str, Any]) -> str:
-    lines = ["## EK-FAC, against the same step\n", "| work, per row | cost / plain step | goal |", "|---|---:|---:|"]
-    arms = found["arms"]
-    lines += [row(label, spread(arms[name]["cpu_ratio"]), goal(arms[name])) for name, label in CURVATURE.items() if name in arms]
+    head = "| work, per row | cost / plain step | goal | added memory / the step's |"
+    lines = [f"## EK-FAC, against the same step, {found['rows']:,} rows\n", head, "|---|---:|---:|---:|"]
+    for name, label in CURVATURE.items():
+        if name in found["arms"]:
+            arm = found["arms"][name]
+            memory = f"{arm['memory_ratio']:.2f}" if "memory_ratio" in arm else "not measured"
+            lines.append(row(label, spread(arm["cpu_ratio"]), goal(arm), memory))
     once = found["once_cpu_ms"]["eigendecompositions"] / 1000
     lines += ["", f"Paid once per fit besides: {once:.1f} s of eigendecompositions.", ""]
     if "kronfluence" in found:
