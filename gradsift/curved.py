@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gradsift.artifact import Artifact
-from gradsift.curvature import Curvature, Fitting, prepare_targets
+from gradsift.curvature import Curvature, Fitting, Targets, prepare_targets, rank_agreement
+from gradsift.curvature.scores import MEMORY
 from gradsift.durable import write_tensors
 from gradsift.errors import UserError
 from gradsift.execute import Stopping
@@ -22,12 +23,14 @@ from gradsift.influence import backend
 from gradsift.parts import FOLDER, Parts
 from gradsift.provenance import made_on
 from gradsift.stages import Recipe
+from gradsift.transforms.kfac import Inverse
 from gradsift.types import Signal
 from gradsift.workers import FittingWork, ScoreWork
 
 if TYPE_CHECKING:
     from gradsift.pipeline import Pipeline
 
+AGREE_ROWS, AGREE_TARGETS = 64, 16  # on which low-rank scores are held against those of whole matrices, or as many targets as fit in memory
 _FIT = ("fit_rows", "form", "labels", "correct", "seed")
 
 
@@ -114,15 +117,17 @@ def _score(pipeline: Pipeline, signal: Signal, artifact: Artifact) -> None:
     wanted, pool = pipeline.encoded("target"), pipeline.encoded("pool")
     usable = np.flatnonzero(wanted.codes == 0)
     shared = {"modules": pipeline.modules, "token_budget": gradients.token_budget}
+    rows = [wanted[int(i)] for i in usable]
     targets = prepare_targets(
         model,
-        [wanted[int(i)] for i in usable],
+        rows,
         inverse,
         target_batch=chosen["target_batch"],
         drop_last=chosen["drop_last"],
         rank=chosen["rank"],
         **shared,
     )
+    agreement = _agreement(model, pool, rows, targets, inverse, target_batch=chosen["target_batch"], seed=chosen["seed"], **shared)
     parts = Parts(artifact, len(pool), gradients.shard_rows)
     missing = parts.missing()
     tokens = sum(int(pool.lengths[parts.shards[shard]].sum()) for shard in missing)
@@ -139,6 +144,26 @@ def _score(pipeline: Pipeline, signal: Signal, artifact: Artifact) -> None:
     ratios = sorted(line.ratio for line in inverse.damped)
     damping = {"least": ratios[0], "median": ratios[len(ratios) // 2], "most": ratios[-1]}
     extra = {"damping_to_mean_eigenvalue": damping, "rank": targets.rank, "norm_kept_by_rank": min(targets.kept.values(), default=1.0)}
+    extra["rank_agreement"] = agreement
     counts = {"rows": len(pool), "targets": len(targets)}
     artifact.finish(files={"scores.safetensors": hash_}, counts=counts, extra={**extra, **parts.made()})
     parts.remove()  # last: until then they are what is kept of the work
+
+
+def _agreement(
+    model: Any, pool: Any, rows: list[Any], targets: Targets, inverse: Inverse, *, seed: int, **shared: Any
+) -> dict[str, float | int] | None:
+    """How far low-rank targets order the pool as whole ones do: the least and mean Spearman correlation of the two over rows and targets
+    drawn with `seed`. None where all targets are whole, or fewer than three rows are there to be ordered."""
+    usable = np.flatnonzero(pool.codes == 0)
+    if not targets.low or len(usable) < 3:
+        return None
+    draw = np.random.default_rng(seed)
+    size = 4 * sum(int(np.prod(targets.shape(name) or 0)) for name in (*targets.full, *targets.low))
+    most = min(len(targets), AGREE_TARGETS, max(1, MEMORY // size))
+    some = np.sort(draw.choice(usable, min(AGREE_ROWS, len(usable)), replace=False))
+    members = [targets.members[k] for k in np.sort(draw.choice(len(targets), most, replace=False))]
+    found = rank_agreement(
+        model, [pool[int(i)] for i in some], [rows[i] for member in members for i in member], inverse, targets.rank or 0, **shared
+    )
+    return {"rows": len(some), "targets": most, "least": float(found.min()), "mean": float(found.mean())}

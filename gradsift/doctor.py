@@ -264,6 +264,12 @@ def _advice(attempts: Sequence[Attempt], seen: Mapping[str, Any]) -> Iterator[st
         yield f"{len(seen['experts'])} layers are mixtures of experts: attach LoRA to the attention layers; rows do not see the experts' weights"
     if seen["uncovered"]:
         yield f"{len(seen['uncovered'])} parameters are seen by no row, among them {seen['uncovered'][0]}"
+    if seen["rotary"]:
+        kind, tokens = seen["rotary"]
+        yield (
+            f"its rotary factors ({kind}) are others in a batch with a row of over {tokens:,} tokens, for every row of that batch: rows are read as "
+            f"they are alone while max_length is at most {tokens}, or one by one, [gradients] token_budget = 1"
+        )
     for attempt in attempts:
         if attempt.problem is None and not attempt.equal:
             yield f"{attempt.attention} in {attempt.dtype} changes rows with the batch they are in: worst is row {attempt.row}"

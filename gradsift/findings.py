@@ -244,6 +244,13 @@ def _influence_lines(chosen: Chosen) -> list[str]:
                 f"Damping over mean eigenvalue of the curvature: {ratio['least']:.2g} to {ratio['most']:.2g} (median {ratio['median']:.2g}); "
                 "far above 1 the curvature hardly matters and scores are plain products of gradients."
             )
+            agreement = made.manifest["extra"].get("rank_agreement")
+            if agreement is not None:
+                lines.append(
+                    f"The target's gradients are kept at rank {made.manifest['extra']['rank']}; their scores order {agreement['rows']} rows of the "
+                    f"pool as whole ones do to a Spearman correlation of {agreement['mean']:.3f} (least of {agreement['targets']} targets: "
+                    f"{agreement['least']:.3f})."
+                )
     if "neighbour_recall" in notes:
         lines.append(f"The graph holds {100 * notes['neighbour_recall']:.2f} % of the true nearest neighbours (a sample of rows).")
     if "helps_every_target" in notes:
@@ -299,6 +306,9 @@ def _coverage(chosen: Chosen) -> report.Table | None:
     )
     if found["moe"]:
         caption += f" A mixture of experts: {len(found['experts'])} expert modules, {len(found['uncovered'])} parameters not covered."
+    if found.get("rotary"):
+        kind, tokens = found["rotary"]
+        caption += f" Rotary factors ({kind}) depend on the longest row of a batch where that has over {tokens:,} tokens."
     return report.Table(columns=("layer", "modules", "shape", "parameters", "share"), rows=tuple(rows), caption=caption)
 
 

@@ -136,7 +136,9 @@ def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
         if any(getattr(layer, "use_dora", {}).values()):
             raise ConfigError("a DoRA layer uses its weights outside of a layer call", where=name, remedy="Train plain LoRA.")
         if layer.merged:
-            raise ConfigError("its adapter is merged into the base weight and not called", where=name, remedy="Call model.unmerge_adapter().")
+            raise ConfigError(
+                "its adapter is merged into the base weight and not called", where=name, remedy="Call model.unmerge_adapter()."
+            )
         for part in ("lora_A", "lora_B"):
             for adapter, linear in getattr(layer, part, {}).items():
                 if isinstance(linear, nn.Linear) and linear.weight.requires_grad:
@@ -172,6 +174,7 @@ class Coverage:
     `share` = tracked_parameters / trainable_parameters. When layers other than LoRA are read, all parameters of the base
     model count as trainable. `uncovered`: trainable parameters beside the LoRA layers, and fused expert
     parameters, that no row sees. `experts`: the names of mixture-of-experts modules. `quantised`: the number of layers with packed weights.
+    `rotary`: see `length_switch`.
     """
 
     modules: int
@@ -182,6 +185,7 @@ class Coverage:
     experts: tuple[str, ...]
     uncovered: tuple[str, ...]
     quantised: int
+    rotary: tuple[str, int] | None = None
 
     def summary(self) -> dict[str, Any]:
         """The table as plain JSON."""
@@ -221,7 +225,22 @@ def coverage(model: nn.Module, modules: Literal["linear"] | str | Sequence[str] 
         experts=tuple(n for n, m in model.named_modules() if n.rpartition(".")[2] == "experts"),
         uncovered=tuple(dict.fromkeys([*missed, *fused])),
         quantised=sum(is_linear(m) and is_quantised(m) for m in model.modules()),
+        rotary=length_switch(model),
     )
+
+
+def length_switch(model: nn.Module) -> tuple[str, int] | None:
+    """(kind, tokens) of rotary position factors that become others in a batch whose longest row has more than so many tokens ("longrope" of
+    Phi-3, "dynamic" NTK scaling): a shorter row beside it is then not read as it is alone. None for a model whose factors are fixed."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    for one in (found, *(value for value in found.values() if isinstance(value, Mapping))):  # for the whole model, or by kind of layer
+        kind = one.get("rope_type") or one.get("type")
+        if kind in ("longrope", "dynamic"):
+            own = one.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+            return kind, int(own or text.max_position_embeddings)
+    return None
 
 
 def _kind(name: str) -> str:

@@ -367,19 +367,22 @@ def rank_agreement(
     rank: int = AUTO_RANK,
     *,
     modules: Modules = None,
+    target_batch: int = 1,
     token_budget: int = 1024,
     seed: int = 0,
 ) -> Tensor:
-    """Spearman correlation [m], for each target, of rank-q scores with those of whole matrices, over the given pool rows: pass a sample of
-    both."""
+    """Spearman correlation [m], for each target, of rank-q scores with those of whole matrices, over the given pool rows that have a finite
+    score: pass a sample of both, for all whole matrices are held at once. Errors as `prepare_targets`."""
     columns = []
     for q in (rank, None):
         stream = influence_scores(
-            model, encoded_pool, encoded_target, preconditioner, modules=modules, rank=q, memory=2**62, token_budget=token_budget, seed=seed
-        )
+            model, encoded_pool, encoded_target, preconditioner, modules=modules, target_batch=target_batch, rank=q, memory=2**62,
+            token_budget=token_budget, seed=seed,
+        )  # fmt: skip
         parts = list(stream)
         order = torch.from_numpy(np.concatenate([indices for indices, _ in parts]))
         columns.append(torch.cat([scores for _, scores in parts])[order.argsort()])
-    ranks = [scores.double().argsort(0).argsort(0).double() for scores in columns]
+    fine = torch.isfinite(torch.cat(columns, 1)).all(1)
+    ranks = [scores[fine].double().argsort(0).argsort(0).double() for scores in columns]
     a, b = (r - r.mean(0) for r in ranks)
     return ((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0))).float()

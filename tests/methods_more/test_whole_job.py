@@ -224,3 +224,44 @@ def test_near_duplicates_by_embeddings(files: tuple[Path, Path], folder: Path, m
 def test_unknown_ids_are_refused_before_anything_is_made(files: tuple[Path, Path], tmp_path: Path, model_folder: Path) -> None:
     with pytest.raises(UserError, match="'nobody'"):
         choose("random", files, tmp_path / "run", model_folder, constraints={"include_ids": ["nobody"]})
+
+
+def test_low_rank_scores_say_how_they_agree_with_whole_ones(files: tuple[Path, Path], model_folder: Path, tmp_path: Path) -> None:
+    settings = {
+        **SETTINGS,
+        "gradients": {**SETTINGS["gradients"], "modules": "linear"},
+        "curvature": {"fit_rows": 24, "rank": 2, "target_batch": 2},
+    }
+    found = choose("gdig", files, tmp_path / "run", model_folder, target=True, options={"clusters": 3}, settings=settings)
+    said = made(tmp_path / "run", "influence").manifest["extra"]["rank_agreement"]
+
+    # One target after the other, whole and at rank 2, over all 40 rows and 3 targets: fewer than would be drawn.
+    kept = build({**json.loads((tmp_path / "run" / "settings.json").read_text()), "machine": {"threads": 1}}, "test")
+    pipeline = Pipeline(Run(tmp_path / "run"), kept, *(read_pool([file], group_field="kind") for file in files))
+    curvature = Curvature.load(made(tmp_path / "run", "curvature").path / "curvature.safetensors")
+    model = pipeline.model_at(pipeline.checkpoints()[-1])
+    pool, target, correlations = list(pipeline.encoded("pool")), list(pipeline.encoded("target")), []
+    for members in (target[:2], target[2:4], target[4:]):
+        columns = []
+        for rank in (2, None):
+            scores = np.zeros(len(pool))
+            for i, row in enumerate(pool):
+                [(_, score)] = influence_scores(model, [row], members, curvature.inverse(0.1), modules="linear", target_batch=2, rank=rank)
+                scores[i] = float(score)
+            columns.append(scores)
+        apart = sum((sorted(columns[0]).index(a) - sorted(columns[1]).index(b)) ** 2 for a, b in zip(*columns, strict=True))
+        correlations.append(1 - 6 * apart / (len(pool) * (len(pool) ** 2 - 1)))
+    assert min(correlations) < 0.999  # rank 2 does cost something here
+    assert said == {
+        "rows": 40,
+        "targets": 3,
+        "least": pytest.approx(min(correlations), abs=2e-3),
+        "mean": pytest.approx(np.mean(correlations), abs=2e-3),
+    }
+    line = f"Spearman correlation of {said['mean']:.3f} (least of 3 targets: {said['least']:.3f})"
+    assert line in (found.folder / "report.md").read_text()
+
+
+def test_whole_scores_say_nothing_of_a_rank(gdig: Selection, folder: Path) -> None:
+    assert made(folder, "influence", backend="ekfac").manifest["extra"]["rank_agreement"] is None
+    assert "kept at rank" not in (gdig.folder / "report.md").read_text()

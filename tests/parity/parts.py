@@ -24,10 +24,16 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OlmoConfig,
     OlmoForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -84,6 +90,26 @@ def neox() -> nn.Module:
     return GPTNeoXForCausalLM(GPTNeoXConfig(**_SHAPE, max_position_embeddings=64))  # attention and feed-forward side by side
 
 
+def mixtral() -> nn.Module:
+    return MixtralForCausalLM(MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2))
+
+
+def qwen2_moe() -> nn.Module:
+    grouped = {name: value for name, value in _GROUPED.items() if name != "head_dim"}
+    sizes = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**grouped, **sizes))  # a shared expert, and a gate on it, besides those that are routed to
+
+
+def stretched(kind: str) -> nn.Module:
+    """Rotary factors that are others in a batch with a row of over 12 tokens: Phi-3's, or a Llama's."""
+    grouped = {name: value for name, value in _GROUPED.items() if name not in ("head_dim", "max_position_embeddings")}
+    if kind == "dynamic":
+        return LlamaForCausalLM(LlamaConfig(**grouped, rope_scaling={"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=12))
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 4.0, 6.0, 8.0]}
+    sizes = {"original_max_position_embeddings": 12, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 0}
+    return Phi3ForCausalLM(Phi3Config(**grouped, **sizes, rope_scaling=scaling))
+
+
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], Sequence[str]]] = {
     "llama": (llama, ("q_proj", "v_proj", "o_proj", "down_proj")),
     "qwen2": (qwen2, ("q_proj", "k_proj", "gate_proj")),
@@ -95,6 +121,8 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Sequence[str]]] = {
     "falcon": (falcon, ("query_key_value", "dense_4h_to_h")),
     "gpt2": (gpt2, ("c_attn", "c_proj")),
     "neox": (neox, ("query_key_value", "dense_h_to_4h")),
+    "mixtral": (mixtral, ("q_proj", "o_proj")),
+    "qwen2-moe": (qwen2_moe, ("k_proj", "shared_expert.up_proj")),
 }
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gradsift.gradients import extract
-from gradsift.modules import tracked_modules
+from gradsift.modules import coverage, tracked_modules
 from gradsift.projection import Projection
 from tests import tolerances as tol
-from tests.parity.parts import FAMILIES, VOCAB, build, collect, make_rows, one_by_one
+from tests.parity.parts import FAMILIES, VOCAB, build, collect, make_rows, one_by_one, stretched
 
 IDENTITY = Projection(None, kind="identity")
 TWO_SIDED = Projection((5, 7), kind="rademacher", per_module=True)
@@ -70,6 +70,38 @@ def test_gradients_of_upper_modules_alone_equal_autograd() -> None:
 
 def test_an_untied_head_can_be_tracked() -> None:
     check(build("llama", lora=False), ["*layers.1.mlp.*", "lm_head"])
+
+
+@pytest.mark.parametrize(("family", "reads"), [("mixtral", {"self_attn"}), ("qwen2-moe", {"self_attn", "shared_expert", "mlp"})])
+def test_experts_that_no_row_sees_are_reported(family: str, reads: set[str]) -> None:
+    model = build(family, lora=False)
+    found = coverage(model, "linear")
+    assert found.moe and len(found.experts) == 3
+    tracked = {m.weight for m in tracked_modules(model, "linear").values()}  # type: ignore[union-attr]
+    assert {row.kind.split(".")[0] for row in found.rows} == reads
+    routed = {name for name, p in model.named_parameters() if ".experts." in name and p not in tracked}
+    assert routed and set(found.uncovered) == routed
+    assert found.share < 0.7  # what lies in the experts is missing from it
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rotary_factors_that_follow_the_longest_row_are_told(kind: str) -> None:
+    torch.manual_seed(0)
+    model = stretched(kind).eval()
+    assert coverage(model, "linear").rotary == (kind, 12)
+    rows = [{"input_ids": ids, "labels": ids} for ids in ([(5 * k + i) % VOCAB for i in range(12)] for k in range(3))]
+    long = {"input_ids": list(range(14)), "labels": list(range(14))}  # near enough in length to share a batch with the others
+    options = {"projection": IDENTITY, "modules": "linear"}
+    alone = collect(extract(model, rows, token_budget=1, **options), 3).rows  # type: ignore[arg-type]
+    beside = collect(extract(model, rows, token_budget=400, **options), 3).rows  # type: ignore[arg-type]
+    torch.testing.assert_close(beside, alone, rtol=tol.GRADIENT_RTOL, atol=tol.GRADIENT_ATOL)  # none is over 12 tokens
+    mixed = collect(extract(model, [*rows, long], token_budget=400, **options), 4).rows[:3]  # type: ignore[arg-type]
+    assert float((mixed - alone).norm()) > 1e-4 * float(alone.norm())  # a hundred times rounding
+
+
+def test_fixed_rotary_factors_are_nothing_to_tell() -> None:
+    assert coverage(build("llama", lora=False), "linear").rotary is None
+    assert coverage(build("gpt2", lora=False), "linear").rotary is None
 
 
 class Recurrent(nn.Module):
