@@ -14,6 +14,7 @@ from gradsift.methods.reading import Narrow
 from gradsift.store import RowStore, RowView
 
 MOST_QUARANTINED = 0.05  # share of the encoded rows whose gradient may be unusable before a stage stops
+_FEW = 128  # rows read at a time: what they take in fp32 adds to the peak of the stage that just made them
 
 
 class Scaled:
@@ -55,8 +56,8 @@ def fill_mean(mean: RowStore, stores: Sequence[RowStore], weights: Sequence[floa
 def mean_pairwise_cosine(store: RowStore) -> float:
     """Mean cosine over all pairs of different usable rows: (|sum|^2 - n) / (n (n - 1)). High = a large component shared by all rows."""
     total, count = torch.zeros(store.shape[1], dtype=torch.float64), int(store.usable.sum())
-    for start in range(0, store.shape[0], 2048):
-        total += store[start : start + 2048].float().sum(dim=0).double()
+    for start in range(0, store.shape[0], _FEW):
+        total += store[start : start + _FEW].float().sum(dim=0).double()
     return float((total @ total - count) / max(count * (count - 1), 1))
 
 

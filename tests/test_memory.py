@@ -72,8 +72,6 @@ def test_the_planned_peak_is_the_run_s(server: Server, tmp_path: Path, model: Pa
     assert planned == pytest.approx(found, rel=0.25)
 
 
-def test_six_times_the_rows_take_no_more_memory(server: Server, tmp_path: Path, model: Path) -> None:
-    few, many = (measured(server, tmp_path, model, "lora", "short", rows) for rows in (48, 288))
-    mapped = (288 - 48) * 2 * 8192 / 1e6  # rows that are read lie in mapped files: resident, but the system's to take back
-    for stage in ("gradients", "peak"):
-        assert many[stage] - mapped == pytest.approx(few[stage], rel=0.06)
+def test_making_twenty_five_times_the_rows_takes_no_more_memory(server: Server, tmp_path: Path, model: Path) -> None:
+    few, many = (measured(server, tmp_path, model, "lora", "short", rows)["gradients"] for rows in (48, 1200))
+    assert many < 1.12 * few  # it is 6 % up or down from run to run; every row kept in fp16 would be 16 %
