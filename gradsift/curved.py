@@ -16,12 +16,13 @@ from torch import Tensor
 from gradsift.artifact import Artifact
 from gradsift.curvature import Curvature, Fitting, Targets, prepare_targets, rank_agreement
 from gradsift.curvature.scores import MEMORY
-from gradsift.durable import write_tensors
-from gradsift.errors import UserError
+from gradsift.durable import recipe_digest, write_tensors
+from gradsift.errors import DataError, UserError
 from gradsift.execute import Stopping
 from gradsift.influence import backend
 from gradsift.parts import FOLDER, Parts
 from gradsift.provenance import made_on
+from gradsift.rowwork import check_values
 from gradsift.stages import Recipe
 from gradsift.transforms.kfac import Inverse
 from gradsift.types import Signal
@@ -78,10 +79,13 @@ def curvature(pipeline: Pipeline, signal: Signal) -> Curvature:
         if pipeline.executor.remote:
             _spread(pipeline, fitting, FittingWork(pipeline.lend(model, at), taken, about))
         fitted = fitting.result()
+        if fitting.left_out:
+            pipeline.progress.note(
+                f"{len(fitting.left_out):,} of the {count:,} rows of the fit do not fit in memory and are left out of it"
+            )
         hash_ = fitted.save(artifact.path / "curvature.safetensors")
-        artifact.finish(
-            files={"curvature.safetensors": hash_}, counts={"rows": count, "parameters": len(fitted.names)}, extra=fitting.made()
-        )
+        counts = {"rows": count - len(fitting.left_out), "parameters": len(fitted.names)}
+        artifact.finish(files={"curvature.safetensors": hash_}, counts=counts, extra=fitting.made())
         shutil.rmtree(artifact.path / FOLDER)
 
     return Curvature.load(pipeline.make(recipe, fill).path / "curvature.safetensors")
@@ -128,14 +132,15 @@ def _score(pipeline: Pipeline, signal: Signal, artifact: Artifact) -> None:
         **shared,
     )
     agreement = _agreement(model, pool, rows, targets, inverse, target_batch=chosen["target_batch"], seed=chosen["seed"], **shared)
-    parts = Parts(artifact, len(pool), gradients.shard_rows)
+    # Target rows that did not fit in memory have no column, and another time they may fit.
+    parts = Parts(artifact, len(pool), gradients.shard_rows, {"targets": recipe_digest(targets.members)})
     missing = parts.missing()
     tokens = sum(int(pool.lengths[parts.shards[shard]].sum()) for shard in missing)
     pipeline.progress.start(tokens, "tokens", f"influence on {len(targets)} targets, {signal.backend}")
     work = ScoreWork(pipeline.lend(model, at), targets, **shared)
     del model
-    for shard, (found, halvings) in pipeline.executor.map(work, missing, lambda shard: pool.part(parts.shards[shard])):
-        parts.keep(shard, {"scores": found}, made_on(pipeline.executor.gpu, halvings))
+    for shard, (found, halving) in pipeline.executor.map(work, missing, lambda shard: pool.part(parts.shards[shard])):
+        parts.keep(shard, {"scores": found}, made_on(pipeline.executor.gpu, halving.count), halving.failed)
         pipeline.progress.advance(int(pool.lengths[parts.shards[shard]].sum()))
     pipeline.progress.done()
     every = parts.read("scores")  # mapped from disk, not in memory
@@ -145,8 +150,15 @@ def _score(pipeline: Pipeline, signal: Signal, artifact: Artifact) -> None:
     damping = {"least": ratios[0], "median": ratios[len(ratios) // 2], "most": ratios[-1]}
     extra = {"damping_to_mean_eigenvalue": damping, "rank": targets.rank, "norm_kept_by_rank": min(targets.kept.values(), default=1.0)}
     extra["rank_agreement"] = agreement
-    counts = {"rows": len(pool), "targets": len(targets)}
-    artifact.finish(files={"scores.safetensors": hash_}, counts=counts, extra={**extra, **parts.made()})
+    if targets.left_out:
+        extra["left_out"] = [int(usable[i]) for i in targets.left_out]
+        pipeline.progress.note(f"{len(targets.left_out):,} target rows do not fit in memory and have no influence score")
+    about = parts.about()
+    finite = torch.cat([part.isfinite().all(dim=1) for part in every])
+    check_values(finite, pool, "influence", about["counts"].get("quarantined", {}), artifact)
+    about["counts"]["targets"] = len(targets)
+    about["extra"] |= extra
+    artifact.finish(files={"scores.safetensors": hash_}, **about)
     parts.remove()  # last: until then they are what is kept of the work
 
 

@@ -20,7 +20,8 @@ from gradsift import machine, playground
 from gradsift.config import Config, build
 from gradsift.encode import encode
 from gradsift.errors import ConfigError, DataError, GradsiftError
-from gradsift.gradients import Modules, _out_of_memory, extract, plan_batches
+from gradsift.gradients import Modules, extract, plan_batches
+from gradsift.halving import out_of_memory
 from gradsift.model import attach_lora, coverage, load_model, load_tokenizer
 from gradsift.progress import Progress, silent
 from gradsift.projection import Projection, projection_of
@@ -203,7 +204,7 @@ def _measure(
         alone, _ = _taken(model, encoded, projection, modules, 1)
         batched, seconds = _taken(model, encoded, projection, modules, budget)
     except (GradsiftError, ImportError, RuntimeError, MemoryError, TypeError, ValueError) as error:
-        what = "does not fit in memory" if _out_of_memory(error) else " ".join(str(error).split())
+        what = "does not fit in memory" if out_of_memory(error) else " ".join(str(error).split())
         return Attempt(attention, dtype, problem=what[:200]), None, {}
     cosines = torch.nn.functional.cosine_similarity(alone, batched, dim=1)
     if not bool(torch.isfinite(alone).all() and torch.isfinite(batched).all()):

@@ -18,7 +18,8 @@ from torch import nn
 
 from gradsift.config import FinetuneSettings
 from gradsift.encode import token_batches
-from gradsift.errors import ConfigError, DataError
+from gradsift.errors import ConfigError, DataError, OutOfMemory
+from gradsift.halving import Halving
 from gradsift.model import attach_lora, load_model
 from gradsift.signals.loss import row_losses, token_nats
 from gradsift.types import Encoded
@@ -147,9 +148,15 @@ def _accumulate(net: nn.Module, rows: list[Any], factors: np.ndarray, token_budg
 def heldout_loss(model: nn.Module, rows: EncodedSequence, token_budget: int = 2048) -> HeldOut:
     """Losses of `model` on encoded test rows, at most `token_budget` padded tokens at a time; the model's mode is left as it was.
 
-    A row that supervises nothing counts 0 tokens. Raises DataError when no row supervises anything.
+    A row that supervises nothing counts 0 tokens. Raises DataError when no row supervises anything, OutOfMemory when one does not
+    fit: losses of two models are compared row by row, so none may be left out of one.
     """
-    found = row_losses(model, rows, token_budget=token_budget)
+    halving = Halving()
+    found = row_losses(model, rows, token_budget=token_budget, halving=halving)
+    if halving.failed:
+        raise OutOfMemory(
+            f"test row {min(halving.failed)} does not fit in memory", remedy="Take it out, or encode with a smaller max_length."
+        )
     if not found.tokens.any():
         raise DataError("no test row has a supervised token", remedy="Check the format and the chat template with `gradsift inspect`.")
     return HeldOut(found.total.numpy(), found.tokens.numpy())

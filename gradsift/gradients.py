@@ -12,8 +12,6 @@ What makes it cheaper than the training step whose gradients it reads:
 
 from __future__ import annotations
 
-import logging
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -25,11 +23,10 @@ from torch import Tensor, nn
 from gradsift.capture import IGNORED, Capture, Norms, Row
 from gradsift.encode import token_batches
 from gradsift.errors import ConfigError, DataError, UnknownName
+from gradsift.halving import Halving
 from gradsift.objectives import OBJECTIVES, Loss
 from gradsift.projection import Projection
 from gradsift.types import Encoded, Transform
-
-log = logging.getLogger("gradsift")
 
 Modules = Literal["linear"] | Sequence[str] | None
 
@@ -106,40 +103,16 @@ def _stream(engine: Capture, encoded: Sequence[Encoded], token_budget: int) -> I
     if len(silent):
         zeros = torch.zeros(len(silent))
         yield GradientBatch(silent, torch.zeros(len(silent), engine.bound.width), zeros, zeros.clone(), zeros.int())
-    todo = deque((batch, 0) for batch in plan_batches(lengths, token_budget))
-    limit = None
-    while todo:
-        batch, halvings = todo.popleft()
-        size = len(batch) * int(lengths[batch].max())
-        made = None
-        if limit is None or size <= limit or len(batch) == 1:
-            try:
-                made = engine.run([_cut(encoded[int(i)], int(lengths[i])) for i in batch])
-            except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
-                    raise
-                limit = max(1, size // 2)
-        if made is not None:
-            yield GradientBatch(batch, *made, torch.from_numpy(supervised[batch]), halvings)
-        elif len(batch) > 1:
-            half = len(batch) // 2
-            todo.extendleft([(batch[half:], halvings + 1), (batch[:half], halvings + 1)])
-            log.warning("out of memory at %d rows of %d tokens: the batch is halved", len(batch), size // len(batch))
-        else:
-            yield _failed(engine, int(batch[0]), supervised[batch], size, halvings)
 
+    def work(batch: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        return engine.run([_cut(encoded[int(i)], int(lengths[i])) for i in batch])
 
-def _failed(engine: Capture, index: int, tokens: np.ndarray, size: int, halvings: int) -> GradientBatch:
-    log.warning("row %d (%d tokens) does not fit in memory on its own: its gradient is NaN", index, size)
-    nan = torch.full((1,), torch.nan)
-    rows = torch.full((1, engine.bound.width), torch.nan)
-    return GradientBatch(np.array([index]), rows, nan, nan.clone(), torch.from_numpy(tokens), halvings, (index,))
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Also where a library could not allocate its own workspace, which torch reports as an error like any other."""
-    said = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or any(s in str(error) for s in said)
+    for batch, made, halvings in Halving().run(plan_batches(lengths, token_budget), lengths, work):
+        tokens, failed = torch.from_numpy(supervised[batch]), ()
+        if made is None:
+            nan = torch.full((1,), torch.nan)
+            made, failed = (torch.full((1, engine.bound.width), torch.nan), nan, nan.clone()), (int(batch[0]),)
+        yield GradientBatch(batch, *made, tokens, halvings, failed)
 
 
 def _measure(encoded: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray]:

@@ -320,8 +320,7 @@ class Pipeline(Stages):
 
         def fill(artifact: Artifact) -> None:
             model, recipe, ids = self.load_base(), artifact.digest, self.sides[side].ids
-            spec = {"pooling": POOLING, "dim": hidden_size(model)}
-            shard_rows = self.config.gradients.shard_rows
+            spec, shard_rows = {"pooling": POOLING, "dim": hidden_size(model)}, self.config.gradients.shard_rows
             store = RowStore.create(artifact.path, recipe_digest=recipe, ids=ids, dim=spec["dim"], spec=spec, shard_rows=shard_rows)
             for problem in store.problems:
                 self.progress.note(f"made anew: {problem}")
@@ -330,8 +329,8 @@ class Pipeline(Stages):
             inner, outer = self.advances(encoded)
             work = EmbeddingWork(self.lend(model), spec["dim"], self.pad_id, inner)
             del model
-            for shard, packed in self.executor.map(work, shards, lambda shard: encoded.part(store.shards[shard])):
-                store.put(shard, packed, made_on(self.executor.gpu))
+            for shard, (packed, halvings) in self.executor.map(work, shards, lambda shard: encoded.part(store.shards[shard])):
+                store.put(shard, packed, made_on(self.executor.gpu, halvings))
                 outer(store.shards[shard])
             self.progress.done()
             check_quarantine(store, encoded, "embedding")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradsift.artifact import Artifact
 from gradsift.encode import EncodedRows
 from gradsift.errors import DataError
 from gradsift.methods.reading import Narrow
+from gradsift.packing import OUT_OF_MEMORY, QUARANTINE
 from gradsift.store import RowStore, RowView
 
 MOST_QUARANTINED = 0.05  # share of the encoded rows whose gradient may be unusable before a stage stops
@@ -32,12 +35,24 @@ def check_quarantine(store: RowStore, encoded: EncodedRows, what: str = "gradien
 
     That many are a sign that model or data are wrong.
     """
+    _check(int(store.usable.sum()), encoded, what, store.quarantined(), store.path)
+
+
+def check_values(finite: Tensor, encoded: EncodedRows, what: str, failed: Mapping[str, int], artifact: Artifact) -> None:
+    """The same for numbers that are not `finite` [n] where a row has none; `failed`: those of them whose reason is known."""
+    fine = int((finite & torch.as_tensor(encoded.codes == 0)).sum())
+    rest = int((encoded.codes == 0).sum()) - fine - sum(failed.values())
+    _check(fine, encoded, what, {**failed, **({"not finite": rest} if rest else {})}, artifact.path)
+
+
+def _check(usable: int, encoded: EncodedRows, what: str, reasons: Mapping[str, int], where: Path) -> None:
     expected = int((encoded.codes == 0).sum())
-    lost = expected - int(store.usable.sum())
-    if lost > max(1, MOST_QUARANTINED * expected):
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in store.quarantined().items())
+    if expected - usable > max(1, MOST_QUARANTINED * expected):
+        told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         remedy = "Look at the model's dtype (bfloat16 or float32 instead of float16), the learning rate of the warm-up, and the rows."
-        raise DataError(f"{lost:,} of {expected:,} rows have no usable {what} ({reasons})", where=store.path, remedy=remedy)
+        if reasons.get(QUARANTINE[OUT_OF_MEMORY]):
+            remedy = "Encode with a smaller max_length, or use a machine with more memory. " + remedy
+        raise DataError(f"{expected - usable:,} of {expected:,} rows have no usable {what} ({told})", where=where, remedy=remedy)
 
 
 def fill_mean(mean: RowStore, stores: Sequence[RowStore], weights: Sequence[float]) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gradsift import provenance
 from gradsift.artifact import Artifact
 from gradsift.contamination import text_of
 from gradsift.durable import write_tensors
@@ -18,6 +17,7 @@ from gradsift.execute import Stopping
 from gradsift.model import attach_lora
 from gradsift.parts import FOLDER, Parts
 from gradsift.provenance import made_on
+from gradsift.rowwork import check_values
 from gradsift.signals import difficulty, ngrams
 from gradsift.signals.features import features as own_features
 from gradsift.stages import Recipe
@@ -61,24 +61,25 @@ def features(pipeline: Pipeline, fields: Sequence[str]) -> Tensor:
 
 
 def values(pipeline: Pipeline, name: str, fields: Sequence[str] = ()) -> Tensor:
-    """One of SCALARS for every pool row [n]; NaN for rows that could not be encoded."""
+    """One of SCALARS for every pool row [n]; NaN for rows that could not be encoded or did not fit in memory. Raises DataError as
+    `check_values`."""
 
     def fill(artifact: Artifact) -> None:
-        if name == "difficulty":
-            found = _difficulty(pipeline, fields)
+        if name in ("ifd", "loss"):
+            found, about = _of_each(pipeline, name, artifact)
         else:
-            found = _ngrams(pipeline) if name == "ngrams" else _of_each(pipeline, name, artifact)
+            found = _ngrams(pipeline) if name == "ngrams" else _difficulty(pipeline, fields)
+            about = {"counts": {"rows": len(found)}}
         hash_ = write_tensors(artifact.path / f"{name}.safetensors", {name: found}, {"recipe": artifact.digest})
-        made = provenance.summary(sorted((artifact.path / FOLDER).glob("*.safetensors")))
-        artifact.finish(files={f"{name}.safetensors": hash_}, counts={"rows": len(found)}, extra=made)
+        artifact.finish(files={f"{name}.safetensors": hash_}, **about)
         if (artifact.path / FOLDER).is_dir():  # last: until then the parts are what is kept of the work
             shutil.rmtree(artifact.path / FOLDER)
 
     return pipeline.make(recipes(pipeline, name, fields)[-1], fill).tensors(f"{name}.safetensors")[name]
 
 
-def _of_each(pipeline: Pipeline, name: str, artifact: Artifact) -> Tensor:
-    """What the base model alone says of each row ("loss", "ifd"), shard by shard. fp32 [n] for a loss, else fp64."""
+def _of_each(pipeline: Pipeline, name: str, artifact: Artifact) -> tuple[Tensor, dict[str, Any]]:
+    """What the base model alone says of each row ("loss", "ifd"), shard by shard: fp32 [n] for a loss, else fp64; and `Parts.about` it."""
     encoded = pipeline.encoded("pool")
     parts = Parts(artifact, len(encoded), pipeline.config.gradients.shard_rows)
     missing = parts.missing()
@@ -89,12 +90,13 @@ def _of_each(pipeline: Pipeline, name: str, artifact: Artifact) -> Tensor:
     inner, outer = pipeline.advances(encoded)
     if missing:
         work = ScalarWork(pipeline.lend(None if pipeline.executor.remote else pipeline.load_base()), name, pipeline.pad_id, inner)
-        for shard, found in pipeline.executor.map(work, missing, lambda shard: encoded.part(parts.shards[shard])):
-            parts.keep(shard, {name: found}, made_on(pipeline.executor.gpu))
+        for shard, (found, halving) in pipeline.executor.map(work, missing, lambda shard: encoded.part(parts.shards[shard])):
+            parts.keep(shard, {name: found}, made_on(pipeline.executor.gpu, halving.count), halving.failed)
             outer(parts.shards[shard])
     pipeline.progress.done()
-    found = torch.cat(parts.read(name))
-    return found.float() if name == "loss" else found
+    found, about = torch.cat(parts.read(name)), parts.about()
+    check_values(found.isfinite(), encoded, {"loss": "loss", "ifd": "difficulty"}[name], about["counts"].get("quarantined", {}), artifact)
+    return found.float() if name == "loss" else found, about
 
 
 def _ngrams(pipeline: Pipeline) -> Tensor:

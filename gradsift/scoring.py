@@ -187,10 +187,12 @@ def _matrix(pipeline: Pipeline, signal: Signal) -> _Matrix:
     """Scores without the matrix: from stored rows block by block, or mapped from the file that the curvature stage leaves."""
     wanted = pipeline.sides["target"]
     if through_curvature(signal):
-        found = curved.made(pipeline, signal).tensors("scores.safetensors")
+        made = curved.made(pipeline, signal)
+        found, lost = made.tensors("scores.safetensors"), made.manifest["extra"].get("left_out", [])
         targets, scores = found["target"].tolist(), found["scores"]
         parts = (scores[a : a + BLOCK] for a in range(0, len(scores), BLOCK))
-        return _Matrix(parts, targets, [wanted.groups[i] for i in targets], np.flatnonzero(pipeline.encoded("target").codes).tolist())
+        left_out = sorted([*np.flatnonzero(pipeline.encoded("target").codes).tolist(), *lost])
+        return _Matrix(parts, targets, [wanted.groups[i] for i in targets], left_out)
     both = projected.sides(pipeline, signal)
 
     def blocks() -> Iterator[Tensor]:

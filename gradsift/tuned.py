@@ -19,6 +19,7 @@ from gradsift.execute import Serial, Stopping
 from gradsift.model import FOUR_BIT, load_adapter, quiet
 from gradsift.parts import Parts
 from gradsift.provenance import made_on
+from gradsift.rowwork import check_values
 from gradsift.stages import Recipe
 from gradsift.types import Checkpoint
 from gradsift.workers import ScalarWork
@@ -47,7 +48,7 @@ def recipes(pipeline: Pipeline) -> list[Recipe]:
 
 def values(pipeline: Pipeline) -> Tensor:
     """Loss fp32 [n, groups] of every pool row, nats per supervised token, after training on each group; NaN for rows that could not be
-    encoded. Raises DataError for a group without a usable row."""
+    encoded or did not fit in memory. Raises DataError for a group without a usable row, and as `check_values`."""
     made = zip(groups(pipeline), recipes(pipeline), strict=True)
     stages = [pipeline.make(recipe, lambda artifact, group=group: _fill(pipeline, group, artifact)) for group, recipe in made]
     return torch.stack([stage.tensors(_FILE)["tuned"] for stage in stages], dim=1)
@@ -68,13 +69,14 @@ def _fill(pipeline: Pipeline, group: str, artifact: Artifact) -> None:
             pipeline.progress.start(int(encoded.lengths[rows].sum()), "tokens", f"loss after training on {group}")
             inner, outer = pipeline.advances(encoded)
             work = ScalarWork(model, "loss", pipeline.pad_id, inner)
-            for shard, found in executor.map(work, missing, lambda shard: encoded.part(parts.shards[shard])):
-                parts.keep(shard, {"tuned": found}, made_on(executor.gpu))
+            for shard, (found, halving) in executor.map(work, missing, lambda shard: encoded.part(parts.shards[shard])):
+                parts.keep(shard, {"tuned": found}, made_on(executor.gpu, halving.count), halving.failed)
                 outer(parts.shards[shard])
             pipeline.progress.done()
-    found = torch.cat(parts.read("tuned")).float()
+    found, about = torch.cat(parts.read("tuned")).float(), parts.about()
+    check_values(found.isfinite(), encoded, f"loss after training on {group}", about["counts"].get("quarantined", {}), artifact)
     hash_ = write_tensors(artifact.path / _FILE, {"tuned": found}, {"recipe": artifact.digest})
-    artifact.finish(files={_FILE: hash_}, counts={"rows": len(found)}, extra=parts.made())
+    artifact.finish(files={_FILE: hash_}, **about)
     parts.remove()  # last: until then they are what is kept of the work
 
 

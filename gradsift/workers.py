@@ -25,6 +25,7 @@ from gradsift.durable import canonical_json
 from gradsift.encode import EncodedRows
 from gradsift.errors import MismatchError, UserError
 from gradsift.gradients import Modules, extract
+from gradsift.halving import Halving
 from gradsift.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, load_model, model_identity
 from gradsift.objectives import Loss
 from gradsift.packing import OUT_OF_MEMORY, StoreDtype, pack
@@ -133,50 +134,57 @@ class GradientWork:
 
 @dataclass(frozen=True)
 class EmbeddingWork:
-    """Rows of a shard -> the packed tensors for `RowStore.put`. Losses are not measured here and are zeros."""
+    """Rows of a shard -> (the packed tensors for `RowStore.put`, how often a batch had to be halved for memory). Losses are not measured here
+    and are zeros."""
 
     model: Callable[[], Any]
     dim: int
     pad_id: int
     advance: Advance = nothing
 
-    def __call__(self) -> Callable[[EncodedRows], dict[str, Tensor]]:
+    def __call__(self) -> Callable[[EncodedRows], tuple[dict[str, Tensor], int]]:
         model = self.model()
 
-        def work(encoded: EncodedRows) -> dict[str, Tensor]:
-            count = len(encoded)
+        def work(encoded: EncodedRows) -> tuple[dict[str, Tensor], int]:
+            count, halving = len(encoded), Halving()
             usable = [i for i in range(count) if encoded.codes[i] == 0]
-            rows = torch.zeros(count, self.dim)
+            rows, codes = torch.zeros(count, self.dim), torch.zeros(count, dtype=torch.uint8)
             if usable:
-                rows[torch.tensor(usable)] = embed(model, [encoded[i] for i in usable], pad_id=self.pad_id, advance=self.advance)
+                taken = [encoded[i] for i in usable]
+                rows[torch.tensor(usable)] = embed(model, taken, pad_id=self.pad_id, advance=self.advance, halving=halving)
+            for i in halving.failed:
+                codes[usable[i]] = OUT_OF_MEMORY
             tokens = torch.as_tensor(encoded.supervised.copy())
-            return pack(rows, norms=rows.norm(dim=1), losses=torch.zeros(count), tokens=tokens)
+            return pack(rows, norms=rows.norm(dim=1), losses=torch.zeros(count), tokens=tokens, codes=codes), halving.count
 
         return work
 
 
 @dataclass(frozen=True)
 class ScalarWork:
-    """Rows of a shard -> one number each, fp64 [r], NaN where a row could not be encoded: `name` "loss" or "ifd"."""
+    """Rows of a shard -> (one number each, fp64 [r], NaN where a row could not be encoded or did not fit in memory, and what memory had no
+    room for, by place in the shard): `name` "loss" or "ifd"."""
 
     model: Callable[[], Any]
     name: str
     pad_id: int
     advance: Advance = nothing
 
-    def __call__(self) -> Callable[[EncodedRows], Tensor]:
+    def __call__(self) -> Callable[[EncodedRows], tuple[Tensor, Halving]]:
         model = self.model()
 
-        def work(encoded: EncodedRows) -> Tensor:
+        def work(encoded: EncodedRows) -> tuple[Tensor, Halving]:
+            halving = Halving()
             usable = [i for i in range(len(encoded)) if encoded.codes[i] == 0]
             rows = [encoded[i] for i in usable]
             if self.name == "loss":
-                found = row_losses(model, rows, pad_id=self.pad_id, advance=self.advance).mean
+                found = row_losses(model, rows, pad_id=self.pad_id, advance=self.advance, halving=halving).mean
             else:
-                found = ifd.difficulty(model, rows, pad_id=self.pad_id, advance=self.advance)
+                found = ifd.difficulty(model, rows, pad_id=self.pad_id, advance=self.advance, halving=halving)
             full = torch.full((len(encoded),), torch.nan, dtype=torch.float64)
             full[torch.tensor(usable, dtype=torch.int64)] = found.double()
-            return full
+            halving.failed = {usable[i] for i in halving.failed}
+            return full, halving
 
         return work
 
@@ -197,23 +205,26 @@ class FittingWork:
 
 @dataclass(frozen=True)
 class ScoreWork:
-    """Rows of a shard -> (scores fp32 [r, m], NaN for rows that could not be encoded; how often a batch had to be halved for memory)."""
+    """Rows of a shard -> (scores fp32 [r, m], NaN for rows that could not be encoded or did not fit in memory, and what memory had no room
+    for, by place in the shard)."""
 
     model: Callable[[], Any]
     targets: Targets
     modules: Modules
     token_budget: int
 
-    def __call__(self) -> Callable[[EncodedRows], tuple[Tensor, int]]:
+    def __call__(self) -> Callable[[EncodedRows], tuple[Tensor, Halving]]:
         model = self.model()
 
-        def work(encoded: EncodedRows) -> tuple[Tensor, int]:
-            found, cuts = torch.full((len(encoded), len(self.targets)), torch.nan), list[None]()
+        def work(encoded: EncodedRows) -> tuple[Tensor, Halving]:
+            halving = Halving()
+            found = torch.full((len(encoded), len(self.targets)), torch.nan)
             fine = [i for i in range(len(encoded)) if encoded.codes[i] == 0]
             rows = [encoded[i] for i in fine]
-            about = {"modules": self.modules, "token_budget": self.token_budget, "halved": lambda: cuts.append(None)}
-            for indices, scores in score_pool(model, rows, self.targets, **about):
+            options = {"modules": self.modules, "token_budget": self.token_budget, "halving": halving}
+            for indices, scores in score_pool(model, rows, self.targets, **options):
                 found[torch.tensor([fine[int(i)] for i in indices])] = scores
-            return found, len(cuts)
+            halving.failed = {fine[i] for i in halving.failed}
+            return found, halving
 
         return work

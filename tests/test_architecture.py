@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gradsift"
 FLOORS = {
     0: "errors types config budget redaction",
     1: "durable provenance artifact progress machine formats tables containers packing reading writing pool chat encode projection store methods"
-    " contamination constraints choice remote",
+    " contamination constraints choice remote halving",
     2: "modules model transforms families",
     3: "measures trainer_output checkpoints warmup objectives tail attention rmsnorm lowrank swaps products capture gradients signals",
     4: "influence curvature",

@@ -22,7 +22,8 @@ from gradsift.curvature.fitted import SCHEMA, Curvature
 from gradsift.curvature.walk import Layer, Row, Visit, Walk, row, uniforms
 from gradsift.durable import canonical_json, make_folder, read_tensors, recipe_digest, remove_leftovers, write_atomic, write_tensors
 from gradsift.errors import ConfigError, DataError, IntegrityError, MismatchError, OutOfMemory
-from gradsift.gradients import Modules, _measure, _out_of_memory, plan_batches
+from gradsift.gradients import Modules, _measure, plan_batches
+from gradsift.halving import Halving
 from gradsift.progress import Progress, Silent
 from gradsift.transforms.kfac import add_gram, add_second_moments, eigenbasis, symmetrise
 from gradsift.types import Encoded
@@ -32,6 +33,7 @@ log = logging.getLogger("gradsift")
 Form = Literal["expand", "expand-sum", "reduce"]
 Labels = Literal["empirical", "sampled"]
 HEADER = "curvature.json"
+_FAILED, _HALVINGS = "out_of_memory", "halvings"
 
 
 def fit(
@@ -77,7 +79,8 @@ class Fitting:
     accumulate: of the sums within a shard. Shards are added up in fp64.
 
     Raises ConfigError, UnknownName, DataError (no rows, a loss that is not finite), MismatchError naming the field that differs from the
-    store's, OutOfMemory when a batch does not fit: sums have no use for half a batch, so the remedy is a smaller token budget.
+    store's, OutOfMemory when no row fits. When a batch runs out of memory it is halved; a row that does not fit alone is left out of the
+    sums, which then are means over the others, and `left_out` holds it.
     """
 
     def __init__(
@@ -124,6 +127,8 @@ class Fitting:
         self._kept: dict[str, dict[str, Tensor]] = {}
         self._basis: dict[str, Tensor] | None = None
         self._basis_digest = ""
+        self.left_out: set[int] = set()
+        self._halving = Halving()
         self.store = None if store is None else self._open(Path(store))
 
     def _open(self, store: Path) -> Path:
@@ -172,8 +177,8 @@ class Fitting:
             walk.once(layer, lambda: add_gram(sums[f"A/{layer.group}"], rows(walk.clean(x))))
             add_gram(sums[f"G/{layer.name}"], rows(d))
 
-        self._pass(walk, shard, visit)
-        return {key: symmetrise(total).cpu() for key, total in sums.items()}
+        failed = self._pass(walk, shard, sums, visit)
+        return {key: symmetrise(total).cpu() for key, total in sums.items()} | failed
 
     def sum_squares(self, shard: int, fitted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `eigenvalues` keeps, computed here with the tensors of `basis`."""
@@ -190,29 +195,46 @@ class Fitting:
             basis = layer.sides(None if inputs_first else inputs, None if outputs_first else outputs)
             add_second_moments(sums[layer.name], left, right, lengths, basis)
 
-        self._pass(walk, shard, visit)
-        return {f"values/{name}": total.cpu() for name, total in sums.items()}
+        failed = self._pass(walk, shard, sums, visit)
+        return {f"values/{name}": total.cpu() for name, total in sums.items()} | failed
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.walk.device)
 
-    def _pass(self, walk: Walk, shard: int, visit: Visit) -> None:
+    def _pass(self, walk: Walk, shard: int, sums: Mapping[str, Tensor], visit: Visit) -> dict[str, Tensor]:
+        """Fills the sums of a shard; returns what memory had no room for: rows under `_FAILED`, halved batches under `_HALVINGS`."""
         part = self.shards[shard]
         draw = self._draw if self.labels == "sampled" else None
-        for batch in plan_batches(self.lengths[part.start : part.stop], self.token_budget):
-            rows = [row(self.encoded, part.start + int(i), int(self.lengths[part.start + int(i)])) for i in batch]
-            try:
-                losses = walk.show(rows, visit, draw)
-            except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
-                    raise
-                size = f"{len(rows)} rows of up to {max(len(r.ids) for r in rows)} tokens do not fit in memory"
-                raise OutOfMemory(size, remedy="Pass a smaller token_budget, or encode with a smaller max_length.") from error
+
+        before = self._halving.count
+        tried, advanced, failed = [0, 0], set[int](), set[int]()  # begun, finished
+
+        def work(batch: np.ndarray) -> Tensor:
+            rows = [row(self.encoded, int(i), int(self.lengths[i])) for i in batch]
+            tried[0] += 1
+            losses = walk.show(rows, visit, draw)
             bad = [r.index for r, fine in zip(rows, torch.isfinite(losses).tolist(), strict=True) if not fine]
             if bad:
                 remedy = "Leave the row out of the fit, or load the model in float32."
                 raise DataError(f"the loss of row {bad[0]} is not finite", remedy=remedy)
-            self.progress.advance(sum(len(r.ids) for r in rows))
+            tried[1] += 1
+            return losses
+
+        batches = [part.start + batch for batch in plan_batches(self.lengths[part.start : part.stop], self.token_budget)]
+        while True:
+            fitting, tried[:] = [], (0, 0)
+            for batch, made, _ in self._halving.run(batches, self.lengths, work):
+                fitting += [] if made is None else [batch]
+                failed |= set(batch.tolist()) if made is None else set()
+                self.progress.advance(sum(int(self.lengths[i]) for i in batch.tolist() if i not in advanced))
+                advanced.update(batch.tolist())
+            if tried[0] == tried[1]:
+                lost = {_FAILED: torch.tensor(sorted(failed))} if failed else {}
+                return lost | ({_HALVINGS: torch.tensor(self._halving.count - before)} if self._halving.count > before else {})
+            # A batch that memory ran out for was added to the sums of some layers: all begins again with the batches that fit.
+            batches = fitting
+            for total in sums.values():
+                total.zero_()
 
     def _draw(self, row: Row) -> np.ndarray:
         key = row.index if self.keys is None else self.keys[row.index]
@@ -225,13 +247,14 @@ class Fitting:
     ) -> dict[str, Tensor]:
         if self.store is None:
             if name not in self._kept:
-                self._kept[name] = make()
+                self._kept[name] = {key: tensor for key, tensor in make().items() if key != _HALVINGS}
             return self._kept[name]
         if (there := self._read(name, meta)) is not None:
             return there
-        tensors = make()
+        tensors = dict(make())
+        halvings = int(tensors.pop(_HALVINGS, 0))
         on = provenance.made_on(machine.gpu_kind([str(self.walk.device)])) if on is None else on
-        write_tensors(self.store / f"{name}.safetensors", tensors, {**on, **self._meta(name, meta)})
+        write_tensors(self.store / f"{name}.safetensors", tensors, {**on, **provenance.made_on("", halvings), **self._meta(name, meta)})
         return tensors
 
     def _read(self, name: str, meta: Mapping[str, str]) -> dict[str, Tensor] | None:
@@ -248,32 +271,42 @@ class Fitting:
     def _meta(self, name: str, meta: Mapping[str, str]) -> dict[str, str]:
         return {"fit": recipe_digest(self.spec), "part": name, **meta}
 
-    def _total(self, part: Callable[[int], dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    @staticmethod
+    def _total(parts: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """(name, fp64 sum over the shards, in order), one at a time."""
-        parts = [part(shard) for shard in range(len(self.shards))]
-        for key in parts[0]:
+        for key in (key for key in parts[0] if key != _FAILED):
             total = parts[0][key].double()
             for other in parts[1:]:
                 total = total + other[key].double()
             yield key, total
 
+    def _counts(self, parts: Sequence[Mapping[str, Tensor]]) -> tuple[int, int]:
+        """(rows, tokens) that the sums of a pass hold. Raises OutOfMemory where there are none."""
+        failed = {int(i) for part in parts for i in part.get(_FAILED, ())}
+        self.left_out |= failed
+        if len(failed) == self.spec["rows"]:
+            raise OutOfMemory(
+                "no row of the fit fits in memory", remedy="Encode with a smaller max_length, or take a machine with more memory."
+            )
+        return self.spec["rows"] - len(failed), self.spec["tokens"] - sum(int(self.lengths[i]) for i in failed)
+
     def basis(self) -> dict[str, Tensor]:
         """The merged factors, eigenvectors and eigenvalues, fp32 (see `Curvature.tensors`); eigendecompositions in fp64."""
         if self._basis is None:
             self._start("factors")
-            for shard in range(len(self.shards)):
-                self.factors(shard)
+            parts = [self.factors(shard) for shard in range(len(self.shards))]
             self.progress.done()
+            rows, tokens = self._counts(parts)
+            count = tokens if self.form == "expand" else rows
             # copies: the last bits of a product depend on how its operands lie in memory, and what was just made lies unlike what was read
-            self._basis = {key: value.clone() for key, value in self._stored("basis", self._decompose, {}).items()}
+            self._basis = {key: value.clone() for key, value in self._stored("basis", lambda: self._decompose(parts, count), {}).items()}
             self._kept = {}
             self._basis_digest = _tensors_digest(self._basis)
         return self._basis
 
-    def _decompose(self) -> dict[str, Tensor]:
-        count = self.spec["tokens" if self.form == "expand" else "rows"]
+    def _decompose(self, parts: Sequence[Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
-        for key, total in self._total(self.factors):
+        for key, total in self._total(parts):
             factor = (total / count).to(self.walk.device)
             kind, name = key.split("/", 1)
             try:
@@ -289,8 +322,9 @@ class Fitting:
         tensors = dict(self.basis())
         if self.correct:
             self._start("corrected eigenvalues")
-            for key, total in self._total(self.eigenvalues):
-                tensors[key] = (total / self.spec["rows"]).float()
+            parts = [self.eigenvalues(shard) for shard in range(len(self.shards))]
+            rows, _ = self._counts(parts)
+            tensors |= {key: (total / rows).float() for key, total in self._total(parts)}
             self.progress.done()
         return Curvature(dict(self.spec), tensors)
 

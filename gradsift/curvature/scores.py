@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from gradsift.curvature.walk import Layer, Row, Walk, row
 from gradsift.errors import ConfigError, DataError, MismatchError, OutOfMemory
-from gradsift.gradients import Modules, _measure, _out_of_memory, plan_batches
+from gradsift.gradients import Modules, _measure, plan_batches
+from gradsift.halving import Halving
 from gradsift.transforms.kfac import Inverse
 from gradsift.types import Encoded
 
@@ -35,7 +35,7 @@ class Targets:
 
     `members` [m]: the target rows of each, one or more. `full`: name -> [m, r, c]; `low`: name -> (left [m, r, q], right [m, c, q]), their
     product the rank-q approximation. `rank`: q, None when everything is kept whole. `kept`: name -> least share of a target's squared norm
-    that its rank-q form has.
+    that its rank-q form has. `left_out`: target rows that do not fit in memory, in no target.
     """
 
     members: tuple[tuple[int, ...], ...]
@@ -43,6 +43,7 @@ class Targets:
     full: Mapping[str, Tensor]
     low: Mapping[str, tuple[Tensor, Tensor]]
     kept: Mapping[str, float] = field(default_factory=dict)
+    left_out: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.members)
@@ -102,8 +103,10 @@ def prepare_targets(
       as all targets fit in `memory` bytes, else 32, which the log says. `rank_agreement` measures what that costs in order. Eigenvalue
       damping raises the rank of a gradient, which is at most its tokens; factored damping does not.
 
+    When a batch runs out of memory it is halved; a row that does not fit alone is left out, as if it had not been given.
     Raises DataError for a target row without a supervised token or with a gradient that is not finite, ConfigError for a rank or
-    target_batch below 1, MismatchError when the preconditioner was fitted for other parameters, OutOfMemory.
+    target_batch below 1, MismatchError when the preconditioner was fitted for other parameters, OutOfMemory
+    when no row fits.
     """
     if target_batch < 1 or (rank is not None and rank < 1):
         raise ConfigError(f"target_batch {target_batch}, rank {rank}", remedy="Both are at least 1.")
@@ -113,28 +116,46 @@ def prepare_targets(
     lengths, supervised = _measure(encoded)
     if len(silent := np.flatnonzero(supervised == 0)):
         raise DataError(f"target row {silent[0]} has no supervised token", remedy="Remove it from the target set, or raise max_length.")
-    stop = len(encoded) - len(encoded) % target_batch if drop_last else len(encoded)
-    members = tuple(tuple(range(a, min(a + target_batch, stop))) for a in range(0, stop, target_batch))
-    if not members:
-        raise DataError("there are no targets", remedy="Pass at least one target row (target_batch of them with drop_last).")
     size = 4 * sum(layer.shape[0] * layer.shape[1] for layer in walk.layers.values())
-    if rank is None and size * len(members) > memory:
-        rank = AUTO_RANK
-        log.info("%d targets of %.2f GB each do not fit in %.2f GB: kept at rank %d", len(members), size / 1e9, memory / 1e9, rank)
-    step = len(members) if rank is None else max(1, memory // size)
-    kept = _Kept(walk, preconditioner, rank, seed)
-    for start in range(0, len(members), step):
-        part = members[start : start + step]
-        kept.add(_gradients(walk, encoded, lengths, supervised, part, token_budget))
-    return kept.targets(members)
+    halving, left_out = Halving(), set[int]()
+    while True:
+        members = _members([i for i in range(len(encoded)) if i not in left_out], target_batch, drop_last)
+        if not members and left_out:
+            raise OutOfMemory(f"{len(left_out)} target rows do not fit in memory, and no target is left", remedy="Use shorter target rows.")
+        if not members:
+            raise DataError("there are no targets", remedy="Pass at least one target row (target_batch of them with drop_last).")
+        if rank is None and size * len(members) > memory:
+            rank = AUTO_RANK
+            log.info("%d targets of %.2f GB each do not fit in %.2f GB: kept at rank %d", len(members), size / 1e9, memory / 1e9, rank)
+        step = len(members) if rank is None else max(1, memory // size)
+        kept = _Kept(walk, preconditioner, rank, seed)
+        for start in range(0, len(members), step):
+            part = members[start : start + step]
+            kept.add(_gradients(walk, encoded, lengths, supervised, part, token_budget, halving))
+        if halving.failed == left_out:
+            return kept.targets(members, tuple(sorted(left_out)))
+        left_out = set(halving.failed)  # they leave their targets, and others may take their place there
+
+
+def _members(rows: Sequence[int], target_batch: int, drop_last: bool) -> tuple[tuple[int, ...], ...]:
+    """The rows of each target."""
+    stop = len(rows) - len(rows) % target_batch if drop_last else len(rows)
+    return tuple(tuple(rows[a : min(a + target_batch, stop)]) for a in range(0, stop, target_batch))
 
 
 def _gradients(
-    walk: Walk, encoded: Sequence[Encoded], lengths: np.ndarray, supervised: np.ndarray, members: Sequence[Sequence[int]], token_budget: int
+    walk: Walk,
+    encoded: Sequence[Encoded],
+    lengths: np.ndarray,
+    supervised: np.ndarray,
+    members: Sequence[Sequence[int]],
+    token_budget: int,
+    halving: Halving,
 ) -> dict[str, Tensor]:
-    """name -> [m, r, c]: the gradient of each target's mean loss over all its tokens."""
+    """name -> [m, r, c]: the gradient of each target's mean loss over all its tokens. Of no use where a row does not fit in memory."""
     total = {name: torch.zeros(len(members), *layer.shape, device=walk.device) for name, layer in walk.layers.items()}
     showing: list[int] = []
+    added: set[tuple[str, int]] = set()
     places = np.concatenate([np.asarray(m) for m in members])
     owner = {int(i): k for k, member in enumerate(members) for i in member}
     weight = {int(i): float(supervised[i]) / float(supervised[list(member)].sum()) for member in members for i in member}
@@ -142,17 +163,17 @@ def _gradients(
     def visit(layer: Layer, x: Tensor, d: Tensor, lengths: list[int]) -> None:
         left, right = layer.sides(x.float(), d.float())
         for k, (index, t) in enumerate(zip(showing, lengths, strict=True)):
-            total[layer.name][owner[index]].addmm_(left[k, :t].t(), right[k, :t], alpha=weight[index])
+            if (layer.name, index) not in added:  # else by a larger batch, before memory ran out at another layer
+                total[layer.name][owner[index]].addmm_(left[k, :t].t(), right[k, :t], alpha=weight[index])
+                added.add((layer.name, index))
 
-    for batch in plan_batches(lengths[places], token_budget):
-        rows = [row(encoded, int(places[i]), int(lengths[places[i]])) for i in batch]
-        showing = [r.index for r in rows]
-        try:
-            walk.show(rows, visit)
-        except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
-                raise
-            raise OutOfMemory("the target rows do not fit in memory", remedy="Pass a smaller token_budget or memory.") from error
+    def work(batch: np.ndarray) -> Tensor:
+        rows = [row(encoded, int(i), int(lengths[i])) for i in batch]
+        showing[:] = [r.index for r in rows]
+        return walk.show(rows, visit)
+
+    for _ in halving.run([places[batch] for batch in plan_batches(lengths[places], token_budget)], lengths, work):
+        pass  # the sums are all that is wanted
     for name, grads in total.items():
         fine = torch.isfinite(grads).flatten(1).all(1)
         if not bool(fine.all()):
@@ -183,10 +204,10 @@ class _Kept:
                 self.low.setdefault(name, []).append((left, right))
                 self.share[name] = min(share, self.share.get(name, 1.0))
 
-    def targets(self, members: tuple[tuple[int, ...], ...]) -> Targets:
+    def targets(self, members: tuple[tuple[int, ...], ...], left_out: tuple[int, ...]) -> Targets:
         full = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in self.full.items()}
         low = {name: (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])) for name, parts in self.low.items()}
-        return Targets(members, self.rank, full, low, self.share)
+        return Targets(members, self.rank, full, low, self.share, left_out)
 
 
 def compress(matrices: Tensor, rank: int, seed: int, name: str) -> tuple[Tensor, Tensor, float]:
@@ -217,52 +238,40 @@ def score_pool(
     *,
     modules: Modules = None,
     token_budget: int = 1024,
-    halved: Callable[[], None] = lambda: None,
+    halving: Halving | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Yields (indices [b], scores [b, m]) until every row of `encoded` was scored once: zeros first for rows without a supervised token,
     then by length, longest first. A row whose gradient is not finite scores NaN.
 
-    When a batch runs out of memory it is halved, which `halved` is told, and a single row that does not fit scores NaN, with a warning in the
-    log: then the numbers are right, but not bit for bit those of another machine. Between batches
-    the model is what it was. Raises MismatchError when the model has other parameters than the targets.
+    When a batch runs out of memory it is halved, and a single row that does not fit scores NaN, with a warning in the log; `halving`
+    learns of both. Between batches the model is what it was. Raises MismatchError when the model has other parameters than the targets.
     """
     walk = Walk(model, modules)
     for name, layer in walk.layers.items():
         if targets.shape(name) != layer.shape:
             remedy = "Prepare the targets with the same model and modules."
             raise MismatchError(f"the targets have no gradient of {name} {layer.shape}", remedy=remedy)
-    return _stream(walk, encoded, targets, token_budget, halved)
+    return _stream(walk, encoded, targets, token_budget, halving or Halving())
 
 
 def _stream(
-    walk: Walk, encoded: Sequence[Encoded], targets: Targets, token_budget: int, halved: Callable[[], None]
+    walk: Walk, encoded: Sequence[Encoded], targets: Targets, token_budget: int, halving: Halving
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     lengths, supervised = _measure(encoded)
     silent = np.flatnonzero(supervised == 0)
     if len(silent):
         yield silent, torch.zeros(len(silent), len(targets))
     scorer = _Scorer(walk, targets)
-    todo, limit = deque(plan_batches(lengths, token_budget)), None
-    while todo:
-        batch = todo.popleft()
-        size = len(batch) * int(lengths[batch].max())
-        fits = limit is None or size <= limit or len(batch) == 1
-        if fits:
-            try:
-                scorer.add(batch, [row(encoded, int(i), int(lengths[i])) for i in batch])
-            except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
-                    raise
-                limit, fits = max(1, size // 2), False
-                log.warning("out of memory at %d rows of %d tokens", len(batch), size // len(batch))
-                if len(batch) == 1:
-                    yield batch, torch.full((1, len(targets)), torch.nan)
-        if not fits and len(batch) > 1:
-            half = len(batch) // 2
-            todo.extendleft([batch[half:], batch[:half]])
-            halved()
-        if scorer.full or not todo:
+
+    def work(batch: np.ndarray) -> Tensor:
+        return scorer.add(batch, [row(encoded, int(i), int(lengths[i])) for i in batch])
+
+    for batch, made, _ in halving.run(plan_batches(lengths, token_budget), lengths, work):
+        if made is None:
+            yield batch, torch.full((1, len(targets)), torch.nan)
+        if scorer.full:
             yield from scorer.flush()
+    yield from scorer.flush()
 
 
 class _Scorer:
@@ -286,8 +295,8 @@ class _Scorer:
         """True when the next batch, if as large as the last, would not be held."""
         return not self.done or self.count + len(self.done[-1][0]) > self.capacity
 
-    def add(self, indices: np.ndarray, rows: Sequence[Row]) -> None:
-        """Runs a batch; its scores come with the next `flush`."""
+    def add(self, indices: np.ndarray, rows: Sequence[Row]) -> Tensor:
+        """Runs a batch, and returns its losses; its scores come with the next `flush`."""
         first, b, m = self.count, len(rows), len(self.targets)
         hold = first + b <= self.capacity
         scores = torch.zeros(b, m, device=self.walk.device)
@@ -308,9 +317,10 @@ class _Scorer:
                     part = slice(start, start + step)
                     _add_product(scores[part], torch.bmm(left[part].transpose(1, 2), right[part]), self.targets, layer.name)
 
-        self.walk.show(rows, visit)
+        losses = self.walk.show(rows, visit)
         self.done.append((indices, scores))
         self.count += b if hold else 0
+        return losses
 
     def flush(self) -> list[tuple[np.ndarray, Tensor]]:
         """(indices, scores on the CPU) of the batches since the last flush."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gradsift.halving import Halving
 from gradsift.signals.loss import row_losses
 
 
@@ -17,12 +18,20 @@ def alone(row: Any) -> dict[str, list[int]]:
 
 
 def difficulty(
-    model: Any, encoded: Sequence[Any], *, token_budget: int = 4096, pad_id: int = 0, advance: Callable[[int], None] | None = None
+    model: Any,
+    encoded: Sequence[Any],
+    *,
+    token_budget: int = 4096,
+    pad_id: int = 0,
+    advance: Callable[[int], None] | None = None,
+    halving: Halving | None = None,
 ) -> Tensor:
     """exp(mean loss of the answer after its prompt - mean loss of the answer alone), fp64 [n]; below 1 where the prompt helps.
 
-    Source: arXiv 2308.12032, equation 3. Several answers in a row count as one text. NaN where nothing is supervised.
+    Source: arXiv 2308.12032, equation 3. Several answers in a row count as one text. NaN where nothing is supervised
+    or a row does not fit in memory. Other arguments as `row_losses`.
     """
-    given = row_losses(model, encoded, token_budget=token_budget, pad_id=pad_id, advance=advance)
-    without = row_losses(model, [alone(row) for row in encoded], token_budget=token_budget, pad_id=pad_id, advance=advance)
+    halving = halving or Halving()
+    given = row_losses(model, encoded, token_budget=token_budget, pad_id=pad_id, advance=advance, halving=halving)
+    without = row_losses(model, [alone(row) for row in encoded], token_budget=token_budget, pad_id=pad_id, advance=advance, halving=halving)
     return (given.mean - without.mean).exp()

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gradsift.encode import pad_batch, token_batches
+from gradsift.halving import Halving
 
 
 class RowLosses(NamedTuple):
-    """`total` fp64 [n]: summed negative log-likelihood of the supervised tokens, nats; `tokens` int64 [n]: how many they are."""
+    """`total` fp64 [n]: summed negative log-likelihood of the supervised tokens, nats; `tokens` int64 [n]: how many they are. The total of a
+    row that does not fit in memory is NaN."""
 
     total: Tensor
     tokens: Tensor
@@ -49,24 +52,38 @@ def token_nats(model: Any, rows: Sequence[Any], *, pad_id: int = 0) -> tuple[Ten
 
 @torch.no_grad()
 def row_losses(
-    model: Any, encoded: Sequence[Any], *, token_budget: int = 4096, pad_id: int = 0, advance: Callable[[int], None] | None = None
+    model: Any,
+    encoded: Sequence[Any],
+    *,
+    token_budget: int = 4096,
+    pad_id: int = 0,
+    advance: Callable[[int], None] | None = None,
+    halving: Halving | None = None,
 ) -> RowLosses:
     """Losses of `encoded` under `model` in eval mode, in the order given; independent of batch composition up to float rounding.
 
-    `advance` is called with the tokens of each finished batch. The model's modes are what they were afterwards.
+    `advance` is called with the tokens of each finished batch. `halving` learns what memory had no room for. The model's modes are what they
+    were afterwards.
     """
     total, count = torch.zeros(len(encoded), dtype=torch.float64), torch.zeros(len(encoded), dtype=torch.int64)
+    lengths = np.array([len(row["input_ids"]) for row in encoded], np.int64)
+
+    def work(batch: np.ndarray) -> list[Tensor]:
+        return [tensor.cpu() for tensor in token_nats(model, [encoded[int(i)] for i in batch], pad_id=pad_id)]
+
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for batch in token_batches([len(row["input_ids"]) for row in encoded], token_budget):
-            rows = [encoded[int(i)] for i in batch]
-            nats, owner = (tensor.cpu() for tensor in token_nats(model, rows, pad_id=pad_id))
+        for batch, found, _ in (halving or Halving()).run(token_batches(lengths, token_budget), lengths, work):
             where = torch.as_tensor(batch)
-            count[where] = torch.bincount(owner, minlength=len(rows))
-            total[where] = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, owner, nats.double())
+            if found is None:
+                total[where], count[where] = torch.nan, sum(label != -100 for label in encoded[int(batch[0])]["labels"][1:])
+            else:
+                nats, owner = found
+                count[where] = torch.bincount(owner, minlength=len(batch))
+                total[where] = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, owner, nats.double())
             if advance:
-                advance(sum(len(row["input_ids"]) for row in rows))
+                advance(int(lengths[batch].sum()))
     finally:
         for module, mode in modes.items():
             module.training = mode
