@@ -1,7 +1,7 @@
 """Files that are there completely or not at all, and that verify themselves: canonical JSON, atomic writes, tensor files, free space.
 
 Every file reaches its name by one rename of finished, synced bytes, so a reader never sees half a file, whatever instant the writer
-was killed at.
+was killed at. More than 400 lines because all that renames or syncs stands here, and nowhere else: `tests/faults/failpoints.py` strikes it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -184,6 +185,49 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def rename(path: Path, target: Path) -> None:
+    """Gives a file or a folder another name, durably. Raises OSError."""
+    os.rename(path, target)
+    _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the name `folder` when the block ends, with the files in it synced; where the block raises, nothing is left.
+
+    Where another process was first, its folder stays; what dead ones have left beside it is deleted. Raises OSError.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder.parent)
+    temp, fd = _locked_folder(folder.parent)
+    try:
+        yield temp
+        for path in temp.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        os.fsync(fd)
+        try:
+            rename(temp, folder)
+        except OSError:
+            if not all((folder / path.name).exists() for path in temp.iterdir()):
+                raise
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+        os.close(fd)
+
+
+def _locked_folder(parent: Path) -> tuple[Path, int]:
+    """A new temporary folder and a descriptor that holds its lock."""
+    while True:
+        temp = parent / (TEMP + secrets.token_hex(8))
+        temp.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # before it was locked it looked like a dead writer's, and was deleted
+            fd = os.open(temp, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if _try_lock(fd) and temp.is_dir():
+                return temp, fd
+            os.close(fd)
+
+
 def _try_lock(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,16 +237,17 @@ def _try_lock(fd: int) -> bool:
 
 
 def remove_leftovers(folder: Path) -> list[str]:
-    """Deletes the temporary files of dead writers in `folder`, and returns their names. Those of living writers are locked, and stay."""
+    """Deletes the temporary files and folders of dead writers in `folder`, and returns their names. Those of living writers are locked, and
+    stay."""
     gone = []
     for entry in os.scandir(folder):
-        if not (entry.name.startswith(TEMP) and entry.is_file(follow_symlinks=False)):
+        if not entry.name.startswith(TEMP) or entry.is_symlink():
             continue
         with contextlib.suppress(OSError):
-            fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 if _try_lock(fd):
-                    os.unlink(entry.path)
+                    shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
                     gone.append(entry.name)
             finally:
                 os.close(fd)

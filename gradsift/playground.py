@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from gradsift.artifact import write_atomic
+from gradsift.artifact import remove_leftovers, write_atomic
 from gradsift.errors import UserError
 from gradsift.families import FAMILIES, GENERATOR_VERSION, TARGET_FAMILY, Family, Question, Split, clean_row, draw
 from gradsift.model import BUILTIN
@@ -123,6 +123,7 @@ class Paths:
 def write_playground(folder: Path, seed: int = 0, rows: int = 2000, *, dev: int = 32, test: int = 200) -> Paths:
     """Write the pool, `dev` target rows and `test` rows of the target family to `folder`; the same bytes for the same arguments."""
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     paths = Paths(folder / "pool.jsonl", folder / "target.jsonl", folder / "test.jsonl", folder / "README.md")
     pool = generate(seed, rows)
     for path, items in ((paths.pool, pool), (paths.target, target_rows("dev", dev, seed)), (paths.test, target_rows("test", test, seed))):

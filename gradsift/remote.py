@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from gradsift.durable import make_folder, require_space, resource_error
+from gradsift.durable import make_folder, remove_leftovers, replacing, require_space, resource_error
 from gradsift.errors import ResourceError, UserError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -65,10 +64,14 @@ def fetched(url: str, cache: Path | None = None) -> Path:
     if known and target.is_file():
         return target
     make_folder(folder)
+    for other in folder.parent.iterdir():  # a copy that was cut off may be of a state that the file has no more
+        _tidy(other)
     require_space(folder, int(about.get("size") or 0))
     try:
         with system.open(path, "rb") as source:
-            _copied(source, target)
+            _copied(source, target, int(about.get("size") or 0))
+    except ResourceError:
+        raise
     except Exception as error:
         raise _refusal(url, error, target, int(about.get("size") or 0)) from error
     return target
@@ -81,8 +84,9 @@ def sent(file: Path, url: str) -> None:
     try:
         if _is_local(system):
             make_folder(Path(path).absolute().parent)
+            _tidy(Path(path).absolute().parent)
             with open(file, "rb") as source:
-                _copied(source, Path(path).absolute())
+                _copied(source, Path(path).absolute(), file.stat().st_size)
         else:
             system.put_file(str(file), path)
     except ResourceError:
@@ -91,17 +95,27 @@ def sent(file: Path, url: str) -> None:
         raise _refusal(url, error, Path(path) if _is_local(system) else None, file.stat().st_size) from error
 
 
-def _copied(source: Any, target: Path) -> None:
+def _copied(source: Any, target: Path, size: int) -> None:
     """The bytes of an open file as `target`, all of them or, where it fails, what was there before."""
-    temp = target.parent / f".tmp-{secrets.token_hex(8)}"
+    with replacing(target, size) as copy:
+        while chunk := _read(source):
+            copy.write(chunk)
+
+
+def _read(source: Any) -> bytes:
     try:
-        with open(temp, "wb") as copy:
-            shutil.copyfileobj(source, copy, 1 << 22)
-            copy.flush()
-            os.fsync(copy.fileno())
-        os.replace(temp, target)
-    finally:
-        temp.unlink(missing_ok=True)
+        return source.read(1 << 22)
+    except OSError as error:
+        raise _Unread from error
+
+
+class _Unread(Exception):
+    """The storage, not the disk, has failed; its cause is the error."""
+
+
+def _tidy(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        remove_leftovers(folder)
 
 
 def _system(url: str) -> tuple[Any, str]:
@@ -123,7 +137,9 @@ def _is_local(system: Any) -> bool:
 
 def _refusal(url: str, error: Exception, copy: Path | None = None, size: int = 0) -> ResourceError:
     """`copy`, `size`: the file on this machine that was being written, and how large it was to be."""
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError | PermissionError):
+    if isinstance(error, _Unread) and isinstance(error.__cause__, OSError):
+        error = error.__cause__
+    elif isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError | PermissionError):
         return resource_error(error, copy or Path(url), size)
     said = " ".join(str(error).split())[:200]
     return ResourceError(

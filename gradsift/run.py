@@ -31,7 +31,7 @@ from gradsift.artifact import (
 )
 from gradsift.checking import BY_NAME, Problem, check_folder, own_fault
 from gradsift.config import Config
-from gradsift.durable import inside, make_folder, remove_leftovers, resource_error, write_atomic
+from gradsift.durable import inside, make_folder, remove_leftovers, rename, resource_error, write_atomic
 from gradsift.errors import ResourceError, UserError
 from gradsift.redaction import readable_command
 
@@ -284,12 +284,12 @@ class Run:
             return
         path = place / last  # perhaps a link: then the link is removed
         again = rewritten(folder, last) if place == folder else None
-        if again is None and path != folder / MANIFEST:  # that goes first: killed in between, the artifact is merely incomplete
-            _unlink(folder / MANIFEST)
         if aside and os.path.lexists(path):
+            # First: killed in between, the file is missing, and still named by the verification. Of an incomplete artifact it would be forgotten.
             _move(path, inside(self.root, f"{ASIDE}/{folder.name}"))
-        else:
-            _unlink(path)
+        if again is None and path != folder / MANIFEST:  # before the file: killed in between, the artifact is merely incomplete
+            _unlink(folder / MANIFEST)
+        _unlink(path)
         if again is not None:
             write_atomic(path, again)
 
@@ -316,7 +316,7 @@ def _move(path: Path, folder: Path) -> None:
     while os.path.lexists(target):
         target, number = folder / f"{path.name}.{number}", number + 1
     try:
-        os.rename(path, target)
+        rename(path, target)
     except OSError as error:
         raise resource_error(error, target) from error
 

@@ -9,9 +9,6 @@ whose singular values are all set to about one (Jordan et al. 2024, https://kell
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -26,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gradsift import machine
 from gradsift.artifact import canonical_json, recipe_digest
 from gradsift.config import Settings
+from gradsift.durable import making
 from gradsift.errors import ResourceError
 from gradsift.families import FAMILIES, TARGET_FAMILY, stream
 from gradsift.model import quiet
@@ -75,36 +73,18 @@ def tiny_model(
     if (folder / "config.json").is_file():
         return folder
     try:
-        Path(root).mkdir(parents=True, exist_ok=True)
-        temp = Path(tempfile.mkdtemp(prefix=".tiny-", dir=root))  # made before the training: a folder that is not writable is told at once
+        with making(folder) as temp:  # before the training: a cache that is not writable is told at once
+            tokenizer = _tokenizer()
+            model = _train(tokenizer, settings, weights, progress)
+            with quiet():
+                model.save_pretrained(temp)
+                tokenizer.save_pretrained(temp)
+            (temp / "recipe.json").write_bytes(canonical_json({**recipe, "stream": None}))
     except OSError as error:
         raise ResourceError(
             f"cannot be written: {error.strerror}", where=root, remedy="Set GRADSIFT_CACHE to a folder that can."
         ) from error
-    try:
-        tokenizer = _tokenizer()
-        model = _train(tokenizer, settings, weights, progress)
-        with quiet():
-            model.save_pretrained(temp)
-            tokenizer.save_pretrained(temp)
-        (temp / "recipe.json").write_bytes(canonical_json({**recipe, "stream": None}))
-        temp.chmod(0o755)
-        _settle(temp, folder)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
     return folder
-
-
-def _settle(temp: Path, folder: Path) -> None:
-    """Gives the finished folder its name, durably; where another process was first, its folder stays."""
-    for path in temp.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    try:
-        os.rename(temp, folder)
-    except OSError:
-        if not (folder / "config.json").is_file():
-            raise
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

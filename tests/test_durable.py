@@ -20,10 +20,12 @@ from safetensors.torch import load_file, safe_open
 from gradsift import durable
 from gradsift.artifact import file_hash
 from gradsift.durable import (
+    TEMP,
     TensorFile,
     canonical_json,
     inside,
     make_folder,
+    making,
     read_tensors,
     recipe_digest,
     remove_leftovers,
@@ -300,3 +302,22 @@ def test_no_name_leads_out_of_a_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "link").symlink_to("/etc")
     with pytest.raises(IntegrityError):
         inside(tmp_path, name)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    dead = tmp_path / f"{TEMP}dead"
+    dead.mkdir()
+    (dead / "half").write_bytes(b"half")
+    with making(tmp_path / "made") as temp:
+        (temp / "file").write_bytes(b"whole")
+        assert [path.name for path in tmp_path.iterdir()] == [temp.name]  # what the dead one left is gone
+        assert remove_leftovers(tmp_path) == []  # a living one's stays
+    assert (tmp_path / "made" / "file").read_bytes() == b"whole"
+    with pytest.raises(FileNotFoundError), making(tmp_path / "other") as temp:
+        (temp / "no folder" / "file").write_bytes(b"half")
+    with making(tmp_path / "made") as temp:  # another was first
+        (temp / "file").write_bytes(b"late")
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert (tmp_path / "made" / "file").read_bytes() == b"whole"
+    with pytest.raises(OSError, match="not empty"), making(tmp_path / "made") as temp:  # and what lies there is something else
+        (temp / "another").write_bytes(b"late")

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradsift import families, playground, remote, tiny
+from gradsift.durable import making
 from gradsift.encode import encode
 from gradsift.errors import ResourceError, UserError
 from gradsift.model import BUILTIN, load_model
@@ -269,12 +270,11 @@ def test_two_processes_may_build_at_once(small: Path, tmp_path: Path) -> None:
     assert (tmp_path / small.name / "model.safetensors").read_bytes() == (small / "model.safetensors").read_bytes()
 
 
-def test_the_second_to_finish_leaves_the_first_ones_folder(small: Path, tmp_path: Path) -> None:
-    late = tmp_path / "late"
-    late.mkdir()
-    (late / "config.json").write_text("late")
+def test_the_second_to_finish_leaves_the_first_ones_folder(small: Path) -> None:
     before = (small / "config.json").read_bytes()
-    tiny._settle(late, small)
+    with making(small) as late:
+        (late / "config.json").write_text("late")
+    assert not late.exists()
     assert (small / "config.json").read_bytes() == before
 
 

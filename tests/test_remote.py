@@ -15,6 +15,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from gradsift.cli import app
+from gradsift.durable import TEMP
 from gradsift.errors import ResourceError, UserError
 from gradsift.pool import read_pool
 from gradsift.remote import fetched, is_url, sent
@@ -54,7 +55,34 @@ def test_it_is_fetched_once_until_it_changes(memory: Any) -> None:
     assert fetched("memory://bucket/pool.jsonl") == first and first.stat().st_mtime_ns == when
     memory.pipe("/bucket/pool.jsonl", TEXT[: len(TEXT) // 5])
     assert fetched("memory://bucket/pool.jsonl").read_bytes() == TEXT[: len(TEXT) // 5]
-    assert not [path for path in first.parents[1].rglob("*") if path.name.startswith(".tmp-")]
+    assert not [path for path in first.parents[1].rglob("*") if path.name.startswith(TEMP)]
+
+
+def test_what_a_killed_copy_left_goes_with_the_next(tmp_path: Path, memory: Any) -> None:
+    first = fetched("memory://bucket/pool.jsonl")
+    (tmp_path / "out").mkdir()
+    left = [first.parent / f"{TEMP}dead", tmp_path / "out" / f"{TEMP}dead"]
+    for path in left:
+        path.write_bytes(b"half")
+    memory.pipe("/bucket/pool.jsonl", TEXT * 2)
+    sent(fetched("memory://bucket/pool.jsonl"), f"file://{tmp_path}/out/pool.jsonl")
+    assert not any(path.exists() for path in left)
+
+
+def test_a_storage_that_fails_while_it_is_read_is_not_taken_for_the_disk(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cut:
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def read(self, size: int) -> bytes:
+            raise ConnectionResetError(errno.ECONNRESET, "peer went away")
+
+    monkeypatch.setattr(type(memory), "open", lambda *_, **__: Cut())
+    with pytest.raises(ResourceError, match=r"refused .*peer went away"):
+        fetched("memory://bucket/pool.jsonl")
 
 
 def test_what_is_chosen_is_sent_there(tmp_path: Path, memory: Any) -> None:
@@ -87,11 +115,10 @@ def test_a_copy_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
     there.parent.mkdir()
     there.write_bytes(b"earlier\n")
 
-    def full(source: Any, target: Any, length: int = 0) -> None:
-        target.write(source.read(10))
+    def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("gradsift.remote.shutil.copyfileobj", full)
+    monkeypatch.setattr("gradsift.durable.os.fsync", full)
     with pytest.raises(ResourceError, match=f"{len(TEXT):,} bytes needed"):
         sent(tmp_path / "chosen.jsonl", f"file://{there}")
     assert there.read_bytes() == b"earlier\n" and [path.name for path in there.parent.iterdir()] == ["chosen.jsonl"]
