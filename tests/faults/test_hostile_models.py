@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import shutil
@@ -9,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import torch
+from transformers import AutoConfig
 
 from gradsift.checkpoints import load_checkpoints, read_moments
 from gradsift.errors import GradsiftError
@@ -90,6 +93,31 @@ HARMS: list[Callable[[Path, Path], None]] = [
     config_is_no_json,
     deep_config,
 ]
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["pickle", "zip"])
+def test_the_sentinel_is_there_where_a_pickle_is_loaded(tmp_path: Path, zipped: bool) -> None:
+    """What the tests below rest on: these very files do run something in a program that trusts them."""
+    pickled(tmp_path / "x.bin", tmp_path, zipped)
+    if zipped:
+        torch.load(tmp_path / "x.bin", weights_only=False)
+    else:
+        pickle.loads((tmp_path / "x.bin").read_bytes())
+    assert (tmp_path / SENTINEL).exists()
+
+
+def test_the_sentinel_is_there_where_remote_code_is_trusted(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    remote_model(model, tmp_path)
+    with contextlib.suppress(Exception):  # its class is none; the file has run by then
+        AutoConfig.from_pretrained(str(model), trust_remote_code=True)
+    assert (tmp_path / SENTINEL).exists()
+
+
+def test_the_sentinel_is_there_where_a_template_has_no_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    jinja2.Environment().from_string(PAYLOADS[1]).render()
+    assert (tmp_path / SENTINEL).exists()
 
 
 @pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
