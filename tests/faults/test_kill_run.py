@@ -19,3 +19,4 @@ def test_a_run_killed_at_random_instants_ends_as_if_left_alone(tmp_path: Path) -
     assert tally.kills == kills
     assert tally.runs >= 1
     assert tally.shards > 0
+    assert len(tally.struck) > 2
