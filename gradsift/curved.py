@@ -17,7 +17,7 @@ from gradsift.artifact import Artifact
 from gradsift.curvature import Curvature, Fitting, Targets, prepare_targets, rank_agreement
 from gradsift.curvature.scores import MEMORY
 from gradsift.durable import recipe_digest, write_tensors
-from gradsift.errors import DataError, UserError
+from gradsift.errors import UserError
 from gradsift.execute import Stopping
 from gradsift.influence import backend
 from gradsift.parts import FOLDER, Parts
