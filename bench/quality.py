@@ -140,7 +140,10 @@ class Bench:
     def agnostic(self, budget: str) -> None:
         """Table 3: methods without a target, on the mean over all tests."""
         found = self.compare(AGNOSTIC, self.targets, budget, controls=["length", "perplexity"])
-        self.record("agnostic", budget, found.summary())
+        summary, lines = found.summary(), {line.arm: line for line in found.table().lines}
+        if "kcenter" in lines:
+            summary["against_kcenter"] = {arm: against(line, lines["kcenter"]) for arm, line in lines.items() if line.draws is not None}
+        self.record("agnostic", budget, summary)
         print("\n".join(found.lines()), file=sys.stderr)
 
     def targeted(self, budget: str) -> None:
@@ -298,6 +301,13 @@ def over_targets(found: Mapping[str, Comparison]) -> dict[str, Any]:
             entry["recovered_gap"] = [float(np.mean([g[0] for g in gaps])), *percentiles(np.mean([g[1] / g[2] for g in gaps], axis=0))]
         result["arms"][arm] = entry
     return result
+
+
+def against(line: Line, other: Line) -> list[float]:
+    """[difference of two losses, its 95 % interval]."""
+    assert line.draws is not None
+    assert other.draws is not None
+    return [line.value - other.value, *percentiles(line.draws - other.draws)]
 
 
 def percentiles(draws: np.ndarray) -> list[float]:

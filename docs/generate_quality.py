@@ -39,28 +39,29 @@ def main() -> None:
 
 
 def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The README's table: every arm on the mean over the targets, best first; of the run with most seeds."""
-    name = max((key for key in results if key.startswith("targeted") and "5% over targets" in results[key]), key=_seeds, default=None)
-    if name is None:
-        return ""
-    found = results[name]["5% over targets"]
-    arms = sorted((arm for arm in found["arms"].items() if "against random" in arm[1]), key=lambda arm: arm[1]["against random"][0])
-    lines = [
-        f"Loss on held-out rows, mean over {len(found['targets'])} targets ({name.partition(' (')[2][:-1]}; 5 % picked, a 6M-parameter model; lower "
-        "is better, 95 % intervals; [all tables](docs/quality.md)):",
-        "",
-        "| trained on | against random rows | against RDS+ |",
-        "|---|---:|---:|",
+    """The README's tables: every arm on the mean over the targets, best first; one for each pool and budget, the largest budget first."""
+    found = [
+        (float(key.partition("%")[0]), name.partition(" (")[2][:-1], value)
+        for name, table in results.items()
+        if name.startswith("targeted")
+        for key, value in table.items()
+        if key.endswith("over targets")
     ]
-    for arm, entry in arms:
-        shown = [f"{e[0]:+.3f} ({e[1]:+.3f} to {e[2]:+.3f})" if (e := entry.get(f"against {other}")) else "" for other in ("random", "rds")]
-        lines.append(f"| `{arm}` | {shown[0]} | {shown[1]} |")
-    return "\n".join(lines) + "\n"
-
-
-def _seeds(key: str) -> tuple[int, int]:
-    rows, seeds = (int("".join(c for c in part if c.isdigit())) for part in key.partition(" (")[2].split(" rows, "))
-    return seeds, rows
+    parts = []
+    for budget, run, value in sorted(found, key=lambda each: -each[0]):
+        arms = sorted((arm for arm in value["arms"].items() if "against random" in arm[1]), key=lambda arm: arm[1]["against random"][0])
+        lines = [
+            f"Loss on held-out rows, mean over {', '.join(value['targets'])} ({run}; {budget:g} % picked, a 6M-parameter model; lower is better, "
+            "95 % intervals; [all tables](docs/quality.md)):",
+            "",
+            "| trained on | against random rows | against RDS+ |",
+            "|---|---:|---:|",
+        ]
+        for arm, entry in arms:
+            shown = [f"{e[0]:+.3f} ({e[1]:+.3f} to {e[2]:+.3f})" if (e := entry.get(f"against {o}")) else "" for o in ("random", "rds")]
+            lines.append(f"| `{arm}` | {shown[0]} | {shown[1]} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -79,6 +80,9 @@ def _compared(found: Mapping[str, Any]) -> str:
         if "arms" in value and "tables" in value:
             comparison = Comparison.read(value)
             parts += [f"### {key}\n", comparison.markdown(), *[f"{note}." for note in comparison.notes], ""]
+            if "against_kcenter" in value:
+                said = (f"{arm} {d:+.4f} ({low:+.4f} to {high:+.4f})" for arm, (d, low, high) in value["against_kcenter"].items())
+                parts += ["Mean of the tests against kcenter: " + "; ".join(said) + ".", ""]
         else:
             parts += [f"### {key}\n", _over(value)]
     return "\n".join(parts)
