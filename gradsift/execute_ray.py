@@ -110,7 +110,10 @@ class Ray:
             }
             with interruptible():
                 for ref, name in asked.items():
-                    if (found := self._answer(ref)) != nonce:
+                    found = self._answer(ref)
+                    if isinstance(found, self._ray.exceptions.TaskUnschedulableError | self._ray.exceptions.NodeDiedError):
+                        continue  # it has left since: what it would read matters to nobody
+                    if found != nonce:
                         return f"{name}: {found if isinstance(found, Exception) else 'another folder has that name there'}"
         finally:
             path.unlink(missing_ok=True)

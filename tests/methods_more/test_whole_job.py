@@ -53,8 +53,12 @@ def made(folder: Path, stage: str, **config: Any) -> Artifact:
     return next(a for a in found if all(a.manifest["config"].get(key) == value for key, value in config.items()))
 
 
+def chosen_settings(folder: Path) -> dict[str, Any]:
+    return {name: value for name, value in json.loads((folder / "settings.json").read_text()).items() if name != "seal"}
+
+
 def test_stored_scores_are_the_streamed_ones_whatever_the_shards(gdig: Selection, files: tuple[Path, Path], folder: Path) -> None:
-    settings = json.loads((folder / "settings.json").read_text())
+    settings = chosen_settings(folder)
     config = build({**settings, "machine": {"threads": 1}}, "test")
     pipeline = Pipeline(Run(folder), config, *(read_pool([file], group_field="kind") for file in files))
     curvature = Curvature.load(made(folder, "curvature", correct=True).path / "curvature.safetensors")
@@ -236,7 +240,7 @@ def test_low_rank_scores_say_how_they_agree_with_whole_ones(files: tuple[Path, P
     said = made(tmp_path / "run", "influence").manifest["extra"]["rank_agreement"]
 
     # One target after the other, whole and at rank 2, over all 40 rows and 3 targets: fewer than would be drawn.
-    kept = build({**json.loads((tmp_path / "run" / "settings.json").read_text()), "machine": {"threads": 1}}, "test")
+    kept = build({**chosen_settings(tmp_path / "run"), "machine": {"threads": 1}}, "test")
     pipeline = Pipeline(Run(tmp_path / "run"), kept, *(read_pool([file], group_field="kind") for file in files))
     curvature = Curvature.load(made(tmp_path / "run", "curvature").path / "curvature.safetensors")
     model = pipeline.model_at(pipeline.checkpoints()[-1])
