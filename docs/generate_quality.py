@@ -78,7 +78,7 @@ def _compared(found: Mapping[str, Any]) -> str:
     parts = []
     for key, value in found.items():
         if "arms" in value and "tables" in value:
-            comparison = Comparison.read(value)
+            comparison = Comparison.read({name: said for name, said in value.items() if name not in ("against_kcenter", "worst_gain")})
             parts += [f"### {key}\n", comparison.markdown(), *[f"{note}." for note in comparison.notes], ""]
             if "against_kcenter" in value:
                 said = (f"{arm} {d:+.4f} ({low:+.4f} to {high:+.4f})" for arm, (d, low, high) in value["against_kcenter"].items())
