@@ -72,6 +72,7 @@ def test_the_planned_peak_is_the_run_s(server: Server, tmp_path: Path, model: Pa
     assert planned == pytest.approx(found, rel=0.25)
 
 
-def test_making_twenty_five_times_the_rows_takes_no_more_memory(server: Server, tmp_path: Path, model: Path) -> None:
-    few, many = (measured(server, tmp_path, model, "lora", "short", rows)["gradients"] for rows in (48, 1200))
-    assert many < 1.3 * few  # from run to run and with what else the machine does it is up to 22 % more; every row kept in fp32 would be 32 %
+def test_making_fifty_times_the_rows_takes_no_more_memory(server: Server, tmp_path: Path, model: Path) -> None:
+    few, many = (measured(server, tmp_path, model, "lora", "short", rows)["gradients"] for rows in (48, 2400))
+    # What the allocator holds differs by up to 25 %, with its settings and from run to run; every row kept in fp32 would be 65 % more.
+    assert many < 1.4 * few
