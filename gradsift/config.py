@@ -165,7 +165,8 @@ class FinetuneSettings(Settings):
 
     `steps` optimiser steps of `batch_size` rows, or as many as `epochs` passes need. `token_budget` bounds the padded tokens of one forward
     pass; gradients are accumulated up to the batch, so it changes memory and the last digits only. `mode` "full" trains every parameter,
-    "lora" a fresh adapter made by `lora`. lr: None = 5e-4 with LoRA, 2e-5 in full. `seed` decides the order of the rows, dropout, and the
+    "lora" a fresh adapter made by `lora`. lr: None = 5e-4 with LoRA, 2e-5 in full. `bf16`: mixed precision, as a trainer's `bf16=True`:
+    products in bfloat16; weights, losses and the optimiser stay as they are. `seed` decides the order of the rows, dropout, and the
     adapter's first weights.
     """
 
@@ -178,8 +179,15 @@ class FinetuneSettings(Settings):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     token_budget: int = Field(default=2048, ge=1)
+    bf16: bool = False
     lora: LoraSettings = LoraSettings()
     seed: int = 0
+
+    def canonical(self) -> dict[str, Any]:
+        made = super().canonical()
+        if not self.bf16:  # trainings done before there was a choice say nothing
+            del made["bf16"]
+        return made
 
     def steps_for(self, rows: int) -> int:
         """Optimiser steps on `rows` rows."""

@@ -96,7 +96,7 @@ def finetune(
         net.train()
         for step, chosen in enumerate(_steps(len(given), steps, settings), start=1):
             optimizer.param_groups[0]["lr"] = settings.rate * _schedule(step, steps, settings.warmup_ratio)
-            loss = _accumulate(net, [given[i] for i in chosen], factors[chosen], settings.token_budget, device)
+            loss = _accumulate(net, [given[i] for i in chosen], factors[chosen], settings, device)
             if not math.isfinite(loss):
                 raise DataError(f"the training diverged at step {step}", remedy="Lower the learning rate.")
             nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
@@ -132,13 +132,14 @@ def _schedule(step: int, steps: int, warmup_ratio: float) -> float:
     return step / rising if step < rising else (steps - step + 1) / (steps - rising + 1)
 
 
-def _accumulate(net: nn.Module, rows: list[Any], factors: np.ndarray, token_budget: int, device: str) -> float:
+def _accumulate(net: nn.Module, rows: list[Any], factors: np.ndarray, settings: FinetuneSettings, device: str) -> float:
     """Gradients of one step's loss, added up over micro-batches; returns the loss."""
     counts = np.array([sum(label != -100 for label in row["labels"][1:]) for row in rows])
     total, loss = float(factors @ counts), 0.0
-    for part in token_batches([len(row["input_ids"]) for row in rows], token_budget):
+    for part in token_batches([len(row["input_ids"]) for row in rows], settings.token_budget):
         shares = torch.tensor(factors[part] / total, dtype=torch.float32, device=device)
-        nats, owner = token_nats(net, [rows[i] for i in part])
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=settings.bf16):
+            nats, owner = token_nats(net, [rows[i] for i in part])
         part_loss = nats @ shares[owner]
         part_loss.backward()
         loss += part_loss.item()

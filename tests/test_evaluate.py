@@ -15,6 +15,7 @@ from gradsift.errors import ConfigError, DataError
 from gradsift.evaluate import HeldOut, _schedule, _steps, compare_subsets, finetune, heldout_loss, paired_interval
 from gradsift.model import load_model, load_tokenizer
 from gradsift.playground import TinySettings, generate, target_rows, tiny_model
+from gradsift.signals.loss import token_nats
 from gradsift.types import Example, Message
 
 Rows = list[dict[str, list[int]]]
@@ -99,6 +100,29 @@ def test_full_training_is_a_plain_adamw_loop(tiny: str, pool: Rows) -> None:
     # Adam divides by gradients near 0, where the order of a sum decides; hence the mean and not the largest difference.
     assert float((weights_of(tuned) - weights_of(plain)).abs().mean()) < 1e-5
     assert heldout_loss(tuned, pool).loss == pytest.approx(heldout_loss(plain, pool).loss, abs=1e-4)
+
+
+def test_mixed_precision_is_a_plain_loop_under_autocast(tiny: str, pool: Rows) -> None:
+    settings = FinetuneSettings(mode="full", steps=1, batch_size=6, lr=2e-3, warmup_ratio=0, max_grad_norm=1e9, bf16=True)
+    tuned = finetune(tiny, pool[:6], settings=settings)
+    assert {p.dtype for p in tuned.parameters()} == {torch.float32}
+
+    plain = load_model(tiny).train().requires_grad_(True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = token_nats(plain, [pool[i] for i in next(_steps(6, 1, settings))])
+    found.mean().backward()
+    adam = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0)  # half of the top rate: the schedule of a single step
+    adam.step()
+    full = finetune(tiny, pool[:6], settings=settings.model_copy(update={"bf16": False}))
+    apart, rounded = (float((weights_of(other) - weights_of(tuned)).abs().mean()) for other in (plain, full))
+    assert rounded > 0
+    assert apart < rounded / 10
+    assert heldout_loss(tuned, pool).loss == pytest.approx(heldout_loss(full, pool).loss, rel=0.01)
+
+
+def test_a_recipe_without_mixed_precision_keeps_its_digest() -> None:
+    assert "bf16" not in FinetuneSettings().canonical()
+    assert FinetuneSettings(bf16=True).canonical()["bf16"] is True
 
 
 def test_the_schedule_rises_falls_and_never_stops() -> None:
