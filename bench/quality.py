@@ -51,8 +51,8 @@ SEVERAL = ("contrast", "bids", "less", "less:aggregate=round-robin", "rds")
 NOISE = ("contrast", "contrast:per=token", "gdig", "gdig:preset=released", "less", "tagcos", "perplexity", "ifd")
 TESTED = 300
 LDS_ROWS, LDS_TARGETS = 1500, 64
+LDS_EPOCHS = 1  # of 750 rows: as many steps as a table's training of 5 % of 5,000 rows
 RECIPE = {"mode": "full", "lr": 5e-4, "epochs": 3, "batch_size": 16}
-SETTINGS: dict[str, dict[str, Any]] = {"finetune": RECIPE, "tuning": RECIPE}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -98,7 +98,9 @@ class Bench:
         self.model = str(self.shared / "models" / "tiny-lm")
         self.out = Path(options.out)
         self.results: dict[str, Any] = json.loads(self.out.read_text()) if self.out.exists() else {}
-        self.settings = {**SETTINGS, "model": {"dtype": options.dtype}, "machine": {"threads": options.threads}}
+        trained, dtype = {**RECIPE, "bf16": options.bf16}, "bfloat16" if options.bf16 else "float32"
+        self.settings: dict[str, dict[str, Any]] = {"finetune": trained, "tuning": trained, "model": {"dtype": dtype}}
+        self.settings["machine"] = {"threads": options.threads}
         self.devs = {t: self.shared / "data" / "targets" / t / "dev.jsonl.gz" for t in self.targets}
         self.tests = {t: self._test(t) for t in (*TARGETS, *self.targets)}
 
@@ -133,7 +135,10 @@ class Bench:
 
     def record(self, table: str, key: str, value: Any) -> None:
         """Writes what is there; results of other settings stay under their own key."""
-        self.results.setdefault(f"{table} ({self.options.rows:,} rows, {self.options.seeds} seeds)", {})[key] = value
+        seeds = "" if table in ("noise", "lds") else f", {self.options.seeds} seeds"  # these two train nothing, or on halves
+        rows = LDS_ROWS if table == "lds" else self.options.rows
+        precision = ", bfloat16" if self.options.bf16 else ""
+        self.results.setdefault(f"{table} ({rows:,} rows{seeds}{precision})", {})[key] = value
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(json.dumps(self.results, indent=1, ensure_ascii=False) + "\n")
 
@@ -215,7 +220,8 @@ class Bench:
             halves = [
                 np.sort(np.random.default_rng([5, i]).choice(LDS_ROWS, LDS_ROWS // 2, replace=False)) for i in range(self.options.halves)
             ]
-            recipe = pipeline.config.finetune.model_copy(update={"steps": pipeline.config.finetune.steps_for(LDS_ROWS // 2)})
+            recipe = pipeline.config.finetune.model_copy(update={"epochs": LDS_EPOCHS})
+            recipe = recipe.model_copy(update={"steps": recipe.steps_for(LDS_ROWS // 2)})
             done = [Trial(rows, recipe.model_copy(update={"seed": i})) for i, rows in enumerate(halves)]
             trials.run([(trial, [test]) for trial in done])
             losses = np.stack([(s := trials.scores(trial, test)).sums / s.tokens for trial in done])
@@ -239,7 +245,9 @@ class Bench:
             rates, per_row = probe(pipeline, rows, methods.make("less")), float(rows.lengths.mean())
             checkpoints, threads = pipeline.checkpoint_count, pipeline.threads
         pool, several, seconds = options.rows * per_row, {"targeted", "several", "agnostic"} & set(wanted), 0.0
-        passes = checkpoints + 1 + 3 + len(self.targets) if several else 0  # Adam rows at each, plain rows, curvature, influence of each target
+        passes = (
+            checkpoints + 1 + 3 + len(self.targets) if several else 0
+        )  # Adam rows at each, plain rows, curvature, influence of each target
         passes += (checkpoints + 1 + 3 + 2 + 2) if "noise" in wanted else 0
         passes += (2 * checkpoints + 3 + 3 + 2) * LDS_ROWS / options.rows if "lds" in wanted else 0
         seconds += passes * pool / rates.gradients
@@ -252,7 +260,7 @@ class Bench:
                 each = RECIPE["epochs"] * rows_picked * per_row / rates.train + TESTED * per_row / rates.forward
                 seconds += arms * options.seeds * each * (len(self.targets) if table == "targeted" else 1)
         if "lds" in wanted:
-            seconds += options.halves * RECIPE["epochs"] * LDS_ROWS / 2 * per_row / rates.train
+            seconds += options.halves * LDS_EPOCHS * LDS_ROWS / 2 * per_row / rates.train
         return seconds * threads / 3600
 
     def chosen(self, arms: Sequence[str]) -> list[str]:
@@ -367,10 +375,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8000, help="of the general pool, and of the translation pool")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--budgets", default="", help="of the tables that train on what was chosen (default 5%%; with --full 5%%,1%%)")
-    parser.add_argument("--controls", default="length,length-matched,perplexity,rds", help="beside random, in the table of one target at a time")
+    parser.add_argument(
+        "--controls", default="length,length-matched,perplexity,rds", help="beside random, in the table of one target at a time"
+    )
     parser.add_argument("--halves", type=int, default=60, help="trainings of the linear datamodeling score")
     parser.add_argument("--full", action="store_true")
-    parser.add_argument("--dtype", default="float32", help="of the model while gradients are taken; it is trained in float32")
+    parser.add_argument(
+        "--bf16", action="store_true", help="signals of a bfloat16 model, trainings in mixed precision: at least twice as fast"
+    )
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--shared", default="../shared")
     parser.add_argument("--run", default="runs/quality")

@@ -233,6 +233,7 @@ class _Comparing:
     def _notes(self, tests: Sequence[Test]) -> tuple[str, ...]:
         recipe = self.recipe
         how = f"{'LoRA' if recipe.mode == 'lora' else 'full'} fine-tuning, learning rate {recipe.rate:g}, batch {recipe.batch_size}"
+        how += ", mixed precision" if recipe.bf16 else ""
         rows = ", ".join(f"{test.name} {len(test.rows):,} rows" for test in tests)
         found = [f"{how}; {len(self.arms.seeds)} seeds; tested on {rows}; * = the interval excludes no difference"]
         if len(self.arms.overlap):
