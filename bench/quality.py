@@ -55,6 +55,13 @@ LDS_EPOCHS = 1  # of 750 rows: as many steps as a table's training of 5 % of 5,0
 RECIPE = {"mode": "full", "lr": 5e-4, "epochs": 3, "batch_size": 16}
 
 
+# What rows and curvature are of. Adam's moments are those of the warm-up's LoRA layers alone.
+LDS_LAYERS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "all linears": {"modules": "linear", "projection": "rademacher", "dim": [16, 16], "norms": "sketched"},
+}
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
@@ -228,12 +235,15 @@ class Bench:
         members = np.zeros((len(halves), LDS_ROWS))
         for half, rows in enumerate(halves):
             members[half, rows] = 1
-        for backend in BACKENDS:
-            if not BACKENDS[backend].merge:
-                found = gradsift.score(backend, **given, progress=auto())
-                table = pq.read_table(found.path).select(found.columns)
-                scores = np.nan_to_num(np.stack([column.to_numpy() for column in table.columns], axis=1))
-                self.record("lds", backend, datamodeling(scores, members, losses))
+        for layers, gradients in LDS_LAYERS.items():
+            settings = {**self.settings, "gradients": gradients}
+            for backend in BACKENDS:
+                adam = BACKENDS[backend].transform == "adam"
+                if not BACKENDS[backend].merge and not (adam and gradients):
+                    found = gradsift.score(backend, **{**given, "settings": settings}, progress=auto())
+                    table = pq.read_table(found.path).select(found.columns)
+                    scores = np.nan_to_num(np.stack([column.to_numpy() for column in table.columns], axis=1))
+                    self.record("lds", f"{backend}, {layers}", datamodeling(scores, members, losses))
 
     def projected(self) -> float:
         """CPU-hours of what is asked for, from an empty folder: passes over the pool and trainings, at the speed of a few rows."""
