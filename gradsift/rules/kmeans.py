@@ -3,7 +3,9 @@
 Two parts. A *rehearsal* finds the start: seeds by greedy k-means++ (Arthur & Vassilvitskii 2007, with 2 + log k draws per centre),
 improved by local search (Lattanzi & Sohler 2019: swap a seed for a row drawn by squared distance where that lowers the total), then
 Lloyd steps. It runs on a sketch of the rows: at most SAMPLE rows per cluster and SKETCH columns (a count-sketch with random signs and
-offsets: inner products kept in expectation), so that the seeds, which decide the objective, and `restarts` cost little.
+offsets: inner products kept in expectation), so that the seeds, which decide the objective, and `restarts` cost little. Squared distances
+draw long rows as seeds, and a short seed then takes in every row that is near none: where norms differ, a second start comes from the
+clusters of the unit rows, and the better of the two goes on.
 
 Then Lloyd steps on all rows in full, from the clusters of the rehearsal. Each is one product with the centres per block; the centre
 sums are moved only by the rows whose label changed.
@@ -27,6 +29,7 @@ from .blocks import Rows, check_finite, check_rng, floating, read, sizes, spans,
 SKETCH = 512  # columns of the rehearsal
 SAMPLE, SAMPLE_LEAST, SAMPLE_MOST = 256, 8192, 1 << 18  # rows of the rehearsal: per cluster, and bounds on all of them
 SEEDING, SEEDING_MOST = 64, 1 << 16  # of those, rows per cluster that seeds are drawn from, and a bound on all of them
+UNEVEN = 0.02  # standard deviation of the rows' norms, over their mean, from which the unit rows are rehearsed too
 EXACT = 8192  # up to so many rows, Lloyd steps go on until no label changes; beyond, until fewer than 1 in 50 do
 
 Map = Callable[[Callable[[tuple[int, int]], Any], Iterable[tuple[int, int]]], Iterable[Any]]
@@ -236,28 +239,35 @@ def _rehearse(
     chosen = np.arange(n) if size == n else np.sort(rng.choice(n, size=size, replace=False))
     fold = _Fold(d, rng) if d >= 2 * SKETCH else None
 
-    def sketch(span: tuple[int, int]) -> Tensor:
+    def sketch(span: tuple[int, int]) -> tuple[Tensor, Tensor]:
         here = chosen[np.searchsorted(chosen, span[0]) : np.searchsorted(chosen, span[1])] - span[0]
         block = read(rows, *span)
         block = block if len(here) == len(block) else block[torch.from_numpy(here).to(block.device)]
         block = unit(block) if cosine else block
-        return block.clone() if fold is None else fold(block)
+        return block.clone() if fold is None else fold(block), block.norm(dim=1)
 
-    points = torch.cat(list(map(sketch, spans(n))))
+    parts = list(map(sketch, spans(n)))
+    points, norms = torch.cat([part for part, _ in parts]), torch.cat([lengths for _, lengths in parts])
+    del parts
     check_finite(points.sum(1), "rows")
     if not cosine:
         points -= points.mean(0)
-    best: _Lloyd | None = None
-    least = math.inf
-    for _ in range(restarts):
-        drawn = torch.from_numpy(rng.permutation(size)[: max(min(SEEDING * clusters, SEEDING_MOST), clusters)])
-        seeds = _seed(points[drawn.to(points.device)], clusters, rng) if init == "greedy++" else points[drawn[:clusters].to(points.device)]
-        trial = _Lloyd(points, clusters, cosine, builtins.map)
-        trial.run(iterations, labels=torch.full((size,), -1, dtype=torch.int64), start=seeds)
-        value = trial.objective() if restarts > 1 else 0.0
-        if best is None or value < least:
-            best, least = trial, value
-    assert best is not None
+    unknown = torch.full((size,), -1, dtype=torch.int64)
+
+    def trial(points: Tensor, cosine: bool, start: Tensor | None = None) -> _Lloyd:
+        """Lloyd steps from the labels `start`, or from seeds."""
+        lloyd, seeds = _Lloyd(points, clusters, cosine, builtins.map), None
+        if start is None:
+            drawn = torch.from_numpy(rng.permutation(size)[: max(min(SEEDING * clusters, SEEDING_MOST), clusters)]).to(points.device)
+            seeds = _seed(points[drawn], clusters, rng) if init == "greedy++" else points[drawn[:clusters]]
+        lloyd.run(iterations, labels=unknown if start is None else start, start=seeds)
+        return lloyd
+
+    trials = [trial(points, cosine) for _ in range(restarts)]
+    if init == "greedy++" and not cosine and float(norms.std(correction=0)) > UNEVEN * float(norms.mean()):
+        directions = unit(points)
+        trials += [trial(points, False, trial(directions, True).labels) for _ in range(restarts)]
+    best = min(trials, key=_Lloyd.objective) if len(trials) > 1 else trials[0]
     labels = torch.full((n,), -1, dtype=torch.int64)
     labels[torch.from_numpy(chosen)] = best.labels
     return labels

@@ -96,6 +96,18 @@ def test_no_worse_than_scikit_learn(noise):
     assert np.mean(ours) <= 1.005 * np.mean(theirs)
 
 
+@pytest.mark.parametrize("spread", [0.1, 0.3])
+def test_clusters_are_found_though_norms_differ(spread):
+    rows, labels = mixture(4000, 256, 20, noise=2.0)
+    rows = rows * (1 + spread * torch.randn(len(rows), 1, generator=torch.Generator().manual_seed(1)))
+    planted = torch.stack([rows[labels == c].mean(0) for c in range(20)])
+    best = float((rows - planted[labels]).square().sum(1).mean())
+    found = kmeans.fit(rows, 20, rng=rng()).objective
+    theirs = KMeans(20, n_init=1, random_state=0).fit(rows.numpy()).inertia_ / len(rows)
+    assert found <= 1.01 * best
+    assert found <= 1.005 * theirs
+
+
 def test_more_restarts_and_seeding_help_and_the_same_rng_gives_the_same():
     rows, _ = mixture(1500, 40, 25, 1.0)
     one = [kmeans.fit(rows, 25, rng=rng(seed), init="random") for seed in range(4)]
