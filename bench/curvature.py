@@ -43,7 +43,7 @@ from engine import added_memory, base_model, floor, make_rows  # isort: skip
 import numpy as np
 import torch
 from peers import Arm, Rows, losses, pad
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradsift.curvature import Fitting, fit, influence_scores, prepare_targets, score_pool
 from gradsift.model import tracked_modules
@@ -96,8 +96,11 @@ def against_kronfluence(rows: Rows, targets: Rows, budget: int) -> dict[str, Any
     return found
 
 
-def kronfluence_scores(rows: Rows, targets: Rows, names: list[str], spared: int) -> tuple[Tensor, dict[str, float]]:
-    """(scores [n, m], CPU seconds of its fit and of its scoring). `spared`: so many last tokens of each row are masked beside the padding."""
+def kronfluence_scores(
+    rows: Rows, targets: Rows, names: list[str], spared: int, plain: nn.Module | None = None
+) -> tuple[Tensor, dict[str, float]]:
+    """(scores [n, m], CPU seconds of its fit and of its scoring). `spared`: so many last tokens of each row are masked beside the padding.
+    `plain`: the model, which it changes; the bench's own otherwise."""
     from kronfluence.analyzer import Analyzer, prepare_model  # type: ignore[import-not-found]
     from kronfluence.arguments import FactorArguments, ScoreArguments  # type: ignore[import-not-found]
     from kronfluence.task import Task  # type: ignore[import-not-found]
@@ -123,7 +126,7 @@ def kronfluence_scores(rows: Rows, targets: Rows, names: list[str], spared: int)
 
     task, seconds = Language(), {}
     with tempfile.TemporaryDirectory() as folder:
-        model = prepare_model(base_model(), task)
+        model = prepare_model(base_model() if plain is None else plain, task)
         analyzer = Analyzer("bench", model, task, cpu=True, output_dir=folder, disable_tqdm=True, log_level=40)
         analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=collate))
         settings = FactorArguments(strategy="ekfac", use_empirical_fisher=True)

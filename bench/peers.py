@@ -23,6 +23,7 @@ import io
 import logging
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,26 +225,44 @@ def dattri(work: Work, kind: str) -> Arm:
 
 
 def bergson(work: Work, kind: str, dim: int, target: str = "per_module") -> Arm:
+    model: Any = work.lora() if kind == "lora" else work.linear()
+    names = {n for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear) and "lora_" in n} if kind == "lora" else None
+    return bergson_index(model, work.rows, work.batches, work.folder / "index", dim, target, names)
+
+
+def bergson_index(
+    model: Any, rows: Rows, batches: Sequence[np.ndarray], folder: Path, dim: int, target: str = "per_module", names: set[str] | None = None
+) -> Arm:
+    """Writes its index of the rows' gradients, projected to dim x dim per module, under `folder` plus ".part"."""
     from bergson import GradientProcessor, IndexConfig, collect_gradients  # type: ignore[import-not-found]
     from datasets import Dataset  # type: ignore[import-not-found]
 
-    model: Any = work.lora() if kind == "lora" else work.linear()
     model.requires_grad_(False)
     model.get_input_embeddings().requires_grad_(True)
-    names = {n for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear) and "lora_" in n} if kind == "lora" else None
-    data = Dataset.from_list([dict(row) for row in work.rows])
-    batches = [[int(i) for i in batch] for batch in work.batches]
-    config = IndexConfig(
-        run_path=str(work.folder / "index"), projection_dim=dim, projection_target=target, loss_reduction="mean", token_batch_size=2048
-    )
+    data = Dataset.from_list([{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows])
+    places = [[int(i) for i in batch] for batch in batches]
+    config = IndexConfig(run_path=str(folder), projection_dim=dim, projection_target=target, loss_reduction="mean", token_batch_size=2048)
 
     def run() -> None:
         shutil.rmtree(config.partial_run_path, ignore_errors=True)
         config.partial_run_path.mkdir(parents=True)
         processor = GradientProcessor(projection_dim=dim, projection_target=target)
-        collect_gradients(model, data, processor, config, batches=batches, target_modules=names)
+        collect_gradients(model, data, processor, config, batches=places, target_modules=names)
 
     return run
+
+
+def bergson_scores(model: Any, rows: Rows, targets: Rows, batches: Callable[[Rows], Sequence[np.ndarray]]) -> dict[str, Tensor]:
+    """Products and cosines [n, m] of its rows, 16 x 16 for each linear layer of the blocks, all side by side."""
+    from bergson.data import load_gradients  # type: ignore[import-not-found]
+
+    found, names = [], {name for name, module in model.base_model.named_modules() if isinstance(module, nn.Linear)}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, side in (("pool", rows), ("target", targets)):
+            bergson_index(model, side, batches(side), Path(folder) / name, 16, names=names)()
+            found.append(torch.from_numpy(np.array(load_gradients(f"{folder}/{name}.part"), dtype=np.float32)))
+    unit = [nn.functional.normalize(side, dim=1) for side in found]
+    return {"dot": found[0] @ found[1].T, "cosine": unit[0] @ unit[1].T}
 
 
 def logix(work: Work, kind: str) -> Arm:

@@ -17,6 +17,7 @@ import gzip
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from gradsift import methods
 from gradsift.arms import CONTROL
 from gradsift.comparison import Comparison, Line
 from gradsift.encode import encode
+from gradsift.gradients import plan_batches
 from gradsift.influence import BACKENDS
 from gradsift.judging import BASE, compare
+from gradsift.model import load_adapter, tracked_modules
 from gradsift.plan import probe
 from gradsift.progress import auto
 from gradsift.rules.topk import apportion
@@ -218,7 +221,7 @@ class Bench:
             "pool": [pool],
             "target": [target],
             "model": self.model,
-            "settings": self.settings,
+            "settings": {**self.settings, "model": {"dtype": "float32"}},  # as the other libraries
             "run": self.root / "lds",
         }
         with opened(**given, progress=auto()) as pipeline:
@@ -236,14 +239,49 @@ class Bench:
         for half, rows in enumerate(halves):
             members[half, rows] = 1
         for layers, gradients in LDS_LAYERS.items():
-            settings = {**self.settings, "gradients": gradients}
-            for backend in BACKENDS:
-                adam = BACKENDS[backend].transform == "adam"
-                if not BACKENDS[backend].merge and not (adam and gradients):
-                    found = gradsift.score(backend, **{**given, "settings": settings}, progress=auto())
+            own = {**given, "settings": {**given["settings"], "gradients": gradients}, "run": self.root / f"lds {layers}".replace(" ", "-")}
+            for backend in ("dot", "cosine", "less", "kfac", "ekfac", "trak"):
+                if BACKENDS[backend].transform == "none" or not gradients:
+                    found = gradsift.score(backend, **own, progress=auto())
                     table = pq.read_table(found.path).select(found.columns)
                     scores = np.nan_to_num(np.stack([column.to_numpy() for column in table.columns], axis=1))
                     self.record("lds", f"{backend}, {layers}", datamodeling(scores, members, losses))
+        for name, scores in self.others(given).items():
+            self.record("lds", name, datamodeling(scores, members, losses))
+
+    def others(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Scores [n, m] of what other libraries are installed, at the model that ours are taken at: the warm-up's last, merged."""
+        installed = [name for name in ("kronfluence", "bergson") if find_spec(name)]
+        found: dict[str, np.ndarray] = {}
+        if not installed:
+            return found
+        import curvature
+        import peers
+
+        with opened(**given, progress=auto()) as pipeline:
+            usable = {side: np.flatnonzero(pipeline.encoded(side).codes == 0) for side in ("pool", "target")}
+            pool, target = (
+                [{k: list(v) for k, v in pipeline.encoded(side)[int(i)].items()} for i in usable[side]] for side in ("pool", "target")
+            )
+            folder = pipeline.checkpoints()[-1].path
+
+            def model() -> Any:
+                return load_adapter(pipeline.load_base(), folder).merge_and_unload().eval()
+
+            def batches(rows: Sequence[Any]) -> Sequence[np.ndarray]:
+                return plan_batches(np.array([len(row["input_ids"]) for row in rows]), 2048)
+
+            made: dict[str, Any] = {}
+            if "bergson" in installed:
+                made |= {f"bergson {kind}": scores for kind, scores in peers.bergson_scores(model(), pool, target, batches).items()}
+            if "kronfluence" in installed:
+                names = list(tracked_modules(model(), "linear"))
+                made["kronfluence ekfac"] = curvature.kronfluence_scores(pool, target, names, 1, model())[0]
+            shape = len(pipeline.encoded("pool")), len(pipeline.encoded("target"))
+        for name, scores in made.items():
+            found[name] = np.zeros(shape)
+            found[name][np.ix_(usable["pool"], usable["target"])] = scores.numpy()
+        return found
 
     def projected(self) -> float:
         """CPU-hours of what is asked for, from an empty folder: passes over the pool and trainings, at the speed of a few rows."""

@@ -29,7 +29,7 @@ VERSIONS = {
     "tuned": 1,
     "ngrams": 1,
     "difficulty": 2,
-    "select": 2,
+    "select": 3,
     "trial": 2,
     "compare": 1,
 }
