@@ -183,30 +183,32 @@ class Bench:
         print("\n".join(found.lines()), file=sys.stderr)
 
     def noise(self, budget: str) -> None:
-        """Table 4: which rows of a noisy translation pool are picked, given clean ones as target."""
+        """Table 4: which rows of a noisy translation pool are picked, given clean ones of all six directions as target, then dev rows of one."""
         rows = stratified(read(self.shared / "data" / "pool_mt.jsonl.gz"), "task", self.options.rows)
         clean = [row for row in rows if row["noise"] == "none"]
         seeds = stratified(clean, "task", 64, seed=1)
         taken = {row["id"] for row in seeds}
         pool = [row for row in rows if row["id"] not in taken]
         files = write(self.root / "data" / "mt_pool.jsonl", pool), write(self.root / "data" / "mt_seeds.jsonl", seeds)
-        for name in (*NOISE, CONTROL):
-            method, _, options = name.partition(":")
-            if self.options.methods and method not in self.options.methods.split(","):
-                continue
-            needs = method in ("contrast", "gdig", "less")
-            chosen = gradsift.select(
-                method,
-                pool=files[0],
-                target=[files[1]] if needs else [],
-                budget="10%",
-                run=self.root / "mt",
-                model=self.model,
-                options={key: value for key, _, value in (pair.partition("=") for pair in options.split(",") if pair)},
-                settings=self.settings,
-                progress=auto(),
-            )
-            self.record("noise", name, noise_found(pool, chosen))
+        runs = {"": files[1], " (target mt_de_en)": self.shared / "data" / "targets" / "mt_de_en" / "dev.jsonl.gz"}
+        for label, target in runs.items():
+            for name in (*NOISE, CONTROL):
+                method, _, options = name.partition(":")
+                needs = method in ("contrast", "gdig", "less")
+                if (self.options.methods and method not in self.options.methods.split(",")) or (label and not needs):
+                    continue
+                chosen = gradsift.select(
+                    method,
+                    pool=files[0],
+                    target=[target] if needs else [],
+                    budget="10%",
+                    run=self.root / "mt",
+                    model=self.model,
+                    options={key: value for key, _, value in (pair.partition("=") for pair in options.split(",") if pair)},
+                    settings=self.settings,
+                    progress=auto(),
+                )
+                self.record("noise", name + label, noise_found(pool, chosen))
 
     def lds(self, budget: str) -> None:
         """Table 5: linear datamodeling score (Park et al. 2023, section 2): does the sum of scores over a random half of the pool rank the
