@@ -109,7 +109,7 @@ class Bench:
         self.out = Path(options.out)
         self.results: dict[str, Any] = json.loads(self.out.read_text()) if self.out.exists() else {}
         trained, dtype = {**RECIPE, "bf16": options.bf16}, "bfloat16" if options.bf16 else "float32"
-        self.settings: dict[str, dict[str, Any]] = {"finetune": trained, "tuning": trained, "model": {"dtype": dtype}}
+        self.settings: dict[str, dict[str, Any]] = {"finetune": trained, "model": {"dtype": dtype}}
         self.settings["machine"] = {"threads": options.threads}
         self.devs = {t: self.shared / "data" / "targets" / t / "dev.jsonl.gz" for t in self.targets}
         self.tests = {t: self._test(t) for t in (*TARGETS, *self.targets)}
