@@ -222,7 +222,6 @@ def _verdict(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
             text += " (a large component is shared by all rows; differences between them are what is left)." if cosine > 0.5 else "."
             lines.append(report.Verdict(text=text, level="warn" if cosine > 0.5 else "note"))
     lines += [report.Verdict(text=text) for text in _influence_lines(chosen)]
-    lines.append(report.Verdict(text="Whether this trains a better model than random rows is not measured on this page.", level="note"))
     return lines
 
 

@@ -330,6 +330,15 @@ def test_charts_carry_the_numbers() -> None:
     assert sum(row["picked share"] for row in shares) == pytest.approx(1)
 
 
+def test_a_page_says_that_nothing_was_trained_only_where_nothing_was(tmp_path: Path) -> None:
+    data = full()
+    assert data.comparison is not None
+    for shown, said in ((data, False), (data.model_copy(update={"comparison": None}), True)):
+        page = write_report(shown, tmp_path)
+        for path in (page, page.parent / "report.md"):
+            assert ("is not measured on this page" in path.read_text(encoding="utf-8")) == said
+
+
 def test_a_bare_report_needs_only_a_verdict(tmp_path: Path) -> None:
     data = ReportData(title="t", method=Method(name="random"), verdict=(Verdict(text="Selected 1 of 2 rows."),))
     page = write_report(data, tmp_path / "new" / "folder")

@@ -199,6 +199,12 @@ class ReportData(Part):
     comparison: Comparison | None = None
     reproduce: Reproduce = Reproduce()
 
+    @property
+    def sentences(self) -> tuple[Verdict, ...]:
+        """The verdict, and where no comparison is shown, that nobody knows yet what these rows are worth."""
+        unknown = Verdict(text="Whether this trains a better model than random rows is not measured on this page.", level="note")
+        return self.verdict if self.comparison or not self.verdict else (*self.verdict, unknown)
+
 
 def histogram(
     values: Sequence[float] | np.ndarray,

@@ -33,7 +33,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: int | 
 
 def render(data: ReportData) -> str:
     lines = [f"# {plain(data.title)}", ""]
-    for place, item in enumerate(data.verdict):
+    for place, item in enumerate(data.sentences):
         lines += [f"**{plain(item.text)}**", ""] if place == 0 else [f"- {MARKS[item.level]}{plain(item.text)}"]
     options = ", ".join(f"{plain(name)} = {plain('none' if value is None else str(value))}" for name, value in data.method.options.items())
     lines += ["", f"Method: {plain(data.method.name)}. {plain(data.method.summary)}", "", *([f"Options: {options}", ""] if options else [])]
