@@ -40,13 +40,13 @@ def main() -> None:
 
 
 def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The README's tables: every arm on the mean over the targets, best first; one for each pool and budget, the largest budget first."""
+    """The README's tables: every arm on the mean over several targets, best first; one for each pool and budget, the largest budget first."""
     found = [
         (float(key.partition("%")[0]), name.partition(" (")[2][:-1], value)
         for name, table in results.items()
         if name.startswith("targeted")
         for key, value in table.items()
-        if key.endswith("over targets")
+        if key.endswith("over targets") and len(value["targets"]) > 1
     ]
     parts = []
     for budget, run, value in sorted(found, key=lambda each: -each[0]):
