@@ -16,7 +16,7 @@ import argparse
 import gzip
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -248,23 +248,20 @@ class Bench:
                     table = pq.read_table(found.path).select(found.columns)
                     scores = np.nan_to_num(np.stack([column.to_numpy() for column in table.columns], axis=1))
                     self.record("lds", f"{backend}, {layers}", datamodeling(scores, members, losses))
-        for name, scores in self.others(given).items():
+        for name, scores in self.others(given):
             self.record("lds", name, datamodeling(scores, members, losses))
 
-    def others(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def others(self, given: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
         """Scores [n, m] of what other libraries are installed, at the model that ours are taken at: the warm-up's last, merged."""
-        installed = [name for name in ("kronfluence", "bergson") if find_spec(name)]
-        found: dict[str, np.ndarray] = {}
-        if not installed:
-            return found
+        if not (find_spec("bergson") or find_spec("kronfluence")):
+            return
         import curvature
         import peers
 
         with opened(**given, progress=auto()) as pipeline:
-            usable = {side: np.flatnonzero(pipeline.encoded(side).codes == 0) for side in ("pool", "target")}
-            pool, target = (
-                [{k: list(v) for k, v in pipeline.encoded(side)[int(i)].items()} for i in usable[side]] for side in ("pool", "target")
-            )
+            encoded = {side: pipeline.encoded(side) for side in ("pool", "target")}
+            usable = {side: np.flatnonzero(rows.codes == 0) for side, rows in encoded.items()}
+            pool, target = ([{k: list(v) for k, v in encoded[side][int(i)].items()} for i in places] for side, places in usable.items())
             folder = pipeline.checkpoints()[-1].path
 
             def model() -> Any:
@@ -273,17 +270,17 @@ class Bench:
             def batches(rows: Sequence[Any]) -> Sequence[np.ndarray]:
                 return plan_batches(np.array([len(row["input_ids"]) for row in rows]), 2048)
 
-            made: dict[str, Any] = {}
-            if "bergson" in installed:
-                made |= {f"bergson {kind}": scores for kind, scores in peers.bergson_scores(model(), pool, target, batches).items()}
-            if "kronfluence" in installed:
+            def whole(scores: Any) -> np.ndarray:
+                made = np.zeros((len(encoded["pool"]), len(encoded["target"])))
+                made[np.ix_(usable["pool"], usable["target"])] = scores.numpy()
+                return made
+
+            if find_spec("bergson"):
+                for kind, scores in peers.bergson_scores(model(), pool, target, batches).items():
+                    yield f"bergson {kind}, all linears", whole(scores)
+            if find_spec("kronfluence"):
                 names = list(tracked_modules(model(), "linear"))
-                made["kronfluence ekfac"] = curvature.kronfluence_scores(pool, target, names, 1, model())[0]
-            shape = len(pipeline.encoded("pool")), len(pipeline.encoded("target"))
-        for name, scores in made.items():
-            found[name] = np.zeros(shape)
-            found[name][np.ix_(usable["pool"], usable["target"])] = scores.numpy()
-        return found
+                yield "kronfluence ekfac, all linears", whole(curvature.kronfluence_scores(pool, target, names, 1, model())[0])
 
     def projected(self) -> float:
         """CPU-hours of what is asked for, from an empty folder: passes over the pool and trainings, at the speed of a few rows."""
