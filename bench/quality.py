@@ -427,9 +427,7 @@ def main() -> None:
     )
     parser.add_argument("--halves", type=int, default=60, help="trainings of the linear datamodeling score")
     parser.add_argument("--full", action="store_true")
-    parser.add_argument(
-        "--bf16", action="store_true", help="signals of a bfloat16 model, trainings in mixed precision: at least twice as fast"
-    )
+    parser.add_argument("--bf16", action="store_true", help="signals of a bfloat16 model, trainings in mixed precision")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--shared", default="../shared")
     parser.add_argument("--run", default="runs/quality")
