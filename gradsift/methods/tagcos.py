@@ -159,7 +159,8 @@ class _Picks:
 
 def lopsided(sizes: np.ndarray) -> str:
     """What to say where one cluster holds most of the rows: matching in it takes odd rows, often those of short answers."""
+    fewer = "fewer (-o clusters=20)" if len(sizes) > 20 else "fewer clusters"
     return (
         f"one gradient cluster holds {sizes.max():,} of {sizes.sum():,} rows and {int((sizes == 1).sum()):,} of {len(sizes):,} clusters "
-        "a single row: for a pool of this size try fewer (-o clusters=20), and look at the lengths of the picks"
+        f"a single row: for a pool of this size try {fewer}, and look at the lengths of the picks"
     )

@@ -14,7 +14,7 @@ import torch
 from gradsift import methods
 from gradsift.errors import ConfigError, UnknownName
 from gradsift.methods.g2is import G2is
-from gradsift.methods.tagcos import Tagcos
+from gradsift.methods.tagcos import Tagcos, lopsided
 from gradsift.types import Rows, Selector, Signal, Signals, Subset, UndeclaredSignal
 
 N, D, M = 40, 16, 6
@@ -239,3 +239,8 @@ def test_the_ends_of_a_range_and_every_default_are_taken() -> None:
     assert methods.make("selffilter", {"neighbours": 0, "gamma": "0"}) == methods.load("selffilter")(neighbours=0, gamma=0)
     assert methods.make("tagcos", {"clusters": 1, "ridge": 0, "tol": 0}) == methods.load("tagcos")(clusters=1, ridge=0, tol=0)
     assert methods.make("gist", {"rank": 1, "variance": 1}) == methods.load("gist")(rank=1, variance=1)
+
+
+def test_advice_on_a_lopsided_clustering_never_asks_for_more_clusters() -> None:
+    assert "-o clusters=20" in lopsided(np.array([900] + [1] * 99))
+    assert "-o clusters" not in lopsided(np.array([272, 29, 1, 1, 1, 1, 1]))
