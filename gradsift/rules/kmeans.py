@@ -59,8 +59,8 @@ def fit(
     """Cluster rows [n, d] into `clusters` groups by squared Euclidean distance, or by cosine (rows are then normalised inside).
 
     `init`: how the rehearsal seeds, "greedy++" or "random" rows; or a Tensor [clusters, d] of centres, which skips the rehearsal.
-    `restarts` rehearsals are made (as many again on unit rows where norms differ) and the best goes on. `iterations` bounds the Lloyd steps over all rows (and those of a rehearsal);
-    they end earlier when no label changes, with more than 8,192 rows when fewer than 1 in 50 do.
+    `restarts` rehearsals are made, as many again on unit rows where norms differ, and the best goes on. `iterations` bounds the Lloyd steps
+    over all rows (and those of a rehearsal); they end earlier when no label changes, with more than 8,192 rows when fewer than 1 in 50 do.
     A cluster that loses all its rows gets the row farthest from its own centre (lowest index among equals). Ties go to the lowest cluster.
     `map(function, blocks)` must return the results in order; a thread pool's `map` gives the same bytes as the built-in one.
     Memory beyond the rows: the sketch, some n-long vectors, and a few blocks. Raises ValueError for clusters outside 1..n, an unknown
