@@ -42,6 +42,8 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     "MALLOC_TOP_PAD_": str(1 << 28),
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # as the product sets them
+    "LRU_CACHE_CAPACITY": "64",
     "TQDM_DISABLE": "1",  # of other libraries
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gradsift import dense
 from gradsift.attention import is_helped, short_rows
 from gradsift.errors import ConfigError
 from gradsift.lowrank import LowRank, low_rank_layers
@@ -206,6 +207,8 @@ class Capture:
             handles += [self.tail.register_forward_pre_hook(self._before_tail), self.tail.register_forward_hook(self._after_tail)]
         quick: list[tuple[nn.Module, Callable[..., Any]]] = [(m, in_few_passes(m, m.forward)) for m in self.rms_norms]
         quick += [(parts.layer, self._low_rank(parts, anchor)) for parts in self.low_rank]
+        within = {m for parts in self.low_rank for m in (parts.base, parts.a, parts.b)}
+        quick += dense.layer_forwards(m for m in self.everything if m not in within)
         try:
             with swapped(quick), short_rows(self.bf16_attention):
                 yield
@@ -328,9 +331,9 @@ class Capture:
         if name not in source.sketches:
             wanted = [n for n in source.readers if self._sides(n, g.dtype) is not None] if name in source.readers else [name]
             parts = [self.sides[n][1] for n in wanted]  # type: ignore[index]
-            together = source.spread @ torch.cat(parts, 1)
+            together = dense.matmul(source.spread, torch.cat(parts, 1))
             source.sketches.update(zip(wanted, together.split([p.shape[1] for p in parts], -1), strict=True))
-        inner, outer = source.sketches[name].float(), (g @ sides[0]).float()
+        inner, outer = source.sketches[name].float(), dense.matmul(g, sides[0]).float()
         left, right = (inner, outer) if name in self.transposed else (outer, inner)
         a, b = self.bound.projection.dim  # type: ignore[misc]
         made = self.bound.add_product(batch.state, name, left[..., :a], right[..., :b])

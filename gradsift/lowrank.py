@@ -15,6 +15,8 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+from gradsift import dense
+
 # (x, gradient of A's output, what B reads times the scaling, gradient of the layer's output)
 Sink = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
@@ -69,8 +71,8 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, parts: LowRank, sink: Sink) -> Tensor:
         flat, base = x.flatten(0, -2), parts.base
-        inner = (flat @ parts.a.weight.t()).mul_(parts.scaling)
-        out = nn.functional.linear(x, base.weight, base.bias)
+        inner = dense.linear(flat, parts.a.weight).mul_(parts.scaling)
+        out = dense.linear(x, base.weight, base.bias)
         out.view(-1, out.shape[-1]).addmm_(inner, parts.b.weight.t())  # a view of `out`: what is returned may be changed in place
         ctx.save_for_backward(x, inner)
         ctx.parts, ctx.sink = parts, sink
@@ -80,8 +82,8 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         (x, inner), parts, grad = ctx.saved_tensors, ctx.parts, grads[0]
         flat, to_x = grad.flatten(0, -2), None
-        before = (flat @ parts.b.weight).mul_(parts.scaling)
+        before = dense.matmul(flat, parts.b.weight).mul_(parts.scaling)
         if ctx.needs_input_grad[0]:
-            to_x = (flat @ parts.base.weight).addmm_(before, parts.a.weight).view_as(x)
+            to_x = dense.matmul(flat, parts.base.weight).addmm_(before, parts.a.weight).view_as(x)
         ctx.sink(x, before.view(*x.shape[:-1], -1), inner.view(*x.shape[:-1], -1), grad)
         return to_x, None, None, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import os
 import platform
@@ -22,18 +23,18 @@ _MALLOPT = (("mmap_threshold", -3, 32 << 20), ("trim_threshold", -1, 2**31 - 1),
 
 
 # oneDNN keeps compiled kernels for every shape it has met, 1,024 of them by default: batches of ever new lengths fill a gigabyte with bfloat16
-# kernels that are hardly used again.
-_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+# kernels that are hardly used again. A batch itself needs some thirty, layer after layer.
+_KERNEL_CACHES, _KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "64"
 
 
 def settle(threads: int) -> int:
-    """Set torch's threads (0 = the physical cores that this process may use), the kernel caches (before the first bfloat16 product) and,
+    """Set torch's threads (0 = the physical cores that this process may use), the kernel caches (before the first product by oneDNN) and,
     with glibc, the allocator.
 
     Returns the number of threads in force. Variables that the user has set stay as they are.
     """
     for name in _KERNEL_CACHES:
-        os.environ.setdefault(name, "8")
+        os.environ.setdefault(name, _KERNELS)
     threads = threads or usable_cores()
     torch.set_num_threads(threads)
     if _glibc():
@@ -53,6 +54,18 @@ def usable_cores() -> int:
 def emulates_bfloat16(device: str) -> bool:
     """Whether bfloat16 products on `device` are made of float32 ones, at a fraction of their speed: CPUs without AVX-512."""
     return device == "cpu" and platform.machine() in ("x86_64", "AMD64") and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@functools.cache
+def prefers_onednn() -> bool:
+    """Whether fp32 products on this CPU are faster by oneDNN than by MKL, which knows AVX-512 on Intel's processors alone."""
+    cpus = Path("/proc/cpuinfo")
+    amd = cpus.exists() and "AuthenticAMD" in cpus.read_text()
+    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkl.is_available() and _has_onednn_linear()
+
+
+def _has_onednn_linear() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def peak_bytes() -> int:
@@ -97,4 +110,4 @@ def gpu_kind(devices: Iterable[str | int]) -> str:
 
 def cpu_kind() -> str:
     """The kind of CPU that decides which kernels run: part of the identity of trained and gradient artifacts."""
-    return f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
+    return f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}{'-oneDNN' if prefers_onednn() else ''}"

@@ -13,6 +13,7 @@ import torch
 
 from gradsift import budget as budgets
 from gradsift import machine, methods, tuned
+from gradsift.dense import quick_layers
 from gradsift.encode import EncodedRows, encode, pad_batch, token_batches
 from gradsift.gradients import extract, output_dim
 from gradsift.model import attach_lora, tracked_modules
@@ -252,7 +253,8 @@ def _pass(model: Any, encoded: EncodedRows, batches: list[list[int]], pad_id: in
     def step(batch: list[int]) -> None:
         ids, mask, labels = pad_batch([encoded[i] for i in batch], pad_id)
         kept = labels[:, 1:] != -100
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1][kept].float()
+        with quick_layers(model.modules()):
+            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1][kept].float()
         torch.nn.functional.cross_entropy(logits, labels[:, 1:][kept]).backward()
 
     for batch in batches:

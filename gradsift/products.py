@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from gradsift import dense
+
 _BLOCK = 64  # rows of the t x t products formed at once; what lies above the diagonal's blocks is never formed
 
 
@@ -18,8 +20,8 @@ def product(x: Tensor, g: Tensor, transposed: bool = False) -> Tensor:
     """The gradients [b, o, i], or [b, i, o] when transposed, fp32."""
     left, right = (x.float(), g.float()) if transposed else (g.float(), x.float())
     if left.shape[2] > right.shape[2]:  # the narrow side first: four times faster for LoRA's
-        return torch.bmm(right.transpose(1, 2), left).transpose(1, 2)
-    return torch.bmm(left.transpose(1, 2), right)
+        return dense.bmm(right.transpose(1, 2), left).transpose(1, 2)
+    return dense.bmm(left.transpose(1, 2), right)
 
 
 def gram_is_cheaper(x: Tensor, g: Tensor, readers: int = 1) -> bool:

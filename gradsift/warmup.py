@@ -37,6 +37,7 @@ from gradsift.checkpoints import (
     unwrapped,
 )
 from gradsift.config import WarmupSettings
+from gradsift.dense import quick_layers
 from gradsift.encode import pad_batch
 from gradsift.errors import DataError, MismatchError, UnknownName
 from gradsift.model import attach_lora, quiet, remove_lora
@@ -227,7 +228,8 @@ def warm_up(
             trainer.add_callback(trajectory)
             if progress is not None:
                 trainer.add_callback(_Report(progress))
-            trainer.train()
+            with quick_layers(peft.modules()):
+                trainer.train()
         finally:
             remove_lora(peft)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -14,9 +14,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gradsift"
 FLOORS = {
     0: "errors types config budget redaction",
     1: "durable provenance artifact progress machine formats tables containers packing reading writing pool chat encode projection store methods"
-    " contamination constraints choice remote halving",
+    " contamination constraints choice remote halving swaps dense",
     2: "modules model transforms families",
-    3: "measures trainer_output checkpoints warmup objectives tail attention rmsnorm lowrank swaps products capture gradients signals",
+    3: "measures trainer_output checkpoints warmup objectives tail attention rmsnorm lowrank products capture gradients signals",
     4: "influence curvature",
     5: "agreement curved projected scalars tuned run checking execute stages rowwork targets pipeline findings outputs selection delivery scoring"
     " doctor plan holdings execute_ray raywork workers parts plan_ray evaluate judging comparison arms trials tiny playground demo report",

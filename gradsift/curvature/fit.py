@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from gradsift import machine, provenance
+from gradsift import dense, machine, provenance
 from gradsift.artifact import differences, read_json
 from gradsift.curvature.fitted import SCHEMA, Curvature
 from gradsift.curvature.walk import Layer, Row, Visit, Walk, row, uniforms
@@ -191,7 +191,7 @@ class Fitting:
             tokens = sum(lengths) / len(lengths)
             # a side is rotated where that costs less: on the tokens before the product, or on the gradient after it
             inputs_first, outputs_first = tokens <= layer.outputs * walk.sharing[layer.group], tokens <= layer.inputs
-            left, right = layer.sides(walk.once(layer, lambda: x @ inputs) if inputs_first else x, d @ outputs if outputs_first else d)
+            left, right = layer.sides(walk.once(layer, lambda: dense.matmul(x, inputs)) if inputs_first else x, dense.matmul(d, outputs) if outputs_first else d)
             basis = layer.sides(None if inputs_first else inputs, None if outputs_first else outputs)
             add_second_moments(sums[layer.name], left, right, lengths, basis)
 

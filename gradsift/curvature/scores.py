@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradsift import dense
 from gradsift.curvature.walk import Layer, Row, Walk, row
 from gradsift.errors import ConfigError, DataError, MismatchError, OutOfMemory
 from gradsift.gradients import Modules, _measure, plan_batches
@@ -24,7 +25,7 @@ AUTO_RANK = 32
 MEMORY = 4 << 30
 _OVERSAMPLE = 8
 _MANY = 32  # targets from which on holding gradients back pays
-HELD = 512 << 20  # bytes of pool gradients held back
+HELD = 192 << 20  # bytes of pool gradients held back
 _CHUNK = {"cpu": 1 << 22}  # numbers a contraction forms at once
 _GPU_CHUNK = 1 << 28
 
@@ -164,7 +165,7 @@ def _gradients(
         left, right = layer.sides(x.float(), d.float())
         for k, (index, t) in enumerate(zip(showing, lengths, strict=True)):
             if (layer.name, index) not in added:  # else by a larger batch, before memory ran out at another layer
-                total[layer.name][owner[index]].addmm_(left[k, :t].t(), right[k, :t], alpha=weight[index])
+                dense.add_matmul(total[layer.name][owner[index]], left[k, :t].t(), right[k, :t], weight[index])
                 added.add((layer.name, index))
 
     def work(batch: np.ndarray) -> Tensor:
@@ -310,12 +311,12 @@ class _Scorer:
             elif hold:
                 if layer.name not in self.held:
                     self.held[layer.name] = torch.empty(self.capacity, *layer.shape, device=self.walk.device)
-                torch.bmm(left.transpose(1, 2), right, out=self.held[layer.name][first : first + b])
+                dense.bmm(left.transpose(1, 2), right, out=self.held[layer.name][first : first + b])
             else:
                 step = max(1, _chunk(left.device) // (left.shape[2] * right.shape[2]))
                 for start in range(0, b, step):
                     part = slice(start, start + step)
-                    _add_product(scores[part], torch.bmm(left[part].transpose(1, 2), right[part]), self.targets, layer.name)
+                    _add_product(scores[part], dense.bmm(left[part].transpose(1, 2), right[part]), self.targets, layer.name)
 
         losses = self.walk.show(rows, visit)
         self.done.append((indices, scores))
@@ -343,13 +344,13 @@ def _add_product(scores: Tensor, grads: Tensor, targets: Targets, name: str) -> 
     """scores [b, m] += <grads_b, target_m> for grads [b, r, c]; low-rank targets are multiplied out, a few at a time."""
     flat = grads.flatten(1)
     if name in targets.full:
-        scores.addmm_(flat, targets.full[name].flatten(1).t())
+        dense.add_matmul(scores, flat, targets.full[name].flatten(1).t())
         return
     left, right = targets.low[name]
     step = max(1, _chunk(grads.device) // flat.shape[1])
     for start in range(0, len(left), step):
         part = slice(start, start + step)
-        scores[:, part].addmm_(flat, torch.bmm(left[part], right[part].transpose(1, 2)).flatten(1).t())
+        dense.add_matmul(scores[:, part], flat, torch.bmm(left[part], right[part].transpose(1, 2)).flatten(1).t())
 
 
 def _by_tokens(left: Tensor, right: Tensor, low: Tensor, rows: int) -> bool:
@@ -366,7 +367,7 @@ def _add_tokens(scores: Tensor, left: Tensor, right: Tensor, p: Tensor, q: Tenso
     for start in range(0, m, step):
         part = slice(start, start + step)
         ps, qs = p[part].permute(1, 0, 2).reshape(r, -1), q[part].permute(1, 0, 2).reshape(c, -1)
-        scores[:, part] += ((left @ ps) * (right @ qs)).sum(1).view(b, -1, k).sum(2)
+        scores[:, part] += (dense.matmul(left, ps) * dense.matmul(right, qs)).sum(1).view(b, -1, k).sum(2)
 
 
 def rank_agreement(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradsift.dense import quick_layers
 from gradsift.encode import pad_batch, token_batches
 from gradsift.halving import Halving
 
@@ -50,7 +51,8 @@ def embed(
         ids, attention, _ = pad_batch([encoded[int(i)] for i in batch], pad_id)
         ids, attention = ids.to(device), attention.to(device)
         seen.clear()  # of a batch that memory ran out for
-        model(input_ids=ids, attention_mask=attention, use_cache=False)
+        with quick_layers(model.modules()):
+            model(input_ids=ids, attention_mask=attention, use_cache=False)
         weights = (attention.cumsum(dim=1) * attention).float()
         states = seen.pop().float().to(device)  # from the last of the devices that a model spans
         # Zero weights alone would let a non-finite padding state through.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradsift.dense import quick_layers
 from gradsift.encode import pad_batch, token_batches
 from gradsift.halving import Halving
 
@@ -44,7 +45,8 @@ def token_nats(model: Any, rows: Sequence[Any], *, pad_id: int = 0) -> tuple[Ten
         lambda _, args: (args[0][kept.to(args[0].device)].unsqueeze(0), *args[1:])
     )
     try:
-        logits = model(input_ids=ids, use_cache=False).logits[0].float()
+        with quick_layers(model.modules()):
+            logits = model(input_ids=ids, use_cache=False).logits[0].float()
     finally:
         hook.remove()
     return torch.nn.functional.cross_entropy(logits, following[kept].to(logits.device), reduction="none").to(device), owner

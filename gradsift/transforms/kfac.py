@@ -19,6 +19,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from gradsift import dense
 from gradsift.errors import ConfigError, DataError, MismatchError
 
 HEURISTIC_SCALE = 0.1  # of the mean eigenvalue: the damping of Grosse et al.
@@ -34,7 +35,7 @@ def add_gram(total: Tensor, x: Tensor) -> None:
     down."""
     x = x.to(total.dtype)
     for a, b in _blocks(total.shape[0]):
-        total[a:b, a:].addmm_(x[:, a:b].t(), x[:, a:])
+        dense.add_matmul(total[a:b, a:], x[:, a:b].t(), x[:, a:])
 
 
 def symmetrise(total: Tensor) -> Tensor:
@@ -63,11 +64,11 @@ def add_second_moments(
     for start in range(0, b, step):
         rows = slice(start, min(start + step, b))
         t, k = max(lengths[rows]), rows.stop - rows.start
-        grad = torch.bmm(left[rows, :t].transpose(1, 2), right[rows, :t])
+        grad = dense.bmm(left[rows, :t].transpose(1, 2), right[rows, :t])
         if basis[1] is not None:
-            grad = (grad.view(k * r, c) @ basis[1]).view(k, r, c)
+            grad = dense.matmul(grad.view(k * r, c), basis[1]).view(k, r, c)
         if basis[0] is not None:
-            grad = (basis[0].t() @ grad.transpose(0, 1).reshape(r, k * c)).view(r, k, c).transpose(0, 1)
+            grad = dense.matmul(basis[0].t(), grad.transpose(0, 1).reshape(r, k * c)).view(r, k, c).transpose(0, 1)
         if k == 1 and values.dtype == grad.dtype:
             values.addcmul_(grad[0], grad[0])
         else:
@@ -99,8 +100,13 @@ class Eigen:
 
     def apply(self, grad: Tensor) -> Tensor:
         """U_l ((U_l^T grad U_r) * values) U_r^T for grad [..., r, c]: `values` are those to multiply by, so the inverses of an inverse."""
-        rotated = (self.left.t() @ grad @ self.right) * self.values
-        return self.left @ rotated @ self.right.t()
+        rotated = _between(self.left.t(), grad, self.right) * self.values
+        return _between(self.left, rotated, self.right.t())
+
+
+def _between(left: Tensor, grad: Tensor, right: Tensor) -> Tensor:
+    """left @ grad @ right for grad [..., r, c]."""
+    return dense.matmul(dense.matmul(left, grad), right) if grad.dim() == 2 else left @ grad @ right
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Factored:
     right: Tensor
 
     def apply(self, grad: Tensor) -> Tensor:
-        return self.left @ grad @ self.right
+        return _between(self.left, grad, self.right)
 
 
 @dataclass(frozen=True)
