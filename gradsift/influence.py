@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gradsift import dense
 from gradsift.curvature.trak import trak_target
 from gradsift.errors import UnknownName, UserError
 from gradsift.objectives import Loss
@@ -134,7 +135,9 @@ def _product(rows: Rows, where: slice, side: Tensor, form: Literal["raw", "unit"
     out = torch.empty(where.stop - where.start, len(side))
     for start in range(where.start, where.stop, step):
         part = slice(start, min(start + step, where.stop))
-        out[start - where.start : part.stop - where.start] = _read(rows, part, "unit" if scales is not None else form) @ side.T
+        block = _read(rows, part, "unit" if scales is not None else form)
+        # for few targets the rows stand on the right: half as long as the other way round for eight
+        out[start - where.start : part.stop - where.start] = block @ side.T if len(side) == 1 else dense.linear(side, block).T
     return out.mul_(scales[where, None].to(out.device)) if scales is not None and form == "raw" else out
 
 

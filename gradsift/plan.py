@@ -13,9 +13,11 @@ import torch
 
 from gradsift import budget as budgets
 from gradsift import machine, methods, tuned
+from gradsift.curvature import scores
 from gradsift.dense import quick_layers
 from gradsift.encode import EncodedRows, encode, pad_batch, token_batches
 from gradsift.gradients import extract, output_dim
+from gradsift.influence import backend
 from gradsift.model import attach_lora, tracked_modules
 from gradsift.pipeline import Pipeline
 from gradsift.plan_ray import Spread, spread
@@ -71,6 +73,7 @@ class Rates:
     parameters: int
     hidden: int
     factors: int  # bytes of a shard's curvature sums
+    tracked: int  # bytes of a whole gradient
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ def probe(pipeline: Pipeline, encoded: EncodedRows, selector: Selector, todo: Co
     a, b = torch.randn(1024, 2048), torch.randn(2048, 128)
     multiply = a.numel() * 128 / min(_timed(lambda: a @ b) for _ in range(5))
     if not selector.needs():
-        return Rates(1, 1, 1, encode_rate, multiply, machine.peak_bytes(), machine.used_bytes(), 0, 0, 0, 0)
+        return Rates(1, 1, 1, encode_rate, multiply, machine.peak_bytes(), machine.used_bytes(), 0, 0, 0, 0, 0)
     model = attach_lora(pipeline.load_base(), pipeline.config.warmup.lora)
     settings = pipeline.config.gradients
     modules = None if settings.modules == "lora" else settings.modules
@@ -215,9 +218,10 @@ def probe(pipeline: Pipeline, encoded: EncodedRows, selector: Selector, todo: Co
         forward = tokens / _timed(lambda: row_losses(model, rows, pad_id=pipeline.pad_id))
     dim = output_dim(model, pipeline.projection, modules)
     parameters = sum(p.numel() for p in names.values())
-    factors = 4 * sum(side * side for module in tracked_modules(model, modules).values() for side in cast(Any, module).weight.shape)
+    shapes = [tuple(cast(Any, module).weight.shape) for module in tracked_modules(model, modules).values()]
+    factors, tracked = 4 * sum(r * r + c * c for r, c in shapes), 4 * sum(r * c for r, c in shapes)
     used, peak = machine.used_bytes(), machine.peak_bytes()
-    return Rates(train, taken, forward, encode_rate, multiply, peak, used, dim, parameters, hidden_size(model), factors)
+    return Rates(train, taken, forward, encode_rate, multiply, peak, used, dim, parameters, hidden_size(model), factors, tracked)
 
 
 def _spread_and_largest(encoded: EncodedRows, shard_rows: int, token_budget: int) -> list[int]:
@@ -373,4 +377,15 @@ def _peak(pipeline: Pipeline, selector: Selector, rates: Rates) -> int:
     if clusters:
         sample = min(n, max(min(kmeans.SAMPLE * clusters, kmeans.SAMPLE_MOST), kmeans.SAMPLE_LEAST))
         choosing = 5 * block + sample * kmeans.SKETCH * 4 + min(n, 4 * -(-n // clusters)) * rates.dim * 4
-    return max(rates.peak_bytes + shard, rates.used_bytes + max(shard, choosing) + CHARTS)
+    return max(rates.peak_bytes + max(shard, _curved(pipeline, selector, rates)), rates.used_bytes + max(shard, choosing) + CHARTS)
+
+
+def _curved(pipeline: Pipeline, selector: Selector, rates: Rates) -> int:
+    """Bytes that influence through the curvature holds beside a pass of the model: factors and their eigenvectors, the eigenvalues and their
+    inverse, the targets' whole gradients as far as they fit, and pool gradients held back."""
+    signals = [s for s in selector.needs() if isinstance(s, Signal) and s.name == "influence"]
+    if not any(backend(str(s.backend)).curvature is not None for s in signals):
+        return 0
+    targets = len(pipeline.sides["target"])
+    held = scores.HELD // rates.tracked * rates.tracked if targets >= scores.MANY else 0
+    return 2 * rates.factors + 2 * rates.tracked + min(targets * rates.tracked, scores.MEMORY) + held

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,10 +17,10 @@ pytestmark = pytest.mark.skipif(not machine._has_onednn_linear(), reason="this b
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "torch's own"], autouse=True)
-def preferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+def preferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both ways, whatever processor the tests run on."""
     monkeypatch.setattr(dense, "prefers_onednn", lambda: request.param)
-    yield request.param
+    return request.param
 
 
 def numbers(*shape: int) -> Tensor:

@@ -342,7 +342,7 @@ def test_workers_of_gpus_get_those_they_ask_for_and_the_plan_counts_them(
         for count, workers in {1: 3, 2: 1}.items():
             pipeline = Pipeline(Run(tmp_path / "run"), config, pool, executor=made[count])
             cost = StageCost("gradients", "", "", reused=False, rows=72, tokens=7200, bytes=0, seconds=60.0)
-            found = spread(pipeline, [cost], Rates(1, 1, 1, 1, 1, peak_bytes=10, used_bytes=10, dim=8, parameters=5, hidden=4, factors=2))
+            found = spread(pipeline, [cost], Rates(1, 1, 1, 1, 1, peak_bytes=10, used_bytes=10, dim=8, parameters=5, hidden=4, factors=2, tracked=20))
             assert found is not None and (found.workers, found.gpus, found.seconds) == (workers, count, 60 / workers + STARTING)
             assert f"{workers} workers of {count} GPUs" in found.line()
         made[2].close()

@@ -19,7 +19,11 @@ WARMUP = {"min_rows": 16, "min_steps": 12, "epochs": 1, "batch_size": 4, "checkp
 LORA = {"dim": 8192}
 LINEAR = {"modules": "linear", "projection": "rademacher", "dim": (16, 16)}
 LENGTHS = {"short": 12, "long": 220}  # letters of a question and of its answer, a token each
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {"lora": ("less", {}), "linear": ("tagcos", {"transform": "none", "clusters": 4})}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("less", {}),
+    "linear": ("tagcos", {"transform": "none", "clusters": 4}),
+    "curved": ("gdig", {"clusters": 4}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,7 @@ def measured(server: Server, folder: Path, model: Path, kind: str, length: str, 
     gradients = {**(LORA if kind == "lora" else LINEAR), "shard_rows": 32}
     settings = {"encode": {"max_length": 1024}, "warmup": WARMUP, "gradients": gradients, "machine": {"threads": 1}}
     server.order(
-        plan=planned, method=method, pool=str(files[0]), target=[str(files[1])] if method == "less" else [], model=str(model),
+        plan=planned, method=method, pool=str(files[0]), target=[] if method == "tagcos" else [str(files[1])], model=str(model),
         run=str(folder / f"run-{rows}"), budget="25%", settings=settings, options=options,
     )  # fmt: skip
     answer = server.answer()

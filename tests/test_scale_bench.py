@@ -46,7 +46,7 @@ def test_bytes_and_seconds_are_those_of_the_plan(
     n, per_row, flops = 72, 30, 4e12
     target = {"target": target_file} if method == "less" else {}
     with opened(tmp_path / "r", pool=pool_file, model=str(model_folder), settings=SETTINGS, keep=False, **target) as pipeline:
-        rates = Rates(1000.0, 800.0, 3000.0, 500.0, 2e9, peak_bytes(), peak_bytes(), 64, 5000, 32, 0)
+        rates = Rates(1000.0, 800.0, 3000.0, 500.0, 2e9, peak_bytes(), peak_bytes(), 64, 5000, 32, 0, 0)
         tokens = {side: per_row * len(rows) for side, rows in pipeline.sides.items()}
         selector = methods.make(method, {"clusters": 4} if method == "tagcos" else {})
         planned = [_cost(pipeline, recipe, tokens, rates) for recipe in pipeline.recipes(selector.needs())]

@@ -191,7 +191,8 @@ class Fitting:
             tokens = sum(lengths) / len(lengths)
             # a side is rotated where that costs less: on the tokens before the product, or on the gradient after it
             inputs_first, outputs_first = tokens <= layer.outputs * walk.sharing[layer.group], tokens <= layer.inputs
-            left, right = layer.sides(walk.once(layer, lambda: dense.matmul(x, inputs)) if inputs_first else x, dense.matmul(d, outputs) if outputs_first else d)
+            before = walk.once(layer, lambda: dense.matmul(x, inputs)) if inputs_first else x
+            left, right = layer.sides(before, dense.matmul(d, outputs) if outputs_first else d)
             basis = layer.sides(None if inputs_first else inputs, None if outputs_first else outputs)
             add_second_moments(sums[layer.name], left, right, lengths, basis)
 

@@ -24,7 +24,7 @@ log = logging.getLogger("gradsift")
 AUTO_RANK = 32
 MEMORY = 4 << 30
 _OVERSAMPLE = 8
-_MANY = 32  # targets from which on holding gradients back pays
+MANY = 32  # targets from which on holding gradients back pays
 HELD = 192 << 20  # bytes of pool gradients held back
 _CHUNK = {"cpu": 1 << 22}  # numbers a contraction forms at once
 _GPU_CHUNK = 1 << 28
@@ -285,7 +285,7 @@ class _Scorer:
     def __init__(self, walk: Walk, targets: Targets) -> None:
         self.walk, self.targets = walk, targets
         capacity = HELD // (4 * sum(layer.shape[0] * layer.shape[1] for layer in walk.layers.values()))
-        self.capacity = capacity if len(targets) >= _MANY else 0
+        self.capacity = capacity if len(targets) >= MANY else 0
         self.held: dict[str, Tensor] = {}
         self.by_tokens: dict[str, bool] = {}  # by module, the same for all rows held
         self.done: list[tuple[np.ndarray, Tensor]] = []
