@@ -10,8 +10,10 @@ once per fit and given apart in ms (`once_cpu_ms`). `scores-M`: the pool's side 
 set itself; nothing fails when it is missed. `added_mb`, `memory_ratio`: peak memory that one more pass adds to what the process held
 before it (the targets, the basis), and its ratio to the floor's.
 
-`--rows 2000 --targets` measures the fit alone, on as many rows as the goal names: ten minutes of one
-core a round, and as much twice before the first.
+`usual`: with torch's own matrix products, as the floor's, on a processor where ours go to oneDNN (bench/engine.py).
+
+`--rows 2000 --targets --rounds 2` measures the fit alone, on as many rows as the goal names: minutes of one core a round, and as much twice
+before the first.
 
 `--kronfluence` (the package must be installed; docs/benchmarks.md) fits EK-FAC and scores 8 targets with kronfluence over the same model,
 rows and labels: true labels, per-example eigenvalue correction, damping 0.1 x mean eigenvalue of each layer, which it has as an option
@@ -39,12 +41,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # first of all, because it sets the allocator and one thread for the whole process, by starting it again
-from engine import added_memory, base_model, floor, make_rows  # isort: skip
+from engine import added_memory, base_model, floor, make_rows, with_usual_products  # isort: skip
 import numpy as np
 import torch
 from peers import Arm, Rows, losses, pad
 from torch import Tensor, nn
 
+from gradsift import machine
 from gradsift.curvature import Fitting, fit, influence_scores, prepare_targets, score_pool
 from gradsift.model import tracked_modules
 
@@ -68,6 +71,8 @@ def make_arms(n: int, budget: int, counts: list[int], low: bool) -> tuple[dict[s
         "factors": lambda: void(work.sum_factors(0)),  # the shards' own work, without writing them
         "eigenvalues": lambda: void(work.sum_squares(0, basis)),
     }
+    if machine.prefers_onednn():
+        arms |= {f"{name}-usual": with_usual_products(arms[name]) for name in ("factors", "eigenvalues")}
     for m in counts:
         for name, rank in ((f"scores-{m}", None), (f"scores-{m}-low", 32))[: 1 + low]:
             start = time.process_time()
@@ -177,7 +182,9 @@ def main() -> None:
     for run in arms.values():
         run()
     memory = {name: added_memory(run, "cpu") for name, run in arms.items()}
-    memory["fit"] = max(memory["factors"], memory["eigenvalues"])
+    whole = [tail for tail in ("", "-usual") if f"factors{tail}" in arms]
+    for tail in whole:
+        memory[f"fit{tail}"] = max(memory[f"factors{tail}"], memory[f"eigenvalues{tail}"])
     cpu: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(args.rounds):
         for name, run in arms.items():
@@ -185,7 +192,8 @@ def main() -> None:
             start = time.process_time()
             run()
             cpu[name].append(time.process_time() - start)
-    cpu["fit"] = [a + b for a, b in zip(cpu["factors"], cpu["eigenvalues"], strict=True)]
+    for tail in whole:
+        cpu[f"fit{tail}"] = [a + b for a, b in zip(cpu[f"factors{tail}"], cpu[f"eigenvalues{tail}"], strict=True)]
     report = {
         "torch": torch.__version__, "rounds": args.rounds, "rows": args.rows, "token_budget": args.budget,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,

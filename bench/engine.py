@@ -10,6 +10,9 @@ floors take turns within a round, so a busy machine slows all of them; a ratio i
 in the same round, and what is printed is the median (min, max) over the rounds. One thread on a CPU. `goal` is the bound the project set
 itself; nothing fails when it is missed.
 
+On a processor where fp32 products go to oneDNN (`gradsift.dense`: AMD's with AVX-512), while the floor's are torch's usual ones, the arms named
+"usual" tell what the engine costs with those.
+
 Full linear layers take norms="sketched" (no other library here yields norms); the arm "exact-norms" tells what exact ones cost.
 
 `--peers` adds what other libraries do (bench/peers.py, docs/benchmarks.md); those that are not installed are named in `left_out`.
@@ -35,6 +38,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 # glibc returns every large tensor to the kernel otherwise: page faults are then up to half of what is measured, in every arm
 _ENVIRONMENT = {
@@ -63,7 +67,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.flop_counter import flop_registry  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from gradsift import machine  # noqa: E402
+from gradsift import dense, machine  # noqa: E402
 from gradsift.gradients import extract, plan_batches  # noqa: E402
 from gradsift.model import tracked_modules  # noqa: E402
 from gradsift.projection import Projection  # noqa: E402
@@ -174,7 +178,7 @@ def make_arms(rows: Rows, budget: int, shape: Shape = Shape(), floor_budget: int
     momenta = {n: torch.randn(square.shape) * 1e-3 for n, square in squares.items()}
     whole: dict[str, Any] = dict(token_budget=budget)
     factored: dict[str, Any] = dict(projection=TWO_SIDED, modules="linear", token_budget=budget, norms="sketched")
-    return {
+    arms = {
         "floor-lora": floor(lora, weights, rows, floor_budget),
         "lora-sketch-1024": ours(lora, rows, projection=Projection(1024), **whole),
         "lora-adam-sketch-8192": ours(lora, rows, projection=Projection(8192), transform=Adam(m, v, 100), **whole),
@@ -186,6 +190,19 @@ def make_arms(rows: Rows, budget: int, shape: Shape = Shape(), floor_budget: int
         "linear-adam-16x16": ours(linear, rows, transform=Adam(momenta, squares, 100), **factored),
         "linear-16x16-bf16": ours(linear16, rows, **factored),
     }
+    if machine.prefers_onednn() and shape.device == "cpu":
+        arms |= {f"{name}-usual": with_usual_products(arms[name]) for name in ("lora-sketch-1024", "linear-16x16")}
+    return arms
+
+
+def with_usual_products(run: Arm) -> Arm:
+    """The arm with the matrix products that torch itself would take, as the floor does."""
+
+    def usual() -> None:
+        with patch.object(dense, "prefers_onednn", lambda: False):
+            run()
+
+    return usual
 
 
 # ---- measuring

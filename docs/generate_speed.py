@@ -16,6 +16,10 @@ Written by `python docs/generate_speed.py` from the files in `bench/results`; [d
 ratio is to something plain that ran in turns with it on the same machine, as median (least to largest) over the rounds. *Goal* is the bound the
 project set itself.
 """
+USUAL = (
+    "On this processor the engine's float32 products go to oneDNN, which has kernels for its AVX-512; the plain step's go to MKL, as torch's do, "
+    "which has them for Intel's only. What the engine costs with those, too, stands beside it.\n"
+)
 ENGINE = {
     "lora-sketch-1024": "LoRA, one global row of 1,024",
     "lora-adam-sketch-8192": "LoRA, exact Adam direction, 8,192",
@@ -24,9 +28,12 @@ ENGINE = {
     "linear-factored-adam-16x16": "the same, factored Adam",
     "linear-adam-16x16": "the same, exact Adam, gradients formed",
     "linear-16x16-bf16": "all linear layers in bfloat16, against the float32 step",
+    "lora-sketch-1024-usual": "LoRA, one global row of 1,024, torch's usual products",
+    "linear-16x16-usual": "all linear layers, 16 x 16 each, torch's usual products",
 }
 CURVATURE = {
     "fit": "fitting EK-FAC, both passes",
+    "fit-usual": "the same, torch's usual products",
     "scores-8": "influence on 8 targets, full rank",
     "scores-64": "influence on 64 targets, full rank",
     "scores-256": "influence on 256 targets, full rank",
@@ -52,6 +59,7 @@ def engine(found: Mapping[str, Any]) -> str:
         "## A row's gradient, against a plain training step\n",
         f"Random Llama of {found['parameters'] / 1e6:.1f}M parameters, {found['rows']} rows, {found['rounds']} rounds, one thread ({found['cpu']}); "
         f"{arms['floor-lora']['tokens_per_s']:,} tokens a second for the plain step.\n",
+        *([USUAL] if any(name.endswith("-usual") for name in arms) else []),
         "| work | cost / plain step | goal | added memory / the step's | tokens a second |",
         "|---|---:|---:|---:|---:|",
     ]

@@ -1,4 +1,4 @@
-"""Causal attention over short rows in bf16 on a CPU, row by row.
+"""Causal attention over short rows in bf16 on a CPU, by the model's type or by autocast, row by row.
 
 torch's kernel for a CPU is at its slowest there: its backward pass takes twice the time of the same in fp32, and forms all t x t products of
 rows up to 512 tokens, masked or not. Here each row is taken alone, so that what is in hand stays in the cache, by blocks of queries that see
@@ -45,6 +45,11 @@ def is_helped(modules: Iterable[nn.Module]) -> bool:
     return (torch.bfloat16, "cpu") in kinds and all(type(m).__name__ != "OptimizedModule" for m in modules)
 
 
+def is_mixed() -> bool:
+    """Whether products on a CPU are in bf16 just now because autocast makes them so."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
 def _forward(
     usual: Callable[..., Any],
     module: nn.Module,
@@ -58,16 +63,19 @@ def _forward(
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if is_mixed():  # as autocast itself would
+        query, key, value = (a.bfloat16() for a in (query, key, value))
     special = dropout or any(rest.get(name) is not None for name in ("position_bias", "cache", "softcap"))
     if attention_mask is not None or not causal or special or not _applies(query, key, value):
         return usual(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **rest)
-    out = causal_attention(query, key, value, 1 / sqrt(query.shape[-1]) if scaling is None else scaling)
+    with torch.autocast("cpu", enabled=False):
+        out = causal_attention(query, key, value, 1 / sqrt(query.shape[-1]) if scaling is None else scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _applies(query: Tensor, key: Tensor, value: Tensor) -> bool:
     (b, h, t, d), (groups, keys) = query.shape, key.shape[1:3]
-    of_a_kind = query.dtype == key.dtype == value.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cpu")
+    of_a_kind = query.dtype == key.dtype == value.dtype == torch.bfloat16
     return query.device.type == "cpu" and keys == t <= _WIDTHS * d and h % groups == 0 and value.shape[:3] == (b, groups, t) and of_a_kind
 
 

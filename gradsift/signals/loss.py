@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradsift.attention import is_mixed, short_rows
 from gradsift.dense import quick_layers
 from gradsift.encode import pad_batch, token_batches
 from gradsift.halving import Halving
@@ -45,7 +46,7 @@ def token_nats(model: Any, rows: Sequence[Any], *, pad_id: int = 0) -> tuple[Ten
         lambda _, args: (args[0][kept.to(args[0].device)].unsqueeze(0), *args[1:])
     )
     try:
-        with quick_layers(model.modules()):
+        with quick_layers(model.modules()), short_rows(is_mixed()):
             logits = model(input_ids=ids, use_cache=False).logits[0].float()
     finally:
         hook.remove()
