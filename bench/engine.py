@@ -218,7 +218,9 @@ class Flops(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         count = flop_registry.get(func._overloadpacket)
-        if count is not None:
+        if func._schema.name == "mkldnn::_linear_pointwise":
+            self.total += 2 * args[0].numel() * len(args[1])
+        elif count is not None:
             self.total += count(*args, **(kwargs or {}), out_val=out)
         return out
 

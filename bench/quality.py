@@ -54,6 +54,13 @@ SEVERAL = ("contrast", "bids", "less", "less:aggregate=round-robin", "rds")
 NOISE = ("contrast", "contrast:per=token", "gdig", "gdig:preset=released", "less", "tagcos", "perplexity", "ifd")
 TESTED = 300
 LDS_ROWS, LDS_TARGETS = 1500, 64
+# Curvature of labels drawn from the model, the default, and of the rows' own, as the other library here takes it.
+EMPIRICAL = {"labels": "empirical"}
+LDS_BACKENDS: list[tuple[str, dict[str, Any]]] = [
+    *((backend, {}) for backend in ("dot", "cosine", "less", "kfac", "ekfac", "trak")),
+    ("kfac", EMPIRICAL),
+    ("ekfac", EMPIRICAL),
+]
 LDS_EPOCHS = 1  # of 750 rows: as many steps as a table's training of 5 % of 5,000 rows
 RECIPE = {"mode": "full", "lr": 5e-4, "epochs": 3, "batch_size": 16}
 
@@ -241,13 +248,16 @@ class Bench:
         for half, rows in enumerate(halves):
             members[half, rows] = 1
         for layers, gradients in LDS_LAYERS.items():
-            own = {**given, "settings": {**given["settings"], "gradients": gradients}, "run": self.root / f"lds {layers}".replace(" ", "-")}
-            for backend in ("dot", "cosine", "less", "kfac", "ekfac", "trak"):
-                if BACKENDS[backend].transform == "none" or not gradients:
-                    found = gradsift.score(backend, **own, progress=auto())
-                    table = pq.read_table(found.path).select(found.columns)
-                    scores = np.nan_to_num(np.stack([column.to_numpy() for column in table.columns], axis=1))
-                    self.record("lds", f"{backend}, {layers}", datamodeling(scores, members, losses))
+            for backend, curvature in LDS_BACKENDS:
+                if BACKENDS[backend].transform != "none" and gradients:
+                    continue
+                settings = {**given["settings"], "gradients": gradients, "curvature": curvature}
+                run = self.root / f"lds {layers}{' labelled' if curvature else ''}".replace(" ", "-")  # a run has one kind of curvature
+                found = gradsift.score(backend, **{**given, "settings": settings, "run": run}, progress=auto())
+                table = pq.read_table(found.path).select(found.columns)
+                scores = np.nan_to_num(np.stack([column.to_numpy() for column in table.columns], axis=1))
+                name = " with the given labels" if curvature else ""
+                self.record("lds", f"{backend}{name}, {layers}", datamodeling(scores, members, losses))
         for name, scores in self.others(given):
             self.record("lds", name, datamodeling(scores, members, losses))
 

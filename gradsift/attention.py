@@ -45,7 +45,7 @@ def is_helped(modules: Iterable[nn.Module]) -> bool:
     return (torch.bfloat16, "cpu") in kinds and all(type(m).__name__ != "OptimizedModule" for m in modules)
 
 
-def is_mixed() -> bool:
+def _is_mixed() -> bool:
     """Whether products on a CPU are in bf16 just now because autocast makes them so."""
     return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
@@ -63,8 +63,8 @@ def _forward(
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if is_mixed():  # as autocast itself would
-        query, key, value = (a.bfloat16() for a in (query, key, value))
+    if _is_mixed() and query.device.type == "cpu":  # as autocast itself would
+        query, key, value = (a.bfloat16() if a.dtype == torch.float32 else a for a in (query, key, value))
     special = dropout or any(rest.get(name) is not None for name in ("position_bias", "cache", "softcap"))
     if attention_mask is not None or not causal or special or not _applies(query, key, value):
         return usual(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **rest)

@@ -173,8 +173,9 @@ class Capture:
         nll, grad = self.differentiate(logits, targets, weights, in_place=logits.data_ptr() == batch.head_out)
         batch.backward, batch.last_read = True, None
         torch.autograd.backward(logits, grad)
-        for name in list(batch.held):
-            self._finish(name)
+        with torch.no_grad():
+            for name in list(batch.held):
+                self._finish(name)
         losses = torch.zeros(b, device=self.device).index_add_(0, owner, nll.to(self.device)) / counts
         return self.bound.finish(batch.state).cpu(), batch.squares.sqrt().cpu(), losses.cpu()
 

@@ -2,8 +2,8 @@
 
 torch multiplies fp32 matrices with MKL, which gives processors other than Intel's its kernels for AVX2. On an AMD processor with AVX-512,
 oneDNN, which torch carries as well and takes for bf16, does the same products, in the same precision, twice as fast. Here they go to it
-there, and to torch's usual library everywhere else. Which it is depends on the processor alone, and `machine.cpu_kind` says so: the last
-bits of a sum differ between the two.
+there, and to torch's usual library everywhere else. Which it is depends on the processor, as `machine.cpu_kind` says, and on the size of the
+product: the last bits of a sum differ between the two.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from gradsift.machine import prefers_onednn
 from gradsift.swaps import swapped
 
-_LEAST = 1 << 20  # products of two numbers from which on the longer way there is made up for
+_LEAST = 1 << 20  # multiply-adds below which the detour costs more than it saves
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., k] times weight [n, k], transposed, plus bias [n]: torch's own where a gradient is wanted, see `quick_layers`."""
-    if not _applies(x, weight) or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+    if not _applies(x, weight) or _wants_gradient(x, weight, bias):
         return nn.functional.linear(x, weight, bias)
-    out = torch.ops.mkldnn._linear_pointwise(_close(x.flatten(0, -2)), _close(weight), bias, "none", [], "")
+    out = torch.ops.mkldnn._linear_pointwise(_contiguous(x.flatten(0, -2)), _contiguous(weight), bias, "none", [], "")
     return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))  # no view, as what torch's own gives: it may be changed in place
 
 
@@ -36,7 +36,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def bmm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """a [b, m, k] times b [b, k, n], matrix by matrix."""
-    if not len(a) or not _applies(a[0], b[0].t()):
+    if not len(a) or not _applies(a[0], b[0].t()) or _wants_gradient(a, b):
         return torch.bmm(a, b, out=out)
     if len(a) == 1 and out is None:
         return matmul(a[0], b[0])[None]
@@ -47,8 +47,8 @@ def bmm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """total [m, n] += alpha a [m, k] b [k, n], in the dtype of `total`."""
-    if _applies(a, b.t()):
+    """total [m, n] += alpha a [m, k] b [k, n], all of one dtype."""
+    if total.dtype == a.dtype and _applies(a, b.t()) and not _wants_gradient(total, a, b):
         total.add_(matmul(a, b), alpha=alpha)
     else:
         total.addmm_(a, b, alpha=alpha)
@@ -57,7 +57,7 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
 @contextmanager
 def quick_layers(modules: Iterable[nn.Module]) -> Iterator[None]:
     """While it is entered, plain nn.Linear layers among `modules` multiply with `linear`, forward and backward; nothing happens on a machine
-    where that changes nothing."""
+    where that changes nothing. Backward passes belong inside: a checkpointed block runs again in them."""
     with swapped(layer_forwards(modules)):
         yield
 
@@ -66,7 +66,11 @@ def layer_forwards(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, Callab
     """The layers that `quick_layers` means, each with what stands for its forward."""
     if not prefers_onednn():
         return []
-    return [(m, _forward(m, m.forward)) for m in modules if type(m) is nn.Linear and "forward" not in m.__dict__]
+    modules = list(modules)
+    if any(type(m).__name__ == "OptimizedModule" for m in modules):  # a compiled model would be compiled again
+        return []
+    layers = [m for m in modules if type(m) is nn.Linear and m.weight.device.type == "cpu" and "forward" not in m.__dict__]
+    return [(m, _forward(m, m.forward)) for m in layers]
 
 
 def _forward(layer: nn.Linear, own: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,12 +90,17 @@ def _applies(x: Any, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and x.dim() > 1
+        and weight.dim() == 2
         and x.numel() * weight.shape[0] >= _LEAST
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def _close(a: Tensor) -> Tensor:
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _contiguous(a: Tensor) -> Tensor:
     """A matrix that is contiguous, by rows or by columns: with part of a larger one oneDNN takes a thousand times as long."""
     if a.is_contiguous() or a.t().is_contiguous():
         return a

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from gradsift.attention import short_rows
 from gradsift.config import FinetuneSettings
+from gradsift.dense import quick_layers
 from gradsift.encode import token_batches
 from gradsift.errors import ConfigError, DataError, OutOfMemory
 from gradsift.halving import Halving
@@ -85,7 +88,7 @@ def finetune(
     given, factors = _usable(rows, weights)
     steps = settings.steps_for(len(given))
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), ExitStack() as stack:
         torch.manual_seed(settings.seed)
         base = model() if callable(model) else load_model(str(model), device=device)
         net: nn.Module = attach_lora(base, settings.lora.model_copy(update={"seed": settings.seed})) if settings.mode == "lora" else base
@@ -94,6 +97,9 @@ def finetune(
         trained = [p for p in net.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=settings.rate, weight_decay=settings.weight_decay)
         net.train()
+        # not only around the forward pass: a checkpointed block runs again on the way back
+        stack.enter_context(quick_layers(net.modules()))
+        stack.enter_context(short_rows(settings.bf16 and torch.device(device).type == "cpu"))
         for step, chosen in enumerate(_steps(len(given), steps, settings), start=1):
             optimizer.param_groups[0]["lr"] = settings.rate * _schedule(step, steps, settings.warmup_ratio)
             loss = _accumulate(net, [given[i] for i in chosen], factors[chosen], settings, device)

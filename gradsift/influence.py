@@ -136,8 +136,7 @@ def _product(rows: Rows, where: slice, side: Tensor, form: Literal["raw", "unit"
     for start in range(where.start, where.stop, step):
         part = slice(start, min(start + step, where.stop))
         block = _read(rows, part, "unit" if scales is not None else form)
-        # for few targets the rows stand on the right: half as long as the other way round for eight
-        out[start - where.start : part.stop - where.start] = block @ side.T if len(side) == 1 else dense.linear(side, block).T
+        out[start - where.start : part.stop - where.start] = dense.linear(block, side)
     return out.mul_(scales[where, None].to(out.device)) if scales is not None and form == "raw" else out
 
 

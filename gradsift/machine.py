@@ -22,7 +22,7 @@ import torch
 _MALLOPT = (("mmap_threshold", -3, 32 << 20), ("trim_threshold", -1, 2**31 - 1), ("top_pad", -2, 64 << 20))
 
 
-# oneDNN keeps compiled kernels for every shape it has met, 1,024 of them by default: batches of ever new lengths fill a gigabyte with bfloat16
+# oneDNN keeps compiled kernels for every shape it has met, 1,024 of them by default: batches of ever new lengths fill hundreds of megabytes with
 # kernels that are hardly used again. A batch itself needs some thirty, layer after layer.
 _KERNEL_CACHES, _KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "64"
 
@@ -33,8 +33,7 @@ def settle(threads: int) -> int:
 
     Returns the number of threads in force. Variables that the user has set stay as they are.
     """
-    for name in _KERNEL_CACHES:
-        os.environ.setdefault(name, _KERNELS)
+    _bound_kernels()
     threads = threads or usable_cores()
     torch.set_num_threads(threads)
     if _glibc():
@@ -58,14 +57,23 @@ def emulates_bfloat16(device: str) -> bool:
 
 @functools.cache
 def prefers_onednn() -> bool:
-    """Whether fp32 products on this CPU are faster by oneDNN than by MKL, which knows AVX-512 on Intel's processors alone."""
-    cpus = Path("/proc/cpuinfo")
-    amd = cpus.exists() and "AuthenticAMD" in cpus.read_text()
-    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkl.is_available() and _has_onednn_linear()
+    """Whether fp32 products on this CPU are faster by oneDNN than by MKL, which knows AVX-512 on Intel's processors alone. Told on Linux only."""
+    with contextlib.suppress(OSError):
+        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+        if amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkl.is_available() and has_onednn_linear():
+            _bound_kernels()
+            return True
+    return False
 
 
-def _has_onednn_linear() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def has_onednn_linear() -> bool:
+    """Whether this build of torch brings oneDNN's product of a matrix and a weight, and it is switched on."""
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _bound_kernels() -> None:
+    for name in _KERNEL_CACHES:
+        os.environ.setdefault(name, _KERNELS)
 
 
 def peak_bytes() -> int:

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from gradsift import budget as budgets
-from gradsift import machine, methods, tuned
+from gradsift import curved, machine, methods, tuned
 from gradsift.curvature import scores
 from gradsift.dense import quick_layers
 from gradsift.encode import EncodedRows, encode, pad_batch, token_batches
 from gradsift.gradients import extract, output_dim
-from gradsift.influence import backend
+from gradsift.influence import through_curvature
 from gradsift.model import attach_lora, tracked_modules
 from gradsift.pipeline import Pipeline
 from gradsift.plan_ray import Spread, spread
@@ -257,12 +257,12 @@ def _pass(model: Any, encoded: EncodedRows, batches: list[list[int]], pad_id: in
     def step(batch: list[int]) -> None:
         ids, mask, labels = pad_batch([encoded[i] for i in batch], pad_id)
         kept = labels[:, 1:] != -100
-        with quick_layers(model.modules()):
-            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1][kept].float()
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1][kept].float()
         torch.nn.functional.cross_entropy(logits, labels[:, 1:][kept]).backward()
 
-    for batch in batches:
-        step(batch)
+    with quick_layers(model.modules()):
+        for batch in batches:
+            step(batch)
     model.zero_grad(set_to_none=True)
 
 
@@ -284,11 +284,11 @@ def _cost(pipeline: Pipeline, recipe: Recipe, tokens: Mapping[str, int], rates: 
         label, bytes_, seconds = side, store, rows * rates.dim * 20 / 1e9
     elif recipe.stage == "curvature":
         fitted = n * min(1.0, recipe.config["fit_rows"] / max(rows, 1))
-        label, bytes_, seconds = recipe.config["form"], 16 * rates.parameters, 3 * fitted / rates.gradients
+        label, bytes_, seconds = recipe.config["form"], 2 * rates.factors + rates.tracked, 3 * fitted / rates.gradients
     elif recipe.stage == "influence" and "curvature" in recipe.inputs:
         m = len(pipeline.sides["target"])
         label, bytes_ = str(recipe.config["backend"]), 8 * rows * m
-        seconds = n / rates.gradients + rows * m * rates.parameters / rates.multiply
+        seconds = n / rates.gradients + rows * m * (rates.tracked / 4) / rates.multiply
     elif recipe.stage == "influence":
         m = len(pipeline.sides["target"])
         label, bytes_ = str(recipe.config["backend"]), 4 * rows * m
@@ -377,15 +377,17 @@ def _peak(pipeline: Pipeline, selector: Selector, rates: Rates) -> int:
     if clusters:
         sample = min(n, max(min(kmeans.SAMPLE * clusters, kmeans.SAMPLE_MOST), kmeans.SAMPLE_LEAST))
         choosing = 5 * block + sample * kmeans.SKETCH * 4 + min(n, 4 * -(-n // clusters)) * rates.dim * 4
-    return max(rates.peak_bytes + max(shard, _curved(pipeline, selector, rates)), rates.used_bytes + max(shard, choosing) + CHARTS)
+    passing = (rates.peak_bytes + rates.used_bytes) // 2  # a pass of the engine takes less than half of what a training step does
+    return max(rates.peak_bytes + shard, passing + _curved(pipeline, selector, rates), rates.used_bytes + max(shard, choosing) + CHARTS)
 
 
 def _curved(pipeline: Pipeline, selector: Selector, rates: Rates) -> int:
     """Bytes that influence through the curvature holds beside a pass of the model: factors and their eigenvectors, the eigenvalues and their
     inverse, the targets' whole gradients as far as they fit, and pool gradients held back."""
-    signals = [s for s in selector.needs() if isinstance(s, Signal) and s.name == "influence"]
-    if not any(backend(str(s.backend)).curvature is not None for s in signals):
+    signals = [s for s in selector.needs() if isinstance(s, Signal) and through_curvature(s)]
+    if not signals:
         return 0
-    targets = len(pipeline.sides["target"])
-    held = scores.HELD // rates.tracked * rates.tracked if targets >= scores.MANY else 0
+    grouped = min(curved.settings(pipeline, s)["target_batch"] for s in signals)
+    targets = -(-len(pipeline.sides["target"]) // grouped)
+    held = min(scores.HELD // rates.tracked, len(pipeline.sides["pool"])) * rates.tracked if targets >= scores.MANY else 0
     return 2 * rates.factors + 2 * rates.tracked + min(targets * rates.tracked, scores.MEMORY) + held

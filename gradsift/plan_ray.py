@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from gradsift.curvature.scores import MEMORY
 from gradsift.execute_ray import Ray
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def spread(pipeline: Pipeline, stages: Sequence[StageCost], rates: Rates) -> Spr
             "gradients": size * (2 * rates.dim + 17), "embeddings": size * (2 * rates.hidden + 17), "curvature": rates.factors,
             "influence": 4 * size * targets,
         }.get(stage.stage, 8 * size))  # fmt: skip
-        shared.append({"curvature": rates.factors, "influence": targets * rates.tracked}.get(stage.stage, 12 * rates.parameters))
+        shared.append({"curvature": rates.factors, "influence": min(targets * rates.tracked, MEMORY)}.get(stage.stage, 12 * rates.parameters))
     given = max((min(rows, stage.rows) * (8 * stage.tokens // max(stage.rows, 1) + 9) for stage in mapped), default=0)
     return Spread(
         workers=workers,

@@ -23,7 +23,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gradsift import machine
 from gradsift.artifact import canonical_json, recipe_digest
 from gradsift.config import Settings
-from gradsift.dense import quick_layers
 from gradsift.durable import making
 from gradsift.errors import ResourceError
 from gradsift.families import FAMILIES, TARGET_FAMILY, stream
@@ -157,8 +156,7 @@ def _train(
         try:
             machine.settle(_THREADS)
             for step, (ids, weight) in zip(range(1, settings.steps + 1), _batches(tokenizer, settings, weights), strict=False):
-                with quick_layers(model.modules()):
-                    logits = model(input_ids=ids, attention_mask=(weight > 0).long()).logits[:, :-1]
+                logits = model(input_ids=ids, attention_mask=(weight > 0).long()).logits[:, :-1]
                 losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
                 (losses @ weight[:, 1:].flatten() / weight[:, 1:].sum()).backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gradsift import dense, machine
+from gradsift.config import FinetuneSettings
+from gradsift.curvature import fit
+from gradsift.evaluate import finetune
+from gradsift.gradients import extract
+from gradsift.projection import Projection
+from gradsift.signals.embeddings import embed
 from gradsift.signals.loss import row_losses
 from tests import tolerances as tol
 from tests.parity.parts import build, make_rows
 
-pytestmark = pytest.mark.skipif(not machine._has_onednn_linear(), reason="this build of torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not machine.has_onednn_linear(), reason="this build of torch has no oneDNN")
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "torch's own"], autouse=True)
@@ -63,13 +71,14 @@ def test_a_batch_of_products_is_one_by_one(rows: int) -> None:
             close(found, expected)
 
 
-def test_a_layer_gives_the_gradients_of_its_own_forward() -> None:
+def test_a_layer_gives_the_gradients_of_its_own_forward(preferred: bool) -> None:
     layer, x, wanted = nn.Linear(160, 224), numbers(3, 64, 160).requires_grad_(True), numbers(3, 64, 224)
     inputs = [x, layer.weight, layer.bias]
     expected = torch.autograd.grad(layer.double()(x.double()), [x, layer.weight, layer.bias], wanted.double())
     layer.float()
     with dense.quick_layers([layer]):
         out = layer(x)
+    assert ("_Linear" in type(out.grad_fn).__name__) == preferred
     out.add_(1)  # as models do with a residual: the output is no view
     for found, right in zip(torch.autograd.grad(out, inputs, wanted), expected, strict=True):
         close(found, right.double())
@@ -77,10 +86,15 @@ def test_a_layer_gives_the_gradients_of_its_own_forward() -> None:
 
 
 def test_direct_products_do_not_lose_a_gradient() -> None:
-    a, b = numbers(192, 160).requires_grad_(True), numbers(160, 224)
+    a, b, bias = numbers(192, 160).requires_grad_(True), numbers(160, 224), torch.zeros(224, requires_grad=True)
     dense.matmul(a, b).sum().backward()
     assert a.grad is not None
     close(a.grad, b.double().sum(1).expand(192, 160))
+    dense.linear(a.detach(), b.t(), bias).sum().backward()
+    close(bias.grad, torch.full((224,), 192.0, dtype=torch.float64))  # type: ignore[arg-type]
+    left = numbers(2, 160, 128).requires_grad_(True)
+    dense.bmm(left, numbers(2, 128, 96)).sum().backward()
+    close(left.grad, numbers(2, 128, 96).double().sum(2)[:, None].expand(2, 160, 128))  # type: ignore[arg-type]
 
 
 def test_what_does_not_apply_is_left_to_torch(preferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,12 +113,80 @@ def test_what_does_not_apply_is_left_to_torch(preferred: bool, monkeypatch: pyte
     assert len(calls) == 4
 
 
-def test_losses_of_a_model_are_the_same_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def products(preferred: bool, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Products are worth the way however small they are; the list grows by one for each that takes it."""
+    found: list[int] = []
+    own = dense._contiguous
     monkeypatch.setattr(dense, "_LEAST", 1)
+    monkeypatch.setattr(dense, "_contiguous", lambda a: (found.append(1), own(a))[1])
+    return found
+
+
+def test_passes_of_a_model_take_them(preferred: bool, products: list[int]) -> None:
+    model, rows = build("llama", lora=True), make_rows(6)
+    works: list[Callable[[], object]] = [
+        lambda: row_losses(model, rows),
+        lambda: embed(model, rows),
+        lambda: list(extract(model, rows, projection=Projection(64))),
+        lambda: fit(model, rows),
+        lambda: finetune(lambda: build("llama", lora=False), rows, settings=FinetuneSettings(mode="full", steps=1)),
+    ]
+    for work in works:
+        products.clear()
+        work()
+        assert bool(products) == preferred
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_model_with_checkpointed_blocks_trains_alike(products: list[int], bf16: bool) -> None:
+    def trained(checkpointed: bool) -> Tensor:
+        def model() -> Any:
+            made: Any = build("llama", lora=False)
+            if checkpointed:
+                made.gradient_checkpointing_enable()
+            return made
+
+        settings = FinetuneSettings(mode="full", steps=2, batch_size=4, bf16=bf16)
+        return torch.cat([p.detach().flatten() for p in finetune(model, make_rows(6), settings=settings).parameters()])
+
+    assert torch.equal(trained(True), trained(False))
+
+
+def test_a_layer_used_twice_whose_outputs_do_not_all_reach_the_loss(products: list[int], preferred: bool) -> None:
+    """What is still held when the backward pass is over is multiplied out then."""
+    model: Any = build("llama", lora=False)
+    mlp = model.model.layers[0].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: own(x) + own(2 * x).detach()
+    batch = next(iter(extract(model, make_rows(2), projection=Projection(64), modules="linear")))
+    assert torch.isfinite(batch.rows).all() and not batch.norms.requires_grad
+
+
+def test_losses_of_a_model_are_the_same_both_ways(products: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = build("llama", lora=False), make_rows(6)
     found = row_losses(model, rows).total
     monkeypatch.setattr(dense, "prefers_onednn", lambda: False)
     torch.testing.assert_close(found, row_losses(model, rows).total, rtol=tol.LOSS_RTOL, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "expected"),
+    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
+)
+def test_the_processor_decides(vendor: str, capability: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: f"vendor_id\t: {vendor}\n")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert machine.prefers_onednn.__wrapped__() == expected
+
+
+def test_a_system_that_does_not_tell_its_processor_has_torch_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Path) -> str:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    assert machine.prefers_onednn.__wrapped__() is False
 
 
 def test_the_kind_of_cpu_says_which_products_it_takes(preferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,8 @@ def pool(path: Path, count: int, letters: int, seed: int) -> Path:
 
 def measured(server: Server, folder: Path, model: Path, kind: str, length: str, rows: int, *, planned: bool = False) -> dict[str, float]:
     method, options = METHODS[kind]
-    files = pool(folder / f"{rows}.jsonl", rows, LENGTHS[length], 0), pool(folder / "target.jsonl", 6, LENGTHS[length], 1)
+    wanted = 40 if kind == "curved" else 6  # from 32 on pool gradients are held back
+    files = pool(folder / f"{rows}.jsonl", rows, LENGTHS[length], 0), pool(folder / "target.jsonl", wanted, LENGTHS[length], 1)
     gradients = {**(LORA if kind == "lora" else LINEAR), "shard_rows": 32}
     settings = {"encode": {"max_length": 1024}, "warmup": WARMUP, "gradients": gradients, "machine": {"threads": 1}}
     server.order(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsift.dense import quick_layers
 from gradsift.signals.loss import token_nats
 from gradsift.types import Rows
 
@@ -44,26 +45,27 @@ def train_score_net(
     optimiser = torch.optim.AdamW([{"params": trained}, {"params": [net]}], lr=lr, weight_decay=0.0)
     training = model.training
     model.train()
-    for number, step in enumerate(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = lr * (1 - number / len(steps))
-        rows = [i for batch in step for i in batch]
-        scores = features[rows].float() @ net
-        fixed = weights(scores.detach())
-        supervised = sum(sum(label != -100 for label in encoded[i]["labels"][1:]) for i in rows)
-        totals, place = [], 0
-        for batch in step:
-            nats, owner = token_nats(model, [encoded[i] for i in batch], pad_id=pad_id)
-            total = nats.new_zeros(len(batch)).index_add(0, owner, nats)
-            ((fixed[place : place + len(batch)].to(total.device) * total).sum() / supervised).backward()
-            totals.append(total.detach().cpu())
-            place += len(batch)
-            if advance:
-                advance(sum(len(encoded[i]["input_ids"]) for i in batch))
-        weighted_loss(scores, torch.cat(totals), torch.tensor([supervised])).backward()
-        torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+    with quick_layers(model.modules()):
+        for number, step in enumerate(steps):
+            for group in optimiser.param_groups:
+                group["lr"] = lr * (1 - number / len(steps))
+            rows = [i for batch in step for i in batch]
+            scores = features[rows].float() @ net
+            fixed = weights(scores.detach())
+            supervised = sum(sum(label != -100 for label in encoded[i]["labels"][1:]) for i in rows)
+            totals, place = [], 0
+            for batch in step:
+                nats, owner = token_nats(model, [encoded[i] for i in batch], pad_id=pad_id)
+                total = nats.new_zeros(len(batch)).index_add(0, owner, nats)
+                ((fixed[place : place + len(batch)].to(total.device) * total).sum() / supervised).backward()
+                totals.append(total.detach().cpu())
+                place += len(batch)
+                if advance:
+                    advance(sum(len(encoded[i]["input_ids"]) for i in batch))
+            weighted_loss(scores, torch.cat(totals), torch.tensor([supervised])).backward()
+            torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
     model.train(training)
     return net.detach()
 

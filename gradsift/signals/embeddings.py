@@ -51,8 +51,7 @@ def embed(
         ids, attention, _ = pad_batch([encoded[int(i)] for i in batch], pad_id)
         ids, attention = ids.to(device), attention.to(device)
         seen.clear()  # of a batch that memory ran out for
-        with quick_layers(model.modules()):
-            model(input_ids=ids, attention_mask=attention, use_cache=False)
+        model(input_ids=ids, attention_mask=attention, use_cache=False)
         weights = (attention.cumsum(dim=1) * attention).float()
         states = seen.pop().float().to(device)  # from the last of the devices that a model spans
         # Zero weights alone would let a non-finite padding state through.
@@ -64,10 +63,11 @@ def embed(
     model.eval()
     hook = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
-        for batch, pooled, _ in (halving or Halving()).run(token_batches(lengths, token_budget), lengths, work):
-            found[torch.as_tensor(batch)] = torch.nan if pooled is None else pooled
-            if advance:
-                advance(int(lengths[batch].sum()))
+        with quick_layers(model.modules()):
+            for batch, pooled, _ in (halving or Halving()).run(token_batches(lengths, token_budget), lengths, work):
+                found[torch.as_tensor(batch)] = torch.nan if pooled is None else pooled
+                if advance:
+                    advance(int(lengths[batch].sum()))
     finally:
         hook.remove()
         model.train(training)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift.attention import is_mixed, short_rows
 from gradsift.dense import quick_layers
 from gradsift.encode import pad_batch, token_batches
 from gradsift.halving import Halving
@@ -46,8 +45,7 @@ def token_nats(model: Any, rows: Sequence[Any], *, pad_id: int = 0) -> tuple[Ten
         lambda _, args: (args[0][kept.to(args[0].device)].unsqueeze(0), *args[1:])
     )
     try:
-        with quick_layers(model.modules()), short_rows(is_mixed()):
-            logits = model(input_ids=ids, use_cache=False).logits[0].float()
+        logits = model(input_ids=ids, use_cache=False).logits[0].float()
     finally:
         hook.remove()
     return torch.nn.functional.cross_entropy(logits, following[kept].to(logits.device), reduction="none").to(device), owner
@@ -77,16 +75,17 @@ def row_losses(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for batch, found, _ in (halving or Halving()).run(token_batches(lengths, token_budget), lengths, work):
-            where = torch.as_tensor(batch)
-            if found is None:
-                total[where], count[where] = torch.nan, sum(label != -100 for label in encoded[int(batch[0])]["labels"][1:])
-            else:
-                nats, owner = found
-                count[where] = torch.bincount(owner, minlength=len(batch))
-                total[where] = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, owner, nats.double())
-            if advance:
-                advance(int(lengths[batch].sum()))
+        with quick_layers(model.modules()):
+            for batch, found, _ in (halving or Halving()).run(token_batches(lengths, token_budget), lengths, work):
+                where = torch.as_tensor(batch)
+                if found is None:
+                    total[where], count[where] = torch.nan, sum(label != -100 for label in encoded[int(batch[0])]["labels"][1:])
+                else:
+                    nats, owner = found
+                    count[where] = torch.bincount(owner, minlength=len(batch))
+                    total[where] = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, owner, nats.double())
+                if advance:
+                    advance(int(lengths[batch].sum()))
     finally:
         for module, mode in modes.items():
             module.training = mode
