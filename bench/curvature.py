@@ -10,7 +10,7 @@ once per fit and given apart in ms (`once_cpu_ms`). `scores-M`: the pool's side 
 set itself; nothing fails when it is missed. `added_mb`, `memory_ratio`: peak memory that one more pass adds to what the process held
 before it (the targets, the basis), and its ratio to the floor's.
 
-`usual`: with torch's own matrix products, as the floor's, on a processor where ours go to oneDNN (bench/engine.py).
+`usual`: with torch's own matrix products, as the floor's, on a processor where ours go to oneDNN (bench/engine.py); beside scores only.
 
 `--rows 2000 --targets --rounds 2` measures the fit alone, on as many rows as the goal names: minutes of one core a round, and as much twice
 before the first.
@@ -48,7 +48,7 @@ from peers import Arm, Rows, losses, pad
 from torch import Tensor, nn
 
 from gradsift import machine
-from gradsift.curvature import Fitting, fit, influence_scores, prepare_targets, score_pool
+from gradsift.curvature import Fitting, fit, influence_scores, prepare_targets, rank_agreement, score_pool
 from gradsift.model import tracked_modules
 
 GOALS = {"fit": 2.0, "scores-8": 1.2, "scores-64": 1.5, "scores-256": 3.0}
@@ -71,7 +71,7 @@ def make_arms(n: int, budget: int, counts: list[int], low: bool) -> tuple[dict[s
         "factors": lambda: void(work.sum_factors(0)),  # the shards' own work, without writing them
         "eigenvalues": lambda: void(work.sum_squares(0, basis)),
     }
-    if machine.prefers_onednn():
+    if machine.prefers_onednn() and counts:
         arms |= {f"{name}-usual": with_usual_products(arms[name]) for name in ("factors", "eigenvalues")}
     for m in counts:
         for name, rank in ((f"scores-{m}", None), (f"scores-{m}-low", 32))[: 1 + low]:
@@ -81,6 +81,14 @@ def make_arms(n: int, budget: int, counts: list[int], low: bool) -> tuple[dict[s
             once[f"prepare-{name}"] = 1000 * (time.process_time() - start) / m
             arms[name] = lambda prepared=prepared: void(list(score_pool(model, rows, prepared, modules="linear", token_budget=budget)))
     return arms, once
+
+
+def low_rank_agreement(n: int, targets: int, budget: int) -> dict[str, Any]:
+    """How rank-32 scores order the rows against those of whole targets: Spearman, least and mean over the targets."""
+    model, rows = base_model(), make_rows(n)
+    inverse = fit(model, rows, modules="linear", token_budget=budget).inverse()
+    found = rank_agreement(model, rows, make_rows(n + targets)[-targets:], inverse, 32, modules="linear", token_budget=budget)
+    return {"rank": 32, "targets": targets, "spearman": [round(float(found.min()), 5), round(float(found.mean()), 5)]}
 
 
 def against_kronfluence(rows: Rows, targets: Rows, budget: int) -> dict[str, Any]:
@@ -200,6 +208,8 @@ def main() -> None:
         "once_cpu_ms": {name: round(ms, 1) for name, ms in once.items()},
         "arms": {name: figures(name, cpu, memory, args.rows) for name in cpu},
     }  # fmt: skip
+    if args.low:
+        report["low"] = low_rank_agreement(args.rows, 8, args.budget)
     if args.kronfluence:
         report["kronfluence"] = against_kronfluence(make_rows(args.rows), make_rows(args.rows + 8)[-8:], args.budget)
     text = json.dumps(report, indent=1)

@@ -37,6 +37,9 @@ CURVATURE = {
     "scores-8": "influence on 8 targets, full rank",
     "scores-64": "influence on 64 targets, full rank",
     "scores-256": "influence on 256 targets, full rank",
+    "scores-8-low": "influence on 8 targets, rank 32",
+    "scores-64-low": "influence on 64 targets, rank 32",
+    "scores-256-low": "influence on 256 targets, rank 32",
 }
 
 
@@ -89,6 +92,10 @@ def curvature(found: Mapping[str, Any]) -> str:
             lines.append(row(label, spread(arm["cpu_ratio"]), goal(arm), memory))
     once = found["once_cpu_ms"]["eigendecompositions"] / 1000
     lines += ["", f"Paid once per fit besides: {once:.1f} s of eigendecompositions.", ""]
+    if "low" in found:
+        low = found["low"]
+        least, mean = low["spearman"]
+        lines += [f"Rank {low['rank']} orders the rows as full rank does: Spearman {least:.3f} at least, {mean:.3f} on average.", ""]
     if "kronfluence" in found:
         theirs = found["kronfluence"]
         lines += [
@@ -161,6 +168,7 @@ def row(*cells: str) -> str:
 SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "engine": engine,
     "curvature": curvature,
+    "curvature-2000": curvature,
     "query": query,
     "rules": rules,
     "overheads": overheads,
