@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gradsift.machine import prefers_onednn
 from gradsift.swaps import swapped
 
-_LEAST = 1 << 20  # multiply-adds below which the detour costs more than it saves
+_LEAST = 1 << 23  # multiply-adds below which the detour, and a kernel compiled for a new shape, costs more than it saves
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

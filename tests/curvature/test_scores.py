@@ -103,7 +103,7 @@ def test_t27_full_rank_is_dense_and_lower_rank_is_its_compression(kind: str, hel
     model, pool, target = make(), make_rows(11), make_rows(4, seed=1)
     curvature = fit(model, pool, modules=modules)
     inverse = curvature.inverse()
-    monkeypatch.setattr(scores, "_MANY", 1)
+    monkeypatch.setattr(scores, "MANY", 1)
     size = 4 * sum(r * c for r, c in curvature.shapes.values())
     monkeypatch.setattr(scores, "HELD", held * size)
     naive = Naive(model, curvature.names, pool), Naive(model, curvature.names, target)
