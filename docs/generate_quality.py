@@ -18,7 +18,7 @@ model, real instruction pools, training on what was chosen, loss on held-out row
 random rows, with 95 % intervals over seeds and test rows. `docs/compare.md` says how. Tables marked bfloat16 took signals from the model in bfloat16
 and trained in mixed precision, and `contrast` tunes there by its default, LoRA and ten passes; in the others it tunes as the subsets are trained, in
 full, three passes, 5e-4. Tests are measured, and the scores of the linear datamodeling table taken, in float32 everywhere. There, labels of the
-curvature are drawn from the model, the default, but where a line says that they are the given ones, and in kronfluence's line, which has the given ones.
+curvature are drawn from the model, the default; in kronfluence's line, and where a line says so, they are the given ones.
 """
 TITLES = {
     "targeted": "One target at a time",
