@@ -39,8 +39,8 @@ from gradsift.stages import Recipe
 # Those that read least come first, then those that share rows: a run that is stopped early has measured most.
 ARMS = (
     "random", "length", "dsir", "rds", "kcenter", "perplexity", "ifd", "selffilter",
-    "less", "bids", "tagcos", "tagcos:preset=released", "g2is", "g2is:preset=released",
-    "gist", "gradmatch", "gdig", "gdig:preset=released",
+    "less", "bids", "tagcos", "tagcos:preset=released", "g2is", "g2is:preset=paper", "g2is:preset=released",
+    "gist", "gradmatch", "gdig", "gdig:preset=released", "contrast",
 )  # fmt: skip
 BUDGET = "5%"
 READ, CUT = 20, 300  # picks to be read, and characters of each text

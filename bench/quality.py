@@ -48,7 +48,17 @@ ORACLES = {
     "mt_de_en": "task=mt_de_en",
     "bbh_logical_deduction_five_objects": "task=bbh/logical_deduction_three_objects",
 }
-TARGETED = ("contrast", "less", "less:preset=released,aggregate=round-robin", "g2is", "gdig", "bids", "gist", "gradmatch")
+TARGETED = (
+    "contrast",
+    "less",
+    "less:preset=released,aggregate=round-robin",
+    "g2is",
+    "g2is:preset=paper",
+    "gdig",
+    "bids",
+    "gist",
+    "gradmatch",
+)
 AGNOSTIC = ("tagcos", "gradmatch", "kcenter", "selffilter")
 SEVERAL = ("contrast", "bids", "less", "less:aggregate=round-robin", "rds")
 NOISE = ("contrast", "contrast:per=token", "gdig", "gdig:preset=released", "less", "tagcos", "perplexity", "ifd")
@@ -190,7 +200,8 @@ class Bench:
         print("\n".join(found.lines()), file=sys.stderr)
 
     def noise(self, budget: str) -> None:
-        """Table 4: which rows of a noisy translation pool are picked, given clean ones of all six directions as target, then dev rows of one."""
+        """Table 4: which rows of a noisy translation pool are picked, given clean ones of all six directions as target, then dev rows of one;
+        and what a model trained on the picks of the former loses on held-out rows of two directions."""
         rows = stratified(read(self.shared / "data" / "pool_mt.jsonl.gz"), "task", self.options.rows)
         clean = [row for row in rows if row["noise"] == "none"]
         seeds = stratified(clean, "task", 64, seed=1)
@@ -216,6 +227,28 @@ class Bench:
                     progress=auto(),
                 )
                 self.record("noise", name + label, noise_found(pool, chosen))
+        self.noise_trained(files)
+
+    def noise_trained(self, files: tuple[Path, Path]) -> None:
+        tests = {name: self.tests.get(name) or self._test(name) for name in ("mt_de_en", "mt_zh_en")}
+        found = compare(
+            self.chosen(NOISE),
+            pool=files[0],
+            target=[files[1]],
+            test=list(tests.values()),
+            controls=[],
+            oracle="noise=none",
+            budget="10%",
+            run=self.root / "mt",
+            model=self.model,
+            seeds=self.options.seeds,
+            equal=("steps",),
+            measure=("loss",),
+            settings=self.settings,
+            progress=auto(),
+        )
+        self.record("noise training", "10%", found.summary())
+        print("\n".join(found.lines()), file=sys.stderr)
 
     def lds(self, budget: str) -> None:
         """Table 5: linear datamodeling score (Park et al. 2023, section 2): does the sum of scores over a random half of the pool rank the
@@ -316,6 +349,9 @@ class Bench:
                 rows_picked = float(budget.rstrip("%")) / 100 * options.rows
                 each = RECIPE["epochs"] * rows_picked * per_row / rates.train + TESTED * per_row / rates.forward
                 seconds += arms * options.seeds * each * (len(self.targets) if table == "targeted" else 1)
+        if "noise" in wanted:  # a tenth of the pool, with random and clean rows
+            tenth = RECIPE["epochs"] * options.rows / 10 * per_row
+            seconds += (len(self.chosen(NOISE)) + 2) * options.seeds * (tenth / rates.train + 2 * TESTED * per_row / rates.forward)
         if "lds" in wanted:
             seconds += options.halves * LDS_EPOCHS * LDS_ROWS / 2 * per_row / rates.train
         return seconds * threads / 3600

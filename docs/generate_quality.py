@@ -25,6 +25,7 @@ TITLES = {
     "several": "Several targets at once",
     "agnostic": "Without a target: the mean over all tests",
     "noise": "Noise in a translation pool, clean seeds",
+    "noise training": "Trained on what was picked from the noisy pool",
     "lds": "Linear datamodeling score of influence backends",
 }
 

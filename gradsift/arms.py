@@ -132,9 +132,8 @@ class Arms:
         drawn = [rng.choice(usable[of == c], int((wanted == c).sum()), replace=False) for c in np.unique(wanted)]
         return np.sort(np.concatenate(drawn))
 
-    def oracle(self, text: str, count: int) -> Choice:
-        """`count` rows drawn for every seed among those whose FIELD is VALUE; where they are fewer, all of them and random others: the same
-        steps on a handful of rows would say how a handful is overfitted."""
+    def marked(self, text: str) -> np.ndarray:
+        """The usable rows whose FIELD is VALUE, of "FIELD=VALUE". Raises ConfigError, UserError where there are none."""
         field, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--oracle {text}: not FIELD=VALUE", remedy="Write it as --oracle source=gsm8k.")
@@ -142,6 +141,12 @@ class Arms:
         marked = np.array([row for row in self.usable.tolist() if str(pool.record(row).get(field)) == value], dtype=np.int64)
         if not len(marked):
             raise UserError(f"--oracle {text}: no row of the pool has that value", remedy="Look at the rows with `gradsift inspect`.")
+        return marked
+
+    def oracle(self, text: str, count: int) -> Choice:
+        """`count` rows drawn for every seed among those whose FIELD is VALUE; where they are fewer, all of them and random others: the same
+        steps on a handful of rows would say how a handful is overfitted."""
+        marked = self.marked(text)
         others = np.setdiff1d(self.usable, marked)
         short = min(max(count - len(marked), 0), len(others))
         drawn = []

@@ -19,13 +19,15 @@ MEAN = "mean of the tests"
 @dataclass(frozen=True)
 class Arm:
     """One way of choosing rows. kind: "method", "control", "full" (the whole pool) or "none" (the base model, untrained). rows, tokens
-    (supervised, of one pass): of the first seed's draw; seconds: what choosing took, all stages counted, 0 for what costs nothing."""
+    (supervised, of one pass): of the first seed's draw; seconds: what choosing took, all stages counted, 0 for what costs nothing;
+    marked: the share of those rows that carry the oracle's mark, None without an oracle."""
 
     name: str
     kind: str
     rows: int
     tokens: int
     seconds: float
+    marked: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,11 @@ class Comparison:
                 return found
         raise KeyError(f"no table of {wanted}, {measure}, equal {equal}")
 
+    @property
+    def marks(self) -> bool:
+        """Whether an oracle has marked rows."""
+        return any(arm.marked is not None for arm in self.arms)
+
     def summary(self) -> dict[str, Any]:
         found = asdict(self)
         for table in found["tables"]:
@@ -122,6 +129,7 @@ class Comparison:
         head = (
             f"{'':<{width}}{table.measure:>{wide}}{f'against {self.control} ({self.level:.0%})':>34}{'rows':>9}{'tokens':>10}{'steps':>7}"
         )
+        head += f"{'marked':>9}" if self.marks else ""
         return [f"{table.test}: {table.measure} ({better}), {same}", head]
 
     def _body(self, table: Results) -> list[str]:
@@ -132,7 +140,8 @@ class Comparison:
             if line.difference is not None:
                 mark = "*" if line.certain else " "
                 against = f"{line.difference:+.4f} ({line.low:+.4f} to {line.high:+.4f}){mark}"
-            body.append(f"{arm.name:<{width}}{line.value:>{wide}.4f}{against:>34}{arm.rows:>9,}{arm.tokens:>10,}{line.steps:>7,}")
+            marked = f"{_share(arm):>9}" if self.marks else ""
+            body.append(f"{arm.name:<{width}}{line.value:>{wide}.4f}{against:>34}{arm.rows:>9,}{arm.tokens:>10,}{line.steps:>7,}{marked}")
         return body
 
     def markdown(self) -> str:
@@ -140,13 +149,15 @@ class Comparison:
         for table in self.tables:
             better = "lower" if table.lower_is_better else "higher"
             found.append(f"**{table.test}**, {table.measure} ({better} is better), equal {table.equal}\n")
-            found.append(
-                f"| | {table.measure} | against {self.control} ({self.level:.0%} interval) | rows | steps |\n|---|---:|---:|---:|---:|"
-            )
+            marked, rule = (" marked |", "---:|") if self.marks else ("", "")
+            found.append(f"| | {table.measure} | against {self.control} ({self.level:.0%} interval) | rows | tokens | steps |{marked}")
+            found.append(f"|---|---:|---:|---:|---:|---:|{rule}")
             arms = {arm.name: arm for arm in self.arms}
             for line in sorted(table.lines, key=lambda line: line.value if table.lower_is_better else -line.value):
                 against = "" if line.difference is None else f"{line.difference:+.4f} ({line.low:+.4f} to {line.high:+.4f})"
-                found.append(f"| {line.arm} | {line.value:.4f} | {against} | {arms[line.arm].rows:,} | {line.steps:,} |")
+                arm = arms[line.arm]
+                marked = f" {_share(arm)} |" if self.marks else ""
+                found.append(f"| {line.arm} | {line.value:.4f} | {against} | {arm.rows:,} | {arm.tokens:,} | {line.steps:,} |{marked}")
             found.append("")
         return "\n".join(found)
 
@@ -170,6 +181,10 @@ class Comparison:
         note = f"{table.test}; intervals ({self.level:.0%}) are of the difference to {self.control}, over seeds and test rows."
         what = "held-out loss (nats per token)" if table.measure == "loss" else table.measure
         return report.Comparison(measure=what, lower_is_better=table.lower_is_better, results=results, note=note)
+
+
+def _share(arm: Arm) -> str:
+    return "" if arm.marked is None else f"{arm.marked:.0%}"
 
 
 @dataclass(frozen=True, eq=False)

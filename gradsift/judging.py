@@ -95,10 +95,11 @@ def compare(
         make = Arms(pipeline, wanted, overlap, list(range(seed, seed + seeds)))
         choices = [choice for name, (method, selector) in specs.items() for choice in make.selected(name, method, selector)]
         choices += [choice for name in chosen_controls for choice in make.control(name, choices[0])]
+        marked = None if oracle is None else make.marked(oracle)
         if oracle is not None:
             choices.append(make.oracle(oracle, len(choices[0].rows(0))))
         command = None if measure_command is None else Command(measure_command)
-        result = _Comparing(make, pipeline.config.finetune).measure(choices, tests, command, equal, level)
+        result = _Comparing(make, pipeline.config.finetune, marked).measure(choices, tests, command, equal, level)
         return _keep(pipeline, result, choices)
 
 
@@ -125,6 +126,7 @@ def _overlapping(pool: Pool, tests: Sequence[Sequence[Example]]) -> np.ndarray:
 class _Comparing:
     arms: Arms
     recipe: FinetuneSettings
+    marked: np.ndarray | None  # pool rows that carry the oracle's mark
 
     @property
     def pipeline(self) -> Pipeline:
@@ -185,7 +187,9 @@ class _Comparing:
 
     def _arm(self, choice: Choice) -> Arm:
         rows = choice.rows(0)
-        return Arm(choice.name, choice.kind, len(rows), int(self.pipeline.encoded("pool").supervised[rows].sum()), round(choice.seconds, 1))
+        tokens = int(self.pipeline.encoded("pool").supervised[rows].sum())
+        marked = None if self.marked is None else round(float(np.isin(rows, self.marked).mean()), 4)
+        return Arm(choice.name, choice.kind, len(rows), tokens, round(choice.seconds, 1), marked)
 
     def _project(self, missing: Sequence[tuple[Trial, Sequence[Any]]], tests: Sequence[Test]) -> None:
         """Says how long the trainings will take, from two steps and a small test."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,17 @@ def test_a_comparison_trains_what_its_table_says(
     recipe = judging.FinetuneSettings(**SETTINGS["finetune"], steps=3, seed=1)
     tuned = finetune(model, [encoded[i] for i in sorted(longest)], settings=recipe)
     assert length.per_seed[1] == pytest.approx(heldout_loss(tuned, held).loss, rel=1e-5)
+
+    # The share of rows that carry the oracle's mark.
+    arms, of_kind = {arm.name: arm for arm in found.arms}, [pool.record(i).get("family") == "translate" for i in range(len(pool))]
+    assert arms["oracle family=translate"].marked == min(1.0, sum(of_kind[:-1]) / 10)
+    assert arms["length"].marked == sum(of_kind[i] for i in longest) / 10
+    assert arms[BASE].marked is None
+    assert "marked" in found.lines()[1] and "| marked |" in found.markdown()
+    assert (
+        "marked"
+        not in Comparison(found.control, found.level, tuple(replace(arm, marked=None) for arm in found.arms), found.tables).markdown()
+    )
 
     # Again: nothing is trained, and the same comes out; the reports have the panel.
     def refuse(*_: Any, **__: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -83,7 +83,9 @@ def cases() -> list[Any]:
         options = {"clusters": 4} if "clusters" in fields else {}
         found.append(pytest.param(methods.make(name, options), id=name))
         if "preset" in fields:
-            found.append(pytest.param(methods.make(name, {**options, "preset": "released"}), id=f"{name}-released"))
+            default, *others = get_args(get_type_hints(methods.load(name))["preset"])
+            assert methods.make(name).preset == default  # type: ignore[attr-defined]
+            found += [pytest.param(methods.make(name, {**options, "preset": preset}), id=f"{name}-{preset}") for preset in others]
     return [*found, pytest.param(methods.make("selffilter", {"features": "quality, vector"}), id="selffilter-features")]
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from gradsift.methods import make
-from gradsift.rules import components
+from gradsift.rules import components, walk
 from tests.methods.parts import Stored, at_angles, choose, random_rows
 
-AS_IT_IS = {"remove_mean": False}
+AS_IT_IS = {"preset": "paper", "remove_mean": False}
 EAST = torch.tensor([[1.0, 0.0]])
 FOUR = at_angles(0, 20, 100, -36.87)
 
@@ -97,7 +97,7 @@ def test_released_centres_does_not_orient_and_leaves_the_pool_as_it_is() -> None
 def test_what_all_pool_rows_share_is_taken_out() -> None:
     pool, target, shared = random_rows(60, 8, 11), random_rows(6, 8, 12), 5 * random_rows(1, 8, 13)
     unit = torch.nn.functional.normalize(pool + shared, dim=1)
-    removed = choose(make("g2is"), pool + shared, target, 20)
+    removed = choose(make("g2is", {"preset": "paper"}), pool + shared, target, 20)
     by_hand = choose(make("g2is", AS_IT_IS), unit - unit.mean(0), target, 20)
     assert removed.indices.tolist() == by_hand.indices.tolist()
     assert bool((unit @ unit.T > 0).all())  # with the shared part no two rows are in conflict
@@ -122,9 +122,34 @@ def test_redistribution_fills_seats_of_walks_that_ended() -> None:
 
 def test_approximate_neighbours_find_the_same_rows() -> None:
     pool, target = random_rows(70, 8, 9), random_rows(5, 8, 10)
-    exact, fast = (choose(make("g2is", {**AS_IT_IS, "exact": e, "neighbours": 12}), pool, target, 12).indices.tolist() for e in (True, False))
+    exact, fast = (
+        choose(make("g2is", {**AS_IT_IS, "exact": e, "neighbours": 12}), pool, target, 12).indices.tolist() for e in (True, False)
+    )
     assert exact == fast
 
 
 def test_a_pool_of_one_row_is_chosen() -> None:
     assert choose(make("g2is", AS_IT_IS), torch.ones(1, 3), torch.ones(2, 3), 1).indices.tolist() == [0]
+
+
+def test_the_default_walks_toward_the_mean_unit_row_of_each_group() -> None:
+    pool, target = random_rows(60, 8, 14), random_rows(10, 8, 15) * torch.linspace(0.1, 40, 10)[:, None]
+    groups = ["a"] * 7 + ["b"] * 3
+    unit = torch.nn.functional.normalize(target, dim=1)
+    directions = torch.nn.functional.normalize(torch.stack([unit[:7].mean(0), unit[7:].mean(0)]), dim=1)
+    near = torch.nn.functional.normalize(pool, dim=1)
+    graph = (near @ near.T).fill_diagonal_(-2).argsort(dim=1, descending=True)[:, :50]
+    expected = walk.gradient_walk(pool, directions, [11, 10], graph, consistency=0.8, redistribute=True)
+    chosen = choose(make("g2is"), pool, target, 21, groups=groups)
+    assert chosen.notes["walked"] == len(expected)
+    assert chosen.indices[: len(expected)].tolist() == expected.indices.tolist()
+    assert chosen.notes["component_weights"].tolist() == [0.5, 0.5]
+    spelled = {"preset": "paper", "core": "mean", "remove_mean": False, "transform": "none"}
+    assert choose(make("g2is", spelled), pool, target, 21, groups=groups).indices.tolist() == chosen.indices.tolist()
+    back, paper = {"core": "principal", "remove_mean": True}, {"preset": "paper"}
+    assert choose(make("g2is", back), pool, target, 21).indices.tolist() == choose(make("g2is", paper), pool, target, 21).indices.tolist()
+
+
+def test_target_rows_that_cancel_have_no_mean_direction() -> None:
+    with pytest.raises(ValueError, match="target group 'b' cancel"):
+        choose(make("g2is"), FOUR, torch.cat([EAST, EAST, -EAST]), 2, groups=["a", "b", "b"])
