@@ -60,6 +60,12 @@ TARGETED = (
     "gradmatch",
 )
 AGNOSTIC = ("tagcos", "gradmatch", "kcenter", "selffilter")
+# Of each, which one should be the default, or whether the second thing pays.
+PAIRS = (
+    ("g2is", "g2is:preset=paper"),
+    ("less:preset=released,aggregate=round-robin", "less"),
+    ("gradmatch (weighted)", "gradmatch"),
+)
 SEVERAL = ("contrast", "bids", "less", "less:aggregate=round-robin", "rds")
 NOISE = ("contrast", "contrast:per=token", "gdig", "gdig:preset=released", "less", "tagcos", "perplexity", "ifd")
 TESTED = 300
@@ -385,7 +391,8 @@ def gap(lines: Mapping[str, Line], arm: str, oracle: str) -> tuple[float, np.nda
 
 
 def over_targets(found: Mapping[str, Comparison]) -> dict[str, Any]:
-    """Means over targets: the difference to random and to RDS+ of every arm, and the gap to the oracle that it recovers."""
+    """Means over targets: the difference to random and to RDS+ of every arm, and the gap to the oracle that it recovers; and of pairs of arms
+    that a default was chosen between."""
     by = {target: {line.arm: line for line in comparison.table().lines} for target, comparison in found.items()}
     oracles = {t: next((arm for arm in lines if arm.startswith("oracle")), None) for t, lines in by.items()}
     clear = [t for t, arm in oracles.items() if arm and 2 * (d := gap(by[t], arm, arm)[2]).std() < d.mean()]
@@ -395,20 +402,31 @@ def over_targets(found: Mapping[str, Comparison]) -> dict[str, Any]:
         entry: dict[str, Any] = {}
         for other in (CONTROL, "rds"):
             if other in common and arm != other:
-                draws = np.mean([by[t][arm].draws - by[t][other].draws for t in by], axis=0)  # type: ignore[operator]
-                entry[f"against {other}"] = [float(np.mean([by[t][arm].value - by[t][other].value for t in by])), *percentiles(draws)]
+                entry[f"against {other}"] = mean_against(by, arm, other)
         if clear:
             gaps = [gap(by[t], arm, str(oracles[t])) for t in clear]
             entry["recovered_gap"] = [float(np.mean([g[0] for g in gaps])), *percentiles(np.mean([g[1] / g[2] for g in gaps], axis=0))]
         result["arms"][arm] = entry
+    result["pairs"] = {f"{arm} against {other}": mean_against(by, arm, other) for arm, other in PAIRS if {arm, other} <= set(common)}
     return result
+
+
+def mean_against(by: Mapping[str, Mapping[str, Line]], arm: str, other: str) -> list[float]:
+    """[mean over targets of the difference of two losses, its 95 % interval]."""
+    found = [against_draws(lines[arm], lines[other]) for lines in by.values()]
+    return [float(np.mean([value for value, _ in found])), *percentiles(np.mean([draws for _, draws in found], axis=0))]
 
 
 def against(line: Line, other: Line) -> list[float]:
     """[difference of two losses, its 95 % interval]."""
+    value, draws = against_draws(line, other)
+    return [value, *percentiles(draws)]
+
+
+def against_draws(line: Line, other: Line) -> tuple[float, np.ndarray]:
     assert line.draws is not None
     assert other.draws is not None
-    return [line.value - other.value, *percentiles(line.draws - other.draws)]
+    return line.value - other.value, line.draws - other.draws
 
 
 def percentiles(draws: np.ndarray) -> list[float]:

@@ -98,9 +98,11 @@ def _over(value: Mapping[str, Any]) -> str:
         cells = [f"{entry[n][0]:+.4f} ({entry[n][1]:+.4f} to {entry[n][2]:+.4f})" if n in entry else "" for n in names]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     clear = ", ".join(value["clear_oracles"]) or "none"
-    return "\n".join(
-        [*lines, "", f"recovered_gap: (random - method) / (random - oracle), mean over the targets with a clear oracle: {clear}.", ""]
-    )
+    lines += ["", f"recovered_gap: (random - method) / (random - oracle), mean over the targets with a clear oracle: {clear}.", ""]
+    if pairs := value.get("pairs"):
+        said = (f"{pair} {d:+.4f} ({low:+.4f} to {high:+.4f})" for pair, (d, low, high) in pairs.items())
+        lines += ["Mean over targets: " + "; ".join(said) + ".", ""]
+    return "\n".join(lines)
 
 
 def _plain(found: Mapping[str, Any]) -> str:

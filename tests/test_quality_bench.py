@@ -56,6 +56,7 @@ def test_the_recovered_gap_is_the_share_of_what_the_oracle_gains(bench: ModuleTy
     def comparison(random: float, method: float, oracle: float) -> Comparison:
         rng = np.random.default_rng(1)
         values = {"random": random, "rds": (random + method) / 2, "less": method, "oracle source=x": oracle}
+        values |= {"g2is": method, "g2is:preset=paper": method + 0.25}
         tables = {arm: Measured(value + rng.normal(0, 0.01, (4, 200)), np.ones(200), 3) for arm, value in values.items()}
         results = compare_measured({"t": tables}, control="random", level=0.95, measure="loss", equal="steps", seed=0)
         return Comparison("random", 0.95, (), tuple(results))
@@ -68,6 +69,10 @@ def test_the_recovered_gap_is_the_share_of_what_the_oracle_gains(bench: ModuleTy
     assert less["against random"][0] == pytest.approx(-(0.5 + 1 + 0.1) / 3, abs=0.01)
     assert less["against rds"][0] == pytest.approx(-(0.5 + 1 + 0.1) / 6, abs=0.01)
     assert less["against rds"][2] < 0
+    ((pair, (difference, low, high)),) = found["pairs"].items()
+    assert pair == "g2is against g2is:preset=paper"
+    assert low < difference < high < 0
+    assert difference == pytest.approx(-0.25, abs=0.01)
 
 
 def test_the_page_and_the_readme_say_what_the_results_say() -> None:
