@@ -66,7 +66,7 @@ PAIRS = (
     ("less:preset=released,aggregate=round-robin", "less"),
     ("gradmatch (weighted)", "gradmatch"),
 )
-SEVERAL = ("contrast", "bids", "less", "less:aggregate=round-robin", "rds")
+SEVERAL = ("contrast", "bids", "less", "less:aggregate=max", "rds")
 NOISE = ("contrast", "contrast:per=token", "gdig", "gdig:preset=released", "less", "tagcos", "perplexity", "ifd")
 TESTED = 300
 LDS_ROWS, LDS_TARGETS = 1500, 64

@@ -63,7 +63,7 @@ def _parse(spec: str) -> tuple[str, Selector]:
     for pair in filter(None, text.split(",")):
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ConfigError(f"{spec}: {pair!r} is not KEY=VALUE", remedy="Write it as less:aggregate=round-robin,preset=paper.")
+            raise ConfigError(f"{spec}: {pair!r} is not KEY=VALUE", remedy="Write it as less:aggregate=max,preset=paper.")
         options[key.strip().replace("-", "_")] = value.strip()
     return name, methods.make(name, options)
 

@@ -70,7 +70,7 @@ app = typer.Typer(
 
 
 @app.command(
-    epilog="Example: gradsift select less --pool pool.jsonl --target dev.jsonl --model ./my-model --budget 1000 --run runs/a -o aggregate=round-robin"
+    epilog="Example: gradsift select less --pool pool.jsonl --target dev.jsonl --model ./my-model --budget 1000 --run runs/a -o preset=released"
 )
 def select(
     method: Method,
@@ -217,7 +217,7 @@ def compare(
     method: Annotated[
         list[str],
         typer.Argument(
-            help="Methods to compare, with options as less:aggregate=round-robin,preset=paper.", metavar="METHOD...", show_default=False
+            help="Methods to compare, with options as less:aggregate=max,preset=paper.", metavar="METHOD...", show_default=False
         ),
     ],
     pool: PoolFiles,

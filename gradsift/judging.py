@@ -65,7 +65,7 @@ def compare(
 ) -> Comparison:
     """Choose with every method of `arms`, train on each choice and on the controls, and test.
 
-    arms: "less", or with options "less:aggregate=round-robin,preset=paper". test: held-out files as `[NAME=]FILE`; with several, the first
+    arms: "less", or with options "less:aggregate=max,preset=paper". test: held-out files as `[NAME=]FILE`; with several, the first
     table is their mean. controls: names of CONTROLS (default: all that fit; random is always there). oracle: "FIELD=VALUE", an arm of rows
     drawn among those so marked; no method reads the field. equal: "steps", "tokens" or both. measure: names of MEASURES beside the loss
     (exact is added where test rows carry `answer`). measure_command: see trials.Command. settings: as in `select`; the training is the

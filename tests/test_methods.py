@@ -185,8 +185,21 @@ def test_less_by_turns_serves_every_target_row() -> None:
 
 
 def test_less_by_turns_serves_every_group_in_the_papers_form() -> None:
-    chosen = choose(make("less", {"aggregate": "round-robin"}), SCORES[:, :2], 3, target_groups=["a", "b", "b"])
-    assert chosen.indices.tolist() == [0, 2, 1]
+    every: list[dict[str, str]] = [{}, {"aggregate": "groups"}, {"aggregate": "round-robin"}]
+    for options in every:
+        chosen = choose(make("less", options), SCORES[:, :2], 3, target_groups=["a", "b", "b"])
+        assert chosen.indices.tolist() == [0, 2, 1]
+    assert choose(make("less", {"aggregate": "max"}), SCORES[:, :2], 3, target_groups=["a", "b", "b"]).indices.tolist() == [0, 1, 2]
+
+
+def test_less_groups_take_turns_over_a_backend_that_scores_target_rows() -> None:
+    # means within groups: a = .9 .8 0 -.2 .1; b = -.25 -.15 .15 .4 .1
+    both: list[dict[str, str]] = [{"backend": "ekfac"}, {"preset": "released", "aggregate": "groups"}]
+    for options in both:
+        chosen = choose(make("less", options), SCORES, 4, target_groups=["a", "b", "b"])
+        assert chosen.indices.tolist() == [0, 3, 1, 2]
+    one = choose(make("less", {"backend": "ekfac"}), SCORES, 3, target_groups=["a", "a", "a"])
+    assert one.indices.tolist() == SCORES.mean(dim=1).topk(3).indices.tolist()
 
 
 def test_less_asks_for_what_its_options_need() -> None:

@@ -20,10 +20,12 @@ class Less:
     gradient), mean_lr normalised to sum 1. Positive = training on the row lowers the target's loss.
     Cost: gradients of pool and target at every checkpoint, then one product of n x m rows.
 
-    aggregate: "max" = each row's best group, then the k largest; "round-robin" = each target row (released preset) or group (paper preset)
-    picks its best unused row in turn.
+    aggregate: "groups" = the target groups take turns, each with its best unused row; "round-robin" = so does each target row where a row
+    has a cosine with each (released preset), else each group; "max" = each row's best group, then the k largest.
 
-    Differences from the paper: `preset=paper` merges a group's target gradients into their mean and takes one cosine with it.
+    Differences from the paper: `preset=paper` merges a group's target gradients into their mean and takes one cosine with it; several
+    groups take turns (`aggregate=groups`) where the paper takes the maximum (`preset=released` does): there the groups whose cosines are
+    largest take every pick (docs/methods.md).
     Differences from the released code: `preset=released` averages the cosines with each target row within a group. Both take any number
     and size of groups; the released code needs equal, contiguous ones. The Adam form (bias correction, eps) is a setting of the run's gradients.
     `transform=none` compares plain gradients instead, for warm-ups whose optimiser state is gone. `backend=` takes another line of the table
@@ -32,7 +34,7 @@ class Less:
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
     preset: Literal["paper", "released"] = "paper"
-    aggregate: Literal["max", "round-robin"] = "max"
+    aggregate: Literal["groups", "round-robin", "max"] | None = None
     transform: Literal["adam", "none"] | None = None
     backend: str | None = None
 
@@ -46,13 +48,14 @@ class Less:
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         scores = finite(signals, self.influence).float()
-        columns = list(signals.target_groups)
-        groups = list(dict.fromkeys(columns))
-        merged = scores.shape[1] < len(columns) or self.influence.backend == "less-mean"  # one column for each group
-        by_group = scores if merged else topk.group_scores(scores, columns)
+        of = list(signals.target_groups)
+        groups = list(dict.fromkeys(of))
+        merged = scores.shape[1] < len(of) or self.influence.backend == "less-mean"  # one column for each group
+        by_group = scores if merged else topk.group_scores(scores, of)
         best, which = by_group.max(dim=1)
-        by_turns = self.aggregate == "round-robin"
-        indices = (topk.round_robin(scores, budget) if by_turns else topk.top(best, budget)).numpy()
+        aggregate = self.aggregate or ("max" if self.preset == "released" else "groups")
+        columns = by_group if aggregate == "groups" else scores
+        indices = (topk.top(best, budget) if aggregate == "max" else topk.round_robin(columns, budget)).numpy()
         gain = best.numpy()
         why = np.array([groups[g] for g in which.tolist()], dtype=object)
         return Subset(indices=indices, gains=gain[indices], notes={"influence": gain, "score": gain, "nearest_group": why})
