@@ -141,6 +141,16 @@ class Chosen:
         return len(wanted & {example.messages for example in self.pipeline.sides["pool"]}) if wanted else 0
 
 
+def _cut(chosen: Chosen) -> float | None:
+    """The score above which every row was picked: the smallest gain, where no row that was left has a higher score. Where groups take turns, or
+    clusters share the seats, there is none."""
+    gains, score = chosen.subset.gains, chosen.score
+    if gains is None or score is None or (least := _least(gains)) is None:
+        return None
+    left = score[chosen.kept[~chosen.picked[chosen.kept]]]
+    return least if not np.any(left > least) else None
+
+
 def _least(gains: np.ndarray) -> float | None:
     """The smallest gain, of the rows that have one: those of --include-ids do not."""
     known = np.asarray(gains)[np.isfinite(gains)]
@@ -151,7 +161,7 @@ def report_data(chosen: Chosen, timings: Sequence[Timing], artifact: Artifact) -
     """The report of a selection whose rows `artifact` holds."""
     pool, subset = chosen.pipeline.sides["pool"], chosen.subset
     tokens = chosen.pipeline.encoded("pool").supervised.astype(np.float64)
-    cut = None if chosen.score is None or subset.gains is None else _least(subset.gains)
+    cut = _cut(chosen)
     scores = None if chosen.score is None else report.histogram(chosen.score, chosen.picked, label=f"{chosen.method} score", cut=cut)
     best, borderline, worst = _ends(chosen)
     return report.ReportData(

@@ -189,6 +189,8 @@ def test_less_by_turns_serves_every_group_in_the_papers_form() -> None:
     for options in every:
         chosen = choose(make("less", options), SCORES[:, :2], 3, target_groups=["a", "b", "b"])
         assert chosen.indices.tolist() == [0, 2, 1]
+        # A pick stands with the group whose turn it was, and with its score for that one.
+        assert np.allclose(chosen.gains, [0.9, 0.3, 0.8]) and chosen.notes["nearest_group"][chosen.indices].tolist() == ["a", "b", "a"]
     assert choose(make("less", {"aggregate": "max"}), SCORES[:, :2], 3, target_groups=["a", "b", "b"]).indices.tolist() == [0, 1, 2]
 
 

@@ -65,9 +65,8 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Selector:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][:1])
-        raise ConfigError(
-            f"option {where} of {name}: {first['msg']}, not {first.get('input')!r}", remedy="See `gradsift methods`."
-        ) from None
+        said = f"option {where} of {name}: {first['msg']}, not {first.get('input')!r}" if where else f"options of {name}: {first['msg']}"
+        raise ConfigError(said, remedy="See `gradsift methods`.") from None
 
 
 def options_of(selector: Selector) -> dict[str, Any]:

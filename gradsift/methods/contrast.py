@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from gradsift.methods.reading import finite
+from gradsift.methods.reading import by_turns, finite
 from gradsift.rules import topk
 from gradsift.types import Signal, Signals, Subset
 
@@ -48,8 +48,10 @@ class Contrast:
         power = {"row": 1.0, "sqrt": 0.5, "token": 0.0}[self.per]
         fall = (loss[:, None] - tuned) * torch.as_tensor(signals.tokens.astype(np.float64))[:, None] ** power
         best, which = fall.max(dim=1)
-        by_turns = self.aggregate == "round-robin"
-        indices = (topk.round_robin(fall, budget) if by_turns else topk.top(best, budget)).numpy()
-        why = np.array([groups[g] for g in which.tolist()], dtype=object)
-        gain = best.numpy()
-        return Subset(indices=indices, gains=gain[indices], notes={"score": gain, "nearest_group": why})
+        score, why = best.numpy(), np.array([groups[g] for g in which.tolist()], dtype=object)
+        if self.aggregate == "max":
+            indices = topk.top(best, budget).numpy()
+            return Subset(indices=indices, gains=score[indices], notes={"score": score, "nearest_group": why})
+        indices, gains, turn = by_turns(fall, budget)
+        why[indices] = [groups[g] for g in turn]
+        return Subset(indices=indices, gains=gains, notes={"score": score, "nearest_group": why})

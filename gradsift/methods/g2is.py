@@ -30,16 +30,18 @@ class G2is:
     at unit norm).
 
     core: "mean" = one direction for each target group, the mean of its unit rows, with equal seats; "principal" = the directions that hold
-    `keep` of the variance of all target rows (the paper's core knowledge).
+    `keep` (0.5) of the variance of all target rows, the paper's core knowledge; `keep`, `centred` and `orient` are of this core alone.
+    Seats that a walk cannot fill go to the other walks (`redistribute`). What is open when all have ended goes to the rows of highest cosine
+    with the groups' means, groups taking turns (mean), or of highest weighted product with the directions (principal); the report says
+    how many. Plain rows are soon in conflict with one row of a long walk, so most of a large budget can be those.
 
-    `preset=mean`, the default, is ours: core=mean, plain gradients of the pool as they are. The paper's directions after the first are
-    contrasts within the target, at a right angle to the way its loss falls, and their walks end among rows of other kinds; Adam directions
-    lead from long answers to one-word ones (docs/methods.md has the measurement).
+    `preset=mean`, the default, is ours: core=mean, plain gradients of the pool as they are. Principal directions after the first are at a
+    right angle to it; where the first is near the mean gradient, they are mostly contrasts within the target, and their walks can end
+    among rows of other kinds (docs/methods.md).
     Differences from the paper in `preset=paper` (core=principal, Adam directions of the pool): the directions are those of the uncentred
     rows, since centring removes the mean gradient, which is the way the target's loss falls; they point the way of the target's mean; the
     pool's mean unit row is taken out of the pool (`remove_mean`), since Adam directions share their momentum and with it no two rows are
-    ever in conflict; seats that a walk cannot fill go to the others, and what is still open after that to the rows of highest weighted
-    product with the directions (a warning says how many).
+    ever in conflict; and seats are redistributed and topped up.
     Differences from the released code (`preset=released`: centred, signs as they fall, pool as it is, no redistribution): what its walks
     leave open is topped up here, and `neighbours` is a setting (the graph is an input there).
     """
@@ -47,7 +49,7 @@ class G2is:
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
     preset: Literal["mean", "paper", "released"] = "mean"
     core: Literal["mean", "principal"] | None = None
-    keep: Annotated[float, Field(gt=0, le=1)] = 0.5
+    keep: Annotated[float, Field(gt=0, le=1)] | None = None
     neighbours: NonNegativeInt = 50
     consistency: NonNegativeFloat = 0.8
     centred: bool | None = None
@@ -57,6 +59,14 @@ class G2is:
     exact: bool = True
     transform: Literal["adam", "none"] | None = None
     checkpoints: Literal["last", "mean"] = "last"
+
+    def __post_init__(self) -> None:
+        if self._by_mean and (given := [name for name in ("keep", "centred", "orient") if getattr(self, name) is not None]):
+            raise ValueError(f"{given[0]} is of the principal directions: add core=principal, or preset=paper")
+
+    @property
+    def _by_mean(self) -> bool:
+        return _set(self.core, "mean" if self.preset == "mean" else "principal") == "mean"
 
     def needs(self) -> frozenset[Signal]:
         return frozenset({self.pool_rows, self.target_rows})
@@ -80,32 +90,34 @@ class G2is:
         graph = knn.graph(rows, k, exact=self.exact, map=signals.map)[0] if k > 0 else torch.empty(n, 0, dtype=torch.int64)
         redistribute = _set(self.redistribute, self.preset != "released")
         found = walk.gradient_walk(rows, core.directions, seats, graph, consistency=self.consistency, redistribute=redistribute)
-        score = products(rows, core.directions).double() @ core.weights
-        indices = _topped_up(found.indices, score, budget)
+        along = products(rows, core.directions).double()
+        score = along.amax(dim=1) if self._by_mean else along @ core.weights
+        walked, component = found.indices.numpy(), found.component.numpy()
+        more = _by_fewest(along, walked, component, budget) if self._by_mean else _highest(score, walked, budget)
+        indices = np.concatenate([walked, more])
         origin = np.full(n, -1)
-        origin[found.indices.numpy()] = found.component.numpy()
+        origin[walked] = component
         notes = {"score": score.numpy(), "component": origin, "component_weights": core.weights.numpy(), "walked": len(found)}
         if not self.exact and k > 0:
             notes["neighbour_recall"] = knn.recall(rows, graph, rng=np.random.default_rng(0))
         if len(found) < budget:
-            notes["note"] = (
-                f"the walks ended after {len(found):,} rows; the other {budget - len(found):,} are those of highest weighted product "
-                "with the target's directions"
+            notes["note"] = f"the walks ended after {len(found):,} rows; the other {budget - len(found):,} are those of highest " + (
+                "cosine with the mean of a target group" if self._by_mean else "weighted product with the target's directions"
             )
         return Subset(indices=indices, gains=score.numpy()[indices], notes=notes)
 
     def _core(self, signals: Signals) -> components.Components:
         """The directions to walk along, and their shares of the seats."""
         rows: Rows = signals[self.target_rows]
-        if _set(self.core, "mean" if self.preset == "mean" else "principal") == "principal":
+        if not self._by_mean:
             centred, orient = _set(self.centred, self.preset == "released"), _set(self.orient, self.preset != "released")
-            return components.principal(Raw(rows), self.keep, centred=centred, orient=orient)
+            return components.principal(Raw(rows), _set(self.keep, 0.5), centred=centred, orient=orient)
         means, names = group_means(whole(Unit(rows)), signals.target_groups)
         lengths = means.norm(dim=1, keepdim=True)
+        if not bool(torch.isfinite(lengths).all()):
+            raise ValueError("target rows are NaN or infinite")
         if flat := [name for name, length in zip(names, lengths.flatten().tolist(), strict=True) if not length > FLAT]:
-            raise ValueError(
-                f"the gradients of target group {flat[0]!r} cancel: their mean has no direction; core=principal has no need of one"
-            )
+            raise ValueError(f"the rows of target group {flat[0]!r} are zero or cancel: their mean has no direction; try core=principal")
         return components.Components(means / lengths, torch.full((len(names),), 1 / len(names), dtype=torch.float64))
 
 
@@ -113,7 +125,20 @@ def _set(given: T | None, preset: T) -> T:
     return preset if given is None else given
 
 
-def _topped_up(walked: Tensor, score: Tensor, budget: int) -> np.ndarray:
-    open_ = np.setdiff1d(np.arange(len(score)), walked.numpy())
-    more = topk.top(score[torch.as_tensor(open_)], budget - len(walked)).numpy()
-    return np.concatenate([walked.numpy(), open_[more]])
+def _highest(score: Tensor, walked: np.ndarray, budget: int) -> np.ndarray:
+    """The rows of highest score [n] that fill what the walks left of the budget."""
+    open_ = np.setdiff1d(np.arange(len(score)), walked)
+    return open_[topk.top(score[torch.as_tensor(open_)], budget - len(walked)).numpy()]
+
+
+def _by_fewest(along: Tensor, walked: np.ndarray, component: np.ndarray, budget: int) -> np.ndarray:
+    """Rows that fill what the walks left: again and again the group with fewest rows takes its best one, of along [n, groups]."""
+    counts, used = np.bincount(component, minlength=along.shape[1]), set(walked.tolist())
+    queues = [iter(column.sort(descending=True, stable=True).indices.tolist()) for column in along.T]
+    picks: list[int] = []
+    while len(used) < budget:
+        group = int(counts.argmin())
+        picks.append(next(row for row in queues[group] if row not in used))
+        used.add(picks[-1])
+        counts[group] += 1
+    return np.array(picks, dtype=np.int64)

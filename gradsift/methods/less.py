@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from gradsift.methods.reading import finite
+from gradsift.methods.reading import by_turns, finite
 from gradsift.rules import topk
 from gradsift.types import Signal, Signals, Subset
 
@@ -20,12 +20,14 @@ class Less:
     gradient), mean_lr normalised to sum 1. Positive = training on the row lowers the target's loss.
     Cost: gradients of pool and target at every checkpoint, then one product of n x m rows.
 
+    score = that of a row's best group; gain of a pick = in the group, or for the target row, whose turn it was.
+
     aggregate: "groups" = the target groups take turns, each with its best unused row; "round-robin" = so does each target row where a row
     has a cosine with each (released preset), else each group; "max" = each row's best group, then the k largest.
 
     Differences from the paper: `preset=paper` merges a group's target gradients into their mean and takes one cosine with it; several
-    groups take turns (`aggregate=groups`) where the paper takes the maximum (`preset=released` does): there the groups whose cosines are
-    largest take every pick (docs/methods.md).
+    groups take turns (`aggregate=groups`) where the paper takes the maximum, as `preset=released` does: by the maximum, the groups whose
+    cosines are largest can take every pick (docs/methods.md).
     Differences from the released code: `preset=released` averages the cosines with each target row within a group. Both take any number
     and size of groups; the released code needs equal, contiguous ones. The Adam form (bias correction, eps) is a setting of the run's gradients.
     `transform=none` compares plain gradients instead, for warm-ups whose optimiser state is gone. `backend=` takes another line of the table
@@ -54,8 +56,12 @@ class Less:
         by_group = scores if merged else topk.group_scores(scores, of)
         best, which = by_group.max(dim=1)
         aggregate = self.aggregate or ("max" if self.preset == "released" else "groups")
-        columns = by_group if aggregate == "groups" else scores
-        indices = (topk.top(best, budget) if aggregate == "max" else topk.round_robin(columns, budget)).numpy()
-        gain = best.numpy()
-        why = np.array([groups[g] for g in which.tolist()], dtype=object)
-        return Subset(indices=indices, gains=gain[indices], notes={"influence": gain, "score": gain, "nearest_group": why})
+        score, why = best.numpy(), np.array([groups[g] for g in which.tolist()], dtype=object)
+        if aggregate == "max":
+            indices = topk.top(best, budget).numpy()
+            gains = score[indices]
+        else:
+            indices, gains, turn = by_turns(by_group if aggregate == "groups" else scores, budget)
+            names = groups if aggregate == "groups" or merged else of
+            why[indices] = [names[c] for c in turn]
+        return Subset(indices=indices, gains=gains, notes={"influence": score, "score": score, "nearest_group": why})

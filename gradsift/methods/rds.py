@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from gradsift.methods.reading import products, whole
+from gradsift.methods.reading import by_turns, products, whole
 from gradsift.rules import topk
 from gradsift.types import Signal, Signals, Subset
 
@@ -41,10 +41,11 @@ class Rds:
         of = torch.tensor([groups.index(group) for group in columns])
         by_group = torch.stack([scores[:, of == g].amax(dim=1) for g in range(len(groups))], dim=1)
         best, which = by_group.max(dim=1)
+        score, why = best.numpy(), np.array([groups[g] for g in which.tolist()], dtype=object)
         if self.aggregate == "max":
             indices = topk.top(best, budget).numpy()
-        else:
-            indices = topk.round_robin(scores if self.aggregate == "rows" else by_group, budget).numpy()
-        gain = best.numpy()
-        why = np.array([groups[g] for g in which.tolist()], dtype=object)
-        return Subset(indices=indices, gains=gain[indices], notes={"score": gain, "nearest_group": why})
+            return Subset(indices=indices, gains=score[indices], notes={"score": score, "nearest_group": why})
+        by_row = self.aggregate == "rows"
+        indices, gains, turn = by_turns(scores if by_row else by_group, budget)
+        why[indices] = [columns[c] if by_row else groups[c] for c in turn]
+        return Subset(indices=indices, gains=gains, notes={"score": score, "nearest_group": why})

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradsift.rules import topk
 from gradsift.types import Rows, Signal, Signals
 
 BLOCK = 2048
@@ -105,6 +106,13 @@ def group_means(rows: Tensor, groups: Sequence[str]) -> tuple[Tensor, list[str]]
     names = list(dict.fromkeys(groups)) or ["target"]
     of = torch.tensor([names.index(group) for group in groups] if groups else [0] * len(rows))
     return torch.stack([rows[of == g].mean(dim=0) for g in range(len(names))]), names
+
+
+def by_turns(columns: Tensor, budget: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Columns [n, m] take turns: (rows in pick order, each one's score in the column whose turn it was, that column)."""
+    picks = topk.round_robin(columns, budget)
+    turn = torch.arange(len(picks)) % columns.shape[1]
+    return picks.numpy(), columns[picks, turn].double().numpy(), turn.numpy()
 
 
 def products(rows: Rows, columns: Tensor) -> Tensor:

@@ -220,7 +220,7 @@ def test_options_are_converted_and_wrong_ones_refused_with_the_nearest_name() ->
 NONSENSE: dict[str, dict[str, list[Any]]] = {
     "dsir": {"temperature": [0, -1, "nan"]},
     "gdig": {"clusters": [0, -2], "iterations": [0], "restarts": [0]},
-    "g2is": {"keep": [0, -1], "neighbours": [-3], "consistency": [-1]},
+    "g2is": {"keep": [0, -1], "neighbours": [-3], "consistency": [-1]},  # keep: its range is looked at before its core
     "gist": {"rank": [0, -1], "variance": [0, 1.5]},
     "gradmatch": {"ridge": [-1], "tol": [-1e-4]},
     "ifd": {"most": [0, -1]},

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from gradsift.errors import ConfigError
 from gradsift.methods import make
 from gradsift.rules import components, walk
+from gradsift.types import Signal
 from tests.methods.parts import Stored, at_angles, choose, random_rows
 
 AS_IT_IS = {"preset": "paper", "remove_mean": False}
@@ -150,6 +154,38 @@ def test_the_default_walks_toward_the_mean_unit_row_of_each_group() -> None:
     assert choose(make("g2is", back), pool, target, 21).indices.tolist() == choose(make("g2is", paper), pool, target, 21).indices.tolist()
 
 
-def test_target_rows_that_cancel_have_no_mean_direction() -> None:
-    with pytest.raises(ValueError, match="target group 'b' cancel"):
+def test_target_rows_that_cancel_or_are_no_numbers_have_no_mean_direction() -> None:
+    with pytest.raises(ValueError, match="target group 'b' are zero or cancel"):
         choose(make("g2is"), FOUR, torch.cat([EAST, EAST, -EAST]), 2, groups=["a", "b", "b"])
+    with pytest.raises(ValueError, match="target group 'a' are zero or cancel"):
+        choose(make("g2is"), FOUR, torch.cat([0 * EAST, EAST]), 2, groups=["a", "b"])
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        choose(make("g2is"), FOUR, torch.cat([torch.nan * EAST, EAST]), 2, groups=["a", "b"])
+
+
+def test_each_preset_reads_its_rows_of_the_pool() -> None:
+    target = Signal("rows", side="target")
+    assert make("g2is").needs() == {Signal("rows"), target}
+    assert make("g2is", {"preset": "paper"}).needs() == {Signal("rows", transform="adam"), target}
+    assert make("g2is", {"preset": "released"}).needs() == {Signal("rows", transform="adam"), target}
+    assert make("g2is", {"preset": "paper", "transform": "none"}).needs() == {Signal("rows"), target}
+
+
+@pytest.mark.parametrize("option", [{"keep": 0.9}, {"centred": True}, {"orient": False}])
+def test_options_of_the_principal_directions_are_refused_without_them(option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"options of g2is: .*{next(iter(option))} is of the principal directions"):
+        make("g2is", option)
+    assert make("g2is", {**option, "core": "principal"}) and make("g2is", {**option, "preset": "paper"})
+
+
+def test_groups_whose_walks_ended_are_topped_up_to_the_same_number() -> None:
+    # Every pair of rows is in conflict or at a right angle: each walk ends at once. Group a has the larger cosines.
+    pool = torch.eye(8, 10)
+    pool[:4, 8], pool[4:, 9] = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([0.4, 0.3, 0.2, 0.1])
+    pool = torch.cat([pool, -pool[:2]])
+    target = torch.zeros(2, 10)
+    target[0, 8] = target[1, 9] = 1.0
+    chosen = choose(make("g2is", {"consistency": 1.5}), pool, target, 7, groups=["a", "b"])
+    assert chosen.notes["walked"] == 2 and chosen.indices.tolist() == [0, 4, 1, 5, 2, 6, 3]
+    assert "cosine with the mean of a target group" in chosen.notes["note"]
+    assert chosen.gains is not None and chosen.gains.tolist() == chosen.notes["score"][chosen.indices].tolist()
