@@ -60,8 +60,9 @@ TARGETED = (
     "gradmatch",
 )
 AGNOSTIC = ("tagcos", "gradmatch", "kcenter", "selffilter")
-# Of each, which one should be the default, or whether the second thing pays.
+# Which of two should be the default; and whether a method's weights pay.
 PAIRS = (
+    ("less", "less:aggregate=max"),
     ("g2is", "g2is:preset=paper"),
     ("less:preset=released,aggregate=round-robin", "less"),
     ("gradmatch (weighted)", "gradmatch"),
@@ -201,13 +202,15 @@ class Bench:
         found = self.compare(SEVERAL, self.targets, budget, target=[f"{t}={self.devs[t]}" for t in self.targets], controls=["length"])
         summary = found.summary()
         lines = {t: {line.arm: line for line in found.table(t).lines} for t in self.targets}
+        over = found.table().lines
+        summary["pairs"] = pairs({"mean": {line.arm: line for line in over}})
         summary["worst_gain"] = {arm.name: worst_gain(lines, arm.name) for arm in found.arms if arm.name not in (BASE, CONTROL)}
         self.record("several", budget, summary)
         print("\n".join(found.lines()), file=sys.stderr)
 
     def noise(self, budget: str) -> None:
         """Table 4: which rows of a noisy translation pool are picked, given clean ones of all six directions as target, then dev rows of one;
-        and what a model trained on the picks of the former loses on held-out rows of two directions."""
+        and the loss, on held-out rows of two directions, of models trained on the picks of the former."""
         rows = stratified(read(self.shared / "data" / "pool_mt.jsonl.gz"), "task", self.options.rows)
         clean = [row for row in rows if row["noise"] == "none"]
         seeds = stratified(clean, "task", 64, seed=1)
@@ -233,7 +236,8 @@ class Bench:
                     progress=auto(),
                 )
                 self.record("noise", name + label, noise_found(pool, chosen))
-        self.noise_trained(files)
+        if self.chosen(NOISE):
+            self.noise_trained(files)
 
     def noise_trained(self, files: tuple[Path, Path]) -> None:
         tests = {name: self.tests.get(name) or self._test(name) for name in ("mt_de_en", "mt_zh_en")}
@@ -407,8 +411,14 @@ def over_targets(found: Mapping[str, Comparison]) -> dict[str, Any]:
             gaps = [gap(by[t], arm, str(oracles[t])) for t in clear]
             entry["recovered_gap"] = [float(np.mean([g[0] for g in gaps])), *percentiles(np.mean([g[1] / g[2] for g in gaps], axis=0))]
         result["arms"][arm] = entry
-    result["pairs"] = {f"{arm} against {other}": mean_against(by, arm, other) for arm, other in PAIRS if {arm, other} <= set(common)}
+    result["pairs"] = pairs(by)
     return result
+
+
+def pairs(by: Mapping[str, Mapping[str, Line]]) -> dict[str, list[float]]:
+    """The differences of those PAIRS that every target has both arms of."""
+    common = set.intersection(*(set(lines) for lines in by.values()))
+    return {f"{arm} against {other}": mean_against(by, arm, other) for arm, other in PAIRS if {arm, other} <= common}
 
 
 def mean_against(by: Mapping[str, Mapping[str, Line]], arm: str, other: str) -> list[float]:

@@ -17,7 +17,8 @@ Tables written by `python docs/generate_quality.py` from `bench/results/quality.
 model, real instruction pools, training on what was chosen, loss on held-out rows (nats per supervised token; lower is better). Differences are to
 random rows, with 95 % intervals over seeds and test rows. `docs/compare.md` says how. Tables marked bfloat16 took signals from the model in bfloat16
 and trained in mixed precision, and `contrast` tunes there by its default, LoRA and ten passes; in the others it tunes as the subsets are trained, in
-full, three passes, 5e-4. Tests are measured, and the scores of the linear datamodeling table taken, in float32 everywhere. There, labels of the
+full, three passes, 5e-4. tokens: supervised, of one pass over the first seed's rows; marked: the share of those rows that are of the oracle's kind.
+Tests are measured, and the scores of the linear datamodeling table taken, in float32 everywhere. There, labels of the
 curvature are drawn from the model, the default; in kronfluence's line, and where a line says so, they are the given ones.
 """
 TITLES = {
@@ -42,14 +43,16 @@ def main() -> None:
 
 
 def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The README's tables: every arm on the mean over several targets, best first; one for each budget, the largest first: that of most seeds.
-    Arms that only fewer seeds have been spent on, on the same pool, stand in it with their number of seeds."""
-    found: dict[float, list[tuple[int, str, Mapping[str, Any]]]] = {}
+    """The README's tables: every arm on the mean over several targets, best first; one for each budget, the largest first: that of most targets,
+    then of most seeds. Arms that only fewer seeds have been spent on, on the same pool, stand at its end with their number of seeds: their
+    differences are to the random rows of those seeds."""
+    found: dict[float, list[tuple[int, int, int, str, Mapping[str, Any]]]] = {}
     for name, table in results.items():
         run = name.partition(" (")[2][:-1]
         for key, value in table.items() if name.startswith("targeted") else ():
             if key.endswith("over targets") and len(value["targets"]) > 1:
-                found.setdefault(float(key.partition("%")[0]), []).append((_number(run, "seeds"), run, value))
+                order = len(value["targets"]), _number(run, "seeds"), _number(run, "rows")
+                found.setdefault(float(key.partition("%")[0]), []).append((*order, run, value))
     return "\n".join(_best(budget, found[budget]) for budget in sorted(found, reverse=True))
 
 
@@ -58,25 +61,34 @@ def _number(run: str, of: str) -> int:
     return next(int(part.split()[0].replace(",", "")) for part in run.split(", ") if part.endswith(of))
 
 
-def _best(budget: float, found: Sequence[tuple[int, str, Mapping[str, Any]]]) -> str:
-    most, run, value = max(found, key=lambda each: (each[0], _number(each[1], "rows")))
-    entries = {arm: (entry, "") for arm, entry in value["arms"].items()}
-    for seeds, other, less in found:
-        if other.replace(f"{seeds} seeds", "") == run.replace(f"{most} seeds", "") and less["targets"] == value["targets"]:
-            entries |= {arm: (entry, f" ({seeds} seeds)") for arm, entry in less["arms"].items() if arm not in entries}
-    shown = sorted((each for each in entries.items() if "against random" in each[1][0]), key=lambda each: each[1][0]["against random"][0])
-    lines = [
+def _best(budget: float, found: Sequence[tuple[int, int, int, str, Mapping[str, Any]]]) -> str:
+    (_, most, _, run, value), *fewer = sorted(found, key=lambda each: each[:4], reverse=True)
+    lines, shown = [], set[str]()
+    for seeds, entries in (
+        (most, value["arms"]),
+        *((s, v["arms"]) for _, s, _, r, v in fewer if _same(r, s, run, most) and v["targets"] == value["targets"]),
+    ):
+        new = {arm: entry for arm, entry in entries.items() if "against random" in entry and arm not in shown}
+        for arm in sorted(new, key=lambda arm: new[arm]["against random"][0]):
+            cells = [f"{e[0]:+.3f} ({e[1]:+.3f} to {e[2]:+.3f})" if (e := new[arm].get(f"against {o}")) else "" for o in ("random", "rds")]
+            gap = f"{new[arm]['recovered_gap'][0]:.2f}" if "recovered_gap" in new[arm] else ""
+            lines.append(f"| `{arm}`{'' if seeds == most else f' ({seeds} seeds)'} | {' | '.join(cells)} | {gap} |")
+        shown |= set(new)
+    head = [
         f"Loss on held-out rows, mean over {', '.join(value['targets'])} ({run}; {budget:g} % picked, a 6M-parameter model; lower is better, "
-        "95 % intervals; [all tables](docs/quality.md)). Gap: of what rows of the right kind, drawn blindly, gain over random rows.",
+        "95 % intervals; [all tables](docs/quality.md)). Gap: the share recovered of what rows of the right kind, drawn "
+        "blindly, gain over random rows, "
+        f"mean over the targets where they clearly do: {', '.join(value['clear_oracles']) or 'none'}.",
         "",
         "| trained on | against random rows | against RDS+ | gap |",
         "|---|---:|---:|---:|",
     ]
-    for arm, (entry, seeds) in shown:
-        cells = [f"{e[0]:+.3f} ({e[1]:+.3f} to {e[2]:+.3f})" if (e := entry.get(f"against {o}")) else "" for o in ("random", "rds")]
-        gap = f"{entry['recovered_gap'][0]:.2f}" if "recovered_gap" in entry else ""
-        lines.append(f"| `{arm}`{seeds} | {' | '.join(cells)} | {gap} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*head, *lines]) + "\n"
+
+
+def _same(run: str, seeds: int, other: str, others: int) -> bool:
+    """Whether two runs differ in the number of seeds alone."""
+    return run.replace(f"{seeds} seeds", "") == other.replace(f"{others} seeds", "")
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -93,11 +105,14 @@ def _compared(found: Mapping[str, Any]) -> str:
     parts = []
     for key, value in found.items():
         if "arms" in value and "tables" in value:
-            comparison = Comparison.read({name: said for name, said in value.items() if name not in ("against_kcenter", "worst_gain")})
+            comparison = Comparison.read(
+                {name: said for name, said in value.items() if name not in ("against_kcenter", "worst_gain", "pairs")}
+            )
             parts += [f"### {key}\n", comparison.markdown(), *[f"{note}." for note in comparison.notes], ""]
             if "against_kcenter" in value:
                 said = (f"{arm} {d:+.4f} ({low:+.4f} to {high:+.4f})" for arm, (d, low, high) in value["against_kcenter"].items())
                 parts += ["Mean of the tests against kcenter: " + "; ".join(said) + ".", ""]
+            parts += _pairs(value)
         else:
             parts += [f"### {key}\n", _over(value)]
     return "\n".join(parts)
@@ -111,10 +126,12 @@ def _over(value: Mapping[str, Any]) -> str:
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     clear = ", ".join(value["clear_oracles"]) or "none"
     lines += ["", f"recovered_gap: (random - method) / (random - oracle), mean over the targets with a clear oracle: {clear}.", ""]
-    if pairs := value.get("pairs"):
-        said = (f"{pair} {d:+.4f} ({low:+.4f} to {high:+.4f})" for pair, (d, low, high) in pairs.items())
-        lines += ["Mean over targets: " + "; ".join(said) + ".", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_pairs(value)])
+
+
+def _pairs(value: Mapping[str, Any]) -> list[str]:
+    said = [f"{pair} {d:+.4f} ({low:+.4f} to {high:+.4f})" for pair, (d, low, high) in value.get("pairs", {}).items()]
+    return ["Mean over targets: " + "; ".join(said) + ".", ""] if said else []
 
 
 def _plain(found: Mapping[str, Any]) -> str:

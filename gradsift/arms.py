@@ -140,13 +140,14 @@ class Arms:
         pool = self.pipeline.sides["pool"]
         marked = np.array([row for row in self.usable.tolist() if str(pool.record(row).get(field)) == value], dtype=np.int64)
         if not len(marked):
-            raise UserError(f"--oracle {text}: no row of the pool has that value", remedy="Look at the rows with `gradsift inspect`.")
+            raise UserError(
+                f"--oracle {text}: no row of the pool that may be chosen has that value", remedy="Look at the rows with `gradsift inspect`."
+            )
         return marked
 
-    def oracle(self, text: str, count: int) -> Choice:
-        """`count` rows drawn for every seed among those whose FIELD is VALUE; where they are fewer, all of them and random others: the same
+    def oracle(self, name: str, marked: np.ndarray, count: int) -> Choice:
+        """`count` rows drawn for every seed among those `marked`; where they are fewer, all of them and random others: the same
         steps on a handful of rows would say how a handful is overfitted."""
-        marked = self.marked(text)
         others = np.setdiff1d(self.usable, marked)
         short = min(max(count - len(marked), 0), len(others))
         drawn = []
@@ -154,4 +155,4 @@ class Arms:
             rng = np.random.default_rng([seed, 7])
             taken = rng.choice(marked, min(count, len(marked)), replace=False)
             drawn.append(np.sort(np.concatenate([taken, rng.choice(others, short, replace=False)]) if short else taken))
-        return Choice(f"oracle {text}", "control", tuple(drawn))
+        return Choice(name, "control", tuple(drawn))

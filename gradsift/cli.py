@@ -242,7 +242,12 @@ def compare(
     ] = None,
     oracle: Annotated[
         str | None,
-        typer.Option("--oracle", metavar="FIELD=VALUE", help="Also train on rows so marked; no method sees the mark.", show_default=False),
+        typer.Option(
+            "--oracle",
+            metavar="FIELD=VALUE",
+            help="Also train on rows so marked, and tell every arm's share of them; no method sees the mark.",
+            show_default=False,
+        ),
     ] = None,
     equal: Annotated[str, typer.Option("--equal", metavar="both|steps|tokens", help="What all trainings share.")] = "both",
     measure: Annotated[

@@ -67,10 +67,10 @@ def compare(
 
     arms: "less", or with options "less:aggregate=max,preset=paper". test: held-out files as `[NAME=]FILE`; with several, the first
     table is their mean. controls: names of CONTROLS (default: all that fit; random is always there). oracle: "FIELD=VALUE", an arm of rows
-    drawn among those so marked; no method reads the field. equal: "steps", "tokens" or both. measure: names of MEASURES beside the loss
-    (exact is added where test rows carry `answer`). measure_command: see trials.Command. settings: as in `select`; the training is the
-    section "finetune". Rows that share 13 words with a test, or with one of `decontaminate`, are left out of every arm and counted. Every
-    training is kept in `run`: a repeated or resumed comparison trains only what is missing.
+    drawn among those so marked, and every arm's share of them; no method reads the field. equal: "steps", "tokens" or both. measure: names
+    of MEASURES beside the loss (exact is added where test rows carry `answer`). measure_command: see trials.Command. settings: as in
+    `select`; the training is the section "finetune". Rows that share 13 words with a test, or with one of `decontaminate`, are left out of
+    every arm and counted. Every training is kept in `run`: a repeated or resumed comparison trains only what is missing.
 
     Raises what `select` raises; DataError for a test without a supervised token.
     """
@@ -93,11 +93,11 @@ def compare(
         others = [read_side([file], pipeline.config, None, progress) for file in decontaminate]
         overlap = _overlapping(pipeline.sides["pool"], [*(test.examples for test in tests), *others])
         make = Arms(pipeline, wanted, overlap, list(range(seed, seed + seeds)))
+        marked = None if oracle is None else make.marked(oracle)
         choices = [choice for name, (method, selector) in specs.items() for choice in make.selected(name, method, selector)]
         choices += [choice for name in chosen_controls for choice in make.control(name, choices[0])]
-        marked = None if oracle is None else make.marked(oracle)
-        if oracle is not None:
-            choices.append(make.oracle(oracle, len(choices[0].rows(0))))
+        if marked is not None:
+            choices.append(make.oracle(f"oracle {oracle}", marked, len(choices[0].rows(0))))
         command = None if measure_command is None else Command(measure_command)
         result = _Comparing(make, pipeline.config.finetune, marked).measure(choices, tests, command, equal, level)
         return _keep(pipeline, result, choices)

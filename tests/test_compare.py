@@ -157,7 +157,7 @@ def test_an_oracle_of_few_rows_takes_them_all_and_random_others(files: dict[str,
         pool = pipeline.sides["pool"]
         marked = {row for row in range(len(pool)) if pool.record(row).get("family") == "translate"}
         arms = Arms(pipeline, parse(10), np.array([min(marked)]), [0, 1])
-        few, many = arms.oracle("family=translate", len(marked) + 4), arms.oracle("family=translate", 3)
+        few, many = (arms.oracle("oracle", arms.marked("family=translate"), count) for count in (len(marked) + 4, 3))
     for seed in (0, 1):
         rows = few.rows(seed).tolist()
         assert len(set(rows)) == len(marked) + 4 and set(rows) >= marked - {min(marked)} and min(marked) not in rows

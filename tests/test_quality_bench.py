@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,13 +76,41 @@ def test_the_recovered_gap_is_the_share_of_what_the_oracle_gains(bench: ModuleTy
     assert difference == pytest.approx(-0.25, abs=0.01)
 
 
-def test_the_page_and_the_readme_say_what_the_results_say() -> None:
-    root = Path(__file__).parent.parent
-    spec = importlib.util.spec_from_file_location("generate_quality", root / "docs" / "generate_quality.py")
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_quality", Path(__file__).parent.parent / "docs" / "generate_quality.py")
     assert spec is not None
     assert spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_shows_the_run_of_most_targets_then_seeds_and_what_it_lacks_from_others(generate: ModuleType) -> None:
+    def over(targets: str, **arms: float) -> dict[str, Any]:
+        entries = {arm: {"against random": [value, value, value]} for arm, value in arms.items()}
+        return {"targets": list(targets), "clear_oracles": [], "arms": {**entries, "random": {}}}
+
+    found = generate.summary(
+        {
+            "targeted (4,000 rows, 5 seeds, bfloat16)": {"5% over targets": over("ab", less=-9)},
+            "targeted (8,000 rows, 2 seeds, bfloat16)": {"5% over targets": over("abc", less=-8, length=-3, perplexity=-4)},
+            "targeted (8,000 rows, 2 seeds)": {"5% over targets": over("abc", rds=-7)},
+            "targeted (8,000 rows, 5 seeds, bfloat16)": {"5% over targets": over("abc", less=-1, gdig=-2)},
+        }
+    )
+    rows = [line.split("|")[1].strip() + line.split("|")[2] for line in found.splitlines() if line.startswith("| `")]
+    assert rows == [
+        "`gdig` -2.000 (-2.000 to -2.000) ",
+        "`less` -1.000 (-1.000 to -1.000) ",
+        "`perplexity` (2 seeds) -4.000 (-4.000 to -4.000) ",
+        "`length` (2 seeds) -3.000 (-3.000 to -3.000) ",
+    ]
+    assert "8,000 rows, 5 seeds, bfloat16" in found
+
+
+def test_the_page_and_the_readme_say_what_the_results_say(generate: ModuleType) -> None:
+    root = Path(__file__).parent.parent
     results = json.loads((root / "bench" / "results" / "quality.json").read_text(encoding="utf-8"))
     assert (root / "docs" / "quality.md").read_text(encoding="utf-8") == generate.page(results)
     readme = (root / "README.md").read_text(encoding="utf-8")
