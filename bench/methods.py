@@ -39,7 +39,7 @@ from gradsift.stages import Recipe
 # Those that read least come first, then those that share rows: a run that is stopped early has measured most.
 ARMS = (
     "random", "length", "dsir", "rds", "kcenter", "perplexity", "ifd", "selffilter",
-    "less", "bids", "tagcos", "tagcos:preset=released", "g2is", "g2is:preset=paper", "g2is:preset=released",
+    "less", "bids", "bids:preset=paper", "tagcos", "tagcos:preset=released", "g2is", "g2is:preset=paper", "g2is:preset=released",
     "gist", "gradmatch", "gdig", "gdig:preset=released", "contrast",
 )  # fmt: skip
 BUDGET = "5%"

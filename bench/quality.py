@@ -56,6 +56,7 @@ TARGETED = (
     "g2is:preset=paper",
     "gdig",
     "bids",
+    "bids:preset=paper",
     "gist",
     "gradmatch",
 )
@@ -64,10 +65,11 @@ AGNOSTIC = ("tagcos", "gradmatch", "kcenter", "selffilter")
 PAIRS = (
     ("less", "less:aggregate=max"),
     ("g2is", "g2is:preset=paper"),
+    ("bids", "bids:preset=paper"),
     ("less:preset=released,aggregate=round-robin", "less"),
     ("gradmatch (weighted)", "gradmatch"),
 )
-SEVERAL = ("contrast", "bids", "less", "less:aggregate=max", "rds")
+SEVERAL = ("contrast", "bids", "bids:preset=paper", "less", "less:aggregate=max", "rds")
 NOISE = ("contrast", "contrast:per=token", "gdig", "gdig:preset=released", "less", "tagcos", "perplexity", "ifd")
 TESTED = 300
 LDS_ROWS, LDS_TARGETS = 1500, 64

@@ -20,26 +20,37 @@ class Bids:
     Source: arXiv 2501.12147 (Findings of EMNLP 2025), section 4, algorithm 1: influence on every target row (not group), each column
     brought to mean 0 and standard deviation 1 over the pool; then, again and again, the row with the largest max_j (Z_ij - mean of Z_j
     over the chosen).
-    Cost: gradients of pool and target at every checkpoint, the n x m matrix in memory, then lazily evaluated picks.
+    Cost: gradients of pool and target at one checkpoint, the n x m matrix in memory, then lazily evaluated picks.
 
     gain = that value when the row was picked; score = the same against the means at the end.
 
-    Differences from the paper: the standard deviation is over n - 1, the mean over no row is 0 and ties go to the lowest row, all of which
-    it leaves open; constant columns are left out. Where the pool's rows are all alike, none is better than another: the first ones are
-    taken, and a warning says so. `standardise=false` is its ablation; `backend=` takes another influence than LESS's (docs/scores.md).
+    `preset=plain`, the default, is ours: the influence is the cosine of plain gradients at the last checkpoint. `preset=paper` takes that
+    of LESS, Adam directions at every checkpoint, which favours short answers and costs a pass over the pool for each (docs/methods.md).
+    Differences from the paper in either: the standard deviation is over n - 1, the mean over no row is 0 and ties go to the lowest row, all
+    of which it leaves open; constant columns are left out. Where the pool's rows are all alike, none is better than another: the first ones
+    are taken, and a warning says so. `standardise=false` is its ablation; `backend=` takes another influence (docs/scores.md).
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
+    preset: Literal["plain", "paper"] = "plain"
     standardise: bool = True
     transform: Literal["adam", "none"] | None = None
-    backend: str = "less"
+    checkpoints: Literal["last", "mean"] | None = None
+    backend: str | None = None
 
     def needs(self) -> frozenset[Signal]:
         return frozenset({self.influence})
 
     @property
     def influence(self) -> Signal:
-        return Signal("influence", transform=self.transform or "backend", checkpoints="mean", backend=self.backend)
+        plain = self.preset == "plain" and self.backend is None
+        transform, checkpoints = ("none", "last") if plain else ("backend", "mean")
+        return Signal(
+            "influence",
+            transform=self.transform or transform,
+            checkpoints=self.checkpoints or checkpoints,
+            backend=self.backend or "less",
+        )
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         scores = finite(signals, self.influence).float()

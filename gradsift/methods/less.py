@@ -30,14 +30,16 @@ class Less:
     cosines are largest can take every pick (docs/methods.md).
     Differences from the released code: `preset=released` averages the cosines with each target row within a group. Both take any number
     and size of groups; the released code needs equal, contiguous ones. The Adam form (bias correction, eps) is a setting of the run's gradients.
-    `transform=none` compares plain gradients instead, for warm-ups whose optimiser state is gone. `backend=` takes another line of the table
-    of influence backends (docs/scores.md): `ekfac` or `trak`, say, with LESS's rule on top.
+    `transform=none` compares plain gradients instead, for warm-ups whose optimiser state is gone, and `checkpoints=last` those of the last
+    checkpoint alone. `backend=` takes another line of the table of influence backends (docs/scores.md): `ekfac` or `trak`, say, with LESS's
+    rule on top.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
     preset: Literal["paper", "released"] = "paper"
     aggregate: Literal["groups", "round-robin", "max"] | None = None
     transform: Literal["adam", "none"] | None = None
+    checkpoints: Literal["last", "mean"] = "mean"
     backend: str | None = None
 
     def needs(self) -> frozenset[Signal]:
@@ -46,7 +48,7 @@ class Less:
     @property
     def influence(self) -> Signal:
         backend = self.backend or ("less" if self.preset == "released" else "less-mean")
-        return Signal("influence", transform=self.transform or "backend", checkpoints="mean", backend=backend)
+        return Signal("influence", transform=self.transform or "backend", checkpoints=self.checkpoints, backend=backend)
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         scores = finite(signals, self.influence).float()

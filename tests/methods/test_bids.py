@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from gradsift.methods import make
-from gradsift.types import Subset
+from gradsift.types import Signal, Subset
 from tests.methods.parts import choose, random_rows
 
 SMALL = torch.tensor([[10, 0, 0], [9, 0, 0.1], [0, 1, 0], [0, 0, 0.5], [1, 0.2, 0.1]])
@@ -36,6 +38,16 @@ def test_order_and_gains_of_the_small_case() -> None:  # T4.1
     assert chosen.gains is not None
     assert np.allclose(chosen.gains, [1.75281, 2.41121, 1.98030, 1.12217, -0.11532], atol=1e-4)
     assert bids(SMALL, 5, standardise=False).indices.tolist() == [0, 2, 1, 3, 4]
+
+
+def test_each_preset_reads_its_influence() -> None:
+    plain = Signal("influence", transform="none", checkpoints="last", backend="less")
+    of_less = Signal("influence", transform="backend", checkpoints="mean", backend="less")
+    assert make("bids").needs() == {plain}
+    assert make("bids", {"preset": "paper"}).needs() == {of_less} == make("less", {"preset": "released"}).needs()
+    assert make("bids", {"backend": "ekfac"}).needs() == {dataclasses.replace(of_less, backend="ekfac")}
+    assert make("bids", {"preset": "paper", "transform": "none", "checkpoints": "last"}).needs() == {plain}
+    assert make("less", {"preset": "released", "transform": "none", "checkpoints": "last"}).needs() == {plain}
 
 
 def test_scale_and_shift_of_a_column_change_nothing() -> None:  # T4.2
