@@ -25,7 +25,7 @@ curvature are drawn from the model, the default; in kronfluence's line, and wher
 DEFAULTS = """## What the defaults rest on
 
 - `g2is -o preset=mean` and `bids -o preset=plain` against their papers' ways: the last line of "5% over targets" (8,000 rows, 2 seeds). They were
-  chosen by what they pick, before anything was trained on it: more rows of the target's kind (`marked`) and longer answers (`tokens`). The cause
+  chosen by what they pick, before anything was trained on it: mostly more rows of the target's kind (`marked`), longer answers (`tokens`). The cause
   is the same: Adam directions of a young warm-up look alike and favour short answers, and principal directions after the first lead away from
   the target.
 - `less` lets target groups take turns: by the maximum, two of five groups took every pick (several targets at once).
@@ -71,8 +71,8 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _number(run: str, of: str) -> int:
-    """5 of "8,000 rows, 5 seeds, bfloat16" and "seeds"."""
-    return next(int(part.split()[0].replace(",", "")) for part in run.split(", ") if part.endswith(of))
+    """5 of "8,000 rows, 5 seeds, bfloat16" and "seeds"; 0 where it says none."""
+    return next((int(part.split()[0].replace(",", "")) for part in run.split(", ") if part.endswith(of)), 0)
 
 
 def _best(budget: float, found: Sequence[tuple[int, int, int, str, Mapping[str, Any]]]) -> str:
@@ -108,7 +108,9 @@ def _same(run: str, seeds: int, other: str, others: int) -> bool:
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     parts = [HEAD, DEFAULTS]
     for name, title in TITLES.items():
-        for key, found in results.items():
+        # Most seeds first, then the larger pool.
+        for key in sorted(results, key=lambda key: (-_number(key[:-1], "seeds"), -_number(key.partition(" (")[2][:-1], "rows"))):
+            found = results[key]
             if key.partition(" (")[0] == name:
                 parts.append(f"## {title} ({key.partition(' (')[2]}\n")
                 parts.append({"noise": _plain, "lds": _plain}.get(name, _compared)(found))
