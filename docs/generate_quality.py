@@ -33,7 +33,8 @@ DEFAULTS = """## What the defaults rest on
   other kinds, where the target's own rows are few, and part of its gain there is that such rows unlearn least.
 - Weights pay nothing here: `gradmatch (weighted)` against `gradmatch`.
 - Noise: no method leaves out what the model cannot see. A translation that belongs to another sentence looks, to a model that cannot translate,
-  like any other.
+  like any other. And clean is not all: picks with more clean rows than the pool trained worse models than random rows (one seed), since they are
+  of one direction of translation, or short.
 """
 TITLES = {
     "targeted": "One target at a time",
