@@ -65,7 +65,11 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Selector:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][:1])
-        said = f"option {where} of {name}: {first['msg']}, not {first.get('input')!r}" if where else f"options of {name}: {first['msg']}"
+        said = (
+            f"option {where} of {name}: {first['msg']}, not {first.get('input')!r}"
+            if where
+            else f"options of {name}: {first['msg'].removeprefix('Value error, ')}"
+        )
         raise ConfigError(said, remedy="See `gradsift methods`.") from None
 
 

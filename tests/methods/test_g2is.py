@@ -173,7 +173,7 @@ def test_each_preset_reads_its_rows_of_the_pool() -> None:
 
 @pytest.mark.parametrize("option", [{"keep": 0.9}, {"centred": True}, {"orient": False}])
 def test_options_of_the_principal_directions_are_refused_without_them(option: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"options of g2is: .*{next(iter(option))} is of the principal directions"):
+    with pytest.raises(ConfigError, match=f"options of g2is: {next(iter(option))} is of the principal directions"):
         make("g2is", option)
     assert make("g2is", {**option, "core": "principal"}) and make("g2is", {**option, "preset": "paper"})
 
