@@ -28,7 +28,7 @@ DEFAULTS = """## What the defaults rest on
   chosen by what they pick, before anything was trained on it: mostly more rows of the target's kind (`marked`), longer answers (`tokens`). The cause
   is the same: Adam directions of a young warm-up look alike and favour short answers, and principal directions after the first lead away from
   the target.
-- `less` lets target groups take turns: by the maximum, two of five groups took every pick (several targets at once).
+- `less` lets target groups take turns: by the maximum, the groups of largest cosines took every pick (several targets at once).
 - `contrast` is the first to try toward a target: best on the mean over targets. It is not best on each: it takes long answers, also of
   other kinds, where the target's own rows are few, and part of its gain there is that such rows unlearn least.
 - Weights pay nothing here: `gradmatch (weighted)` against `gradmatch`.
