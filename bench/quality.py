@@ -17,6 +17,7 @@ import gzip
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ TARGETED = (
     "gradmatch",
 )
 AGNOSTIC = ("tagcos", "gradmatch", "kcenter", "selffilter")
+DEFAULTS = ("contrast", "less", "g2is", "g2is:preset=paper", "bids", "bids:preset=paper")
 # Which of two should be the default; and whether a method's weights pay.
 PAIRS = (
     ("less", "less:aggregate=max"),
@@ -147,22 +149,26 @@ class Bench:
         return write(self.root / "data" / f"{target}.jsonl", [rows[i] for i in kept])
 
     @property
+    def tested(self) -> dict[str, Path]:
+        return {target: self.tests[target] for target in self.targets}
+
+    @property
     def pool(self) -> Path:
         return general_pool(self.root, self.shared, self.options.rows)
 
-    def compare(self, arms: Sequence[str], tests: Sequence[str], budget: str, **more: Any) -> Comparison:
+    def compare(self, arms: Sequence[str], tests: Sequence[Path], budget: str, **more: Any) -> Comparison:
         """One comparison on the general pool; all tests of the bench are kept out of every arm, so that arms can be shared."""
         return compare(
             self.chosen(arms),
             pool=self.pool,
-            test=[self.tests[t] for t in tests],
-            decontaminate=list(self.tests.values()),
+            test=tests,
+            decontaminate=[*self.tests.values(), *more.pop("decontaminate", ())],
             budget=budget,
             run=self.root / f"run{self.options.rows}",
             pool_group="source",  # as bench/methods.py: what one bench has made of these rows serves the other
             model=self.model,
             seeds=self.options.seeds,
-            equal=("steps", "tokens") if self.options.full else ("steps",),
+            equal=self.options.equal.split(","),
             measure=("loss",),
             settings=self.settings,
             progress=auto(),
@@ -180,35 +186,62 @@ class Bench:
 
     def agnostic(self, budget: str) -> None:
         """Table 3: methods without a target, on the mean over all tests."""
-        found = self.compare(AGNOSTIC, self.targets, budget, controls=["length", "perplexity"])
-        summary, lines = found.summary(), {line.arm: line for line in found.table().lines}
-        if "kcenter" in lines:
-            summary["against_kcenter"] = {arm: against(line, lines["kcenter"]) for arm, line in lines.items() if line.draws is not None}
-        self.record("agnostic", budget, summary)
-        print("\n".join(found.lines()), file=sys.stderr)
+        made = self.compare(AGNOSTIC, list(self.tested.values()), budget, controls=["length", "perplexity"])
+        for name, found in by_way("agnostic", made):
+            summary, lines = found.summary(), {line.arm: line for line in found.table().lines}
+            if "kcenter" in lines:
+                summary["against_kcenter"] = {arm: against(line, lines["kcenter"]) for arm, line in lines.items() if line.draws is not None}
+            self.record(name, budget, summary)
+        print("\n".join(made.lines()), file=sys.stderr)
 
     def targeted(self, budget: str) -> None:
         """Table 1: methods with a target, one target at a time; the recovered gap over those where the oracle is clearly better."""
-        found = {}
+        files = {target: (self.devs[target], self.tests[target]) for target in self.targets}
+        self.one_at_a_time("targeted", TARGETED, files, budget, self.options.controls.split(","))
+
+    def defaults(self, budget: str) -> None:
+        """Table 6: which of two should be the default, without a look at a test file: the even dev rows of a target guide, the odd ones test."""
+        files = {}
         for target in self.targets:
-            controls = self.options.controls.split(",")
-            found[target] = self.compare(
-                TARGETED, [target], budget, target=[self.devs[target]], controls=controls, oracle=ORACLES.get(target)
+            rows = read(self.devs[target])
+            halves = (write(self.root / "data" / f"{target}_{half}.jsonl", rows[start::2]) for start, half in enumerate(("even", "odd")))
+            files[target] = tuple(halves)
+        self.one_at_a_time("defaults", DEFAULTS, files, budget, ["rds"], [test for _, test in files.values()])
+
+    def one_at_a_time(
+        self,
+        table: str,
+        arms: Sequence[str],
+        files: Mapping[str, tuple[Path, ...]],
+        budget: str,
+        controls: Sequence[str],
+        decontaminate: Sequence[Path] = (),
+    ) -> None:
+        """files: target -> (what guides, what tests)."""
+        found: dict[str, dict[str, Comparison]] = {}
+        for target, (guide, test) in files.items():
+            made = self.compare(
+                arms, [test], budget, target=[guide], controls=controls, oracle=ORACLES.get(target), decontaminate=decontaminate
             )
-            self.record("targeted", f"{budget} {target}", found[target].summary())
-            print("\n".join(found[target].lines()), file=sys.stderr)
-        self.record("targeted", f"{budget} over targets", over_targets(found))
+            for name, comparison in by_way(table, made):
+                found.setdefault(name, {})[target] = comparison
+                self.record(name, f"{budget} {target}", comparison.summary())
+            print("\n".join(made.lines()), file=sys.stderr)
+        for name, comparisons in found.items():
+            self.record(name, f"{budget} over targets", over_targets(comparisons))
 
     def several(self, budget: str) -> None:
         """Table 2: all targets at once; the mean over groups and the worst of them."""
-        found = self.compare(SEVERAL, self.targets, budget, target=[f"{t}={self.devs[t]}" for t in self.targets], controls=["length"])
-        summary = found.summary()
-        lines = {t: {line.arm: line for line in found.table(t).lines} for t in self.targets}
-        over = found.table().lines
-        summary["pairs"] = pairs({"mean": {line.arm: line for line in over}})
-        summary["worst_gain"] = {arm.name: worst_gain(lines, arm.name) for arm in found.arms if arm.name not in (BASE, CONTROL)}
-        self.record("several", budget, summary)
-        print("\n".join(found.lines()), file=sys.stderr)
+        targets = [f"{t}={self.devs[t]}" for t in self.targets]
+        made = self.compare(SEVERAL, list(self.tested.values()), budget, target=targets, controls=["length"])
+        for name, found in by_way("several", made):
+            summary = found.summary()
+            lines = {t: {line.arm: line for line in found.table(t).lines} for t in self.targets}
+            over = found.table().lines
+            summary["pairs"] = pairs({"mean": {line.arm: line for line in over}})
+            summary["worst_gain"] = {arm.name: worst_gain(lines, arm.name) for arm in found.arms if arm.name not in (BASE, CONTROL)}
+            self.record(name, budget, summary)
+        print("\n".join(made.lines()), file=sys.stderr)
 
     def noise(self, budget: str) -> None:
         """Table 4: which rows of a noisy translation pool are picked, given clean ones of all six directions as target, then dev rows of one;
@@ -346,21 +379,25 @@ class Bench:
             rows = encode(pipeline.sides["pool"].take(range(0, options.rows, 8)), pipeline.tokenizer, pipeline.config.encode)
             rates, per_row = probe(pipeline, rows, methods.make("less")), float(rows.lengths.mean())
             checkpoints, threads = pipeline.checkpoint_count, pipeline.threads
-        pool, several, seconds = options.rows * per_row, {"targeted", "several", "agnostic"} & set(wanted), 0.0
+        pool, several, seconds = options.rows * per_row, {"targeted", "several", "agnostic", "defaults"} & set(wanted), 0.0
         passes = (
             checkpoints + 1 + 3 + len(self.targets) if several else 0
         )  # Adam rows at each, plain rows, curvature, influence of each target
         passes += (checkpoints + 1 + 3 + 2 + 2) if "noise" in wanted else 0
         passes += (2 * checkpoints + 3 + 3 + 2) * LDS_ROWS / options.rows if "lds" in wanted else 0
         seconds += passes * pool / rates.gradients
-        controls = {"targeted": 2 + len(options.controls.split(",")), "several": 4, "agnostic": 4}  # with the oracle and random rows
-        named = {"targeted": TARGETED, "several": SEVERAL, "agnostic": AGNOSTIC}
+        # With the oracle and random rows.
+        controls = {"targeted": 2 + len(options.controls.split(",")), "several": 4, "agnostic": 4, "defaults": 3}
+        named = {"targeted": TARGETED, "several": SEVERAL, "agnostic": AGNOSTIC, "defaults": DEFAULTS}
+        one_at_a_time = ("targeted", "defaults")
         for table in several:
             arms = len(self.chosen(named[table])) + controls[table]
             for budget in options.budgets.split(","):
                 rows_picked = float(budget.rstrip("%")) / 100 * options.rows
                 each = RECIPE["epochs"] * rows_picked * per_row / rates.train + TESTED * per_row / rates.forward
-                seconds += arms * options.seeds * each * (len(self.targets) if table == "targeted" else 1)
+                seconds += (
+                    arms * options.seeds * each * (len(self.targets) if table in one_at_a_time else 1) * len(options.equal.split(","))
+                )
         if "noise" in wanted:  # a tenth of the pool, with random and clean rows
             tenth = RECIPE["epochs"] * options.rows / 10 * per_row
             seconds += (len(self.chosen(NOISE)) + 2) * options.seeds * (tenth / rates.train + 2 * TESTED * per_row / rates.forward)
@@ -377,6 +414,7 @@ class Bench:
         tables: dict[str, Callable[[str], None]] = {
             "agnostic": self.agnostic,
             "targeted": self.targeted,
+            "defaults": self.defaults,
             "several": self.several,
             "noise": self.noise,
             "lds": self.lds,
@@ -385,6 +423,13 @@ class Bench:
             several = name not in ("noise", "lds")  # these two have no budget of their own
             for budget in self.options.budgets.split(",") if several else ("",):
                 tables[name](budget)
+
+
+def by_way(table: str, made: Comparison) -> Iterator[tuple[str, Comparison]]:
+    """The name of a table and what it shows, for every way of equal training: of equal steps, then "..., equal tokens"."""
+    for way in dict.fromkeys(found.equal for found in made.tables):
+        name = table if way == "steps" else f"{table}, equal {way}"
+        yield name, replace(made, tables=tuple(found for found in made.tables if found.equal == way))
 
 
 def gap(lines: Mapping[str, Line], arm: str, oracle: str) -> tuple[float, np.ndarray, np.ndarray]:
@@ -492,7 +537,7 @@ def auc(high: np.ndarray, low: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", default="agnostic,targeted,several,noise,lds")
+    parser.add_argument("--tables", default="agnostic,targeted,several,noise,lds,defaults")
     parser.add_argument("--targets", default="", help="names, separated by commas")
     parser.add_argument("--methods", default="", help="only these, separated by commas")
     parser.add_argument("--rows", type=int, default=8000, help="of the general pool, and of the translation pool")
@@ -501,6 +546,7 @@ def main() -> None:
     parser.add_argument(
         "--controls", default="length,length-matched,perplexity,rds", help="beside random, in the table of one target at a time"
     )
+    parser.add_argument("--equal", default="", help="what all trainings share (default steps; with --full steps,tokens)")
     parser.add_argument("--halves", type=int, default=60, help="trainings of the linear datamodeling score")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--bf16", action="store_true", help="signals of a bfloat16 model, trainings in mixed precision")
@@ -510,6 +556,7 @@ def main() -> None:
     parser.add_argument("--out", default="bench/results/quality.json")
     options = parser.parse_args()
     options.budgets = options.budgets or ("5%,1%" if options.full else "5%")
+    options.equal = options.equal or ("steps,tokens" if options.full else "steps")
     Bench(options).run()
 
 

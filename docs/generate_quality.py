@@ -39,11 +39,14 @@ DEFAULTS = """## What the defaults rest on
 """
 TITLES = {
     "targeted": "One target at a time",
+    "targeted, equal tokens": "One target at a time, all trainings of the same number of tokens",
     "several": "Several targets at once",
     "agnostic": "Without a target: the mean over all tests",
+    "agnostic, equal tokens": "Without a target, all trainings of the same number of tokens",
     "noise": "Noise in a translation pool, clean seeds",
     "noise training": "Trained on what was picked from the noisy pool",
     "lds": "Linear datamodeling score of influence backends",
+    "defaults": "Which default: even dev rows guide, odd dev rows test",
 }
 
 
@@ -64,8 +67,8 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
     differences are to the random rows of those seeds."""
     found: dict[float, list[tuple[int, int, int, str, Mapping[str, Any]]]] = {}
     for name, table in results.items():
-        run = name.partition(" (")[2][:-1]
-        for key, value in table.items() if name.startswith("targeted") else ():
+        kind, _, run = name[:-1].partition(" (")
+        for key, value in table.items() if kind == "targeted" else ():
             if key.endswith("over targets") and len(value["targets"]) > 1:
                 order = len(value["targets"]), _number(run, "seeds"), _number(run, "rows")
                 found.setdefault(float(key.partition("%")[0]), []).append((*order, run, value))

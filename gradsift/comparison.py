@@ -11,6 +11,7 @@ import numpy as np
 
 from gradsift import report
 from gradsift.evaluate import loss_draws, seed_shares
+from gradsift.progress import duration
 
 DRAWS = 4000
 MEAN = "mean of the tests"
@@ -81,9 +82,11 @@ class Comparison:
     cost: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def table(self, test: str | None = None, measure: str = "loss", equal: str = "steps") -> Results:
-        """The table of a test (default: the mean of the tests, or the only one). Raises KeyError."""
+    def table(self, test: str | None = None, measure: str = "loss", equal: str | None = None) -> Results:
+        """The table of a test (default: the mean of the tests, or the only one) and a way of equal training (default: the first). Raises
+        KeyError."""
         wanted = test or (MEAN if any(t.test == MEAN for t in self.tables) else self.tables[0].test)
+        equal = equal or self.tables[0].equal
         for found in self.tables:
             if (found.test, found.measure, found.equal) == (wanted, measure, equal):
                 return found
@@ -118,8 +121,18 @@ class Comparison:
         found: list[str] = []
         for table in self.tables:
             found += [*self._heading(table), *self._body(table), ""]
+        found += [f"cost      {text}" for text in self.spent()]
         found += [f"note      {text}" for text in self.notes]
         return found
+
+    def spent(self) -> list[str]:
+        """What one training takes, on a choice and on everything, and what choosing took: a sentence each, none where no time is kept."""
+        if not self.cost:
+            return []
+        one, every = (duration(60 * self.cost[f"training{on}_minutes"]) for on in ("", "_on_everything"))
+        chosen = [f"{arm.name} {duration(arm.seconds)}" for arm in self.arms if arm.seconds >= 1]
+        choosing = [f"choosing, from an empty run: {', '.join(chosen)}"] if chosen else []
+        return [f"a training on a choice takes {one}, on everything for as many passes {every}", *choosing]
 
     def _heading(self, table: Results) -> list[str]:
         better = "lower is better" if table.lower_is_better else "higher is better"
@@ -159,6 +172,7 @@ class Comparison:
                 marked = f" {_share(arm)} |" if self.marks else ""
                 found.append(f"| {line.arm} | {line.value:.4f} | {against} | {arm.rows:,} | {arm.tokens:,} | {line.steps:,} |{marked}")
             found.append("")
+        found += [f"Cost: {text}.\n" for text in self.spent()]
         return "\n".join(found)
 
     def panel(self) -> report.Comparison:

@@ -181,7 +181,7 @@ class _Comparing:
                 "tests": {test.name: len(test.rows) for test in tests},
             },
             overlap=len(self.arms.overlap),
-            cost=self._cost(trials, [self.trial(c, n, "steps", reference) for c in choices for n in numbers], tests, reference),
+            cost=self._cost(trials, [self.trial(c, n, equal[0], reference) for c in choices for n in numbers], tests, reference),
             notes=self._notes(tests),
         )
 

@@ -99,6 +99,13 @@ def test_a_comparison_trains_what_its_table_says(
         not in Comparison(found.control, found.level, tuple(replace(arm, marked=None) for arm in found.arms), found.tables).markdown()
     )
 
+    # The cost, in words.
+    training, choosing = (line for line in found.lines() if line.startswith("cost"))
+    assert "a training on a choice takes " in training and "on everything for as many passes " in training
+    assert "gradmatch " in choosing and BASE not in choosing
+    assert f"Cost: {training.removeprefix('cost').strip()}." in found.markdown()
+    assert not replace(found, cost={}).spent()
+
     # Again: nothing is trained, and the same comes out; the reports have the panel.
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("trained again")
@@ -150,6 +157,16 @@ def test_several_tests_their_mean_answers_and_a_command(files: dict[str, Path], 
     text = "\n".join(found.lines())
     assert "mean of the tests: loss (lower is better), the same optimiser steps" in text
     assert "one seed" in text
+
+
+def test_equal_tokens_alone(files: dict[str, Path], model: str, tmp_path: Path) -> None:
+    found = run(files, model, tmp_path / "run", equal=("tokens",), seeds=1)
+    assert found.table().equal == "tokens"
+    assert found.cost["training_on_everything_minutes"] >= 0
+    report = json.loads(next((tmp_path / "run").glob("select-*/report.json")).read_text())
+    assert {each["name"]: each["value"] for each in report["comparison"]["results"]} == {
+        line.arm: line.value for line in found.table().lines
+    }
 
 
 def test_an_oracle_of_few_rows_takes_them_all_and_random_others(files: dict[str, Path], model: str, tmp_path: Path) -> None:

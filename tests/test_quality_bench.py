@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradsift.comparison import Comparison, Measured, compare_measured
+from gradsift.comparison import Comparison, Line, Measured, Results, compare_measured
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,15 @@ def test_the_recovered_gap_is_the_share_of_what_the_oracle_gains(bench: ModuleTy
     assert difference == pytest.approx(-0.25, abs=0.01)
 
 
+def test_a_table_for_every_way_of_equal_training(bench: ModuleType) -> None:
+    lines = (Line("random", 3.0, (3.0,), 5),)
+    made = Comparison("random", 0.95, (), tuple(Results(t, "loss", way, lines) for way in ("steps", "tokens") for t in "ab"))
+    found = dict(bench.by_way("targeted", made))
+    assert list(found) == ["targeted", "targeted, equal tokens"]
+    assert [(t.test, t.equal) for t in found["targeted, equal tokens"].tables] == [("a", "tokens"), ("b", "tokens")]
+    assert found["targeted, equal tokens"].table("b").equal == "tokens"
+
+
 @pytest.fixture(scope="module")
 def generate() -> ModuleType:
     spec = importlib.util.spec_from_file_location("generate_quality", Path(__file__).parent.parent / "docs" / "generate_quality.py")
@@ -96,6 +105,7 @@ def test_the_readme_shows_the_run_of_most_targets_then_seeds_and_what_it_lacks_f
             "targeted (4,000 rows, 5 seeds, bfloat16)": {"5% over targets": over("ab", less=-9)},
             "targeted (8,000 rows, 2 seeds, bfloat16)": {"5% over targets": over("abc", less=-8, length=-3, perplexity=-4)},
             "targeted (8,000 rows, 2 seeds)": {"5% over targets": over("abc", rds=-7)},
+            "targeted, equal tokens (8,000 rows, 9 seeds, bfloat16)": {"5% over targets": over("abc", rds=-6)},
             "targeted (8,000 rows, 5 seeds, bfloat16)": {"5% over targets": over("abc", less=-1, gdig=-2)},
         }
     )
