@@ -186,7 +186,7 @@ class Bench:
 
     def agnostic(self, budget: str) -> None:
         """Table 3: methods without a target, on the mean over all tests."""
-        made = self.compare(AGNOSTIC, list(self.tested.values()), budget, controls=["length", "perplexity"])
+        made = self.compare(AGNOSTIC, list(self.tested.values()), budget, controls=["length", "perplexity", "full"])
         for name, found in by_way("agnostic", made):
             summary, lines = found.summary(), {line.arm: line for line in found.table().lines}
             if "kcenter" in lines:
@@ -245,8 +245,9 @@ class Bench:
 
     def noise(self, budget: str) -> None:
         """Table 4: which rows of a noisy translation pool are picked, given clean ones of all six directions as target, then dev rows of one;
-        and the loss, on held-out rows of two directions, of models trained on the picks of the former."""
-        rows = stratified(read(self.shared / "data" / "pool_mt.jsonl.gz"), "task", self.options.rows)
+        and the loss of models trained on the picks of the former, on held-out rows of two directions and on clean rows of all six."""
+        every = read(self.shared / "data" / "pool_mt.jsonl.gz")
+        rows = stratified(every, "task", self.options.rows)
         clean = [row for row in rows if row["noise"] == "none"]
         seeds = stratified(clean, "task", 64, seed=1)
         taken = {row["id"] for row in seeds}
@@ -272,10 +273,12 @@ class Bench:
                 )
                 self.record("noise", name + label, noise_found(pool, chosen))
         if self.chosen(NOISE):
-            self.noise_trained(files)
+            inside = {row["id"] for row in rows}
+            held = [row for row in every if row["noise"] == "none" and row["id"] not in inside]
+            self.noise_trained(files, write(self.root / "data" / "mt_clean.jsonl", stratified(held, "task", TESTED, seed=2)))
 
-    def noise_trained(self, files: tuple[Path, Path]) -> None:
-        tests = {name: self.tests.get(name) or self._test(name) for name in ("mt_de_en", "mt_zh_en")}
+    def noise_trained(self, files: tuple[Path, Path], clean: Path) -> None:
+        tests = {name: self.tests.get(name) or self._test(name) for name in ("mt_de_en", "mt_zh_en")} | {"mt_clean": clean}
         found = compare(
             self.chosen(NOISE),
             pool=files[0],
@@ -387,7 +390,7 @@ class Bench:
         passes += (2 * checkpoints + 3 + 3 + 2) * LDS_ROWS / options.rows if "lds" in wanted else 0
         seconds += passes * pool / rates.gradients
         # With the oracle and random rows.
-        controls = {"targeted": 2 + len(options.controls.split(",")), "several": 4, "agnostic": 4, "defaults": 3}
+        controls = {"targeted": 2 + len(options.controls.split(",")), "several": 4, "agnostic": 5, "defaults": 3}
         named = {"targeted": TARGETED, "several": SEVERAL, "agnostic": AGNOSTIC, "defaults": DEFAULTS}
         one_at_a_time = ("targeted", "defaults")
         for table in several:
@@ -400,7 +403,7 @@ class Bench:
                 )
         if "noise" in wanted:  # a tenth of the pool, with random and clean rows
             tenth = RECIPE["epochs"] * options.rows / 10 * per_row
-            seconds += (len(self.chosen(NOISE)) + 2) * options.seeds * (tenth / rates.train + 2 * TESTED * per_row / rates.forward)
+            seconds += (len(self.chosen(NOISE)) + 2) * options.seeds * (tenth / rates.train + 3 * TESTED * per_row / rates.forward)
         if "lds" in wanted:
             seconds += options.halves * LDS_EPOCHS * LDS_ROWS / 2 * per_row / rates.train
         return seconds * threads / 3600
@@ -497,10 +500,13 @@ def worst_gain(lines: Mapping[str, Mapping[str, Line]], arm: str) -> list[Any]:
 
 
 def noise_found(pool: Sequence[Mapping[str, Any]], chosen: Any) -> dict[str, Any]:
-    """Share of clean rows among the picks, and per kind of noise the AUC of the score against clean rows (1 = all noise below)."""
+    """Share of clean rows and of every direction among the picks, and per kind of noise the AUC of the score against clean rows (1 = all noise
+    below)."""
     kinds = np.array([row["noise"] for row in pool])
     table = pq.read_table(chosen.folder / "scores.parquet").to_pydict()
     found: dict[str, Any] = {"picked": len(chosen), "clean": float((kinds[chosen.indices] == "none").mean())}
+    tasks = np.array([row["task"] for row in pool])
+    found |= {task.removeprefix("mt_"): float((tasks[chosen.indices] == task).mean()) for task in sorted(set(tasks))}
     scores = np.array([np.nan if s is None else s for s in table["score"]], dtype=float)
     if not np.isfinite(scores).any():
         return found
@@ -544,7 +550,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--budgets", default="", help="of the tables that train on what was chosen (default 5%%; with --full 5%%,1%%)")
     parser.add_argument(
-        "--controls", default="length,length-matched,perplexity,rds", help="beside random, in the table of one target at a time"
+        "--controls", default="length,length-matched,perplexity,rds,full", help="beside random, in the table of one target at a time"
     )
     parser.add_argument("--equal", default="", help="what all trainings share (default steps; with --full steps,tokens)")
     parser.add_argument("--halves", type=int, default=60, help="trainings of the linear datamodeling score")

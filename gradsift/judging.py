@@ -77,11 +77,7 @@ def compare(
     wanted, targets, progress = budgets.parse(budget), as_list(target), progress or silent()
     specs = parse(arms, bool(targets))
     chosen_controls, asked = controls_of(controls, bool(targets), specs), check_measures(measure)
-    if seeds < 1:
-        raise ConfigError(f"--seeds {seeds}: nothing to train", remedy="Give at least 1, better 5.")
-    for name in equal:
-        if name not in ("steps", "tokens"):
-            raise UnknownName("way of equal training", name, ["steps", "tokens"])
+    _check(seeds, equal)
     with opened(
         run, pool=pool, target=targets, model=model, settings=settings, pool_group=pool_group, target_group=target_group,
         warmup_from=warmup_from, progress=progress,
@@ -101,6 +97,14 @@ def compare(
         command = None if measure_command is None else Command(measure_command)
         result = _Comparing(make, pipeline.config.finetune, marked).measure(choices, tests, command, equal, level)
         return _keep(pipeline, result, choices)
+
+
+def _check(seeds: int, equal: Sequence[str]) -> None:
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds}: nothing to train", remedy="Give at least 1, better 5.")
+    for name in equal:
+        if name not in ("steps", "tokens"):
+            raise UnknownName("way of equal training", name, ["steps", "tokens"])
 
 
 def _test(pipeline: Pipeline, file: str | Path, measures: tuple[str, ...], progress: Progress) -> Test:
