@@ -72,7 +72,7 @@ PAIRS = (
     ("gradmatch (weighted)", "gradmatch"),
 )
 SEVERAL = ("contrast", "bids", "bids:preset=paper", "less", "less:aggregate=max", "rds")
-NOISE = ("contrast", "contrast:per=token", "gdig", "gdig:preset=released", "less", "tagcos", "perplexity", "ifd")
+NOISE = ("contrast", "contrast:per=token", "gdig", "gdig:preset=released", "less", "rds", "tagcos", "perplexity", "ifd")
 TESTED = 300
 LDS_ROWS, LDS_TARGETS = 1500, 64
 # Curvature of labels drawn from the model, the default, and of the rows' own, as the other library here takes it.
@@ -257,7 +257,7 @@ class Bench:
         for label, target in runs.items():
             for name in (*NOISE, CONTROL):
                 method, _, options = name.partition(":")
-                needs = method in ("contrast", "gdig", "less")
+                needs = method in ("contrast", "gdig", "less", "rds")
                 if (self.options.methods and method not in self.options.methods.split(",")) or (label and not needs):
                     continue
                 chosen = gradsift.select(
@@ -278,25 +278,30 @@ class Bench:
             self.noise_trained(files, write(self.root / "data" / "mt_clean.jsonl", stratified(held, "task", TESTED, seed=2)))
 
     def noise_trained(self, files: tuple[Path, Path], clean: Path) -> None:
+        """Seeds as one group, and for less as a group for each direction: as many rows of every direction, and nothing else that differs."""
         tests = {name: self.tests.get(name) or self._test(name) for name in ("mt_de_en", "mt_zh_en")} | {"mt_clean": clean}
-        found = compare(
-            self.chosen(NOISE),
-            pool=files[0],
-            target=[files[1]],
-            test=list(tests.values()),
-            controls=[],
-            oracle="noise=none",
-            budget="10%",
-            run=self.root / "mt",
-            model=self.model,
-            seeds=self.options.seeds,
-            equal=("steps",),
-            measure=("loss",),
-            settings=self.settings,
-            progress=auto(),
-        )
-        self.record("noise training", "10%", found.summary())
-        print("\n".join(found.lines()), file=sys.stderr)
+        for label, arms, group in (("", NOISE, None), (", seeds grouped by direction", ("less",), "task")):
+            if not self.chosen(arms):
+                continue
+            found = compare(
+                self.chosen(arms),
+                pool=files[0],
+                target=[files[1]],
+                target_group=group,
+                test=list(tests.values()),
+                controls=[],
+                oracle="noise=none",
+                budget="10%",
+                run=self.root / "mt",
+                model=self.model,
+                seeds=self.options.seeds,
+                equal=("steps",),
+                measure=("loss",),
+                settings=self.settings,
+                progress=auto(),
+            )
+            self.record("noise training", f"10%{label}", found.summary())
+            print("\n".join(found.lines()), file=sys.stderr)
 
     def lds(self, budget: str) -> None:
         """Table 5: linear datamodeling score (Park et al. 2023, section 2): does the sum of scores over a random half of the pool rank the
@@ -401,9 +406,9 @@ class Bench:
                 seconds += (
                     arms * options.seeds * each * (len(self.targets) if table in one_at_a_time else 1) * len(options.equal.split(","))
                 )
-        if "noise" in wanted:  # a tenth of the pool, with random and clean rows
+        if "noise" in wanted:  # a tenth of the pool, with random and clean rows, and less by direction
             tenth = RECIPE["epochs"] * options.rows / 10 * per_row
-            seconds += (len(self.chosen(NOISE)) + 2) * options.seeds * (tenth / rates.train + 3 * TESTED * per_row / rates.forward)
+            seconds += (len(self.chosen(NOISE)) + 3) * options.seeds * (tenth / rates.train + 3 * TESTED * per_row / rates.forward)
         if "lds" in wanted:
             seconds += options.halves * LDS_EPOCHS * LDS_ROWS / 2 * per_row / rates.train
         return seconds * threads / 3600
