@@ -62,7 +62,7 @@ TARGETED = (
     "gradmatch",
 )
 AGNOSTIC = ("tagcos", "gradmatch", "kcenter", "selffilter")
-DEFAULTS = ("contrast", "less", "g2is", "g2is:preset=paper", "bids", "bids:preset=paper")
+DEFAULTS = ("contrast", "g2is", "g2is:preset=paper", "bids", "bids:preset=paper")
 # Which of two should be the default; and whether a method's weights pay.
 PAIRS = (
     ("less", "less:aggregate=max"),
