@@ -52,7 +52,7 @@ ORACLES = {
 TARGETED = (
     "contrast",
     "less",
-    "less:preset=released,aggregate=round-robin",
+    "less:preset=released,aggregate=rows",
     "g2is",
     "g2is:preset=paper",
     "gdig",
@@ -68,7 +68,7 @@ PAIRS = (
     ("less", "less:aggregate=max"),
     ("g2is", "g2is:preset=paper"),
     ("bids", "bids:preset=paper"),
-    ("less:preset=released,aggregate=round-robin", "less"),
+    ("less:preset=released,aggregate=rows", "less"),
     ("gradmatch (weighted)", "gradmatch"),
 )
 SEVERAL = ("contrast", "bids", "bids:preset=paper", "less", "less:aggregate=max", "rds")

@@ -180,12 +180,12 @@ def test_less_takes_the_best_group_of_each_row() -> None:
 
 
 def test_less_by_turns_serves_every_target_row() -> None:
-    chosen = choose(make("less", {"preset": "released", "aggregate": "round-robin"}), SCORES, 4, target_groups=["a", "b", "b"])
+    chosen = choose(make("less", {"preset": "released", "aggregate": "rows"}), SCORES, 4, target_groups=["a", "b", "b"])
     assert chosen.indices.tolist() == [0, 2, 3, 1]
 
 
 def test_less_by_turns_serves_every_group_in_the_papers_form() -> None:
-    every: list[dict[str, str]] = [{}, {"aggregate": "groups"}, {"aggregate": "round-robin"}]
+    every: list[dict[str, str]] = [{}, {"aggregate": "groups"}, {"aggregate": "rows"}]
     for options in every:
         chosen = choose(make("less", options), SCORES[:, :2], 3, target_groups=["a", "b", "b"])
         assert chosen.indices.tolist() == [0, 2, 1]

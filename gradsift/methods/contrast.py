@@ -26,7 +26,7 @@ class Contrast:
     Cost: one short training on each target group, and one forward pass over the pool for it and for the base model: no gradients of rows.
 
     per: "row" = nats of the whole answer (a long answer that gains a little everywhere counts); "sqrt" = over the square root of its tokens;
-    "token" = nats per supervised token. aggregate: "round-robin" = the target groups take turns; "max" = a row's best group counts.
+    "token" = nats per supervised token. aggregate: "groups" = the target groups take turns; "max" = a row's best group counts.
     How the model is trained on the target is the section [tuning] of the settings.
 
     Differences from the paper: there nats per token, here `per=row` by default, since a training step weighs all tokens alike; the paper
@@ -35,7 +35,7 @@ class Contrast:
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
     per: Literal["row", "sqrt", "token"] = "row"
-    aggregate: Literal["round-robin", "max"] = "round-robin"
+    aggregate: Literal["groups", "max"] = "groups"
 
     def needs(self) -> frozenset[Signal]:
         return frozenset({LOSS, TUNED})

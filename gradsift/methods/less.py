@@ -22,7 +22,7 @@ class Less:
 
     score = that of a row's best group; gain of a pick = in the group, or for the target row, whose turn it was.
 
-    aggregate: "groups" = the target groups take turns, each with its best unused row; "round-robin" = so does each target row where a row
+    aggregate: "groups" = the target groups take turns, each with its best unused row; "rows" = so does each target row where a row
     has a cosine with each (released preset), else each group; "max" = each row's best group, then the k largest.
 
     Differences from the paper: `preset=paper` merges a group's target gradients into their mean and takes one cosine with it; several
@@ -37,7 +37,7 @@ class Less:
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
     preset: Literal["paper", "released"] = "paper"
-    aggregate: Literal["groups", "round-robin", "max"] | None = None
+    aggregate: Literal["rows", "groups", "max"] | None = None
     transform: Literal["adam", "none"] | None = None
     checkpoints: Literal["last", "mean"] = "mean"
     backend: str | None = None
