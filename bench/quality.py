@@ -189,6 +189,7 @@ class Bench:
         made = self.compare(AGNOSTIC, list(self.tested.values()), budget, controls=["length", "perplexity", "full"])
         for name, found in by_way("agnostic", made):
             summary, lines = found.summary(), {line.arm: line for line in found.table().lines}
+            summary["pairs"] = pairs({"mean": lines})
             if "kcenter" in lines:
                 summary["against_kcenter"] = {arm: against(line, lines["kcenter"]) for arm, line in lines.items() if line.draws is not None}
             self.record(name, budget, summary)
@@ -237,8 +238,7 @@ class Bench:
         for name, found in by_way("several", made):
             summary = found.summary()
             lines = {t: {line.arm: line for line in found.table(t).lines} for t in self.targets}
-            over = found.table().lines
-            summary["pairs"] = pairs({"mean": {line.arm: line for line in over}})
+            summary["pairs"] = pairs({"mean": {line.arm: line for line in found.table().lines}})
             summary["worst_gain"] = {arm.name: worst_gain(lines, arm.name) for arm in found.arms if arm.name not in (BASE, CONTROL)}
             self.record(name, budget, summary)
         print("\n".join(made.lines()), file=sys.stderr)

@@ -152,7 +152,7 @@ def _over(value: Mapping[str, Any]) -> str:
 
 def _pairs(value: Mapping[str, Any]) -> list[str]:
     said = [f"{pair} {d:+.4f} ({low:+.4f} to {high:+.4f})" for pair, (d, low, high) in value.get("pairs", {}).items()]
-    return ["Mean over targets: " + "; ".join(said) + ".", ""] if said else []
+    return ["Paired, on the mean: " + "; ".join(said) + ".", ""] if said else []
 
 
 def _plain(found: Mapping[str, Any]) -> str:
