@@ -97,7 +97,8 @@ def _best(budget: float, found: Sequence[tuple[int, int, int, str, Mapping[str, 
         f"Loss on held-out rows, mean over {', '.join(value['targets'])} ({run}; {budget:g} % picked, a 6M-parameter model; lower is better, "
         "95 % intervals; [all tables](docs/quality.md)). Gap: the share recovered of what rows of the right kind, drawn "
         "blindly, gain over random rows, "
-        f"mean over the targets where they clearly do: {', '.join(value['clear_oracles']) or 'none'}.",
+        f"mean over the targets where they clearly do: {', '.join(value['clear_oracles']) or 'none'}."
+        + (" full: the whole pool for as many steps, so more rows and fewer passes." if "full" in shown else ""),
         "",
         "| trained on | against random rows | against RDS+ | gap |",
         "|---|---:|---:|---:|",
