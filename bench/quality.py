@@ -7,7 +7,7 @@
 
 Needs the folder of pools, targets and the small model that the tests use (`--shared`, default ../shared). Everything is kept in `--run`
 and resumes; each table is written into the JSON file (`--out`) as soon as it is there. Nothing is tuned here: dev files guide the selections,
-test files are only reported.
+test files are only reported. One table, `defaults`, takes no test file: one half of the dev rows guides and the other tests.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ PAIRS = (
 )
 SEVERAL = ("contrast", "bids", "bids:preset=paper", "less", "less:aggregate=max", "rds")
 NOISE = ("contrast", "contrast:per=token", "gdig", "gdig:preset=released", "less", "rds", "tagcos", "perplexity", "ifd")
+GUIDED = ("contrast", "gdig", "less", "rds")  # those of NOISE that take a target
+GROUPED, BY_DIRECTION = ("less",), ", seeds grouped by direction"  # every direction's seeds pick in turn
 TESTED = 300
 LDS_ROWS, LDS_TARGETS = 1500, 64
 # Curvature of labels drawn from the model, the default, and of the rows' own, as the other library here takes it.
@@ -149,7 +151,7 @@ class Bench:
         return write(self.root / "data" / f"{target}.jsonl", [rows[i] for i in kept])
 
     @property
-    def tested(self) -> dict[str, Path]:
+    def asked(self) -> dict[str, Path]:
         return {target: self.tests[target] for target in self.targets}
 
     @property
@@ -168,7 +170,7 @@ class Bench:
             pool_group="source",  # as bench/methods.py: what one bench has made of these rows serves the other
             model=self.model,
             seeds=self.options.seeds,
-            equal=self.options.equal.split(","),
+            equal=[way.strip() for way in self.options.equal.split(",")],
             measure=("loss",),
             settings=self.settings,
             progress=auto(),
@@ -186,7 +188,7 @@ class Bench:
 
     def agnostic(self, budget: str) -> None:
         """Table 3: methods without a target, on the mean over all tests."""
-        made = self.compare(AGNOSTIC, list(self.tested.values()), budget, controls=["length", "perplexity", "full"])
+        made = self.compare(AGNOSTIC, list(self.asked.values()), budget, controls=["length", "perplexity", "full"])
         for name, found in by_way("agnostic", made):
             summary, lines = found.summary(), {line.arm: line for line in found.table().lines}
             summary["pairs"] = pairs({"mean": lines})
@@ -234,7 +236,7 @@ class Bench:
     def several(self, budget: str) -> None:
         """Table 2: all targets at once; the mean over groups and the worst of them."""
         targets = [f"{t}={self.devs[t]}" for t in self.targets]
-        made = self.compare(SEVERAL, list(self.tested.values()), budget, target=targets, controls=["length"])
+        made = self.compare(SEVERAL, list(self.asked.values()), budget, target=targets, controls=["length"])
         for name, found in by_way("several", made):
             summary = found.summary()
             lines = {t: {line.arm: line for line in found.table(t).lines} for t in self.targets}
@@ -244,8 +246,8 @@ class Bench:
         print("\n".join(made.lines()), file=sys.stderr)
 
     def noise(self, budget: str) -> None:
-        """Table 4: which rows of a noisy translation pool are picked, given clean ones of all six directions as target, then dev rows of one;
-        and the loss of models trained on the picks of the former, on held-out rows of two directions and on clean rows of all six."""
+        """Table 4: which rows of a noisy translation pool are picked, given clean ones of all six directions as target, the same as a group for
+        each direction, then dev rows of one; and the loss of models trained on the picks of the former two."""
         every = read(self.shared / "data" / "pool_mt.jsonl.gz")
         rows = stratified(every, "task", self.options.rows)
         clean = [row for row in rows if row["noise"] == "none"]
@@ -253,55 +255,67 @@ class Bench:
         taken = {row["id"] for row in seeds}
         pool = [row for row in rows if row["id"] not in taken]
         files = write(self.root / "data" / "mt_pool.jsonl", pool), write(self.root / "data" / "mt_seeds.jsonl", seeds)
-        runs = {"": files[1], " (target mt_de_en)": self.shared / "data" / "targets" / "mt_de_en" / "dev.jsonl.gz"}
-        for label, target in runs.items():
-            for name in (*NOISE, CONTROL):
-                method, _, options = name.partition(":")
-                needs = method in ("contrast", "gdig", "less", "rds")
-                if (self.options.methods and method not in self.options.methods.split(",")) or (label and not needs):
-                    continue
-                chosen = gradsift.select(
-                    method,
-                    pool=files[0],
-                    target=[target] if needs else [],
-                    budget="10%",
-                    run=self.root / "mt",
-                    model=self.model,
-                    options={key: value for key, _, value in (pair.partition("=") for pair in options.split(",") if pair)},
-                    settings=self.settings,
-                    progress=auto(),
-                )
-                self.record("noise", name + label, noise_found(pool, chosen))
-        if self.chosen(NOISE):
-            inside = {row["id"] for row in rows}
-            held = [row for row in every if row["noise"] == "none" and row["id"] not in inside]
-            self.noise_trained(files, write(self.root / "data" / "mt_clean.jsonl", stratified(held, "task", TESTED, seed=2)))
+        test = self._clean_test(every, rows)
+        dev = self.shared / "data" / "targets" / "mt_de_en" / "dev.jsonl.gz"
+        for name in (*NOISE, CONTROL):
+            self._picked(name, "", pool, files[0], files[1])
+            if name.partition(":")[0] in GUIDED:
+                self._picked(name, " (target mt_de_en)", pool, files[0], dev)
+        for name in GROUPED:
+            self._picked(name, BY_DIRECTION, pool, files[0], files[1], target_group="task")
+        self._noise_trained("", NOISE, files, test)
+        self._noise_trained(BY_DIRECTION, GROUPED, files, test, target_group="task")
 
-    def noise_trained(self, files: tuple[Path, Path], clean: Path) -> None:
-        """Seeds as one group, and for less as a group for each direction: as many rows of every direction, and nothing else that differs."""
+    def _clean_test(self, every: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> Path:
+        """Clean rows of all six directions, no text of which stands in `rows`."""
+        inside = {text for row in rows for text in texts(row)}
+        held = [row for row in every if row["noise"] == "none" and not inside & texts(row)]
+        if len(held) < TESTED:
+            sys.exit(f"--rows {self.options.rows} leaves {len(held):,} clean rows of {len(every):,} to test with; give fewer")
+        return write(self.root / "data" / "mt_clean.jsonl", stratified(held, "task", TESTED, seed=2))
+
+    def _picked(self, arm: str, label: str, rows: Sequence[dict[str, Any]], pool: Path, target: Path, **more: Any) -> None:
+        if not self.chosen([arm]):
+            return
+        method, _, options = arm.partition(":")
+        chosen = gradsift.select(
+            method,
+            pool=pool,
+            target=[target] if method in GUIDED else [],
+            budget="10%",
+            run=self.root / "mt",
+            model=self.model,
+            options={key: value for key, _, value in (pair.partition("=") for pair in options.split(",") if pair)},
+            settings=self.settings,
+            progress=auto(),
+            **more,
+        )
+        self.record("noise", arm + label, noise_found(rows, chosen))
+
+    def _noise_trained(self, label: str, arms: Sequence[str], files: tuple[Path, Path], clean: Path, **more: Any) -> None:
+        """Tested on held-out rows of two directions and on clean rows of all six."""
+        if not self.chosen(arms):
+            return
         tests = {name: self.tests.get(name) or self._test(name) for name in ("mt_de_en", "mt_zh_en")} | {"mt_clean": clean}
-        for label, arms, group in (("", NOISE, None), (", seeds grouped by direction", ("less",), "task")):
-            if not self.chosen(arms):
-                continue
-            found = compare(
-                self.chosen(arms),
-                pool=files[0],
-                target=[files[1]],
-                target_group=group,
-                test=list(tests.values()),
-                controls=[],
-                oracle="noise=none",
-                budget="10%",
-                run=self.root / "mt",
-                model=self.model,
-                seeds=self.options.seeds,
-                equal=("steps",),
-                measure=("loss",),
-                settings=self.settings,
-                progress=auto(),
-            )
-            self.record("noise training", f"10%{label}", found.summary())
-            print("\n".join(found.lines()), file=sys.stderr)
+        found = compare(
+            self.chosen(arms),
+            pool=files[0],
+            target=[files[1]],
+            test=list(tests.values()),
+            controls=[],
+            oracle="noise=none",
+            budget="10%",
+            run=self.root / "mt",
+            model=self.model,
+            seeds=self.options.seeds,
+            equal=("steps",),
+            measure=("loss",),
+            settings=self.settings,
+            progress=auto(),
+            **more,
+        )
+        self.record("noise training", f"10%{label}", found.summary())
+        print("\n".join(found.lines()), file=sys.stderr)
 
     def lds(self, budget: str) -> None:
         """Table 5: linear datamodeling score (Park et al. 2023, section 2): does the sum of scores over a random half of the pool rank the
@@ -388,27 +402,25 @@ class Bench:
             rates, per_row = probe(pipeline, rows, methods.make("less")), float(rows.lengths.mean())
             checkpoints, threads = pipeline.checkpoint_count, pipeline.threads
         pool, several, seconds = options.rows * per_row, {"targeted", "several", "agnostic", "defaults"} & set(wanted), 0.0
-        passes = (
-            checkpoints + 1 + 3 + len(self.targets) if several else 0
-        )  # Adam rows at each, plain rows, curvature, influence of each target
+        # Adam rows at each checkpoint, plain rows, curvature, influence of each target.
+        passes: float = checkpoints + 1 + 3 + len(self.targets) if several else 0
         passes += (checkpoints + 1 + 3 + 2 + 2) if "noise" in wanted else 0
         passes += (2 * checkpoints + 3 + 3 + 2) * LDS_ROWS / options.rows if "lds" in wanted else 0
         seconds += passes * pool / rates.gradients
         # With the oracle and random rows.
-        controls = {"targeted": 2 + len(options.controls.split(",")), "several": 4, "agnostic": 5, "defaults": 3}
+        controls = {"targeted": 2 + len(options.controls.split(",")), "several": 2, "agnostic": 4, "defaults": 3}
         named = {"targeted": TARGETED, "several": SEVERAL, "agnostic": AGNOSTIC, "defaults": DEFAULTS}
         one_at_a_time = ("targeted", "defaults")
         for table in several:
-            arms = len(self.chosen(named[table])) + controls[table]
+            arms, ways = len(self.chosen(named[table])) + controls[table], len(options.equal.split(","))
+            rounds, tests = (len(self.targets), 1) if table in one_at_a_time else (1, len(self.targets))
             for budget in options.budgets.split(","):
                 rows_picked = float(budget.rstrip("%")) / 100 * options.rows
-                each = RECIPE["epochs"] * rows_picked * per_row / rates.train + TESTED * per_row / rates.forward
-                seconds += (
-                    arms * options.seeds * each * (len(self.targets) if table in one_at_a_time else 1) * len(options.equal.split(","))
-                )
-        if "noise" in wanted:  # a tenth of the pool, with random and clean rows, and less by direction
-            tenth = RECIPE["epochs"] * options.rows / 10 * per_row
-            seconds += (len(self.chosen(NOISE)) + 3) * options.seeds * (tenth / rates.train + 3 * TESTED * per_row / rates.forward)
+                each = RECIPE["epochs"] * rows_picked * per_row / rates.train + tests * TESTED * per_row / rates.forward
+                seconds += arms * options.seeds * each * rounds * ways
+        if "noise" in wanted:  # a tenth of the pool, with random and clean rows
+            each = RECIPE["epochs"] * options.rows / 10 * per_row / rates.train + 3 * TESTED * per_row / rates.forward
+            seconds += (len(self.chosen((*NOISE, *GROUPED))) + 2) * options.seeds * each
         if "lds" in wanted:
             seconds += options.halves * LDS_EPOCHS * LDS_ROWS / 2 * per_row / rates.train
         return seconds * threads / 3600
@@ -434,10 +446,12 @@ class Bench:
 
 
 def by_way(table: str, made: Comparison) -> Iterator[tuple[str, Comparison]]:
-    """The name of a table and what it shows, for every way of equal training: of equal steps, then "..., equal tokens"."""
+    """The name of a table and what it shows, for every way of equal training: of equal steps, then "..., equal tokens". The cost is known of
+    the first way."""
     for way in dict.fromkeys(found.equal for found in made.tables):
         name = table if way == "steps" else f"{table}, equal {way}"
-        yield name, replace(made, tables=tuple(found for found in made.tables if found.equal == way))
+        tables, first = tuple(found for found in made.tables if found.equal == way), way == made.tables[0].equal
+        yield name, replace(made, tables=tables, cost=made.cost if first else {})
 
 
 def gap(lines: Mapping[str, Line], arm: str, oracle: str) -> tuple[float, np.ndarray, np.ndarray]:
@@ -536,6 +550,11 @@ def datamodeling(scores: np.ndarray, members: np.ndarray, losses: np.ndarray, dr
 def ranks(values: np.ndarray) -> np.ndarray:
     """Centred ranks down each column, equal values sharing theirs."""
     return rankdata(values, axis=0) - (len(values) + 1) / 2
+
+
+def texts(row: Mapping[str, Any]) -> set[str]:
+    """What makes a row known: its id and the contents of its messages."""
+    return {row["id"], *(message["content"] for message in row["messages"])}
 
 
 def auc(high: np.ndarray, low: np.ndarray) -> float:

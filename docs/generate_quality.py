@@ -14,12 +14,18 @@ ROOT = Path(__file__).parent
 HEAD = """# Does the selection train better models?
 
 Tables written by `python docs/generate_quality.py` from `bench/results/quality.json`, which `python bench/quality.py` measures: a small language
-model, real instruction pools, training on what was chosen, loss on held-out rows (nats per supervised token; lower is better). Differences are to
-random rows, with 95 % intervals over seeds and test rows. `docs/compare.md` says how. Tables marked bfloat16 took signals from the model in bfloat16
-and trained in mixed precision, and `contrast` tunes there by its default, LoRA and ten passes; in the others it tunes as the subsets are trained, in
-full, three passes, 5e-4. tokens: supervised, of one pass over the first seed's rows; marked: the share of those rows that are of the oracle's kind.
-Tests are measured, and the scores of the linear datamodeling table taken, in float32 everywhere. There, labels of the
-curvature are drawn from the model, the default; in kronfluence's line, and where a line says so, they are the given ones.
+model (6M parameters), real instruction pools, training on what was chosen, loss on held-out rows (nats per supervised token; lower is better).
+Differences are to random rows, with 95 % intervals over seeds and test rows. [compare.md](compare.md) says how, and what the arms and columns are:
+`untrained`, `full` and `oracle` are arms, `tokens` are supervised ones, `marked` is the share of the oracle's kind. After "Paired", one arm
+against another on the same test rows: below 0, the first is better.
+
+The pool: rows of many public instruction sets, `task` and `source` in each row. Targets: `gsm8k` (word problems), `code_alpaca` (short programs),
+`ni_title` (titles for texts; the pool has headlines, but no title task of Natural Instructions), `mt_de_en` (German to English), `bbh_...` (logical
+deduction with five objects, of BIG-bench Hard; the pool has it with three). 64 dev rows guide (50 of bbh), 300 other rows test (200 of bbh).
+
+Tables marked bfloat16 took signals from the model in bfloat16 and trained in mixed precision, and `contrast` tunes there by its default, LoRA and ten
+passes; in the others it tunes as the subsets are trained, in full, three passes, 5e-4. Tests are measured, and the scores of the linear datamodeling
+table taken, in float32 everywhere.
 """
 # Why the defaults are what they are; the numbers stand in the tables.
 DEFAULTS = """## What the defaults rest on
@@ -37,17 +43,34 @@ DEFAULTS = """## What the defaults rest on
   like any other. And clean is not all: picks with more clean rows than the pool trained worse models than random rows (one seed); why
   is not measured.
 """
+# Table -> its title, and what its words mean.
 TITLES = {
-    "targeted": "One target at a time",
-    "targeted, equal tokens": "One target at a time, all trainings of the same number of tokens",
-    "several": "Several targets at once",
-    "agnostic": "Without a target: the mean over all tests",
-    "agnostic, equal tokens": "Without a target, all trainings of the same number of tokens",
-    "noise": "Noise in a translation pool, clean seeds",
-    "noise training": "Trained on what was picked from the noisy pool",
-    "lds": "Linear datamodeling score of influence backends",
-    "defaults": "Which default: even dev rows guide, odd dev rows test",
+    "targeted": ("One target at a time", ""),
+    "several": ("Several targets at once", "worst_gain and the lines of single tests are of the same trainings."),
+    "agnostic": ("Without a target", "Nothing guides; the first table is the mean over the tests of all targets."),
+    "noise": (
+        "Noise in a translation pool",
+        "A tenth is picked from 8,000 translations of six directions, of which a known part was spoilt. Guides: 64 clean rows of all six, or where "
+        "a line says so each direction's as a group of its own, or dev rows of one direction. clean: share of unspoilt picks; de_en and so on: "
+        "share of each direction; auc: chance that a clean row's score is above that of one so spoilt (1 = every time, 0.5 = blind).",
+    ),
+    "noise training": (
+        "Trained on what was picked from the noisy pool",
+        "mt_clean: clean rows of all six directions, of which neither side stands in the pool; mt_de_en and mt_zh_en: two of the directions, "
+        "from elsewhere.",
+    ),
+    "lds": (
+        "Linear datamodeling score of influence backends",
+        "lds: mean over target rows of Spearman's correlation between a row set's summed scores and the loss of a model trained on that set, over "
+        "random halves of the pool. LoRA and all linears: which layers' gradients. Labels of the curvature are drawn from the model, the default; in "
+        "kronfluence's line, and where a line says so, they are the given ones.",
+    ),
+    "defaults": (
+        "Which default is better",
+        "No test file is read: the even dev rows of a target guide, the odd ones test.",
+    ),
 }
+EQUAL_TOKENS = ", equal tokens"  # after a table's name: that of trainings with the same number of tokens
 
 
 BEGIN, END = "<!-- from bench/results/quality.json -->\n", "<!-- end -->\n"
@@ -98,7 +121,11 @@ def _best(budget: float, found: Sequence[tuple[int, int, int, str, Mapping[str, 
         "95 % intervals; [all tables](docs/quality.md)). Gap: the share recovered of what rows of the right kind, drawn "
         "blindly, gain over random rows, "
         f"mean over the targets where they clearly do: {', '.join(value['clear_oracles']) or 'none'}."
-        + (" full: the whole pool for as many steps, so more rows and fewer passes." if "full" in shown else ""),
+        + (
+            " full: rows of the whole pool in random order for as many steps, so more different rows, seen less often."
+            if "full" in shown
+            else ""
+        ),
         "",
         "| trained on | against random rows | against RDS+ | gap |",
         "|---|---:|---:|---:|",
@@ -112,20 +139,33 @@ def _same(run: str, seeds: int, other: str, others: int) -> bool:
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Raises KeyError for a table without a title."""
     parts = [HEAD, DEFAULTS]
-    for name, title in TITLES.items():
-        # Most seeds first, then the larger pool.
-        for key in sorted(results, key=lambda key: (-_number(key[:-1], "seeds"), -_number(key.partition(" (")[2][:-1], "rows"))):
-            found = results[key]
-            if key.partition(" (")[0] == name:
-                parts.append(f"## {title} ({key.partition(' (')[2]}\n")
-                parts.append({"noise": _plain, "lds": _plain}.get(name, _compared)(found))
+    places = {name: place for place, name in enumerate(TITLES)}
+
+    def place(key: str) -> tuple[int, bool, int, int]:
+        """As TITLES, equal steps before equal tokens, most seeds first, then the larger pool."""
+        kind, _, run = key[:-1].partition(" (")
+        base = kind.removesuffix(EQUAL_TOKENS)
+        return places[base], base != kind, -_number(run, "seeds"), -_number(run, "rows")
+
+    said = None
+    for key in sorted(results, key=place):
+        kind, _, run = key.partition(" (")
+        base = kind.removesuffix(EQUAL_TOKENS)
+        title, words = TITLES[base]
+        title += ", every training of the same number of tokens" if base != kind else ""
+        parts.append(f"## {title} ({run}\n")
+        if words and base != said:
+            parts.append(f"{words}\n")
+        said = base
+        parts.append((_plain if base in ("noise", "lds") else _compared)(results[key]))
     return "\n".join(parts)
 
 
 def _compared(found: Mapping[str, Any]) -> str:
     parts = []
-    for key, value in found.items():
+    for key, value in sorted(found.items(), key=lambda item: "over targets" not in item[0]):
         if "arms" in value and "tables" in value:
             comparison = Comparison.read(
                 {name: said for name, said in value.items() if name not in ("against_kcenter", "worst_gain", "pairs")}
@@ -153,7 +193,7 @@ def _over(value: Mapping[str, Any]) -> str:
 
 def _pairs(value: Mapping[str, Any]) -> list[str]:
     said = [f"{pair} {d:+.4f} ({low:+.4f} to {high:+.4f})" for pair, (d, low, high) in value.get("pairs", {}).items()]
-    return ["Paired, on the mean: " + "; ".join(said) + ".", ""] if said else []
+    return ["Paired, on the mean over targets: " + "; ".join(said) + ".", ""] if said else []
 
 
 def _plain(found: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ CONTROLS = {
     "length-matched": "random rows whose answers are as long as those of the first method's choice, drawn anew for every seed",
     "perplexity": "the method of that name",
     "rds": "pooled hidden states, where there is a target",
-    "full": "the whole pool, for as many steps as the others",
+    "full": "rows of the whole pool in random order, for as many steps as the others: more different rows, seen less often",
 }
 CONTROL = "random"
 

@@ -47,7 +47,7 @@ class Line:
 
     @property
     def certain(self) -> bool:
-        """Whether the interval excludes no difference."""
+        """Whether the interval leaves out 0."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
@@ -122,21 +122,23 @@ class Comparison:
         for table in self.tables:
             found += [*self._heading(table), *self._body(table), ""]
         found += [f"cost      {text}" for text in self.spent()]
-        found += [f"note      {text}" for text in self.notes]
+        found += [f"note      {text}" for text in ("* = the interval leaves out 0", *self.notes)]
         return found
 
     def spent(self) -> list[str]:
-        """What one training takes, on a choice and on everything, and what choosing took: a sentence each, none where no time is kept."""
+        """What a training takes, on a choice and on everything, and what choosing took: a sentence each, none where no time is kept."""
         if not self.cost:
             return []
         one, every = (duration(60 * self.cost[f"training{on}_minutes"]) for on in ("", "_on_everything"))
+        training = f"a training takes {one} on average over the arms (equal {self.tables[0].equal})"
+        training += f"; on everything, for as many passes, about {every}"
         chosen = [f"{arm.name} {duration(arm.seconds)}" for arm in self.arms if arm.seconds >= 1]
-        choosing = [f"choosing, from an empty run: {', '.join(chosen)}"] if chosen else []
-        return [f"a training on a choice takes {one}, on everything for as many passes {every}", *choosing]
+        choosing = f"choosing took, what arms share counted for each: {', '.join(chosen)}"
+        return [training, *([choosing] if chosen else [])]
 
     def _heading(self, table: Results) -> list[str]:
         better = "lower is better" if table.lower_is_better else "higher is better"
-        same = "the same optimiser steps" if table.equal == "steps" else "the same number of tokens"
+        same = "the same optimiser steps" if table.equal == "steps" else "the same number of tokens, prompts counted"
         width = max(len(arm.name) for arm in self.arms) + 2
         wide = max(9, len(table.measure) + 2)
         head = (
@@ -161,7 +163,8 @@ class Comparison:
         found = []
         for table in self.tables:
             better = "lower" if table.lower_is_better else "higher"
-            found.append(f"**{table.test}**, {table.measure} ({better} is better), equal {table.equal}\n")
+            same = "steps" if table.equal == "steps" else "tokens, prompts counted"
+            found.append(f"**{table.test}**, {table.measure} ({better} is better), equal {same}\n")
             marked, rule = (" marked |", "---:|") if self.marks else ("", "")
             found.append(f"| | {table.measure} | against {self.control} ({self.level:.0%} interval) | rows | tokens | steps |{marked}")
             found.append(f"|---|---:|---:|---:|---:|---:|{rule}")
@@ -192,7 +195,7 @@ class Comparison:
             )
             for line in table.lines
         )
-        note = f"{table.test}; intervals ({self.level:.0%}) are of the difference to {self.control}, over seeds and test rows."
+        note = f"{table.test}, equal {table.equal}; intervals ({self.level:.0%}) are of the difference to {self.control}, over seeds and test rows."
         what = "held-out loss (nats per token)" if table.measure == "loss" else table.measure
         return report.Comparison(measure=what, lower_is_better=table.lower_is_better, results=results, note=note)
 

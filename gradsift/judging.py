@@ -53,7 +53,7 @@ def compare(
     controls: Sequence[str] | None = None,
     oracle: str | None = None,
     decontaminate: Sequence[str | Path] = (),
-    equal: Sequence[str] = ("steps", "tokens"),
+    equal: Sequence[str] | str = ("steps", "tokens"),
     measure: Sequence[str] = (),
     measure_command: str | None = None,
     level: float = 0.95,
@@ -77,7 +77,9 @@ def compare(
     wanted, targets, progress = budgets.parse(budget), as_list(target), progress or silent()
     specs = parse(arms, bool(targets))
     chosen_controls, asked = controls_of(controls, bool(targets), specs), check_measures(measure)
-    _check(seeds, equal)
+    ways = _ways(equal)
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds}: nothing to train", remedy="Give at least 1, better 5.")
     with opened(
         run, pool=pool, target=targets, model=model, settings=settings, pool_group=pool_group, target_group=target_group,
         warmup_from=warmup_from, progress=progress,
@@ -95,16 +97,16 @@ def compare(
         if marked is not None:
             choices.append(make.oracle(f"oracle {oracle}", marked, len(choices[0].rows(0))))
         command = None if measure_command is None else Command(measure_command)
-        result = _Comparing(make, pipeline.config.finetune, marked).measure(choices, tests, command, equal, level)
+        result = _Comparing(make, pipeline.config.finetune, marked).measure(choices, tests, command, ways, level)
         return _keep(pipeline, result, choices)
 
 
-def _check(seeds: int, equal: Sequence[str]) -> None:
-    if seeds < 1:
-        raise ConfigError(f"--seeds {seeds}: nothing to train", remedy="Give at least 1, better 5.")
-    for name in equal:
+def _ways(equal: Sequence[str] | str) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys([equal] if isinstance(equal, str) else equal))
+    for name in found or ("",):
         if name not in ("steps", "tokens"):
             raise UnknownName("way of equal training", name, ["steps", "tokens"])
+    return found
 
 
 def _test(pipeline: Pipeline, file: str | Path, measures: tuple[str, ...], progress: Progress) -> Test:
@@ -225,25 +227,25 @@ class _Comparing:
         self.pipeline.progress.note(f"{len(missing):,} trainings to do: about {max(1, round(seconds / 60)):,} min{beside}")
 
     def _cost(self, trials: Trials, done: Sequence[Trial], tests: Sequence[Test], reference: Choice) -> dict[str, float]:
-        """Minutes: training on one subset, and what training on everything for as many passes would take at the same rate."""
-        lengths, seconds, tokens = self.pipeline.encoded("pool").lengths, 0.0, 0.0
+        """Minutes: of a training, on average over all arms; and what training on everything for as many passes would take at their rate."""
+        lengths, seconds, tokens, counted = self.pipeline.encoded("pool").lengths, 0.0, 0.0, 0
         for trial in done:
             spent = trials.seconds(trial, tests[0]).get("training")
             if spent is not None and len(trial.rows):
-                seconds += spent
+                seconds, counted = seconds + spent, counted + 1
                 tokens += (trial.settings.steps or 0) * trial.settings.batch_size * float(lengths[trial.rows].mean())
         if not tokens:
             return {}
         passes = self.recipe.steps_for(len(reference.rows(0))) * self.recipe.batch_size / len(reference.rows(0))
         everything = passes * float(lengths[self.arms.usable].sum()) * seconds / tokens / 60
-        return {"training_minutes": round(seconds / 60 / len(done), 2), "training_on_everything_minutes": round(everything, 1)}
+        return {"training_minutes": round(seconds / 60 / counted, 4), "training_on_everything_minutes": round(everything, 4)}
 
     def _notes(self, tests: Sequence[Test]) -> tuple[str, ...]:
         recipe = self.recipe
         how = f"{'LoRA' if recipe.mode == 'lora' else 'full'} fine-tuning, learning rate {recipe.rate:g}, batch {recipe.batch_size}"
         how += ", mixed precision" if recipe.bf16 else ""
         rows = ", ".join(f"{test.name} {len(test.rows):,} rows" for test in tests)
-        found = [f"{how}; {len(self.arms.seeds)} seeds; tested on {rows}; * = the interval excludes no difference"]
+        found = [f"{how}; {len(self.arms.seeds)} seeds; tested on {rows}"]
         if len(self.arms.overlap):
             found.append(f"{len(self.arms.overlap):,} pool rows share 13 words with a test and were left out of every arm")
         if len(self.arms.seeds) == 1:

@@ -14,7 +14,7 @@ import pytest
 from gradsift import judging
 from gradsift.arms import Arms
 from gradsift.budget import parse
-from gradsift.comparison import MEAN, Comparison, Measured, compare_measured
+from gradsift.comparison import MEAN, Arm, Comparison, Line, Measured, Results, compare_measured
 from gradsift.config import EncodeSettings
 from gradsift.encode import encode
 from gradsift.errors import ConfigError, UnknownName, UserError
@@ -99,13 +99,6 @@ def test_a_comparison_trains_what_its_table_says(
         not in Comparison(found.control, found.level, tuple(replace(arm, marked=None) for arm in found.arms), found.tables).markdown()
     )
 
-    # The cost, in words.
-    training, choosing = (line for line in found.lines() if line.startswith("cost"))
-    assert "a training on a choice takes " in training and "on everything for as many passes " in training
-    assert "gradmatch " in choosing and BASE not in choosing
-    assert f"Cost: {training.removeprefix('cost').strip()}." in found.markdown()
-    assert not replace(found, cost={}).spent()
-
     # Again: nothing is trained, and the same comes out; the reports have the panel.
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("trained again")
@@ -162,11 +155,37 @@ def test_several_tests_their_mean_answers_and_a_command(files: dict[str, Path], 
 def test_equal_tokens_alone(files: dict[str, Path], model: str, tmp_path: Path) -> None:
     found = run(files, model, tmp_path / "run", equal=("tokens",), seeds=1)
     assert found.table().equal == "tokens"
-    assert found.cost["training_on_everything_minutes"] >= 0
+    trials = [path.parent for path in (tmp_path / "run").glob("trial-*/recipe.json")]
+    assert len(trials) == len(found.arms)
+    trained = [path for path in trials if json.loads((path / "recipe.json").read_text())["config"]["count"]]  # all but the base model
+    seconds = [json.loads((path / "stats.json").read_text())["training"] for path in trained]
+    assert len(seconds) == len(found.arms) - 1
+    assert found.cost["training_minutes"] == pytest.approx(np.mean(seconds) / 60, abs=1e-4)
     report = json.loads(next((tmp_path / "run").glob("select-*/report.json")).read_text())
     assert {each["name"]: each["value"] for each in report["comparison"]["results"]} == {
         line.arm: line.value for line in found.table().lines
     }
+
+
+def test_the_cost_in_words() -> None:
+    arms = (Arm("less", "method", 10, 5, 728.0), Arm("random", "control", 10, 5, 0.4), Arm(BASE, "none", 0, 0, 0.0))
+    lines = (Line("less", 2.0, (2.0,), 5), Line("random", 3.0, (3.0,), 5))
+    cost = {"training_minutes": 1.0833, "training_on_everything_minutes": 19.7}
+    found = Comparison("random", 0.95, arms, (Results("t", "loss", "tokens", lines),), cost=cost)
+    assert found.spent() == [
+        "a training takes 1 min 05 s on average over the arms (equal tokens); on everything, for as many passes, about 19 min 42 s",
+        "choosing took, what arms share counted for each: less 12 min 08 s",
+    ]
+    assert [line for line in found.lines() if line.startswith("cost")] == [f"cost      {text}" for text in found.spent()]
+    assert all(f"Cost: {text}." in found.markdown() for text in found.spent())
+    assert len(replace(found, arms=arms[1:]).spent()) == 1
+    assert replace(found, cost={}).spent() == []
+
+
+@pytest.mark.parametrize("equal", [(), "passes", ("steps", "passes")])
+def test_ways_of_equal_training_are_checked(files: dict[str, Path], model: str, tmp_path: Path, equal: Any) -> None:
+    with pytest.raises(UnknownName, match="way of equal training"):
+        run(files, model, tmp_path / "run", equal=equal)
 
 
 def test_an_oracle_of_few_rows_takes_them_all_and_random_others(files: dict[str, Path], model: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradsift.errors import ConfigError
 from gradsift.methods import make
 from gradsift.methods.gdig import _Part
 from gradsift.rules import kmeans, omp, topk
@@ -185,13 +186,19 @@ def test_less_by_turns_serves_every_target_row() -> None:
 
 
 def test_less_by_turns_serves_every_group_in_the_papers_form() -> None:
-    every: list[dict[str, str]] = [{}, {"aggregate": "groups"}, {"aggregate": "rows"}]
+    every: list[dict[str, str]] = [{}, {"aggregate": "groups"}]
     for options in every:
         chosen = choose(make("less", options), SCORES[:, :2], 3, target_groups=["a", "b", "b"])
         assert chosen.indices.tolist() == [0, 2, 1]
         # A pick stands with the group whose turn it was, and with its score for that one.
         assert np.allclose(chosen.gains, [0.9, 0.3, 0.8]) and chosen.notes["nearest_group"][chosen.indices].tolist() == ["a", "b", "a"]
     assert choose(make("less", {"aggregate": "max"}), SCORES[:, :2], 3, target_groups=["a", "b", "b"]).indices.tolist() == [0, 1, 2]
+
+
+def test_less_by_rows_needs_a_score_with_every_row() -> None:
+    with pytest.raises(ConfigError, match="aggregate=rows needs a score with every target row"):
+        make("less", {"aggregate": "rows"})
+    assert make("less", {"aggregate": "rows", "backend": "cosine"})
 
 
 def test_less_groups_take_turns_over_a_backend_that_scores_target_rows() -> None:

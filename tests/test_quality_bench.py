@@ -10,6 +10,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gradsift.comparison import Comparison, Line, Measured, Results, compare_measured
@@ -78,11 +80,32 @@ def test_the_recovered_gap_is_the_share_of_what_the_oracle_gains(bench: ModuleTy
 
 def test_a_table_for_every_way_of_equal_training(bench: ModuleType) -> None:
     lines = (Line("random", 3.0, (3.0,), 5),)
-    made = Comparison("random", 0.95, (), tuple(Results(t, "loss", way, lines) for way in ("steps", "tokens") for t in "ab"))
+    tables = tuple(Results(t, "loss", way, lines) for way in ("steps", "tokens") for t in "ab")
+    made = Comparison("random", 0.95, (), tables, cost={"training_minutes": 1.0})
     found = dict(bench.by_way("targeted", made))
     assert list(found) == ["targeted", "targeted, equal tokens"]
     assert [(t.test, t.equal) for t in found["targeted, equal tokens"].tables] == [("a", "tokens"), ("b", "tokens")]
     assert found["targeted, equal tokens"].table("b").equal == "tokens"
+    assert found["targeted"].cost and not found["targeted, equal tokens"].cost  # it is that of the first way
+
+
+def test_picks_of_a_noisy_pool_are_counted(bench: ModuleType, tmp_path: Path) -> None:
+    rows = [{"noise": noise, "task": task} for noise, task in (("none", "mt_a"), ("none", "mt_b"), ("copied", "mt_a"), ("none", "mt_a"))]
+    pq.write_table(pa.table({"score": [3.0, 1.0, 2.0, None]}), tmp_path / "scores.parquet")
+
+    class Chosen:
+        folder, indices = tmp_path, np.array([0, 2])
+
+        def __len__(self) -> int:
+            return 2
+
+    found = bench.noise_found(rows, Chosen())
+    assert found == {"picked": 2, "clean": 0.5, "a": 1.0, "b": 0.0, "auc copied": 0.5}
+
+
+def test_a_clean_test_shares_no_text_with_the_pool(bench: ModuleType) -> None:
+    row = {"id": "1", "messages": [{"content": "in"}, {"content": "out"}]}
+    assert bench.texts(row) == {"1", "in", "out"}
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +140,19 @@ def test_the_readme_shows_the_run_of_most_targets_then_seeds_and_what_it_lacks_f
         "`length` (2 seeds) -3.000 (-3.000 to -3.000) ",
     ]
     assert "8,000 rows, 5 seeds, bfloat16" in found
+
+
+def test_every_table_has_a_title_and_its_place(generate: ModuleType) -> None:
+    tables = ("lds (9 rows)", "several, equal tokens (9 rows, 2 seeds)", "several (9 rows, 2 seeds)", "several (9 rows, 5 seeds)")
+    heads = [line for line in generate.page({name: {} for name in tables}).splitlines() if line.startswith("## ")][1:]
+    assert heads == [
+        "## Several targets at once (9 rows, 5 seeds)",
+        "## Several targets at once (9 rows, 2 seeds)",
+        "## Several targets at once, every training of the same number of tokens (9 rows, 2 seeds)",
+        "## Linear datamodeling score of influence backends (9 rows)",
+    ]
+    with pytest.raises(KeyError, match="else"):
+        generate.page({"else (9 rows)": {}})
 
 
 def test_the_page_and_the_readme_say_what_the_results_say(generate: ModuleType) -> None:

@@ -22,8 +22,9 @@ class Less:
 
     score = that of a row's best group; gain of a pick = in the group, or for the target row, whose turn it was.
 
-    aggregate: "groups" = the target groups take turns, each with its best unused row; "rows" = so does each target row where a row
-    has a cosine with each (released preset), else each group; "max" = each row's best group, then the k largest.
+    aggregate: "groups" (the default of `preset=paper`) = the target groups take turns, each with its best unused row; "rows" = so does each
+    target row, which needs a score with each: `preset=released`, or a backend that keeps them; "max" (the default of `preset=released`) =
+    each row's best group, then the k largest.
 
     Differences from the paper: `preset=paper` merges a group's target gradients into their mean and takes one cosine with it; several
     groups take turns (`aggregate=groups`) where the paper takes the maximum, as `preset=released` does: by the maximum, the groups whose
@@ -42,6 +43,15 @@ class Less:
     checkpoints: Literal["last", "mean"] = "mean"
     backend: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.aggregate == "rows" and self._merged:
+            raise ValueError("aggregate=rows needs a score with every target row: add preset=released, or a backend")
+
+    @property
+    def _merged(self) -> bool:
+        """Whether scores have one column for each group."""
+        return self.influence.backend == "less-mean"
+
     def needs(self) -> frozenset[Signal]:
         return frozenset({self.influence})
 
@@ -54,8 +64,7 @@ class Less:
         scores = finite(signals, self.influence).float()
         of = list(signals.target_groups)
         groups = list(dict.fromkeys(of))
-        merged = scores.shape[1] < len(of) or self.influence.backend == "less-mean"  # one column for each group
-        by_group = scores if merged else topk.group_scores(scores, of)
+        by_group = scores if self._merged else topk.group_scores(scores, of)
         best, which = by_group.max(dim=1)
         aggregate = self.aggregate or ("max" if self.preset == "released" else "groups")
         score, why = best.numpy(), np.array([groups[g] for g in which.tolist()], dtype=object)
@@ -64,6 +73,6 @@ class Less:
             gains = score[indices]
         else:
             indices, gains, turn = by_turns(by_group if aggregate == "groups" else scores, budget)
-            names = groups if aggregate == "groups" or merged else of
+            names = groups if aggregate == "groups" else of
             why[indices] = [names[c] for c in turn]
         return Subset(indices=indices, gains=gains, notes={"influence": score, "score": score, "nearest_group": why})
