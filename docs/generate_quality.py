@@ -31,16 +31,16 @@ table taken, in float32 everywhere.
 DEFAULTS = """## What the defaults rest on
 
 - `g2is -o preset=mean` and `bids -o preset=plain` against their papers' ways. They were chosen by what they pick, before anything was trained on it:
-  mostly more rows of the target's kind (`marked`), longer answers (`tokens`). The search began because the tables of test rows, the lines "Paired" in
-  "One target at a time (8,000 rows, 2 seeds, bfloat16)", were low for both, so these gains are of the tests that they were sought for. Judged afterwards
-  without a test file ("Which default is better", the last section), `g2is` keeps its gain with the interval below 0. That of `bids` has the same sign, with
-  an interval that covers 0: it stays the default for its cost as well, one pass over the pool in place of one for each checkpoint. So does its lead over
-  RDS+, and that of `contrast`: half of the dev rows are few to test with. The likely cause: Adam directions of a young warm-up look alike and favour
-  short answers, and principal directions after the first lead away from the target.
+  mostly more rows of the target's kind (`marked`), longer answers (`tokens`). The search began because the tables of test rows were low for both
+  (the line "Paired" of "One target at a time (8,000 rows, 2 seeds, bfloat16)"), so these gains are of the tests that they were sought for. Judged
+  afterwards without a test file ("Which default is better", the last section), the gain of `g2is` stays, its interval below 0; that of `bids` has the
+  same sign, but its interval covers 0. It is the default for its cost as well: one pass over the pool in place of one for each checkpoint. The leads
+  of `bids` and `contrast` over RDS+ keep their sign there too, and their intervals cover 0: half of the dev rows are few to test with. The likely
+  cause: Adam directions of a young warm-up look alike and favour short answers, and principal directions after the first lead away from the target.
 - `less` lets target groups take turns: by the maximum, the groups of largest cosines took every pick (several targets at once).
 - `contrast` is the first to try toward one target: best on the mean over targets. It is not best on each: it takes long answers, also of
-  other kinds, where the target's own rows are few, and part of its gain there is that such rows unlearn least. Its lead, and that of `bids`, does not come
-  of their longer rows: with the same number of tokens both keep it.
+  other kinds, where the target's own rows are few, and part of its gain there is that such rows unlearn least. Its lead over RDS+, and that of
+  `bids`, does not come of their longer rows: with the same number of tokens both keep it.
 - Several targets at once: `rds`, then `contrast`, then `bids`.
 - Weights: `gradmatch (weighted)` against `gradmatch`. They pay without a target, not toward one.
 - Without a target, no choice of 5 % beats `full`, as many steps on different rows of the whole pool.
