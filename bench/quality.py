@@ -60,8 +60,9 @@ TARGETED = (
     "bids:preset=paper",
     "gist",
     "gradmatch",
+    "dsir",
 )
-AGNOSTIC = ("tagcos", "gradmatch", "kcenter", "selffilter")
+AGNOSTIC = ("tagcos", "gradmatch", "kcenter", "selffilter", "ifd")
 DEFAULTS = ("contrast", "g2is", "g2is:preset=paper", "bids", "bids:preset=paper")
 # Which of two should be the default; and whether a method's weights pay.
 PAIRS = (

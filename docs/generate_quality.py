@@ -39,10 +39,10 @@ DEFAULTS = """## What the defaults rest on
   cause: Adam directions of a young warm-up look alike and favour short answers, and principal directions after the first lead away from the target.
 - `less` lets target groups take turns: by the maximum, the groups of largest cosines took every pick (several targets at once).
 - `contrast` is the first to try toward one target: best on the mean over targets. It is not best on each: it takes long answers, also of
-  other kinds, where the target's own rows are few, and part of its gain there is that such rows unlearn least. Its lead over RDS+, and that of
-  `bids`, does not come of their longer rows: with the same number of tokens both keep it.
+  other kinds, where the target's own rows are few, and part of its gain there is that such rows undo least of what the model could. Its lead over
+  RDS+, and that of `bids`, does not come of their longer rows: with the same number of tokens both keep it.
 - Several targets at once: `rds`, then `contrast`, then `bids`.
-- Weights: `gradmatch (weighted)` against `gradmatch`. They pay without a target, not toward one.
+- Weights: `gradmatch (weighted)` against `gradmatch`. They lower the loss without a target, not toward one.
 - Without a target, no choice of 5 % beats `full`, as many steps on different rows of the whole pool.
 - Noise: no method leaves out what the model cannot see. A translation that belongs to another sentence looks, to a model that cannot translate,
   like any other.
@@ -77,6 +77,7 @@ TITLES = {
 EQUAL_TOKENS = ", equal tokens"  # after a table's name: that of trainings with the same number of tokens
 
 
+FULL = "full: rows of the whole pool in random order for as many steps, so more different rows, seen less often."
 BEGIN, END = "<!-- from bench/results/quality.json -->\n", "<!-- end -->\n"
 
 
@@ -91,15 +92,28 @@ def main() -> None:
 def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The README's tables: every arm on the mean over several targets, best first; one for each budget, the largest first: that of most targets,
     then of most seeds. Arms that only fewer seeds have been spent on, on the same pool, stand at its end with their number of seeds: their
-    differences are to the random rows of those seeds."""
+    differences are to the random rows of those seeds. Then the arms without a target: that of most seeds, then of most rows."""
     found: dict[float, list[tuple[int, int, int, str, Mapping[str, Any]]]] = {}
+    unguided: list[tuple[int, int, str, Comparison]] = []
     for name, table in results.items():
         kind, _, run = name[:-1].partition(" (")
-        for key, value in table.items() if kind == "targeted" else ():
-            if key.endswith("over targets") and len(value["targets"]) > 1:
+        for key, value in table.items():
+            if kind == "targeted" and key.endswith("over targets") and len(value["targets"]) > 1:
                 order = len(value["targets"]), _number(run, "seeds"), _number(run, "rows")
                 found.setdefault(float(key.partition("%")[0]), []).append((*order, run, value))
-    return "\n".join(_best(budget, found[budget]) for budget in sorted(found, reverse=True))
+            if kind == "agnostic":
+                unguided.append((_number(run, "seeds"), _number(run, "rows"), f"{run}; {key} picked", _comparison(value)))
+    tables = [_best(budget, found[budget]) for budget in sorted(found, reverse=True)]
+    return "\n".join([*tables, *([_unguided(*max(unguided, key=lambda each: each[:2])[2:])] if unguided else [])])
+
+
+def _unguided(run: str, found: Comparison) -> str:
+    table = found.table()
+    lines = sorted((line for line in table.lines if line.difference is not None and line.steps), key=lambda line: line.value)
+    full = f" {FULL}" if any(line.arm == "full" for line in lines) else ""
+    head = f"Without a target: loss on held-out rows, mean over the tests of all targets ({run}).{full}"
+    rows = [f"| `{line.arm}` | {line.difference:+.3f} ({line.low:+.3f} to {line.high:+.3f}) |" for line in lines]
+    return "\n".join([head, "", "| trained on | against random rows |", "|---|---:|", *rows]) + "\n"
 
 
 def _number(run: str, of: str) -> int:
@@ -125,11 +139,7 @@ def _best(budget: float, found: Sequence[tuple[int, int, int, str, Mapping[str, 
         "95 % intervals; [all tables](docs/quality.md)). Gap: the share recovered of what rows of the right kind, drawn "
         "blindly, gain over random rows, "
         f"mean over the targets where they clearly do: {', '.join(value['clear_oracles']) or 'none'}."
-        + (
-            " full: rows of the whole pool in random order for as many steps, so more different rows, seen less often."
-            if "full" in shown
-            else ""
-        ),
+        + (f" {FULL}" if "full" in shown else ""),
         "",
         "| trained on | against random rows | against RDS+ | gap |",
         "|---|---:|---:|---:|",
@@ -171,9 +181,7 @@ def _compared(found: Mapping[str, Any]) -> str:
     parts = []
     for key, value in sorted(found.items(), key=lambda item: "over targets" not in item[0]):
         if "arms" in value and "tables" in value:
-            comparison = Comparison.read(
-                {name: said for name, said in value.items() if name not in ("against_kcenter", "worst_gain", "pairs")}
-            )
+            comparison = _comparison(value)
             parts += [f"### {key}\n", comparison.markdown(), *[f"{note}." for note in comparison.notes], ""]
             if "against_kcenter" in value:
                 said = (f"{arm} {d:+.4f} ({low:+.4f} to {high:+.4f})" for arm, (d, low, high) in value["against_kcenter"].items())
@@ -182,6 +190,11 @@ def _compared(found: Mapping[str, Any]) -> str:
         else:
             parts += [f"### {key}\n", _over(value)]
     return "\n".join(parts)
+
+
+def _comparison(value: Mapping[str, Any]) -> Comparison:
+    """The comparison behind what the bench recorded, which adds to its summary."""
+    return Comparison.read({name: said for name, said in value.items() if name not in ("against_kcenter", "worst_gain", "pairs")})
 
 
 def _over(value: Mapping[str, Any]) -> str:

@@ -46,14 +46,13 @@ class Choice:
 
 
 def parse(specs: Sequence[str], targeted: bool) -> dict[str, tuple[str, Selector]]:
-    """spec -> (method, selector), each spec once. Raises ConfigError, UserError, UnknownName."""
-    found = {spec: _parse(spec) for spec in dict.fromkeys(specs)}
-    for spec, (method, selector) in found.items():
+    """spec -> (method, selector), each spec once, without random, which is always among the controls. Raises ConfigError, UserError,
+    UnknownName."""
+    found = {spec: _parse(spec) for spec in dict.fromkeys(specs) if spec != CONTROL}
+    for spec, (_, selector) in found.items():
         check_target(spec, selector, ("given",) if targeted and selector.target != "none" else ())
-        if method == CONTROL:
-            raise UserError("random is always among the controls", remedy="Name the methods that are to beat it.")
     if not found:
-        raise UserError("no method was named", remedy="Name at least one, such as less.")
+        raise UserError("no method was named to beat random, which is always there", remedy="Name at least one, such as less.")
     return found
 
 

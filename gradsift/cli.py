@@ -249,7 +249,10 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    equal: Annotated[str, typer.Option("--equal", metavar="both|steps|tokens", help="What all trainings share.")] = "both",
+    equal: Annotated[
+        str,
+        typer.Option("--equal", metavar="both|steps|tokens", help="What all trainings share: optimiser steps, tokens, or a table of each."),
+    ] = "both",
     measure: Annotated[
         list[str] | None,
         typer.Option("--measure", metavar="exact|bleu|chrf", help="Measured on greedy answers, beside the loss. Repeatable."),
@@ -504,7 +507,7 @@ def demo(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """See it work, offline, in under three minutes: a generated pool, a built-in model, three methods, and the proof."""
+    """See it work, offline, in a few minutes: a generated pool, a built-in model, three methods, and the proof."""
     from gradsift import demo as show
 
     result = show.demo(run, seed=seed, progress=_progress(quiet))

@@ -65,7 +65,7 @@ class UnknownName(UserError):
     def __init__(self, kind: str, name: str, known: Iterable[str], *, where: str | Path | None = None) -> None:
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known) or 'none'}."
+        hint = f"Did you mean {near[0]!r}?" if near and len(known) > 2 else f"Known: {', '.join(known) or 'none'}."
         super().__init__(f"unknown {kind} {name!r}", where=where, remedy=hint)
         self.name, self.nearest = name, near[0] if near else None
 

@@ -10,7 +10,7 @@ import typer
 STAGES = "Settings of the run (one for all methods; also keys of --config)"
 LIMITS = "Constraints on the selection, for any method"
 MACHINE = "Machine"
-TRAINING = "Training that judges the subset (also keys of [finetune] in --config)"
+TRAINING = r"Training that judges the subset (also keys of \[finetune] in --config)"
 
 Method = Annotated[str, typer.Argument(help="A name from `gradsift methods`.", show_default=False)]
 PoolFiles = Annotated[

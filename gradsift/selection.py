@@ -80,8 +80,10 @@ class Selection:
         funnel = ", ".join(f"{count:,} {name}" for name, count in self.funnel.items())
         made = [f"{timing.stage} {timing.seconds:.1f} s" for timing in self.timings if not timing.reused]
         reused = sum(timing.reused for timing in self.timings)
+        bad = any(name.startswith("quarantined:") for name in self.funnel)
         return [
             f"rows      {funnel}",
+            *([f"bad rows  file, line and remedy of each: {self.folder / 'dropped.jsonl'}"] if bad else []),
             f"selected  {len(self):,} ({len(self) / max(self.read, 1):.2%} of the rows read) with {self.method}",
             f"stages    {', '.join(made) or 'nothing to make'}{f'; {reused} reused' if reused else ''}",
             *[f"warning   {text}" for text in self.warnings],

@@ -142,6 +142,20 @@ def test_the_readme_shows_the_run_of_most_targets_then_seeds_and_what_it_lacks_f
     assert "8,000 rows, 5 seeds, bfloat16" in found
 
 
+def test_the_readme_shows_what_methods_without_a_target_did(generate: ModuleType) -> None:
+    def table(**differences: float) -> dict[str, Any]:
+        lines = [Line(arm, 3 + d, (3 + d,), 75, d, d - 0.5, d + 0.5) for arm, d in differences.items()]
+        lines += [Line("random", 3.0, (3.0,), 75), Line("untrained", 4.0, (4.0,), 0, 1.0, 0.5, 1.5)]
+        return Comparison("random", 0.95, (), (Results("mean of the tests", "loss", "steps", tuple(lines)),)).summary() | {"pairs": {}}
+
+    found = generate.summary(
+        {"agnostic (9 rows, 2 seeds)": {"5%": table(kcenter=1)}, "agnostic (9 rows, 5 seeds)": {"5%": table(tagcos=-1, full=-2)}}
+    )
+    assert "(9 rows, 5 seeds; 5% picked). full: rows of the whole pool" in found
+    rows = [line for line in found.splitlines() if line.startswith("| `")]
+    assert rows == ["| `full` | -2.000 (-2.500 to -1.500) |", "| `tagcos` | -1.000 (-1.500 to -0.500) |"]
+
+
 def test_every_table_has_a_title_and_its_place(generate: ModuleType) -> None:
     tables = ("lds (9 rows)", "several, equal tokens (9 rows, 2 seeds)", "several (9 rows, 2 seeds)", "several (9 rows, 5 seeds)")
     heads = [line for line in generate.page({name: {} for name in tables}).splitlines() if line.startswith("## ")][1:]

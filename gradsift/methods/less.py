@@ -45,7 +45,7 @@ class Less:
 
     def __post_init__(self) -> None:
         if self.aggregate == "rows" and self._merged:
-            raise ValueError("aggregate=rows needs a score with every target row: add preset=released, or a backend")
+            raise ValueError("aggregate=rows needs a score with every target row: add preset=released, or backend=cosine")
 
     @property
     def _merged(self) -> bool:
