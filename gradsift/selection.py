@@ -78,12 +78,11 @@ class Selection:
 
     def lines(self) -> list[str]:
         funnel = ", ".join(f"{count:,} {name}" for name, count in self.funnel.items())
+        bad = f" (each in {self.folder / 'dropped.jsonl'})" if any(name.startswith("quarantined:") for name in self.funnel) else ""
         made = [f"{timing.stage} {timing.seconds:.1f} s" for timing in self.timings if not timing.reused]
         reused = sum(timing.reused for timing in self.timings)
-        bad = any(name.startswith("quarantined:") for name in self.funnel)
         return [
-            f"rows      {funnel}",
-            *([f"bad rows  file, line and remedy of each: {self.folder / 'dropped.jsonl'}"] if bad else []),
+            f"rows      {funnel}{bad}",
             f"selected  {len(self):,} ({len(self) / max(self.read, 1):.2%} of the rows read) with {self.method}",
             f"stages    {', '.join(made) or 'nothing to make'}{f'; {reused} reused' if reused else ''}",
             *[f"warning   {text}" for text in self.warnings],
@@ -241,8 +240,7 @@ def open_pipeline(
     pipeline = Pipeline(run, config, candidates, wanted, warmup_from=None if warmup_from is None else Path(warmup_from), progress=progress)
     if config.model.dtype in ("bfloat16", "nf4") and machine.emulates_bfloat16(config.model.device):
         progress.note(f"{config.model.dtype}: this CPU has no bfloat16 products, and gradients may take ten times as long as in float32")
-    path = run.root / SETTINGS
-    if keep and not path.exists():
+    if keep and not (path := run.root / SETTINGS).exists():
         kept = {name: config.model_dump(mode="json")[name] for name in RUN_SECTIONS} | {"machine": {"threads": pipeline.threads}}
         write_atomic(path, (json.dumps(sealed(kept), indent=2, ensure_ascii=False) + "\n").encode())
     return pipeline
