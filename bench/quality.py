@@ -208,8 +208,9 @@ class Bench:
         files = {}
         for target in self.targets:
             rows = read(self.devs[target])
-            halves = (write(self.root / "data" / f"{target}_{half}.jsonl", rows[start::2]) for start, half in enumerate(("even", "odd")))
-            files[target] = tuple(halves)
+            files[target] = tuple(
+                write(self.root / "data" / f"{target}_{half}.jsonl", rows[i::2]) for i, half in enumerate(("even", "odd"))
+            )
         self.one_at_a_time("defaults", DEFAULTS, files, budget, ["rds"], [test for _, test in files.values()])
 
     def one_at_a_time(
