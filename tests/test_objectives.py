@@ -68,5 +68,5 @@ def test_rows_of_the_margin_equal_autograd_one_example_at_a_time(lora: bool) -> 
 
 
 def test_an_unknown_loss_is_refused() -> None:
-    with pytest.raises(UnknownName, match="unknown loss 'margn'. Known: cross-entropy, margin"):
+    with pytest.raises(UnknownName, match=r"unknown loss 'margn'\. Known: cross-entropy, margin"):
         extract(build("llama", lora=True), make_rows(), projection=IDENTITY, loss="margn")  # type: ignore[arg-type]
