@@ -141,9 +141,7 @@ class _Matrix:
 
 
 def _score(pipeline: Pipeline, signal: Signal, columns: Columns, out: str | Path | None) -> Scores:
-    config = {"backend": signal.backend, "columns": columns, "checkpoints": signal.checkpoints}
-    recipe = Recipe("scores", config, {"influence": pipeline.influence_recipe(signal).digest})
-    artifact = pipeline.make(recipe, lambda artifact: _fill(pipeline, signal, columns, artifact))
+    artifact = pipeline.make(scores_recipe(pipeline, signal, columns), lambda artifact: _fill(pipeline, signal, columns, artifact))
     path = deliver(artifact, FILE, out)
     found, counts = artifact.manifest["extra"], artifact.manifest["counts"]
     return Scores(
@@ -157,6 +155,11 @@ def _score(pipeline: Pipeline, signal: Signal, columns: Columns, out: str | Path
         left_out=found["left_out"],
         timings=pipeline.timings,
     )
+
+
+def scores_recipe(pipeline: Pipeline, signal: Signal, columns: Columns) -> Recipe:
+    config = {"backend": signal.backend, "columns": columns, "checkpoints": signal.checkpoints}
+    return Recipe("scores", config, {"influence": pipeline.influence_recipe(signal).digest})
 
 
 def _fill(pipeline: Pipeline, signal: Signal, columns: Columns, artifact: Artifact) -> None:

@@ -289,10 +289,7 @@ def select_in(
 ) -> Selection:
     """A selection in a run that is already open and locked; see `select`."""
     needs, read = selector.needs(), pipeline.sides["pool"].funnel["read"]
-    config = {"method": method, "options": methods.options_of(selector), "budget": wanted.canonical(read), "seed": seed}
-    config |= {"add_scores": add_scores, **({"constraints": limits.canonical()} if limits.canonical() else {})}
     recipes = pipeline.recipes(needs | limits.needs())
-    inputs = {f"{i:02d}-{recipe.stage}": recipe.digest for i, recipe in enumerate(recipes)}
 
     def fill(artifact: Artifact) -> None:
         signals, kept = pipeline.signals(needs | limits.needs())
@@ -304,7 +301,7 @@ def select_in(
             artifact, Chosen(pipeline, method, selector, spread(subset, kept, len(pool)), asked, seed, left, wanted, recipes), add_scores
         )
 
-    chosen = Recipe("select", config, inputs)
+    chosen = select_recipe(pipeline, method, selector, wanted, limits, seed, add_scores)
     if pipeline.stored(chosen) and any(pipeline.unfinished(recipe) for recipe in recipes):
         pipeline.signals(needs | limits.needs())  # a repair took something away that the selection was made from
     artifact = pipeline.make(chosen, fill)
@@ -324,6 +321,16 @@ def select_in(
         warnings=[*pool.warnings, *pipeline.run.mended(), *artifact.manifest.get("extra", {}).get("warnings", [])],
         funnel=pool.funnel,
     )
+
+
+def select_recipe(
+    pipeline: Pipeline, method: str, selector: Selector, wanted: budgets.Budget, limits: Constraints, seed: int, add_scores: bool = False
+) -> Recipe:
+    """The recipe of a selection: the method with its options, the budget in rows, the constraints, and the stages it reads."""
+    config = {"method": method, "options": methods.options_of(selector), "budget": wanted.canonical(pipeline.sides["pool"].funnel["read"])}
+    config |= {"seed": seed, "add_scores": add_scores, **({"constraints": limits.canonical()} if limits.canonical() else {})}
+    recipes = pipeline.recipes(selector.needs() | limits.needs())
+    return Recipe("select", config, {f"{i:02d}-{recipe.stage}": recipe.digest for i, recipe in enumerate(recipes)})
 
 
 def spread(subset: Subset, kept: np.ndarray, n: int) -> Subset:
