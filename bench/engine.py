@@ -10,7 +10,8 @@ floors take turns within a round, so a busy machine slows all of them; a ratio i
 in the same round, and what is printed is the median (min, max) over the rounds. One thread on a CPU. `goal` is the bound the project set
 itself; nothing fails when it is missed.
 
-On a processor where fp32 products go to oneDNN (`gradsift.dense`: AMD's with AVX-512), while the floor's are torch's usual ones, the arms named
+On a processor where fp32 products go to oneDNN (`gradsift.compute.cpu.matmul`: AMD's
+with AVX-512), while the floor's are torch's usual ones, the arms named
 "usual" tell what the engine costs with those.
 
 Full linear layers take norms="sketched" (no other library here yields norms); the arm "exact-norms" tells what exact ones cost.
@@ -67,12 +68,13 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.flop_counter import flop_registry  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from gradsift import dense, machine  # noqa: E402
-from gradsift.gradients import extract, plan_batches  # noqa: E402
-from gradsift.model import tracked_modules  # noqa: E402
-from gradsift.projection import Projection  # noqa: E402
-from gradsift.store import RowStore  # noqa: E402
-from gradsift.transforms.adam import Adam, FactoredAdam  # noqa: E402
+from gradsift.compute import machine  # noqa: E402
+from gradsift.compute.cpu import matmul  # noqa: E402
+from gradsift.gradients.adam import Adam, FactoredAdam  # noqa: E402
+from gradsift.gradients.passes import extract, plan_batches  # noqa: E402
+from gradsift.gradients.projection import Projection  # noqa: E402
+from gradsift.model.load import tracked_modules  # noqa: E402
+from gradsift.store.rows import RowStore  # noqa: E402
 
 GOALS = {  # arm -> (floor, bound on the ratio)
     "lora-sketch-1024": ("floor-lora", 0.80),
@@ -199,7 +201,7 @@ def with_usual_products(run: Arm) -> Arm:
     """The arm with the matrix products that torch itself would take, as the floor does."""
 
     def usual() -> None:
-        with patch.object(dense, "prefers_onednn", lambda: False):
+        with patch.object(matmul, "prefers_onednn", lambda: False):
             run()
 
     return usual

@@ -27,14 +27,16 @@ import numpy as np
 import pyarrow.parquet as pq
 from quality import general_pool
 
-from gradsift import budget, machine, methods
-from gradsift.artifact import Artifact
-from gradsift.constraints import Constraints
-from gradsift.findings import spearman
-from gradsift.pipeline import Pipeline
-from gradsift.progress import auto
-from gradsift.selection import opened, select_in
-from gradsift.stages import Recipe
+from gradsift import methods
+from gradsift.commands import budget
+from gradsift.commands.select.constraints import Constraints
+from gradsift.commands.select.explain import spearman
+from gradsift.commands.select.select import opened, select_in
+from gradsift.compute import machine
+from gradsift.compute.progress import auto
+from gradsift.stages.pipeline import Pipeline
+from gradsift.stages.recipe import Recipe
+from gradsift.store.artifact import Artifact
 
 # Those that read least come first, then those that share rows: a run that is stopped early has measured most.
 ARMS = (

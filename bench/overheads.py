@@ -32,9 +32,9 @@ import xxhash
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradsift
-from gradsift.playground import write_playground
+from gradsift.commands.demo.playground import write_playground
 from tests.conftest import TEMPLATE
-from tests.lora_parts import VOCAB, tokenizer
+from tests.model.parts import VOCAB, tokenizer
 
 GOAL = 2.0  # percent
 

@@ -28,18 +28,18 @@ from scipy.stats import rankdata
 
 import gradsift
 from gradsift import methods
-from gradsift.arms import CONTROL
-from gradsift.comparison import Comparison, Line
-from gradsift.encode import encode
-from gradsift.gradients import plan_batches
-from gradsift.influence import BACKENDS
-from gradsift.judging import BASE, compare
-from gradsift.model import load_adapter, tracked_modules
-from gradsift.plan import probe
-from gradsift.progress import auto
+from gradsift.commands.compare.arms import CONTROL
+from gradsift.commands.compare.compare import BASE, compare
+from gradsift.commands.compare.results import Comparison, Line
+from gradsift.commands.compare.trials import Test, Trial, Trials
+from gradsift.commands.plan.plan import probe
+from gradsift.commands.select.select import opened
+from gradsift.compute.progress import auto
+from gradsift.data.encode import encode
+from gradsift.gradients.passes import plan_batches
+from gradsift.model.load import load_adapter, tracked_modules
 from gradsift.rules.topk import apportion
-from gradsift.selection import opened
-from gradsift.trials import Test, Trial, Trials
+from gradsift.signals.influence import BACKENDS
 
 TARGETS = ("gsm8k", "code_alpaca", "ni_title", "mt_de_en", "bbh_logical_deduction_five_objects")
 ALL_TARGETS = (*TARGETS, "mt_zh_en", "ni_sentiment", "bbh_date_understanding", "bbh_boolean_expressions", "mmlu")

@@ -4,7 +4,7 @@
 
 Writes a store of random rows to FOLDER/pool with the product's own writer (1.6 GB in fp16; found again, and verified, by a later call),
 and target rows to FOLDER/target. Then, in turns within a round: `read`, every byte of the pool's shards read into one buffer of 1 MiB, and
-for each number of targets `dot-M` and `less-M`, the scores of all rows through `gradsift.influence.score_blocks`, the code that `gradsift
+for each number of targets `dot-M` and `less-M`, the scores of all rows through `gradsift.signals.influence.score_blocks`, the code that `gradsift
 score` and every method use. `first`: the same in a store that was just opened, which hashes every shard as it first reads it. The files are
 in the page cache from the first, unmeasured pass on, if memory suffices: `cached` says which share of the pool's pages is. One thread; a
 ratio is the arm's CPU time (the kernel's included, which copies the pages) over the read's in the same round, printed as median (min, max);
@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import engine  # noqa: F401  # isort: skip  (sets the allocator and one thread for the whole process, by starting it again)
 import torch
 
-from gradsift.influence import score_blocks
-from gradsift.packing import StoreDtype
-from gradsift.store import RowStore, RowView
+from gradsift.signals.influence import score_blocks
+from gradsift.store.packing import StoreDtype
+from gradsift.store.rows import RowStore, RowView
 
 GOAL = 4.0
 MOST = 64  # target rows in the store

@@ -32,15 +32,16 @@ import numpy as np
 import torch
 from scaling import Assumed, Measured, report
 
-from gradsift import machine, methods
-from gradsift.encode import encode
-from gradsift.influence import score_blocks
-from gradsift.plan import probe
-from gradsift.playground import write_playground
-from gradsift.pool import read_pool
+from gradsift import methods
+from gradsift.commands.demo.playground import write_playground
+from gradsift.commands.plan.plan import probe
+from gradsift.commands.select.select import opened
+from gradsift.compute import machine
+from gradsift.data.encode import encode
+from gradsift.data.pool import read_pool
 from gradsift.rules import blocks, kmeans, knn, omp
-from gradsift.selection import opened
-from gradsift.store import RowStore
+from gradsift.signals.influence import score_blocks
+from gradsift.store.rows import RowStore
 
 WIDE, NARROW = 8192, 1024  # dimensions of a store, and of rows for rules that are measured per dimension
 

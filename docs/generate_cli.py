@@ -8,14 +8,16 @@ from typing import Any
 
 from typer.main import get_command
 
-from gradsift.cli import app
+from gradsift.cli.app import app
 
 
 def reference() -> str:
     group: Any = get_command(app)
     parts = ["# Command line", "", "Generated from the commands by `python docs/generate_cli.py`.", ""]
     parts += ["Data goes to stdout, the log to stderr. Exit codes: 0 done, 1 the demo's check failed, 2 a wrong request, 3 unusable data"]
-    parts += ["(or nothing that `doctor` can advise), 4 disk, memory or device, 5 stored bytes that are not what was written, 130 stopped and"]
+    parts += [
+        "(or nothing that `doctor` can advise), 4 disk, memory or device, 5 stored bytes that are not what was written, 130 stopped and"
+    ]
     parts += ["resumable.", ""]
     for name, command in group.commands.items():
         parts += [f"## gradsift {name}", "", (command.help or "").strip(), ""]

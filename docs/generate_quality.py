@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradsift.comparison import Comparison
+from gradsift.commands.compare.results import Comparison
 
 ROOT = Path(__file__).parent
 HEAD = """# Does the selection train better models?

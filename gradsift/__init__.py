@@ -6,43 +6,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradsift.comparison import Comparison
-    from gradsift.gradients import GradientBatch, extract
-    from gradsift.judging import compare
-    from gradsift.pool import Pool, read_pool, write_subset
-    from gradsift.projection import Projection
-    from gradsift.scoring import Scores, score
-    from gradsift.selection import Selection, select
-    from gradsift.store import RowStore
-    from gradsift.transforms.adam import Adam, FactoredAdam
+    from gradsift.commands.compare.compare import compare
+    from gradsift.commands.compare.results import Comparison
+    from gradsift.commands.score import Scores, score
+    from gradsift.commands.select.select import Selection, select
+    from gradsift.data.pool import Pool, read_pool, write_subset
+    from gradsift.gradients.adam import Adam, FactoredAdam
+    from gradsift.gradients.passes import GradientBatch, extract
+    from gradsift.gradients.projection import Projection
+    from gradsift.model.warmup import TrajectoryCallback, read_moments
+    from gradsift.store.rows import RowStore
     from gradsift.types import Checkpoint, Example, Message, Signal, Signals, Subset
-    from gradsift.warmup import TrajectoryCallback, read_moments
 
 # Rooms are imported on first use, so that `gradsift --help` does not wait for torch.
 _HOMES = {
-    "Adam": "transforms.adam",
+    "Adam": "gradients.adam",
     "Checkpoint": "types",
-    "Comparison": "comparison",
+    "Comparison": "commands.compare.results",
     "Example": "types",
-    "FactoredAdam": "transforms.adam",
-    "GradientBatch": "gradients",
+    "FactoredAdam": "gradients.adam",
+    "GradientBatch": "gradients.passes",
     "Message": "types",
-    "Pool": "pool",
-    "Projection": "projection",
-    "RowStore": "store",
-    "Scores": "scoring",
-    "Selection": "selection",
+    "Pool": "data.pool",
+    "Projection": "gradients.projection",
+    "RowStore": "store.rows",
+    "Scores": "commands.score",
+    "Selection": "commands.select.select",
     "Signal": "types",
     "Signals": "types",
     "Subset": "types",
-    "TrajectoryCallback": "warmup",
-    "compare": "judging",
-    "extract": "gradients",
-    "read_moments": "warmup",
-    "read_pool": "pool",
-    "score": "scoring",
-    "select": "selection",
-    "write_subset": "pool",
+    "TrajectoryCallback": "model.warmup",
+    "compare": "commands.compare.compare",
+    "extract": "gradients.passes",
+    "read_moments": "model.warmup",
+    "read_pool": "data.pool",
+    "score": "commands.score",
+    "select": "commands.select.select",
+    "write_subset": "data.pool",
 }
 
 __all__ = [

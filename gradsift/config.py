@@ -124,7 +124,7 @@ class GradientSettings(Settings):
 class CurvatureSettings(Settings):
     """Influence through the inverse curvature (backends ekfac, kfac): what it is fitted on and how it is damped and kept.
 
-    fit_rows: pool rows, drawn with `seed`. form, labels: see `gradsift.curvature.Fitting`. damping: in units of each parameter's mean
+    fit_rows: pool rows, drawn with `seed`. form, labels: see `gradsift.signals.curvature.Fitting`. damping: in units of each parameter's mean
     eigenvalue, or the very number when `absolute`. rank: of the target's preconditioned gradients; None = whole while they fit in memory.
     """
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradsift.artifact import REPAIR, Artifact, file_hash
-from gradsift.durable import make_folder
+from gradsift.data.pool import split_name
+from gradsift.data.remote import is_url, place_of, sent
+from gradsift.data.write import copy_file
 from gradsift.errors import IntegrityError, UserError
-from gradsift.pool import split_name
-from gradsift.remote import is_url, place_of, sent
-from gradsift.writing import copy_file
+from gradsift.store.artifact import REPAIR, Artifact, file_hash
+from gradsift.store.atomic import make_folder
 
 
 def check_out(out: str | Path | None, inputs: Sequence[str | Path]) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift.encode import EncodedRows
+from gradsift.data.encode import EncodedRows
+from gradsift.data.pool import Pool
 from gradsift.errors import DataError
-from gradsift.pool import Pool
 
 
 def check_encoded(target: Pool, encoded: EncodedRows) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from gradsift.artifact import canonical_json
 from gradsift.config import Config, build, read_toml
 from gradsift.errors import ConfigError, UnknownName
+from gradsift.store.artifact import canonical_json
 
 
 def test_an_unknown_key_names_the_nearest_one(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from gradsift import cli
+from gradsift.cli import app
+from gradsift.data.remote import fetched
 from gradsift.errors import UserError
 from gradsift.redaction import readable_command, redacted
-from gradsift.remote import fetched
 
 SIGNED = "https://host/pool.jsonl?X-Amz-Signature=s3cret&v=s3cret;k=s3cret#part"
 
@@ -42,10 +42,10 @@ def test_ctrl_c_prints_the_command_without_its_secrets(monkeypatch: pytest.Monke
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", interrupt)
+    monkeypatch.setattr(app, "app", interrupt)
     monkeypatch.setattr("sys.argv", ["/bin/gradsift", "select", "less", "--pool", SIGNED, "--address", "pw:s3cret@host:1", "--run", "a b"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     said = capsys.readouterr().err
     assert ended.value.code == 130 and "s3cret" not in said
     assert said.endswith("--address '***@host:1' --run 'a b'\n")

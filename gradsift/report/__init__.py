@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gradsift.artifact import SUMS, canonical_json, file_hash, make_folder, sealed, write_atomic
 from gradsift.report.data import (
     Cluster,
     Compared,
@@ -25,6 +24,7 @@ from gradsift.report.data import (
 )
 from gradsift.report.markdown import render as render_markdown
 from gradsift.report.page import render as render_page
+from gradsift.store.artifact import SUMS, canonical_json, file_hash, make_folder, sealed, write_atomic
 
 __all__ = [
     "Cluster",

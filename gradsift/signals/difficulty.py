@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsift.dense import quick_layers
-from gradsift.signals.loss import token_nats
+from gradsift.compute.cpu.matmul import quick_layers
+from gradsift.model.losses import token_nats
 from gradsift.types import Rows
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradsift.data.pool import Pool
 from gradsift.errors import DataError
-from gradsift.pool import Pool
 
 _REMEDY = "Give every row a number (or a list of as many numbers as elsewhere) in that field, or leave the field out of features=."
 

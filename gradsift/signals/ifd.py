@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gradsift.halving import Halving
-from gradsift.signals.loss import row_losses
+from gradsift.compute.memory import Halving
+from gradsift.model.losses import row_losses
 
 
 def alone(row: Any) -> dict[str, list[int]]:

@@ -18,12 +18,15 @@ from typing import Any
 
 import torch
 
-from gradsift import durable, playground, remote, tiny
-from gradsift.run import Problem, Run
+from gradsift.commands.demo import playground
+from gradsift.data import remote
+from gradsift.model import tiny
+from gradsift.store import atomic
+from gradsift.store.run import Problem, Run
 from tests.faults import job
 from tests.faults.forks import serve
 
-PACKAGE = Path(durable.__file__).parent
+PACKAGE = Path(atomic.__file__).parent
 WRITERS = ("write_atomic", "write_tensors", "replacing", "rename", "making")  # what `durable` offers to those who write
 PROBES = ("blind",)  # functions that write a temporary file for others to look at, which is no work and is gone with the dead writers' own
 CALLS = ("replace", "rename", "fsync")
@@ -87,7 +90,7 @@ def _die_at_new_points(record: Path) -> None:
         real = getattr(os, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if Path(sys._getframe(1).f_code.co_filename) != Path(durable.__file__):
+            if Path(sys._getframe(1).f_code.co_filename) != Path(atomic.__file__):
                 return real(*args, **kwargs)  # another library's, of files that are nobody's work yet
             place = sys._getframe(1).f_code.co_name if name == "fsync" else _site()
             point(name, "before", place)

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from gradsift.artifact import Artifact
-from gradsift.run import Run
-from gradsift.store import RowStore
+from gradsift.store.artifact import Artifact
+from gradsift.store.rows import RowStore
+from gradsift.store.run import Run
 from tests.faults.forks import serve
 
 ROWS, DIM = 32, 64

@@ -14,8 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import zstandard
 
+from gradsift.data.pool import read_pool, write_subset
 from gradsift.errors import GradsiftError
-from gradsift.pool import read_pool, write_subset
 from tests.faults.corpus.tables import arrow, in_list, parquet
 
 ROWS = [{"id": f"r{i}", "prompt": f"question {i} " * (i % 5 + 1), "completion": "é" * (i % 7 + 1), "n": [i, None]} for i in range(40)]

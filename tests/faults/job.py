@@ -10,8 +10,8 @@ import peft  # noqa: F401  (imported once, here, for all children)
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
-import gradsift.selection  # noqa: F401
-from gradsift import cli
+import gradsift.commands.select.select  # noqa: F401
+from gradsift.cli import app
 from tests.faults.forks import serve
 
 
@@ -21,7 +21,7 @@ def work(order: dict[str, Any]) -> int:
         os.dup2(log, stream)
     sys.argv = ["gradsift", *order["arguments"]]
     try:
-        cli.main()
+        app.main()
     except SystemExit as end:
         sys.stderr.flush()
         return end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gradsift.run import Run
+from gradsift.store.run import Run
 from tests.conftest import TEMPLATE
 from tests.faults.forks import Server
-from tests.lora_parts import llama, tokenizer
+from tests.model.parts import llama, tokenizer
 
 METHODS = ("less", "gdig", "g2is", "tagcos")
 MOST = 5  # kills of a method in one run: it shall also end
@@ -70,7 +70,7 @@ class Tally:
 
 def prepare(folder: Path, rows: int = 100) -> list[str]:
     """A playground, a random model and the settings; returns the command of `less` without --run and --out."""
-    from gradsift.playground import write_playground
+    from gradsift.commands.demo.playground import write_playground
 
     files = write_playground(folder / "playground", rows=rows, dev=16, test=16)
     llama(max_position_embeddings=256).save_pretrained(folder / "model")
@@ -122,7 +122,9 @@ class _Runs:
         return {"arguments": [*own, "--run", str(root), "--out", str(out)], "log": str(self.folder / f"{root.name}.log")}
 
     def alone(self, root: Path) -> None:
-        self.server.order(arguments=["methods"], log=str(self.folder / "warm.log"))  # the server imports now, not in the first method's time
+        self.server.order(
+            arguments=["methods"], log=str(self.folder / "warm.log")
+        )  # the server imports now, not in the first method's time
         assert self.server.answer() == {"status": 0, "answer": 0}
         for method in METHODS:
             started, order = time.monotonic(), self.order(method, root)

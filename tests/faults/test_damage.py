@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from gradsift.errors import IntegrityError
-from gradsift.run import Run
-from gradsift.store import RowStore
+from gradsift.store.rows import RowStore
+from gradsift.store.run import Run
 from tests.faults.filler import DIM, ROWS, fill, rows_of
 
 SHARDS = 4

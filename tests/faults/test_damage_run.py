@@ -12,11 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 import gradsift
-from gradsift.cli import app
+from gradsift.cli.app import app
+from gradsift.commands.runs import report, verify
+from gradsift.commands.select.select import Selection
 from gradsift.errors import IntegrityError, MismatchError
-from gradsift.holdings import report, verify
-from gradsift.run import Run
-from gradsift.selection import Selection
+from gradsift.store.run import Run
 from tests.conftest import SETTINGS
 from tests.faults.killed import digests, finished
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gradsift.durable import TEMP
-from gradsift.run import Run
+from gradsift.store.atomic import TEMP
+from gradsift.store.run import Run
 from tests.faults import failpoints
 from tests.faults.forks import Server
 from tests.faults.killed import digests, finished, prepare, strays

@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from gradsift.checkpoints import load_checkpoints, read_moments
 from gradsift.errors import GradsiftError
-from gradsift.model import load_adapter, load_model, load_tokenizer
+from gradsift.model.checkpoints import load_checkpoints, read_moments
+from gradsift.model.load import load_adapter, load_model, load_tokenizer
 from tests.faults.corpus import SENTINEL, Ran
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -200,8 +200,8 @@ PAYLOADS = [
 @pytest.mark.parametrize("template", PAYLOADS)
 def test_a_chat_template_cannot_reach_python(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
     from gradsift.config import EncodeSettings
-    from gradsift.encode import encode
-    from gradsift.pool import read_pool
+    from gradsift.data.encode import encode
+    from gradsift.data.pool import read_pool
 
     monkeypatch.chdir(tmp_path)
     (model / "chat_template.jinja").write_text(template)

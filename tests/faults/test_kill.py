@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from gradsift.errors import DiskFull, ResourceError
-from gradsift.run import Run
-from gradsift.store import RowStore
+from gradsift.store.rows import RowStore
+from gradsift.store.run import Run
 from tests.faults import filler
 from tests.faults.forks import Server
 

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import gradsift
-from gradsift.selection import Selection
+from gradsift.commands.select.select import Selection
 from tests.conftest import SETTINGS, rows, write_rows
-from tests.test_report_browser import Page, page  # noqa: F401  (a fixture)
+from tests.report.test_report_browser import Page, page  # noqa: F401  (a fixture)
 
 pytestmark = [
     pytest.mark.browser,

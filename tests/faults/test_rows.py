@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import gradsift
-from gradsift.encode import EncodedRows
+from gradsift.data.encode import EncodedRows
 from gradsift.errors import DataError
-from gradsift.packing import QUARANTINE
-from gradsift.rowwork import check_quarantine
-from gradsift.store import RowStore
+from gradsift.stages.checks import check_quarantine
+from gradsift.store.packing import QUARANTINE
+from gradsift.store.rows import RowStore
 from tests.conftest import SETTINGS, rows, write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")

@@ -15,17 +15,18 @@ from unittest import mock
 
 import numpy as np
 
-from gradsift import budget as budgets
-from gradsift import machine, methods
-from gradsift.constraints import Constraints, build
-from gradsift.influence import BACKENDS
-from gradsift.pipeline import Pipeline
-from gradsift.scoring import scores_recipe
-from gradsift.selection import opened, select_recipe
-from gradsift.trials import Command, Test, Trial, Trials
+from gradsift import methods
+from gradsift.commands import budget as budgets
+from gradsift.commands.compare.trials import Command, Test, Trial, Trials
+from gradsift.commands.score import scores_recipe
+from gradsift.commands.select.constraints import Constraints, build
+from gradsift.commands.select.select import opened, select_recipe
+from gradsift.compute import machine
+from gradsift.signals.influence import BACKENDS
+from gradsift.stages.pipeline import Pipeline
 from gradsift.types import Example, Message, Signal
 from tests.conftest import SETTINGS, TEMPLATE, rows, write_rows
-from tests.lora_parts import llama, tokenizer
+from tests.model.parts import llama, tokenizer
 
 FILE = Path(__file__).parent / "digests.json"
 TEST_SET = [Example("t", (Message("user", "one two three four five six seven"), Message("assistant", "a b c d e f g")), "test")]
@@ -74,7 +75,7 @@ def digests(folder: Path) -> dict[str, Any]:
     words.save_pretrained(model)
     pool, target = write_rows(folder / "pool.jsonl", rows(72)), write_rows(folder / "target.jsonl", rows(12, seed=9))
     found: dict[str, Any] = {}
-    with mock.patch.object(machine, "cpu_kind", lambda: "golden"), mock.patch("torch.__version__", "golden"):
+    with mock.patch.object(machine, "cpu_kind", return_value="golden"), mock.patch("torch.__version__", "golden"):
         for targets in ([], [target]):
             for modules in ("lora", "linear"):
                 settings = {**SETTINGS, "gradients": {**SETTINGS["gradients"], "modules": modules}}

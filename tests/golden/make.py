@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gradsift.durable import write_tensors
-from gradsift.encode import EncodedRows
-from gradsift.run import Run
-from gradsift.store import RowStore
+from gradsift.data.encode import EncodedRows
+from gradsift.store.atomic import write_tensors
+from gradsift.store.rows import RowStore
+from gradsift.store.run import Run
 
 IDS = ["a", "007", "../x", "", "=1+1", "\u00e9\n", "row 6", "\U0001f600"]
 DIM, SHARD = 16, 3

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradsift.artifact import SCHEMA
-from gradsift.encode import EncodedRows
-from gradsift.holdings import diff, show
-from gradsift.holdings import verify as verified
-from gradsift.run import Run
-from gradsift.store import RowStore
+from gradsift.commands.runs import diff, show
+from gradsift.commands.runs import verify as verified
+from gradsift.data.encode import EncodedRows
+from gradsift.store.artifact import SCHEMA
+from gradsift.store.rows import RowStore
+from gradsift.store.run import Run
 from tests.golden.make import DIM, IDS, LINES, NOT_FINITE, ZERO, raw
 
 FOLDERS = sorted(path for path in Path(__file__).parent.glob("v*") if path.is_dir())

@@ -13,19 +13,19 @@ import torch
 from torch import nn
 
 import gradsift
-from gradsift.curvature import fit, influence_scores
-from gradsift.gradients import GradientBatch, extract
+from gradsift.gradients.adam import Adam, FactoredAdam
+from gradsift.gradients.passes import GradientBatch, extract
+from gradsift.gradients.projection import Projection
 from gradsift.methods import make
-from gradsift.model import attach_lora, load_adapter, load_model, tracked_modules
-from gradsift.projection import Projection
-from gradsift.signals.loss import row_losses
-from gradsift.store import RowStore
-from gradsift.transforms.adam import Adam, FactoredAdam
+from gradsift.model.load import attach_lora, load_adapter, load_model, tracked_modules
+from gradsift.model.losses import row_losses
+from gradsift.signals.curvature import fit, influence_scores
+from gradsift.store.rows import RowStore
 from gradsift.types import Signals
 from tests import tolerances as tol
 from tests.conftest import SETTINGS
-from tests.lora_parts import llama, token_rows
-from tests.parity.parts import build, collect, make_rows
+from tests.gradients.parts import build, collect, make_rows
+from tests.model.parts import llama, token_rows
 
 DEVICE = "cuda"
 pytestmark = [

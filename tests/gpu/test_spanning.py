@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradsift.gradients import extract
-from gradsift.model import attach_lora, load_model
-from gradsift.projection import Projection
+from gradsift.gradients.adam import Adam
+from gradsift.gradients.passes import extract
+from gradsift.gradients.projection import Projection
+from gradsift.model.load import attach_lora, load_model
+from gradsift.model.losses import row_losses
 from gradsift.signals.embeddings import embed
-from gradsift.signals.loss import row_losses
-from gradsift.transforms.adam import Adam
-from tests.lora_parts import llama
+from tests.model.parts import llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

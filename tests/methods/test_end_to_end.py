@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import gradsift
-from gradsift.artifact import Artifact
+from gradsift.commands.select.select import Selection
 from gradsift.errors import DataError
 from gradsift.rules import topk
-from gradsift.selection import Selection
-from gradsift.store import RowStore
+from gradsift.store.artifact import Artifact
+from gradsift.store.rows import RowStore
 from tests.conftest import SETTINGS, rows, write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")

@@ -15,9 +15,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from gradsift import tables
+from gradsift.data import tables
+from gradsift.data.pool import read_pool
 from gradsift.errors import GradsiftError
-from gradsift.pool import read_pool
 from tests.faults.corpus import CORPUS, SENTINEL
 
 MEMORY = 1 << 30  # bytes of address space that reading any one of them may add

@@ -1,0 +1,1 @@
+"""What a selection would run and cost, before it runs."""

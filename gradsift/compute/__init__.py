@@ -1,0 +1,1 @@
+"""Runs a function over shards, serially or on Ray, within the memory there is."""

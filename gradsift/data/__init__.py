@@ -1,0 +1,1 @@
+"""Files to token ids, and chosen rows back to files."""

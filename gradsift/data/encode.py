@@ -1,0 +1,371 @@
+"""Examples -> token ids and labels, by the model's own chat template; batches of similar length.
+
+A token is supervised when it starts inside an assistant turn: at or after the first character the model itself would write, up to and
+with the end-of-turn token. A token that straddles the beginning is the prompt's. Labels are the ids, or -100 where nothing is learned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from rich.text import Text
+from torch import Tensor
+
+from gradsift.config import EncodeSettings
+from gradsift.data.chat import (
+    CUT_AWAY,
+    NO_SUPERVISED,
+    OUTSIDE_VOCABULARY,
+    REFUSED,
+    REWRITTEN,
+    TOO_LONG,
+    EncodeFault,
+    Rendered,
+    Renderer,
+    adds_bos,
+    chat_template,
+)
+from gradsift.data.pool import Pool
+from gradsift.errors import DataError, IntegrityError
+from gradsift.store.atomic import TensorFile, write_tensors
+from gradsift.types import Encoded, Example
+
+__all__ = ["EncodeSettings", "EncodedRows", "coloured", "encode", "pad_batch", "token_batches", "tokenizer_identity"]
+
+VERSION = 1
+IGNORE = -100
+MAX_EMPTY = 0.05  # share of rows without anything to learn above which the template or the length is wrong, not the rows
+MAX_DETAILS = 1000  # quarantined rows whose exact fault is kept
+_BATCH = 1000  # rows per call of the tokenizer
+_FILE = "encoded.safetensors"
+
+REASONS: Mapping[int, str] = {
+    NO_SUPERVISED: "no-supervised: no token to learn from. Check the format and the chat template with `gradsift inspect`.",
+    TOO_LONG: "too-long: longer than max_length, and the policy is drop. Raise max_length.",
+    CUT_AWAY: "cut-away: all that is to be learned lies beyond max_length. Raise max_length.",
+    REFUSED: "template-refused: the chat template raised an error for the row. Correct the order of roles, or give another template.",
+    REWRITTEN: "template-rewrites: the template rewrites earlier turns. Give a template with {% generation %} marks.",
+    OUTSIDE_VOCABULARY: "outside-vocabulary: a token id that the tokenizer does not have. Tokenise the rows with this model's tokenizer.",
+}
+
+
+class EncodedRows(Sequence[dict[str, list[int]]]):
+    """n tokenised rows in flat arrays.
+
+    lengths int32 [n]: tokens; supervised int32 [n]: labels that enter the loss (the first token's never does); codes uint8 [n]: 0 usable,
+    else a key of `reasons`, and the row is empty; truncated: rows that were cut; notes: what a user should know; details: row -> what
+    exactly happened, for the first quarantined rows.
+    """
+
+    def __init__(
+        self,
+        input_ids: np.ndarray,
+        labels: np.ndarray,
+        lengths: np.ndarray,
+        supervised: np.ndarray,
+        codes: np.ndarray,
+        *,
+        truncated: int = 0,
+        notes: Sequence[str] = (),
+        details: Mapping[int, str] | None = None,
+    ) -> None:
+        self.lengths, self.supervised, self.codes = lengths, supervised, codes
+        self.truncated, self.notes, self.details = truncated, list(notes), dict(details or {})
+        self.reasons: dict[int, str] = dict(REASONS)
+        self._ids, self._labels = input_ids, labels
+        self._begin = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = range(len(self))[index]
+        at = slice(int(self._begin[row]), int(self._begin[row + 1]))
+        return {"input_ids": self._ids[at].tolist(), "labels": self._labels[at].tolist()}
+
+    def part(self, rows: slice) -> EncodedRows:
+        """Some neighbouring rows, without the notes: what a worker needs of a shard."""
+        at = slice(int(self._begin[rows.start]), int(self._begin[rows.stop]))
+        return EncodedRows(self._ids[at], self._labels[at], self.lengths[rows], self.supervised[rows], self.codes[rows])
+
+    def save(self, folder: str | Path) -> dict[str, str]:
+        """Writes one tensor file into `folder`; returns {file name: digest}. Raises DiskFull, ResourceError."""
+        arrays = dict(input_ids=self._ids, labels=self._labels, lengths=self.lengths, supervised=self.supervised, codes=self.codes)
+        about = {"truncated": self.truncated, "notes": self.notes, "details": sorted(self.details.items())}
+        meta = {"about": json.dumps(about, ensure_ascii=False), "version": str(VERSION)}
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        return {_FILE: write_tensors(Path(folder) / _FILE, tensors, meta)}
+
+    @classmethod
+    def load(cls, folder: str | Path) -> EncodedRows:
+        """Opens what `save` wrote, verified and memory-mapped. Raises IntegrityError."""
+        path = Path(folder) / _FILE
+        with TensorFile(path) as file:
+            file.verify()
+            file.expect({"version": str(VERSION)})
+            about = json.loads(file.meta["about"])
+            arrays = {name: file.tensor(name).numpy() for name in file.entries}
+        try:
+            names = ("input_ids", "labels", "lengths", "supervised", "codes")
+            details = {int(row): text for row, text in about["details"]}
+            return cls(*[arrays[name] for name in names], truncated=about["truncated"], notes=about["notes"], details=details)
+        except KeyError as error:
+            raise IntegrityError(f"holds no {error}", where=path) from error
+
+
+class _Encoder:
+    def __init__(self, tokenizer: Any, settings: EncodeSettings) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        self.renderer: Renderer | None = None
+        self.bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
+        self.eos = tokenizer.eos_token_id
+        self.vocabulary = len(tokenizer)
+        self.truncated = 0
+        self.doubled = 0
+
+    def rows(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], list[int]] | EncodeFault]:
+        """(ids, labels) or the fault of each example, in order."""
+        chats = [example for example in examples if example.tokens is None]
+        rendered: list[Rendered | EncodeFault] = []
+        if chats:
+            self.renderer = self.renderer or Renderer(self.tokenizer, self.settings.template)
+            rendered = self.renderer.render(chats)
+        texts = [item.text for item in rendered if isinstance(item, Rendered)]
+        tokenised = self._tokenise(texts) if texts else None
+        text, chat = iter(range(len(texts))), iter(rendered)
+        for example in examples:
+            try:
+                if example.tokens is not None:
+                    yield self._fit(*self._checked(example.tokens))
+                    continue
+                item = next(chat)
+                if isinstance(item, EncodeFault):
+                    raise item
+                yield self._fit(*self._labelled(item, tokenised, next(text)))
+            except EncodeFault as fault:
+                yield fault
+
+    def _tokenise(self, texts: list[str]) -> Any:
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+
+    def _checked(self, tokens: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[list[int], list[int]]:
+        ids, labels = list(tokens[0]), list(tokens[1])
+        if ids and max(max(ids), max(labels)) >= self.vocabulary:
+            raise EncodeFault(OUTSIDE_VOCABULARY, f"the id {max(max(ids), max(labels))} is not among the tokenizer's {self.vocabulary:,}")
+        return ids, labels
+
+    def _labelled(self, item: Rendered, tokenised: Any, number: int) -> tuple[list[int], list[int]]:
+        ids = list(tokenised["input_ids"][number])
+        edge = self._edge_by_offsets(tokenised[number], item.text, ids) if self.tokenizer.is_fast else self._edge_by_ids(item.text, ids)
+        labels = [IGNORE] * len(ids)
+        for start, end in item.spans:
+            first, last = edge(start), edge(end)
+            labels[first:last] = ids[first:last]
+        if item.ends:
+            if self.bos is not None and ids[:1] != [self.bos]:
+                ids, labels = [self.bos, *ids], [self.bos if item.spans[0][0] == 0 else IGNORE, *labels]
+            if self.eos is not None and ids[-1:] != [self.eos]:
+                ids, labels = [*ids, self.eos], [*labels, self.eos]
+        while self.tokenizer.bos_token_id is not None and ids[:2] == [self.tokenizer.bos_token_id] * 2:
+            ids, labels, self.doubled = ids[1:], labels[1:], self.doubled + 1
+        return ids, labels
+
+    @staticmethod
+    def _edge_by_offsets(encoding: Any, text: str, ids: list[int]) -> Any:
+        """place -> index of the first token that starts at or after that character."""
+
+        def edge(place: int) -> int:
+            for character in range(place, len(text)):  # a character may have no token, where the tokenizer drops white space
+                token = encoding.char_to_token(character)
+                if token is not None:
+                    return token if encoding.token_to_chars(token)[0] >= place else token + 1
+            return len(ids)
+
+        return edge
+
+    def _edge_by_ids(self, text: str, ids: list[int]) -> Any:
+        """The same for tokenizers that tell no offsets: the ids of the text up to the place, as far as they agree with those of the whole.
+
+        Where they part, a token straddles the place, and belongs to the side before it.
+        """
+
+        def edge(place: int) -> int:
+            before = list(self._tokenise([text[:place]])["input_ids"][0]) if place else []
+            same = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
+            return min(same + (same < len(before)), len(ids))
+
+        return edge
+
+    def _fit(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+        if all(label == IGNORE for label in labels[1:]):
+            raise EncodeFault(NO_SUPERVISED, f"{len(ids)} tokens, none of them supervised")
+        most = self.settings.max_length
+        if len(ids) > most:
+            if self.settings.policy == "drop":
+                raise EncodeFault(TOO_LONG, f"{len(ids):,} tokens, and max_length is {most:,}")
+            if all(label == IGNORE for label in labels[1:most]):
+                raise EncodeFault(CUT_AWAY, f"{len(ids):,} tokens, the first {most:,} all prompt")
+            ids, labels = ids[:most], labels[:most]
+            self.truncated += 1
+        return ids, labels
+
+    def notes(self) -> list[str]:
+        found = list(self.renderer.notes) if self.renderer else []
+        counts = self.renderer.counts if self.renderer else Counter()
+        if counts["no end of turn"]:
+            found.append(f"{counts['no end of turn']:,} rows: the chat template writes no end-of-turn token, so none is learned")
+        if counts["by marks"]:
+            found.append(f"{counts['by marks']:,} rows: the template rewrites earlier turns; its generation marks were used")
+        if counts["by probes"]:
+            found.append(f"{counts['by probes']:,} rows: the template rewrites earlier turns; answers were found by changing them")
+        if self.eos is None:
+            found.append("the tokenizer has no end-of-sequence token; completions and texts end without one")
+        if self.doubled:
+            found.append(f"{self.doubled:,} beginning-of-sequence tokens that stood twice were removed")
+        if self.truncated:
+            found.append(f"{self.truncated:,} rows are cut to {self.settings.max_length:,} tokens")
+        return found
+
+
+def encode(pool: Sequence[Example], tokenizer: Any, settings: EncodeSettings | None = None, *, progress: Any = None) -> EncodedRows:
+    """Token ids and labels of every row, in order. A row that cannot be used is empty and has a code.
+
+    settings: max_length and what happens beyond it ("truncate" keeps the head), and the chat template. progress: `progress.Progress`.
+    Raises DataError when more than 5 % of the rows have nothing to learn from, or all are unusable; UserError for a template that is none.
+    """
+    settings = settings or EncodeSettings()
+    encoder = _Encoder(tokenizer, settings)
+    n = len(pool)
+    lengths, supervised, codes = np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.uint8)
+    ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    details: dict[int, str] = {}
+    if progress:
+        progress.start(n, "rows", "encoding")
+    for begin in range(0, n, _BATCH):
+        part = [pool[i] for i in range(begin, min(begin + _BATCH, n))]
+        flat_ids: list[int] = []
+        flat_labels: list[int] = []
+        for i, row in enumerate(encoder.rows(part), begin):
+            if isinstance(row, EncodeFault):
+                codes[i] = row.code
+                if len(details) < MAX_DETAILS:
+                    details[i] = row.detail
+                continue
+            lengths[i], supervised[i] = len(row[0]), len(row[1]) - row[1].count(IGNORE) - (row[1][0] != IGNORE)
+            flat_ids += row[0]
+            flat_labels += row[1]
+        ids.append(np.array(flat_ids, dtype=np.int32))
+        labels.append(np.array(flat_labels, dtype=np.int32))
+        if progress:
+            progress.advance(len(part))
+    if progress:
+        progress.done()
+    _judge(pool, codes, details, settings)
+    empty = [np.zeros(0, np.int32)]
+    flat = np.concatenate(ids or empty), np.concatenate(labels or empty)
+    return EncodedRows(*flat, lengths, supervised, codes, truncated=encoder.truncated, notes=encoder.notes(), details=details)
+
+
+def _judge(pool: Sequence[Example], codes: np.ndarray, details: Mapping[int, str], settings: EncodeSettings) -> None:
+    empty = np.isin(codes, (NO_SUPERVISED, CUT_AWAY, REFUSED, REWRITTEN, OUTSIDE_VOCABULARY))
+    unusable = codes != 0
+    bad = empty if empty.mean() > MAX_EMPTY else unusable if len(codes) and unusable.all() else None
+    if bad is None or not len(codes):
+        return
+    code = int(np.bincount(codes[bad]).argmax())
+    row = int(np.flatnonzero(codes == code)[0])
+    reason, _, remedy = REASONS[code].partition(". ")
+    what = f"{int(bad.sum()):,} of {len(codes):,} rows have nothing to learn from at max_length {settings.max_length:,}; most: {reason}"
+    example = f"row {pool[row].id!r} of the group {pool[row].group!r}: {details.get(row, 'no details kept')}"
+    raise DataError(f"{what} ({example})", where=pool.place(row) if isinstance(pool, Pool) else None, remedy=remedy)
+
+
+def token_batches(lengths: np.ndarray | Sequence[int], token_budget: int) -> list[np.ndarray]:
+    """Row indices in batches of similar length, longest first (ties by index): rows x longest <= token_budget, or one row.
+
+    lengths [r]: tokens, an empty row counts as one. Of all ways to cut the sorted rows, the one with the fewest padded tokens, where a batch
+    counts as `token_budget` / 25 tokens more: about what starting one costs. The batches depend on the arguments alone.
+    """
+    counts = np.maximum(np.asarray(lengths, dtype=np.int64), 1)
+    order = np.argsort(-counts, kind="stable")
+    sizes, start_cost = counts[order].tolist(), max(1, token_budget // 25)
+    n = len(sizes)
+    best, cut = [0] * (n + 1), [n] * (n + 1)  # best[s]: cost of the rows from s on; cut[s]: where the batch that starts at s ends
+    for start in range(n - 1, -1, -1):
+        longest = sizes[start]
+        last = min(n, start + max(1, token_budget // longest))
+        costs = [best[end] + longest * (end - start) for end in range(start + 1, last + 1)]
+        low = min(range(len(costs)), key=lambda k: (costs[k], -k))
+        best[start], cut[start] = costs[low] + start_cost, start + 1 + low
+    batches, start = [], 0
+    while start < n:
+        batches.append(order[start : cut[start]])
+        start = cut[start]
+    return batches
+
+
+def pad_batch(rows: Sequence[Encoded | Mapping[str, list[int]]], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(input_ids, attention_mask, labels), each int64 [b, t], padded on the right: pad_id, 0 and -100."""
+    longest = max((len(row["input_ids"]) for row in rows), default=0)
+    ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+    labels = torch.full((len(rows), longest), IGNORE, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        size = len(row["input_ids"])
+        ids[i, :size] = torch.tensor(row["input_ids"], dtype=torch.int64)
+        labels[i, :size] = torch.tensor(row["labels"], dtype=torch.int64)
+        mask[i, :size] = 1
+    return ids, mask, labels
+
+
+def tokenizer_identity(tokenizer: Any, settings: EncodeSettings) -> dict[str, Any]:
+    """What ids and labels depend on besides the rows and the settings: hashes of the tokenizer and of the templates as they are used."""
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state.pop("truncation", None)  # left there by the last call, whoever made it
+        state.pop("padding", None)
+    else:
+        state = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    text = json.dumps(state, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    templates = [chat_template(tokenizer, settings.template, tools=tools) for tools in (False, True)]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return {
+        "version": VERSION,
+        "tokenizer": xxhash.xxh3_128_hexdigest(text),
+        "template": xxhash.xxh3_128_hexdigest("\0".join(templates).encode()),
+        "special": special,
+        "adds_bos": adds_bos(tokenizer),
+    }
+
+
+def coloured(row: Encoded | Mapping[str, list[int]], tokenizer: Any) -> Text:
+    """The row as the model sees it: supervised tokens green, the rest dim, special tokens bold. Control characters are made visible."""
+    special = set(tokenizer.all_special_ids)
+    shown = Text()
+    run: list[int] = []
+    style = ""
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        now = ("bold " if token in special else "") + ("green" if label != IGNORE else "dim" if token not in special else "magenta")
+        if now != style and run:
+            shown.append(_visible(tokenizer.decode(run)), style)
+            run = []
+        style = now
+        run.append(token)
+    if run:
+        shown.append(_visible(tokenizer.decode(run)), style)
+    return shown
+
+
+def _visible(text: str) -> str:
+    """Control characters but tab and new line as their pictures, so that no row can steer the terminal it is shown on."""
+    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\t\n" else "\u2421" if 127 <= ord(c) < 160 else c for c in text)

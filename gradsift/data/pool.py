@@ -1,0 +1,245 @@
+"""Pools and target sets: rows read from any container and format, with stable ids; what cannot be used is quarantined by file and line.
+
+A pool keeps offsets, ids, groups and hashes, and reads a row again when it is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, overload
+
+import numpy as np
+import xxhash
+
+from gradsift.data.files import EXPANSION, SUFFIXES, Table, Text, open_source
+from gradsift.data.formats import FIELD_NAMES, FORMATS, Fields, convert, detect, parse_row
+from gradsift.data.reader import NO_GROUP, Columns, Dropped, Progress, Reader, too_many, unique_ids
+from gradsift.data.remote import is_url
+from gradsift.data.write import canonical, subset_suffix, write_dropped, write_subset
+from gradsift.errors import DataError, UnknownName, UserError
+from gradsift.redaction import redacted
+from gradsift.types import Example
+
+__all__ = ["Dropped", "Pool", "read_pool", "subset_suffix", "write_dropped", "write_subset"]
+
+MAX_ROW_BYTES = 10_000_000
+
+
+class Pool(Sequence[Example]):
+    """Usable rows in file order, read lazily. Made by `read_pool`; also what a target set is: a role, not a type.
+
+    ids, groups: lists of n. funnel: counts (read, blank, quarantined:CODE..., duplicates, usable). dropped: the quarantine. formats: file
+    -> format. warnings: one-line texts for people. arguments: keywords with which `read_pool` reads the same sources again.
+    """
+
+    def __init__(self, columns: Columns, files: list[Text | Table], names: list[str], formats: list[str], fields: Fields) -> None:
+        self.files, self.names = files, names
+        self._columns, self._formats, self._fields = columns, formats, fields
+        self.ids: list[str] = columns.ids
+        self.groups: list[str] = columns.groups
+        self.funnel: dict[str, int] = {"read": len(columns.ids), "usable": len(columns.ids)}
+        self.dropped: list[Dropped] = []
+        self.warnings: list[str] = []
+        self.arguments: dict[str, Any] = {}
+
+    @property
+    def formats(self) -> dict[str, str]:
+        return dict(zip(self.names, self._formats, strict=True))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """xxh3-128 hex over formats, bytes, groups and ids of the rows, in order."""
+        hasher = xxhash.xxh3_128(self._columns.row_hash.tobytes())
+        for i, (id, group) in enumerate(zip(self.ids, self.groups, strict=True)):
+            hasher.update(f"{len(id)}:{id}{len(group)}:{group}{self._formats[self._columns.file[i]]}".encode())
+        return hasher.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Pool: ...
+    def __getitem__(self, index: int | slice) -> Example | Pool:
+        if isinstance(index, slice):
+            return self.take(range(*index.indices(len(self))))
+        row = range(len(self))[index]
+        content = convert(self.record(row), self._formats[self._columns.file[row]], self._fields)
+        return Example(self.ids[row], content.messages, self.groups[row], content.tools, content.tokens)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[row] for row in range(len(self)))
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a pool holds open files; send pool.arguments and read it there: read_pool(**arguments)")
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Pool:
+        """The rows at `indices`, in that order."""
+        rows = np.asarray(indices, dtype=np.int64)
+        taken = Pool(self._columns.take(rows), self.files, self.names, self._formats, self._fields)
+        taken.arguments = self.arguments
+        taken.funnel = {**self.funnel, "taken": len(rows)} if len(rows) != len(self) else dict(self.funnel)
+        taken.dropped, taken.warnings = self.dropped, self.warnings
+        return taken
+
+    def source(self, row: int) -> tuple[Text | Table, int, int]:
+        """(container, start, end): where row `row` lies."""
+        columns = self._columns
+        return self.files[columns.file[row]], int(columns.start[row]), int(columns.end[row])
+
+    def raw(self, row: int) -> bytes:
+        """The row's bytes as they stand in the file, without the newline; for a table row, its canonical JSON."""
+        file, start, end = self.source(row)
+        data = file.read(start, end)
+        return data if isinstance(data, bytes) else canonical(data)
+
+    def record(self, row: int) -> dict[str, Any]:
+        """The row as a dict, all fields of the file."""
+        file, start, end = self.source(row)
+        data = file.read(start, end)
+        return parse_row(data) if isinstance(data, bytes) else data
+
+    def place(self, row: int) -> str:
+        """file:line of the row."""
+        return f"{self.names[self._columns.file[row]]}:{self._columns.line[row]}"
+
+    def empty_files(self) -> list[str]:
+        """Names of the files that no row is from."""
+        filled = set(self._columns.file.tolist())
+        return [name for number, name in enumerate(self.names) if number not in filled]
+
+    def exact_duplicates(self) -> dict[int, int]:
+        """Row -> the first row with the same messages and tools, for every row but the first of its kind."""
+        keys = self._columns.content_hash.view(np.dtype((np.void, 16))).ravel()
+        _, first, kind = np.unique(keys, return_index=True, return_inverse=True)
+        return {row: int(first[k]) for row, k in enumerate(kind.ravel()) if first[k] != row}
+
+    def duplicate_of(self, row: int) -> int | None:
+        return self._duplicates.get(range(len(self))[row])
+
+    @functools.cached_property
+    def _duplicates(self) -> dict[int, int]:
+        return self.exact_duplicates()
+
+
+def split_name(source: str | Path) -> tuple[str | None, str]:
+    """`[NAME=]FILE` -> (NAME, FILE). A file whose own name has an equals sign wins."""
+    text = str(source)
+    name, equals, file = text.partition("=")
+    if isinstance(source, Path) or not equals or not name or "/" in name or name.startswith("hf:") or is_url(text) or Path(text).exists():
+        return None, text
+    return name, file
+
+
+def _default_name(file: str) -> str:
+    """The file's name without the suffixes of containers: its group."""
+    if file.startswith("hf:"):
+        return file[3:].split("@")[0].rstrip("/").rsplit("/", 1)[-1]
+    path = Path(file.partition("?")[0] if is_url(file) else file)
+    while path.suffix.lower() in SUFFIXES and path.stem:
+        path = path.with_suffix("")
+    return path.name or str(path)
+
+
+def read_pool(
+    sources: Sequence[str | Path] | str | Path,
+    *,
+    format: str = "auto",
+    group_field: str | None = None,
+    id_field: str = "id",
+    mapping: Mapping[str, str] | None = None,
+    max_bad_rows: float | int = 0.05,
+    max_row_bytes: int = MAX_ROW_BYTES,
+    max_expansion: float = EXPANSION,
+    progress: Progress | None = None,
+) -> Pool:
+    """Reads rows from files `[NAME=]FILE` or `hf:NAME[:CONFIG][@REVISION]`; docs/formats.md lists formats, containers and codes.
+
+    format: a key of FORMATS, or "auto": each file's first 1,000 rows vote. mapping: our field ("id" and
+    "group" too) -> their field. group_field: the row's field
+    that is its group (rows without it: "?"); else NAME, by default the file name without its suffixes. max_bad_rows: a share (float up to
+    1) or a count (int) of the rows read that may be unusable. max_row_bytes: longer rows are quarantined. max_expansion: how many times
+    its size a compressed file of more than 1 GiB unpacked may grow to.
+
+    Raises UserError (a missing or unreadable kind of file, an unknown format or field), DataError (no usable row), TooManyBadRows,
+    ResourceError (disk full, expansion over the limit).
+    """
+    sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    if not sources:
+        raise UserError("no pool file was named", remedy="Name at least one file.")
+    if format != "auto" and format not in FORMATS:
+        raise UnknownName("format", format, [*FORMATS, "auto"])
+    for ours in mapping or {}:
+        if ours not in (*FIELD_NAMES, "id", "group"):
+            raise UnknownName("field of the mapping", ours, (*FIELD_NAMES, "id", "group"))
+    fields = Fields(mapping)
+    id_field, group_field = (mapping or {}).get("id", id_field), (mapping or {}).get("group", group_field)
+    reader = Reader(fields, _mapped_format(format, mapping), group_field, id_field, progress)
+    files, names = [], []
+    for source in sources:
+        name, file = split_name(source)
+        files.append(open_source(file, max_row_bytes=max_row_bytes, max_expansion=max_expansion))
+        names.append(redacted(file) if is_url(file) else file)
+        reader.read(files[-1], name or _default_name(file))
+    changed = unique_ids(reader.ids, reader.named)
+    pool = Pool(reader.columns(), files, names, reader.formats, fields)
+    pool.dropped = reader.dropped
+    pool.arguments = dict(
+        sources=[str(source) for source in sources],
+        format=format,
+        group_field=group_field,
+        id_field=id_field,
+        mapping=dict(mapping) if mapping else None,
+        max_bad_rows=max_bad_rows,
+        max_row_bytes=max_row_bytes,
+        max_expansion=max_expansion,
+    )
+    _judge(pool, reader.counts, max_bad_rows)
+    pool.funnel = _funnel(pool, reader.counts)
+    pool.warnings = _warnings(pool, reader, changed)
+    return pool
+
+
+def _mapped_format(format: str, mapping: Mapping[str, str] | None) -> str:
+    """A mapping that names every required field of a format chooses it; otherwise the vote does."""
+    chosen = detect(dict.fromkeys(mapping, True), Fields()) if format == "auto" and mapping else None
+    return chosen or format
+
+
+def _judge(pool: Pool, counts: Counter[str], max_bad_rows: float | int) -> None:
+    read, bad = counts["read"], sum(count for key, count in counts.items() if key.startswith("quarantined:"))
+    share = isinstance(max_bad_rows, float) and max_bad_rows <= 1
+    if bad > (max_bad_rows * read if share else max_bad_rows):
+        raise too_many(pool.dropped, read, f"over the limit of {max_bad_rows:.0%}" if share else f"over the limit of {max_bad_rows:g}")
+    if not len(pool):
+        where = ", ".join(pool.names)
+        if pool.dropped:
+            raise DataError(f"no usable row: {pool.dropped[0]}", where=where, remedy=pool.dropped[0].fix)
+        raise DataError("holds no rows", where=where, remedy="Name a file with rows in it.")
+
+
+def _funnel(pool: Pool, counts: Counter[str]) -> dict[str, int]:
+    quarantined = {key: count for key, count in sorted(counts.items()) if key.startswith("quarantined:")}
+    twice = len(pool.exact_duplicates())
+    return {"read": counts["read"], "blank": counts["blank"], **quarantined, "duplicates": twice, "usable": len(pool)}
+
+
+def _warnings(pool: Pool, reader: Reader, changed: int) -> list[str]:
+    counts, found = reader.counts, []
+    if changed:
+        found.append(f"{changed:,} rows share their id with an earlier row and are told apart by #2, #3, ...")
+    if 0 < counts["id:int"] < sum(reader.named):
+        found.append(f"ids are of mixed types: {counts['id:int']:,} are numbers, read as their decimal text")
+    if counts["id:other"]:
+        found.append(f"{counts['id:other']:,} rows have an id that is neither a text nor a whole number; a hash of the row stands in")
+    if counts["group:none"]:
+        found.append(f"{counts['group:none']:,} rows have no field {reader.group_field!r}; their group is {NO_GROUP!r}")
+    found += [f"{file.name}: {file.cut}; the rows before are used" for file in pool.files if file.cut]
+    found += [f"{file}: no usable row" for file in pool.empty_files()]
+    if len(set(reader.formats)) > 1:
+        found.append("the files have different formats: " + ", ".join(f"{name} {form}" for name, form in pool.formats.items()))
+    return found

@@ -1,0 +1,1 @@
+"""A model, its adapters and its trainings."""

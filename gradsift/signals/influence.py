@@ -1,0 +1,161 @@
+"""Influence scores: what happens to a row before a dot product, and the streaming product itself.
+
+score(i, j) = sum over checkpoints of weight_t * <A g_i, B q_j>, g_i the gradient of pool row i, q_j of target row j.
+Positive = training on i helps j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gradsift.compute.cpu import matmul
+from gradsift.curvature.trak import trak_target
+from gradsift.errors import UnknownName, UserError
+from gradsift.gradients.objectives import Loss
+from gradsift.types import Rows, Signal
+
+BLOCK = 2048
+RIDGE = 0.1
+_SLICE, _NARROW = 128, 128  # rows widened to fp32 at a time for so few targets: they are still in the cache when they are multiplied
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One line of the table: `pool` and `target` say whether rows enter raw or at unit norm; `merge` whether a group's target rows are first
+    averaged (raw) into one; `transform` what the pool's rows carry unless a method asks otherwise; `loss`: what the rows of both sides are
+    gradients of; `whiten`: target rows are multiplied by (X'X + ridge I)^-1 of the pool rows X; `curvature`: settings it fixes, over those
+    of the run, where scores go through the inverse curvature of whole gradients and no stored row is read."""
+
+    pool: Literal["raw", "unit"]
+    target: Literal["raw", "unit"]
+    transform: Literal["none", "adam"] = "none"
+    merge: bool = False
+    source: str = ""
+    loss: Loss = "cross-entropy"
+    whiten: bool = False
+    curvature: Mapping[str, Any] | None = None
+
+
+# Token sums before the outer product, true labels, factored damping 0.5, two target rows at a time, an odd one lost.
+RELEASED: Mapping[str, Any] = {
+    "form": "reduce", "labels": "empirical", "correct": False, "style": "pi", "damping": 0.5, "absolute": True, "rank": 32,
+    "target_batch": 2, "drop_last": True,
+}  # fmt: skip
+
+BACKENDS: dict[str, Backend] = {
+    "dot": Backend("raw", "raw", source="first-order influence (TracIn, arXiv 2002.08484)"),
+    "cosine": Backend("unit", "unit", source="the same at unit norm, free of length bias"),
+    "less": Backend("unit", "unit", transform="adam", source="LESS, arXiv 2402.04333; released code: one column per target row"),
+    "less-mean": Backend(
+        "unit", "unit", transform="adam", merge=True, source="LESS as in the paper: one column per target group, its mean gradient"
+    ),
+    "trak": Backend(
+        "raw", "raw", loss="margin", whiten=True, source="TRAK, arXiv 2303.14186, equation 15, without the weights 1 - p of pool rows"
+    ),
+    "ekfac": Backend("raw", "raw", source="influence functions by EK-FAC, arXiv 2308.03296", curvature={}),
+    "kfac": Backend("raw", "raw", source="the same by K-FAC, without corrected eigenvalues", curvature={"correct": False}),
+    "kfac-released": Backend("raw", "raw", source="G-DIG, arXiv 2405.12915, released code", curvature=RELEASED),
+}
+
+
+def backend(name: str) -> Backend:
+    """A line of BACKENDS. Raises UnknownName."""
+    if name not in BACKENDS:
+        raise UnknownName("influence backend", name, BACKENDS)
+    return BACKENDS[name]
+
+
+def pool_transform(signal: Signal) -> str:
+    """What the pool's rows of a signal carry: what it says, or what its backend takes. Raises UnknownName."""
+    return backend(str(signal.backend)).transform if signal.transform == "backend" else signal.transform
+
+
+def through_curvature(signal: Signal) -> bool:
+    """Whether a signal is an influence that reads whole gradients, not stored rows. Raises UnknownName."""
+    return signal.name == "influence" and backend(str(signal.backend)).curvature is not None
+
+
+def score(pool: Sequence[Rows], target: Sequence[Rows], weights: Sequence[float], name: str, **more: Any) -> Tensor:
+    """Scores [n, m], or [n, groups] (order of first appearance) for a backend that merges: what `score_blocks` yields, as one matrix."""
+    return torch.cat(list(score_blocks(pool, target, weights, name, **more)))
+
+
+def score_blocks(
+    pool: Sequence[Rows],
+    target: Sequence[Rows],
+    weights: Sequence[float],
+    name: str,
+    *,
+    groups: Sequence[str] = (),
+    ridge: float = RIDGE,
+    absolute: bool = False,
+) -> Iterator[Tensor]:
+    """Yields scores [b, m] of 2,048 pool rows after the other (one empty block for an empty pool), fp32, on the CPU.
+
+    `pool` and `target` hold one Rows per checkpoint, all of the same projection; `weights` are normalised to sum 1. Raw rows are read as
+    unit rows times their `scales`. Products accumulate in fp32: the result does not depend on how the pool is cut. `ridge`: of a backend
+    that whitens, in units of the mean diagonal of X'X at each checkpoint, or the very number when `absolute`.
+    Raises UserError if the sides differ in number of checkpoints or dimension, ConfigError where X'X + ridge I has no inverse.
+    """
+    chosen = backend(name)
+    if chosen.curvature is not None:
+        raise UserError(
+            f"the backend {name} reads whole gradients, not stored rows", remedy="Use gradsift.signals.curvature.influence_scores."
+        )
+    if not len(pool) == len(target) == len(weights):
+        raise UserError(f"{len(pool)} pool stores, {len(target)} target stores and {len(weights)} weights do not pair up")
+    for rows, wanted in zip(pool, target, strict=True):
+        if rows.shape[1] != wanted.shape[1]:
+            raise UserError(f"pool rows have {rows.shape[1]} dimensions and target rows {wanted.shape[1]}: not the same projection")
+    total = float(sum(weights))
+    sides = [_target_side(rows, chosen, groups) * (weight / total) for rows, weight in zip(target, weights, strict=True)]
+    if chosen.whiten:
+        sides = [trak_target(rows, side, ridge, relative=not absolute) for rows, side in zip(pool, sides, strict=True)]
+    return _products(pool, sides, chosen.pool)
+
+
+def _products(pool: Sequence[Rows], sides: Sequence[Tensor], form: Literal["raw", "unit"]) -> Iterator[Tensor]:
+    n = pool[0].shape[0]
+    for start in range(0, max(n, 1), BLOCK):
+        where = slice(start, min(start + BLOCK, n))
+        scores = torch.zeros(where.stop - start, sides[0].shape[0])
+        for rows, side in zip(pool, sides, strict=True):
+            scores += _product(rows, where, side, form)
+        yield scores
+
+
+def _product(rows: Rows, where: slice, side: Tensor, form: Literal["raw", "unit"]) -> Tensor:
+    """`_read(rows, where, form) @ side.T` [b, m] on the CPU: what a row is scaled by, its product is scaled by."""
+    scales = getattr(rows, "scales", None)
+    on_device = isinstance(rows, Tensor) and rows.device.type != "cpu"
+    step = _SLICE if len(side) <= _NARROW and not on_device else BLOCK
+    out = torch.empty(where.stop - where.start, len(side))
+    for start in range(where.start, where.stop, step):
+        part = slice(start, min(start + step, where.stop))
+        block = _read(rows, part, "unit" if scales is not None else form)
+        out[start - where.start : part.stop - where.start] = matmul.linear(block, side)
+    return out.mul_(scales[where, None].to(out.device)) if scales is not None and form == "raw" else out
+
+
+def _target_side(rows: Rows, chosen: Backend, groups: Sequence[str]) -> Tensor:
+    """fp32 [m, d], or [groups, d] when merged. A group's mean is taken over raw rows, then brought to unit norm."""
+    if not chosen.merge:
+        return _read(rows, slice(0, rows.shape[0]), chosen.target)
+    raw = _read(rows, slice(0, rows.shape[0]), "raw")
+    names = list(dict.fromkeys(groups)) or ["target"]
+    of = torch.tensor([names.index(g) for g in groups] if groups else [0] * rows.shape[0])
+    means = torch.stack([raw[of == g].mean(dim=0) for g in range(len(names))])
+    return torch.nn.functional.normalize(means, dim=1) if chosen.target == "unit" else means
+
+
+def _read(rows: Rows, where: slice, form: Literal["raw", "unit"]) -> Tensor:
+    block = rows[where].float()
+    scales = getattr(rows, "scales", None)
+    if form == "raw":
+        return block if scales is None else block * scales[where, None]
+    return block if scales is not None else torch.nn.functional.normalize(block, dim=1)

@@ -1,0 +1,1 @@
+"""Every signal as a cached, resumable stage of a run."""

@@ -1,0 +1,96 @@
+"""Influence through stored rows as stages: the rows of both sides at every checkpoint, and the product of the two, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradsift import targets
+from gradsift.errors import MismatchError, UserError
+from gradsift.signals.influence import backend, pool_transform, score_blocks
+from gradsift.stages.recipe import Recipe
+from gradsift.store.artifact import Artifact
+from gradsift.store.atomic import write_tensors
+from gradsift.store.rows import RowStore, RowView
+from gradsift.types import Signal
+
+if TYPE_CHECKING:
+    from gradsift.stages.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What is multiplied, one entry per checkpoint: `pool` all rows, `target` those of `kept` [m], which all checkpoints have; `groups` [m]
+    are theirs, `weights` the checkpoints' mean learning rates."""
+
+    pool: list[RowStore]
+    target: list[RowView]
+    weights: list[float]
+    kept: Tensor
+    groups: list[str]
+
+    @property
+    def usable(self) -> Tensor:
+        """bool [n]: pool rows that all checkpoints have."""
+        return torch.stack([store.usable for store in self.pool]).all(dim=0)
+
+
+def influence_recipe(pipeline: Pipeline, signal: Signal) -> Recipe:
+    inputs, loss = {}, backend(str(signal.backend)).loss
+    for c in pipeline.used_checkpoints(signal):
+        inputs[f"pool{c}"] = pipeline.gradients_recipe("pool", c, pool_transform(signal), loss).digest
+        inputs[f"target{c}"] = pipeline.gradients_recipe("target", c, "none", loss).digest
+    return Recipe("influence", {"backend": signal.backend, "checkpoints": signal.checkpoints, **_ridge(pipeline, signal)}, inputs)
+
+
+def _ridge(pipeline: Pipeline, signal: Signal) -> dict[str, Any]:
+    """The run's damping, for a backend that inverts the rows' own second moment."""
+    settings = pipeline.config.curvature
+    return {"ridge": settings.damping, "absolute": settings.absolute} if backend(str(signal.backend)).whiten else {}
+
+
+def recipes(pipeline: Pipeline, signal: Signal) -> list[Recipe]:
+    sides, loss = [("pool", pool_transform(signal)), ("target", "none")], backend(str(signal.backend)).loss
+    rows = [pipeline.gradients_recipe(side, c, transform, loss) for side, transform in sides for c in pipeline.used_checkpoints(signal)]
+    return [pipeline.warmup_recipe(), *rows, influence_recipe(pipeline, signal)]
+
+
+def sides(pipeline: Pipeline, signal: Signal) -> Sides:
+    """The stored rows, made where they are missing. Raises UserError without a target, DataError for a target group without a usable row."""
+    if "target" not in pipeline.sides:
+        raise UserError("influence needs a target", remedy="Add --target FILE.")
+    wanted = pipeline.encoded("target")
+    checkpoints, used, loss = pipeline.checkpoints(), pipeline.used_checkpoints(signal), backend(str(signal.backend)).loss
+    pool = [pipeline.rows("pool", c, pool_transform(signal), loss) for c in used]
+    target = [pipeline.rows("target", c, "none", loss) for c in used]
+    for a, b in zip(pool, target, strict=True):
+        for name in ("projection", "dim", "seed", "modules"):
+            if a.spec[name] != b.spec[name]:
+                raise MismatchError(f"pool and target rows differ in {name}: {a.spec[name]} and {b.spec[name]}")
+    good = torch.stack([store.usable for store in target]).all(dim=0)
+    targets.check_groups(pipeline.sides["target"], good, wanted)
+    kept = good.nonzero()[:, 0]
+    groups = [pipeline.sides["target"].groups[int(i)] for i in kept]
+    return Sides(pool, [RowView(store, kept) for store in target], [checkpoints[c].mean_lr for c in used], kept, groups)
+
+
+def influence(pipeline: Pipeline, signal: Signal) -> tuple[Tensor, Tensor]:
+    """Scores [n, m] of every pool row, zero where a row is quarantined, and which rows are not [n]."""
+    both = sides(pipeline, signal)
+
+    def fill(artifact: Artifact) -> None:
+        scores = torch.cat(list(blocks(pipeline, signal, both)))
+        hash_ = write_tensors(artifact.path / "scores.safetensors", {"scores": scores, "target": both.kept}, {"recipe": artifact.digest})
+        artifact.finish(files={"scores.safetensors": hash_}, counts={"rows": len(scores)})
+
+    artifact = pipeline.make(influence_recipe(pipeline, signal), fill)
+    return artifact.tensors("scores.safetensors")["scores"], both.usable
+
+
+def blocks(pipeline: Pipeline, signal: Signal, both: Sides) -> Iterator[Tensor]:
+    """What `influence` holds, 2,048 pool rows at a time, and nothing of it stored."""
+    return score_blocks(both.pool, both.target, both.weights, str(signal.backend), groups=both.groups, **_ridge(pipeline, signal))

@@ -1,0 +1,350 @@
+"""Artifacts: folders that are either complete or resumable.
+
+An artifact is a folder `<stage>-<first 12 digits of the recipe digest>`. `manifest.json` is written last: it exists = complete.
+The recipe names everything the content depends on, so a folder is found again by what it holds, never by when or where it was made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from torch import Tensor
+
+from gradsift.compute.machine import peak_bytes, versions
+from gradsift.errors import IntegrityError, MismatchError, ResourceError
+from gradsift.store.atomic import (
+    TEMP,
+    TensorFile,
+    canonical_json,
+    file_chunks,
+    inside,
+    make_folder,
+    read_tensors,
+    recipe_digest,
+    remove_leftovers,
+    require_space,
+    write_atomic,
+    write_tensors,
+)
+
+__all__ = [
+    "MANIFEST",
+    "RECIPE",
+    "REPAIR",
+    "SCHEMA",
+    "STATS",
+    "SUMS",
+    "Artifact",
+    "canonical_json",
+    "check_schema",
+    "differences",
+    "file_hash",
+    "file_hashes",
+    "folder_hash",
+    "inside",
+    "read_json",
+    "read_manifest",
+    "read_sealed",
+    "read_tensors",
+    "recipe",
+    "recipe_digest",
+    "recipe_file",
+    "remove_leftovers",
+    "require_space",
+    "rewritten",
+    "seal_fault",
+    "sealed",
+    "write_atomic",
+    "write_tensors",
+]
+
+SCHEMA = 1  # of every JSON file in a run folder
+MANIFEST, STATS, RECIPE = "manifest.json", "stats.json", "recipe.json"
+SUMS = "report.digests.json"  # of files that tell of clocks, and may be written anew: no manifest holds their hashes
+_FIELDS = ("stage", "version", "config", "inputs", "identity")  # of a recipe
+_UPGRADE = "Upgrade gradsift, or choose another --run folder."
+_REMAKE = "Delete it and run the same command again: the files beside it are checked, and kept where they are whole."
+REPAIR = "Run `gradsift verify RUN`, then the same command again: only what is damaged is made anew."
+
+
+def recipe(
+    stage: str, *, version: int, config: Mapping[str, Any], inputs: Mapping[str, str], identity: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything an artifact's content depends on. `inputs`: recipe digests by name; `identity`: of pool, model, tokenizer, template."""
+    if not stage.replace("-", "").replace("_", "").isalnum() or not stage.isascii():
+        raise ValueError(f"{stage!r} is not a stage name: letters, digits, - and _")
+    return {"stage": stage, "version": version, "config": dict(config), "inputs": dict(inputs), "identity": dict(identity)}
+
+
+def recipe_file(made_by: Mapping[str, Any], schema: int = SCHEMA) -> bytes:
+    """The bytes of recipe.json for what `recipe()` returns."""
+    return canonical_json({"schema": schema, **made_by})
+
+
+def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
+    """`body` with a digest of itself, in place of one that it had: what is changed later by accident is noticed."""
+    plain = {key: value for key, value in body.items() if key != "seal"}
+    return {**plain, "seal": recipe_digest(plain)}
+
+
+def seal_fault(found: Mapping[str, Any], *, required: bool = False) -> str | None:
+    """What is wrong with an object read from a file that `sealed` made; None where nothing is, or it has no seal and none is `required`."""
+    if "seal" not in found:
+        return "has lost its seal" if required else None
+    try:
+        return None if sealed(found)["seal"] == found["seal"] else "was changed after it was written"
+    except ValueError:  # a NaN that was none
+        return "was changed after it was written"
+
+
+def read_sealed(path: Path, *, remedy: str) -> dict[str, Any]:
+    """The object of a file that `sealed` made, without its seal. Raises IntegrityError with this remedy where it is not as it was written."""
+    found = read_json(path)
+    what = "is damaged" if found is None else seal_fault(found)
+    if found is None or what is not None:
+        raise IntegrityError(what or "", where=path, remedy=remedy)
+    return {key: value for key, value in found.items() if key != "seal"}
+
+
+def rewritten(folder: Path, name: str) -> bytes | None:
+    """A recipe.json or stats.json for a complete artifact whose own is lost: the manifest repeats the recipe; times are not known any more.
+    None for any other file, or where the manifest cannot tell."""
+    try:
+        manifest = read_manifest(folder) if name in (RECIPE, STATS) else None
+    except (IntegrityError, MismatchError):
+        return None
+    if manifest is None:
+        return None
+    return recipe_file({field: manifest[field] for field in _FIELDS}) if name == RECIPE else canonical_json(sealed({}))
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 hex of a file; of one that carries its own digest, that digest, after checking it. Raises IntegrityError, ResourceError."""
+    if path.suffix == ".safetensors":
+        try:
+            file = TensorFile(path)
+        except IntegrityError:  # not a file of ours, or a damaged one: then the plain hash below is not the one in the manifest
+            return _hash_bytes(path)
+        with file:
+            if file.digest is not None:
+                file.verify()
+                return file.digest
+    return _hash_bytes(path)
+
+
+def _hash_bytes(path: Path) -> str:
+    hasher = xxhash.xxh3_128()
+    for chunk in file_chunks(path):
+        hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def folder_hash(folder: Path) -> str:
+    """One digest of every file below a folder of the user's, which may hold links (a hub cache does)."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return recipe_digest({path.relative_to(folder).as_posix(): file_hash(path.resolve()) for path in files})
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """The hash of every file below `folder` but manifest, stats, recipe, sums and temporary ones, by relative name ("/" between parts)."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    own = {MANIFEST, STATS, RECIPE, SUMS}
+    return {name: file_hash(inside(folder, name)) for name in names if name not in own and not name.rpartition("/")[2].startswith(TEMP)}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None where there is no file or it holds no JSON object (a zeroed page, a cut file)."""
+    try:
+        data = b"".join(bytes(chunk) for chunk in file_chunks(path))
+        found = json.loads(data)
+    except IntegrityError as error:
+        if error.what == "is missing":
+            return None
+        raise
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def differences(stored: Any, wanted: Any, field: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted field, stored value, wanted value) wherever two JSON values differ; None stands for an absent one."""
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        keys = sorted(stored.keys() | wanted.keys())
+        return [d for key in keys for d in differences(stored.get(key), wanted.get(key), f"{field}.{key}" if field else key)]
+    return [] if stored == wanted else [(field, stored, wanted)]
+
+
+def check_schema(found: Mapping[str, Any], path: Path) -> None:
+    """Raises MismatchError when `found` was written by a newer gradsift. Older schemas are read."""
+    schema = found.get("schema")
+    if not isinstance(schema, int):
+        raise IntegrityError("states no schema version", where=path, remedy=_REMAKE)
+    if schema > SCHEMA:
+        raise MismatchError(f"was written in schema {schema}; this gradsift reads up to {SCHEMA}", where=path, remedy=_UPGRADE)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a complete artifact; None when it has none, or one that is not JSON (then the artifact is resumed, shard by shard).
+
+    Raises IntegrityError when it was edited, MismatchError when its schema is newer.
+    """
+    path = inside(folder, MANIFEST)
+    found = read_json(path)
+    if found is None:
+        return None
+    check_schema(found, path)
+    body = {key: value for key, value in found.items() if key != "seal"}
+    if found.get("seal") != recipe_digest(body):
+        raise IntegrityError("was edited after it was written", where=path, remedy=_REMAKE)
+    return found
+
+
+class Artifact:
+    """One stage's result for one recipe. `path` the folder, `digest` the full recipe digest; complete once `finish` has returned.
+
+    Opening one deletes temporary files that dead writers left in it.
+    """
+
+    def __init__(self, root: Path, made_by: Mapping[str, Any], *, create: bool = True) -> None:
+        """`made_by`: what `recipe()` returns.
+
+        Raises IntegrityError when the folder is a link or holds another recipe, MismatchError for a newer schema.
+        """
+        self.recipe = dict(made_by)
+        self.stage: str = self.recipe["stage"]
+        self.digest = recipe_digest(self.recipe)
+        self.path = inside(root, f"{self.stage}-{self.digest[:12]}")
+        self._opened = time.monotonic()
+        self.seconds_elsewhere: Callable[[], float] = lambda: 0.0  # spent on other artifacts since this one was opened
+        self._manifest: dict[str, Any] | None = None
+        if create:
+            make_folder(self.path)
+        if not self.path.is_dir():
+            return
+        self._check_recipe()
+        if not self.complete and create:
+            for folder in (self.path, *(path for path in self.path.rglob("*") if path.is_dir() and not path.is_symlink())):
+                remove_leftovers(folder)
+            if read_json(inside(self.path, RECIPE)) is None:
+                write_atomic(self.path / RECIPE, recipe_file(self.recipe))
+
+    @classmethod
+    def load(cls, path: Path) -> Artifact | None:
+        """The artifact in an existing folder, complete or not; None where the folder holds none. Writes nothing."""
+        found = read_manifest(path) or read_json(inside(path, RECIPE))
+        if found is None:
+            return None
+        check_schema(found, path)
+        if any(field not in found for field in _FIELDS):
+            raise IntegrityError("its recipe lacks a field", where=path, remedy="Delete the folder; the next run makes it anew.")
+        artifact = cls(path.parent, {field: found[field] for field in _FIELDS}, create=False)
+        if artifact.path.name != path.name:
+            remedy = "Give the folder its name back, or delete it."
+            raise IntegrityError(f"holds the recipe of {artifact.path.name}", where=path, remedy=remedy)
+        return artifact
+
+    def _check_recipe(self) -> None:
+        """The folder name holds 12 of 64 digits; the rest is compared here."""
+        for name in (RECIPE, MANIFEST):
+            found = read_json(inside(self.path, name))
+            if found is None:
+                continue
+            check_schema(found, self.path / name)
+            if any(found.get(field) != json.loads(canonical_json(value)) for field, value in self.recipe.items()):
+                raise IntegrityError("holds another recipe than its folder name says", where=self.path / name, remedy="Delete that folder.")
+
+    @property
+    def complete(self) -> bool:
+        """True when manifest.json exists and parses. Raises IntegrityError for an edited one, MismatchError for a newer schema."""
+        if self._manifest is None and self.path.is_dir():
+            self._manifest = read_manifest(self.path)
+        return self._manifest is not None
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Recipe, counts, hash of every file, content digest. Raises IntegrityError while the artifact is not complete."""
+        if not self.complete or self._manifest is None:
+            raise IntegrityError("is not complete", where=self.path, remedy="Run the command that makes it again; it resumes.")
+        return self._manifest
+
+    @property
+    def content(self) -> str:
+        """The content digest: recipe_digest of {file: hash}. Equal for equal bytes, whoever made them, whenever and wherever."""
+        return self.manifest["content"]
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Wall time, peak memory, versions and what the stage added; not digested, but sealed. Empty where they are lost."""
+        found = read_json(inside(self.path, STATS)) or {}
+        return {} if seal_fault(found) else {key: value for key, value in found.items() if key != "seal"}
+
+    def file(self, name: str) -> Path:
+        """The path of a file of this artifact. Raises IntegrityError for a name that leads outside, or through a link."""
+        return inside(self.path, name)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a file of a complete artifact, hashed and compared with the manifest. Raises IntegrityError."""
+        path = self.file(name)
+        with TensorFile(path) as file:
+            file.verify()
+            if self.manifest["files"].get(name) != file.digest:
+                raise IntegrityError("is not the file that the manifest names", where=path, remedy=REPAIR)
+            return {key: file.tensor(key) for key in file.entries}
+
+    def finish(
+        self,
+        *,
+        files: Mapping[str, str] | None = None,
+        counts: Mapping[str, Any],
+        extra: Mapping[str, Any] | None = None,
+        stats: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Completes the artifact: stats.json first, manifest.json last.
+
+        `files`: hash by name (default: every file in the folder, hashed now). `extra` goes into the manifest, so it must not hold clocks
+        or paths; `stats` goes into stats.json.
+        Raises IntegrityError when a named file is not there, DiskFull, ResourceError.
+        """
+        files = dict(sorted((file_hashes(self.path) if files is None else files).items()))
+        for name in files:
+            if not inside(self.path, name).is_file():
+                raise IntegrityError("is missing", where=self.path / name, remedy="Run the same command again: it is made anew.")
+        made = {
+            "wall_seconds": round(time.monotonic() - self._opened - self.seconds_elsewhere(), 3),
+            "peak_bytes": peak_bytes(),
+            "finished": time.time(),
+            "versions": versions(),
+            **(stats or {}),
+        }
+        write_atomic(self.path / STATS, json.dumps(sealed(made), indent=1, sort_keys=True).encode() + b"\n")
+        body: dict[str, Any] = {
+            "schema": SCHEMA,
+            **self.recipe,
+            "digest": self.digest,
+            "counts": dict(counts),
+            "extra": dict(extra or {}),
+            "files": files,
+            "content": recipe_digest(files),
+            "sealed": [
+                name for name in (STATS, SUMS) if (self.path / name).exists()
+            ],  # beside `files`: those that carry a digest of themselves
+        }
+        manifest = sealed(json.loads(canonical_json(body)))
+        write_atomic(self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n")
+        self._manifest = manifest
+
+    def reopen(self) -> None:
+        """Makes a complete artifact resumable again, by deleting its manifest. Raises ResourceError."""
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(inside(self.path, MANIFEST))
+        except OSError as error:
+            raise ResourceError(f"cannot be deleted: {error.strerror}", where=self.path / MANIFEST) from error
+        self._manifest = None

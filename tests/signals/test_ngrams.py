@@ -1,0 +1,57 @@
+"""Hashed n-gram weights and instruction-following difficulty, against plain loops."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import torch
+import xxhash
+
+from gradsift.model.losses import row_losses
+from gradsift.signals.ifd import alone, difficulty
+from gradsift.signals.ngrams import buckets, importance
+from tests.model.parts import llama
+
+POOL = ["the cat sat on the mat", "def add(a, b): return a + b", "", "integral of x", "the dog"]
+TARGET = ["def sub(a, b): return a - b", "return a"]
+
+
+def naive(pool: list[str], target: list[str], count: int) -> list[float]:
+    def grams(text: str) -> list[int]:
+        words = text.replace("(", " ( ").replace("):", " ): ").replace(",", " , ").split()
+        return [xxhash.xxh32_intdigest(g.encode()) % count for g in words + [" ".join(p) for p in itertools.pairwise(words)]]
+
+    ours, theirs = Counter(g for t in pool for g in grams(t)), Counter(g for t in target for g in grams(t))
+    a, b = sum(ours.values()), sum(theirs.values()) + 7
+    return [sum(math.log((theirs[g] + 7 * ours[g] / a) / b) - math.log(ours[g] / a) for g in grams(t)) for t in pool]
+
+
+def test_weights_are_those_of_plain_counting() -> None:
+    found = importance(POOL, TARGET, 5000, prior=7)
+    assert np.allclose(found, naive(POOL, TARGET, 5000))
+    assert found[2] == 0 and int(importance(POOL, TARGET).argmax()) == 1
+
+
+def test_a_target_equal_to_the_pool_weighs_nothing() -> None:
+    assert np.allclose(importance(POOL, POOL), 0)
+
+
+def test_buckets_hold_words_and_pairs_whatever_the_case() -> None:
+    assert len(buckets("One two, three")) == 4 + 3
+    assert buckets("One Two").tolist() == buckets("one two").tolist()
+    assert buckets("我 们").max() < 10_000 and len(buckets("")) == 0
+
+
+def test_difficulty_is_the_ratio_of_the_two_perplexities() -> None:
+    model = llama()
+    rows = [{"input_ids": [3, 5, 7, 9, 11], "labels": [-100, -100, 7, -100, 11]}, {"input_ids": [4, 6, 8], "labels": [-100, 6, 8]}]
+    assert alone(rows[0]) == {"input_ids": [3, 7, 11], "labels": [-100, 7, 11]}
+    found = difficulty(model, rows)
+    for i, row in enumerate(rows):
+        given, without = (float(row_losses(model, [r]).mean) for r in (row, alone(row)))
+        assert abs(float(found[i]) - math.exp(given) / math.exp(without)) < 1e-5
+    assert abs(float(found[1]) - 1) < 1e-6  # its prompt is one token, which the answer alone keeps
+    assert torch.isnan(difficulty(model, [{"input_ids": [3, 5], "labels": [-100, -100]}])).all()
