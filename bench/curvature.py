@@ -48,8 +48,10 @@ from peers import Arm, Rows, losses, pad
 from torch import Tensor, nn
 
 from gradsift.compute import machine
-from gradsift.model.load import tracked_modules
-from gradsift.signals.curvature import Fitting, fit, influence_scores, prepare_targets, rank_agreement, score_pool
+from gradsift.model.layers import tracked_modules
+from gradsift.signals.curvature import fit
+from gradsift.signals.curvature.exact import influence_scores, prepare_targets, rank_agreement, score_pool
+from gradsift.signals.curvature.fit import Fitting
 
 GOALS = {"fit": 2.0, "scores-8": 1.2, "scores-64": 1.5, "scores-256": 3.0}
 

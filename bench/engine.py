@@ -69,11 +69,12 @@ from torch.utils.flop_counter import flop_registry  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from gradsift.compute import machine  # noqa: E402
+from gradsift.compute.batches import plan_batches  # noqa: E402
 from gradsift.compute.cpu import matmul  # noqa: E402
 from gradsift.gradients.adam import Adam, FactoredAdam  # noqa: E402
-from gradsift.gradients.passes import extract, plan_batches  # noqa: E402
+from gradsift.gradients.passes import extract  # noqa: E402
 from gradsift.gradients.projection import Projection  # noqa: E402
-from gradsift.model.load import tracked_modules  # noqa: E402
+from gradsift.model.layers import tracked_modules  # noqa: E402
 from gradsift.store.rows import RowStore  # noqa: E402
 
 GOALS = {  # arm -> (floor, bound on the ratio)

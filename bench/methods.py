@@ -30,10 +30,11 @@ from quality import general_pool
 from gradsift import methods
 from gradsift.commands import budget
 from gradsift.commands.select.constraints import Constraints
-from gradsift.commands.select.explain import spearman
-from gradsift.commands.select.select import opened, select_in
+from gradsift.commands.select.select import select_in
+from gradsift.commands.session import opened
 from gradsift.compute import machine
 from gradsift.compute.progress import auto
+from gradsift.report.agreement import spearman
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe
 from gradsift.store.artifact import Artifact

@@ -33,11 +33,12 @@ from gradsift.commands.compare.compare import BASE, compare
 from gradsift.commands.compare.results import Comparison, Line
 from gradsift.commands.compare.trials import Test, Trial, Trials
 from gradsift.commands.plan.plan import probe
-from gradsift.commands.select.select import opened
+from gradsift.commands.session import opened
+from gradsift.compute.batches import plan_batches
 from gradsift.compute.progress import auto
 from gradsift.data.encode import encode
-from gradsift.gradients.passes import plan_batches
-from gradsift.model.load import load_adapter, tracked_modules
+from gradsift.model.layers import tracked_modules
+from gradsift.model.lora import load_adapter
 from gradsift.rules.topk import apportion
 from gradsift.signals.influence import BACKENDS
 

@@ -35,7 +35,7 @@ from scaling import Assumed, Measured, report
 from gradsift import methods
 from gradsift.commands.demo.playground import write_playground
 from gradsift.commands.plan.plan import probe
-from gradsift.commands.select.select import opened
+from gradsift.commands.session import opened
 from gradsift.compute import machine
 from gradsift.data.encode import encode
 from gradsift.data.pool import read_pool

@@ -26,7 +26,7 @@ import steady  # noqa: F401
 from overheads import prepare
 
 # isort: split
-from gradsift.commands.select.select import opened
+from gradsift.commands.session import opened
 
 
 def arm(run: Path, parts: dict[str, Any], settings: dict[str, Any], workers: int) -> tuple[float, str]:

@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from gradsift.commands.compare.results import Comparison
     from gradsift.commands.score import Scores, score
     from gradsift.commands.select.select import Selection, select
-    from gradsift.data.pool import Pool, read_pool, write_subset
+    from gradsift.data.pool import Pool, read_pool
+    from gradsift.data.write import write_subset
     from gradsift.gradients.adam import Adam, FactoredAdam
     from gradsift.gradients.passes import GradientBatch, extract
     from gradsift.gradients.projection import Projection
-    from gradsift.model.warmup import TrajectoryCallback, read_moments
+    from gradsift.model.checkpoints import read_moments
+    from gradsift.model.warmup import TrajectoryCallback
     from gradsift.store.rows import RowStore
     from gradsift.types import Checkpoint, Example, Message, Signal, Signals, Subset
 

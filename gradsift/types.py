@@ -15,6 +15,8 @@ from torch import Tensor
 
 Role = str  # "system", "user", "assistant", "tool"; or "text", "prompt", "completion" for raw strings that no template touches
 
+IGNORE = -100  # the label of a token that is not learned, as transformers and torch have it
+
 
 @dataclass(frozen=True, slots=True)
 class Message:

@@ -6,7 +6,7 @@ import pytest
 
 from gradsift.config import Config, build, read_toml
 from gradsift.errors import ConfigError, UnknownName
-from gradsift.store.artifact import canonical_json
+from gradsift.store.canonical import canonical_json
 
 
 def test_an_unknown_key_names_the_nearest_one(tmp_path: Path) -> None:

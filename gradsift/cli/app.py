@@ -491,11 +491,11 @@ def inspect(
     """Print rows as the model sees them, the supervised tokens coloured, and the funnel of counts."""
     from rich.console import Console
 
-    from gradsift.commands.select import select
+    from gradsift.commands import inspect as inspection
 
     values = locals()
     flags = {name: values.get(name) for name in ("dedup", "dim", "shard_rows", "device", "dtype", "threads", "force")}
-    lines = select.inspect(pool, model=model, rows=rows, start=start, settings=gather({**flags, **values}), pool_group=pool_group)
+    lines = inspection.inspect(pool, model=model, rows=rows, start=start, settings=gather({**flags, **values}), pool_group=pool_group)
     console = Console(highlight=False, markup=False)
     for line in lines:
         console.print(line, soft_wrap=True)

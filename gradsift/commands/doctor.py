@@ -17,16 +17,19 @@ import torch
 from torch import Tensor
 
 from gradsift.commands.demo import playground
-from gradsift.commands.select.select import as_list, read_side
+from gradsift.commands.session import as_list, read_side
 from gradsift.compute import machine
+from gradsift.compute.batches import plan_batches
 from gradsift.compute.memory import out_of_memory
 from gradsift.compute.progress import Progress, silent
 from gradsift.config import Config, build
 from gradsift.data.encode import encode
 from gradsift.errors import ConfigError, DataError, GradsiftError
-from gradsift.gradients.passes import Modules, extract, plan_batches
+from gradsift.gradients.passes import Modules, extract
 from gradsift.gradients.projection import Projection, projection_of
-from gradsift.model.load import attach_lora, coverage, load_model, load_tokenizer
+from gradsift.model.layers import coverage
+from gradsift.model.load import load_model, load_tokenizer
+from gradsift.model.lora import attach_lora
 
 EQUAL = 0.9999  # least cosine at which two rows of one example count as the same
 SAMPLE = 500  # pool rows that are encoded to choose from

@@ -9,7 +9,8 @@ from typing import Any
 from gradsift.errors import DataError, IntegrityError, MismatchError, ResourceError, UserError
 from gradsift.report import ReportData, write_report
 from gradsift.report.agreement import correlation, indices, matrix, overlaps, same_pool
-from gradsift.store.artifact import Artifact, differences
+from gradsift.store.artifact import Artifact
+from gradsift.store.canonical import differences
 from gradsift.store.run import SETTINGS, Run
 from gradsift.store.verify import Problem
 

@@ -14,10 +14,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from gradsift.commands.select.select import as_list, opened
-from gradsift.compute.executor import stop_here
+from gradsift.commands.session import as_list, check_out, deliver, opened
 from gradsift.compute.progress import Progress
-from gradsift.delivery import check_out, deliver
+from gradsift.compute.stopping import stop_here
 from gradsift.errors import UnknownName, UserError
 from gradsift.rules import topk
 from gradsift.signals.influence import backend as backend_of
@@ -25,8 +24,9 @@ from gradsift.signals.influence import through_curvature
 from gradsift.stages import curvature, influence
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe, Timing
-from gradsift.store.artifact import Artifact, file_hash
+from gradsift.store.artifact import Artifact
 from gradsift.store.atomic import replacing, require_space
+from gradsift.store.tensors import file_hash
 from gradsift.types import Signal
 
 Columns = Literal["rows", "groups"]

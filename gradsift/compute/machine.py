@@ -119,3 +119,10 @@ def gpu_kind(devices: Iterable[str | int]) -> str:
 def cpu_kind() -> str:
     """The kind of CPU that decides which kernels run: part of the identity of trained and gradient artifacts."""
     return f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}{'-oneDNN' if prefers_onednn() else ''}"
+
+
+def cache_folder() -> Path:
+    """$GRADSIFT_CACHE, else $XDG_CACHE_HOME/gradsift, else ~/.cache/gradsift."""
+    if os.environ.get("GRADSIFT_CACHE"):
+        return Path(os.environ["GRADSIFT_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gradsift"

@@ -6,7 +6,10 @@ import atexit
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
+
+from transformers.utils import logging as hf_logging
 
 
 class Progress(Protocol):
@@ -189,3 +192,17 @@ def silent() -> Progress:
 def auto() -> Progress:
     """Bars where stderr is a terminal, plain lines elsewhere."""
     return Bars() if sys.stderr.isatty() else Lines()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars or load reports from transformers, whose settings are left as they were."""
+    bar, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bar:
+            hf_logging.enable_progress_bar()

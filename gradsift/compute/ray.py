@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gradsift.compute.executor import Executor, Serial, interruptible, stop_here
+from gradsift.compute.executor import Executor, Serial
 from gradsift.compute.ray_workers import POLL, START, Round, Slot, fingerprint, full, join, plain_tensors
+from gradsift.compute.stopping import interruptible, stop_here
 from gradsift.config import Config
 from gradsift.errors import ResourceError
 from gradsift.store.atomic import TEMP, write_atomic

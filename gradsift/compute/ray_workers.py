@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gradsift.compute import machine
-from gradsift.compute.executor import stop_here
+from gradsift.compute.stopping import stop_here
 from gradsift.errors import Interrupted, MismatchError, ResourceError, UserError
 
 if TYPE_CHECKING:

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from rich.text import Text
-from torch import Tensor
 
 from gradsift.config import EncodeSettings
 from gradsift.data.chat import (
@@ -34,13 +32,10 @@ from gradsift.data.chat import (
 )
 from gradsift.data.pool import Pool
 from gradsift.errors import DataError, IntegrityError
-from gradsift.store.atomic import TensorFile, write_tensors
-from gradsift.types import Encoded, Example
-
-__all__ = ["EncodeSettings", "EncodedRows", "coloured", "encode", "pad_batch", "token_batches", "tokenizer_identity"]
+from gradsift.store.tensors import TensorFile, write_tensors
+from gradsift.types import IGNORE, Example
 
 VERSION = 1
-IGNORE = -100
 MAX_EMPTY = 0.05  # share of rows without anything to learn above which the template or the length is wrong, not the rows
 MAX_DETAILS = 1000  # quarantined rows whose exact fault is kept
 _BATCH = 1000  # rows per call of the tokenizer
@@ -290,44 +285,6 @@ def _judge(pool: Sequence[Example], codes: np.ndarray, details: Mapping[int, str
     raise DataError(f"{what} ({example})", where=pool.place(row) if isinstance(pool, Pool) else None, remedy=remedy)
 
 
-def token_batches(lengths: np.ndarray | Sequence[int], token_budget: int) -> list[np.ndarray]:
-    """Row indices in batches of similar length, longest first (ties by index): rows x longest <= token_budget, or one row.
-
-    lengths [r]: tokens, an empty row counts as one. Of all ways to cut the sorted rows, the one with the fewest padded tokens, where a batch
-    counts as `token_budget` / 25 tokens more: about what starting one costs. The batches depend on the arguments alone.
-    """
-    counts = np.maximum(np.asarray(lengths, dtype=np.int64), 1)
-    order = np.argsort(-counts, kind="stable")
-    sizes, start_cost = counts[order].tolist(), max(1, token_budget // 25)
-    n = len(sizes)
-    best, cut = [0] * (n + 1), [n] * (n + 1)  # best[s]: cost of the rows from s on; cut[s]: where the batch that starts at s ends
-    for start in range(n - 1, -1, -1):
-        longest = sizes[start]
-        last = min(n, start + max(1, token_budget // longest))
-        costs = [best[end] + longest * (end - start) for end in range(start + 1, last + 1)]
-        low = min(range(len(costs)), key=lambda k: (costs[k], -k))
-        best[start], cut[start] = costs[low] + start_cost, start + 1 + low
-    batches, start = [], 0
-    while start < n:
-        batches.append(order[start : cut[start]])
-        start = cut[start]
-    return batches
-
-
-def pad_batch(rows: Sequence[Encoded | Mapping[str, list[int]]], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(input_ids, attention_mask, labels), each int64 [b, t], padded on the right: pad_id, 0 and -100."""
-    longest = max((len(row["input_ids"]) for row in rows), default=0)
-    ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-    labels = torch.full((len(rows), longest), IGNORE, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        size = len(row["input_ids"])
-        ids[i, :size] = torch.tensor(row["input_ids"], dtype=torch.int64)
-        labels[i, :size] = torch.tensor(row["labels"], dtype=torch.int64)
-        mask[i, :size] = 1
-    return ids, mask, labels
-
-
 def tokenizer_identity(tokenizer: Any, settings: EncodeSettings) -> dict[str, Any]:
     """What ids and labels depend on besides the rows and the settings: hashes of the tokenizer and of the templates as they are used."""
     if tokenizer.is_fast:
@@ -346,26 +303,3 @@ def tokenizer_identity(tokenizer: Any, settings: EncodeSettings) -> dict[str, An
         "special": special,
         "adds_bos": adds_bos(tokenizer),
     }
-
-
-def coloured(row: Encoded | Mapping[str, list[int]], tokenizer: Any) -> Text:
-    """The row as the model sees it: supervised tokens green, the rest dim, special tokens bold. Control characters are made visible."""
-    special = set(tokenizer.all_special_ids)
-    shown = Text()
-    run: list[int] = []
-    style = ""
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        now = ("bold " if token in special else "") + ("green" if label != IGNORE else "dim" if token not in special else "magenta")
-        if now != style and run:
-            shown.append(_visible(tokenizer.decode(run)), style)
-            run = []
-        style = now
-        run.append(token)
-    if run:
-        shown.append(_visible(tokenizer.decode(run)), style)
-    return shown
-
-
-def _visible(text: str) -> str:
-    """Control characters but tab and new line as their pictures, so that no row can steer the terminal it is shown on."""
-    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\t\n" else "\u2421" if 127 <= ord(c) < 160 else c for c in text)

@@ -23,12 +23,11 @@ from typing import IO, Any
 
 import zstandard
 
+from gradsift.data.records import Place
 from gradsift.data.remote import fetched, is_url
-from gradsift.data.tables import AGAIN, EXPANSION, ROOM, Place, Table, arrow, expanded, hub, parquet, saved_folder
+from gradsift.data.tables import AGAIN, ROOM, Table, arrow, expanded, hub, parquet, saved_folder
 from gradsift.errors import DataError, DiskFull, ResourceError, UserError
 from gradsift.redaction import redacted
-
-__all__ = ["CHUNK", "EXPANSION", "SUFFIXES", "Place", "Table", "Text", "open_source"]
 
 TEXTS = (".jsonl", ".ndjson", ".json")
 PACKED = (".gz", ".zst", ".zstd")

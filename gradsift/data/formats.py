@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from gradsift.types import Message
+from gradsift.types import IGNORE, Message
 
 MAX_DEPTH = 100  # of nested lists and objects in one row: templates and JSON writers recurse, so depth must be bounded before they see it
 
@@ -321,12 +321,12 @@ def _text(record: Mapping[str, Any], fields: Fields) -> Content:
 
 def _tokenised(record: Mapping[str, Any], fields: Fields) -> Content:
     ids, labels = fields.many(record, "input_ids"), fields.many(record, "labels")
-    for name, values, least in (("input_ids", ids, 0), ("labels", labels, -100)):
+    for name, values, least in (("input_ids", ids, 0), ("labels", labels, IGNORE)):
         if not all(type(value) is int and (value >= 0 or value == least) for value in values):
             raise RowFault("wrong-type", f"the field {fields.name(name)!r} is not a list of token ids")
     if len(ids) != len(labels):
         raise RowFault("wrong-type", f"{len(ids)} input_ids but {len(labels)} labels")
-    if not any(label != -100 for label in labels[1:]):
+    if not any(label != IGNORE for label in labels[1:]):
         raise RowFault("no-answer", "no label after the first token is supervised")
     return Content((), (), (tuple(ids), tuple(labels)))
 

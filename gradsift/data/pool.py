@@ -14,16 +14,15 @@ from typing import Any, NoReturn, overload
 import numpy as np
 import xxhash
 
-from gradsift.data.files import EXPANSION, SUFFIXES, Table, Text, open_source
+from gradsift.data.files import SUFFIXES, Text, open_source
 from gradsift.data.formats import FIELD_NAMES, FORMATS, Fields, convert, detect, parse_row
-from gradsift.data.reader import NO_GROUP, Columns, Dropped, Progress, Reader, too_many, unique_ids
+from gradsift.data.reader import NO_GROUP, Progress, Reader, too_many, unique_ids
+from gradsift.data.records import Columns, Dropped, canonical
 from gradsift.data.remote import is_url
-from gradsift.data.write import canonical, subset_suffix, write_dropped, write_subset
+from gradsift.data.tables import EXPANSION, Table
 from gradsift.errors import DataError, UnknownName, UserError
 from gradsift.redaction import redacted
 from gradsift.types import Example
-
-__all__ = ["Dropped", "Pool", "read_pool", "subset_suffix", "write_dropped", "write_subset"]
 
 MAX_ROW_BYTES = 10_000_000
 

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
-from gradsift.data.files import Place, Table, Text
+from gradsift.data.files import Text
 from gradsift.data.formats import FAULTS, FORMATS, Content, Fields, RowFault, check_strings, convert, parse_row, vote
-from gradsift.data.write import canonical
+from gradsift.data.records import Columns, Dropped, Place, canonical
+from gradsift.data.tables import Table
 from gradsift.errors import DataError, TooManyBadRows
 
 VOTERS = 1000  # rows of a file that decide its format
@@ -27,43 +28,6 @@ class Progress(Protocol):
     def start(self, total: int, unit: str, label: str, /) -> Any: ...
     def advance(self, amount: int, /) -> Any: ...
     def done(self) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """A row that is not used. line: see `containers.Place`; reason: "code: what was found"; fix: what to do about it."""
-
-    file: str
-    line: int
-    id: str | None
-    reason: str
-    fix: str
-
-    @property
-    def code(self) -> str:
-        return self.reason.partition(":")[0]
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.reason}"
-
-
-@dataclass
-class Columns:
-    """What is kept of n rows. file, line, start, end: ints [n]; row_hash, content_hash: uint8 [n, 16]."""
-
-    ids: list[str]
-    groups: list[str]
-    file: np.ndarray
-    line: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
-    row_hash: np.ndarray
-    content_hash: np.ndarray
-
-    def take(self, rows: np.ndarray) -> Columns:
-        ids, groups = [self.ids[i] for i in rows], [self.groups[i] for i in rows]
-        arrays = (self.file, self.line, self.start, self.end, self.row_hash, self.content_hash)
-        return Columns(ids, groups, *[array[rows] for array in arrays])
 
 
 def _content_hash(content: Content) -> bytes:

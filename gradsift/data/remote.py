@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from gradsift.compute.machine import cache_folder
 from gradsift.errors import ResourceError, UserError
 from gradsift.store.atomic import make_folder, remove_leftovers, replacing, require_space, resource_error
 
@@ -19,13 +19,6 @@ _STATES = (
     *("ETag", "etag", "md5", "md5Hash", "content_md5", "generation", "version_id", "VersionId"),
     *("LastModified", "last_modified", "mtime", "created"),
 )
-
-
-def cache_folder() -> Path:
-    """$GRADSIFT_CACHE, else $XDG_CACHE_HOME/gradsift, else ~/.cache/gradsift."""
-    if os.environ.get("GRADSIFT_CACHE"):
-        return Path(os.environ["GRADSIFT_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gradsift"
 
 
 def is_url(name: str) -> bool:

@@ -11,7 +11,6 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
+from gradsift.data.records import Place
 from gradsift.errors import DataError, DiskFull, OutOfMemory, ResourceError, UserError
 
 EXPANSION = 1000.0  # unpacked over packed bytes: gzip's own limit is 1032, text rarely passes 20
@@ -27,20 +27,6 @@ AGAIN = "Copy or download the file again."
 ROOM = "Set TMPDIR to a roomier disk."
 _STEP, _BATCH_ROWS, _BATCH_BYTES = 256, 1 << 14, 1 << 26  # rows decoded at once; rows and bytes of a batch that is kept
 _UNREADABLE = (ValueError, LookupError, ArithmeticError, TypeError, pa.ArrowException)  # what a value without a Python value raises
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a row was found. line: 1-based line of a jsonl file, else 1-based number of the row. [start, end): bytes, or a table row.
-
-    fault: (code, text) when no row can be read there.
-    """
-
-    line: int
-    start: int
-    end: int
-    data: Any = None  # bytes of a Text row, record of a Table row
-    fault: tuple[str, str] | None = None
 
 
 def expanded(written: int, read: int, limit: float, name: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,14 +16,16 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import zstandard
 
-from gradsift.data.files import Table, Text
+from gradsift.data.files import Text
+from gradsift.data.records import canonical, finite_numbers
+from gradsift.data.tables import Table
 from gradsift.errors import UserError
 from gradsift.store.atomic import file_chunks, remove_leftovers, replacing
 from gradsift.types import Subset
 
 if TYPE_CHECKING:
     from gradsift.data.pool import Pool
-    from gradsift.data.reader import Dropped
+    from gradsift.data.records import Dropped
 
 _SUFFIX = {"lines": ".jsonl", "array": ".json", "parquet": ".parquet", "arrow": ".arrow"}
 
@@ -119,28 +120,8 @@ def _replacing(path: Path, packing: str) -> Iterator[IO[bytes]]:
         yield out
 
 
-def canonical(record: Any) -> bytes:
-    """One line of JSON for a record; values JSON has no word for are written as text, NaN and infinities as null."""
-    try:
-        return json.dumps(record, ensure_ascii=False, separators=(", ", ": "), default=_plain, allow_nan=False).encode()
-    except ValueError:
-        return canonical(_finite(record))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _plain(value: Any) -> str:
-    return value.hex() if isinstance(value, (bytes, bytearray)) else str(value)
-
-
 def _value(value: Any) -> Any:
-    return _finite(value.item() if isinstance(value, np.generic) else value)
+    return finite_numbers(value.item() if isinstance(value, np.generic) else value)
 
 
 def _refuse_taken(name: str, taken: Any) -> None:

@@ -31,9 +31,8 @@ from gradsift.gradients.objectives import OBJECTIVES, Loss
 from gradsift.gradients.projection import BoundProjection, Projection
 from gradsift.gradients.weight_grads import doubled_gram, gram_is_cheaper, product, squares
 from gradsift.model.layers import tracked_modules
-from gradsift.types import Transform
+from gradsift.types import IGNORE, Transform
 
-IGNORED = -100
 _SAME_WITHOUT: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # last feed-forward layers already checked
 
 Norms = Literal["exact", "sketched"]
@@ -75,7 +74,7 @@ class _Input:
 
 
 @dataclass
-class _Batch:
+class Batch:
     """The state of one forward and backward pass of b rows padded to t positions."""
 
     b: int
@@ -143,7 +142,7 @@ class Capture:
         self.tail: nn.Module | None = None if self.head is None else find_tail(model)
         self.tail_checked = False
         self.sides: dict[str, tuple[Tensor, Tensor] | None] = {}
-        self.batch: _Batch | None = None
+        self.batch: Batch | None = None
 
     def run(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
         """(rows [b, d], norms [b], losses [b]) on the CPU."""
@@ -157,14 +156,14 @@ class Capture:
             self.batch = None
 
     def _run(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
-        ids, labels = _pad(rows)
+        ids, labels = pad_rows(rows)
         b, t = ids.shape
-        supervised = labels != IGNORED
+        supervised = labels != IGNORE
         places = np.flatnonzero(supervised)
         counts = torch.from_numpy(supervised.sum(1)).to(self.device, torch.float32)
         width, rank = int(supervised.sum(1).max()), (np.cumsum(supervised, 1) - 1).ravel()[places]
         flat, owner, slots = (torch.from_numpy(a).to(self.device) for a in (places, places // t, places // t * width + rank))
-        batch = self.batch = _Batch(b, t, flat, slots, width, self.bound.start(b), torch.zeros(b, device=self.device))
+        batch = self.batch = Batch(b, t, flat, slots, width, self.bound.start(b), torch.zeros(b, device=self.device))
         logits = self.model(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False).logits
         if not batch.gathered:
             logits = _at(logits.flatten(0, 1), flat)
@@ -375,10 +374,10 @@ def _head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _pad(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+def pad_rows(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
     """(ids, labels) int64 [b, t], padded on the right: ids with the row's own first token, which every vocabulary has, labels with -100."""
     t = max(len(ids) for ids, _ in rows)
-    ids, labels = np.empty((len(rows), t), np.int64), np.full((len(rows), t), IGNORED, np.int64)
+    ids, labels = np.empty((len(rows), t), np.int64), np.full((len(rows), t), IGNORE, np.int64)
     for k, (row_ids, row_labels) in enumerate(rows):
         ids[k], labels[k, : len(row_labels)] = row_ids[0], row_labels
         ids[k, : len(row_ids)] = row_ids

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradsift.compute.batches import count_tokens, plan_batches
 from gradsift.compute.memory import Halving
-from gradsift.data.encode import token_batches
-from gradsift.errors import ConfigError, DataError, UnknownName
-from gradsift.gradients.capture import IGNORED, Capture, Norms, Row
+from gradsift.errors import ConfigError, UnknownName
+from gradsift.gradients.capture import Capture, Norms, Row
 from gradsift.gradients.objectives import OBJECTIVES, Loss
 from gradsift.gradients.projection import Projection
 from gradsift.types import Encoded, Transform
@@ -98,7 +98,7 @@ def output_dim(model: nn.Module, projection: Projection, modules: Modules = None
 
 
 def _stream(engine: Capture, encoded: Sequence[Encoded], token_budget: int) -> Iterator[GradientBatch]:
-    lengths, supervised = _measure(encoded)
+    lengths, supervised = count_tokens(encoded)
     silent = np.flatnonzero(supervised == 0)
     if len(silent):
         zeros = torch.zeros(len(silent))
@@ -115,31 +115,6 @@ def _stream(engine: Capture, encoded: Sequence[Encoded], token_budget: int) -> I
         yield GradientBatch(batch, *made, tokens, halvings, failed)
 
 
-def _measure(encoded: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens that can reach the loss, supervised tokens) of each row: a row counts up to the position before its last supervised token."""
-    lengths, supervised = np.zeros(len(encoded), np.int64), np.zeros(len(encoded), np.int32)
-    for n in range(len(encoded)):
-        row = encoded[n]
-        labels = np.asarray(row["labels"])
-        if labels.ndim != 1 or np.ndim(row["input_ids"]) != 1:
-            what = f"row {n} holds {np.shape(row['input_ids'])} ids and {labels.shape} labels, not one list of each"
-            raise DataError(what, remedy="Give every row by itself, without a batch dimension.")
-        if len(labels) and (labels.dtype.kind not in "iu" or bool(((labels < 0) & (labels != IGNORED)).any())):
-            raise DataError(f"row {n} has labels that are neither token ids nor {IGNORED}", remedy="Encode the pool again.")
-        if len(labels) != len(row["input_ids"]):
-            raise DataError(f"row {n} has {len(row['input_ids'])} tokens and {len(labels)} labels", remedy="Encode the pool again.")
-        places = np.flatnonzero(labels[1:] != IGNORED)
-        if len(places):
-            lengths[n], supervised[n] = places[-1] + 1, len(places)
-    return lengths, supervised
-
-
 def _cut(row: Encoded, length: int) -> Row:
     """(input ids, the label that each position predicts), both [length]."""
     return np.asarray(row["input_ids"][:length]), np.asarray(row["labels"][1 : length + 1])
-
-
-def plan_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
-    """The `token_batches` of the rows that have a token."""
-    at = np.flatnonzero(lengths > 0)
-    return [at[batch] for batch in token_batches(lengths[at], token_budget)]

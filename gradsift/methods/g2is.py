@@ -10,8 +10,9 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
-from gradsift.methods.reading import Centred, Raw, Unit, group_means, products, whole
+from gradsift.methods.reading import Centred, Unit, group_means, products, whole
 from gradsift.rules import components, knn, topk, walk
+from gradsift.rules.blocks import Raw
 from gradsift.types import Rows, Signal, Signals, Subset
 
 FLAT = 1e-6  # length of a mean of unit rows below which it is rounding

@@ -10,9 +10,9 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from gradsift.methods.reading import Raw, finite, signs
+from gradsift.methods.reading import finite
 from gradsift.rules import kmeans, topk
-from gradsift.rules.blocks import gather
+from gradsift.rules.blocks import Raw, gather, signs
 from gradsift.types import Rows, Signal, Signals, Subset
 
 

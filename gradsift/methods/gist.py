@@ -10,8 +10,9 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from gradsift.methods.reading import Raw, blocks, group_means, whole
+from gradsift.methods.reading import blocks, group_means, whole
 from gradsift.rules import components, topk
+from gradsift.rules.blocks import Raw
 from gradsift.types import Rows, Signal, Signals, Subset
 
 POOL, TARGET = Signal("rows"), Signal("rows", side="target")

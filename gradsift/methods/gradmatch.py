@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from pydantic import NonNegativeFloat
 
-from gradsift.methods.reading import Raw, Unit, blocks, mean
+from gradsift.methods.reading import Unit, blocks, mean
 from gradsift.rules import omp, topk
+from gradsift.rules.blocks import Raw
 from gradsift.types import Rows, Signal, Signals, Subset
 
 TARGET = Signal("rows", side="target")

@@ -18,12 +18,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from gradsift.errors import ConfigError, DataError, IntegrityError, MismatchError, UserError
-from gradsift.gradients.adam import Adam
 from gradsift.model import trainer_output
 from gradsift.model.layers import some
-from gradsift.model.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_state
-from gradsift.store.artifact import canonical_json, read_json, read_tensors, write_atomic, write_tensors
-from gradsift.store.atomic import make_folder
+from gradsift.model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_state
+from gradsift.store.atomic import make_folder, read_json, write_atomic
+from gradsift.store.canonical import canonical_json
+from gradsift.store.tensors import read_tensors, write_tensors
 from gradsift.types import Checkpoint
 
 STATE, MOMENTS = "checkpoint.json", "moments.safetensors"
@@ -228,15 +228,6 @@ def read_moments(checkpoint: Checkpoint, *, base: nn.Module | None = None, force
     """{parameter name: (first moment, second moment)}, as `read_adam_state`."""
     state = read_adam_state(checkpoint, base=base, force=force)
     return {name: (state.m[name], state.v[name]) for name in state.m}
-
-
-def adam_transform(
-    checkpoint: Checkpoint, form: Any = "released", *, momentum: bool = True, base: nn.Module | None = None, force: bool = False
-) -> Adam:
-    """The Adam transform at a checkpoint with the run's own betas, eps and number of updates; without `momentum`, with beta1 = 0."""
-    state = read_adam_state(checkpoint, base=base, force=force)
-    betas = state.betas if momentum else (0.0, state.betas[1])
-    return Adam(state.m, state.v, state.step, betas, state.eps, form=form)
 
 
 def check_length(steps: int, checkpoints: int, force: bool) -> list[int]:

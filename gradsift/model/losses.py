@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradsift.compute.batches import pad_batch, token_batches
 from gradsift.compute.cpu.matmul import quick_layers
 from gradsift.compute.memory import Halving
-from gradsift.data.encode import pad_batch, token_batches
+from gradsift.types import IGNORE
 
 
 class RowLosses(NamedTuple):
@@ -36,8 +37,8 @@ def token_nats(model: Any, rows: Sequence[Any], *, pad_id: int = 0) -> tuple[Ten
     """
     device = next(model.parameters()).device
     ids, _, labels = (tensor.to(device) for tensor in pad_batch(rows, pad_id))
-    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    kept = following != -100
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    kept = following != IGNORE
     owner = kept.nonzero()[:, 0]
     if not len(owner):
         return torch.zeros(0, device=device), owner
@@ -79,7 +80,7 @@ def row_losses(
             for batch, found, _ in (halving or Halving()).run(token_batches(lengths, token_budget), lengths, work):
                 where = torch.as_tensor(batch)
                 if found is None:
-                    total[where], count[where] = torch.nan, sum(label != -100 for label in encoded[int(batch[0])]["labels"][1:])
+                    total[where], count[where] = torch.nan, sum(label != IGNORE for label in encoded[int(batch[0])]["labels"][1:])
                 else:
                     nats, owner = found
                     count[where] = torch.bincount(owner, minlength=len(batch))

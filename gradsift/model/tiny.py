@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gradsift.compute import machine
+from gradsift.compute.machine import cache_folder
+from gradsift.compute.progress import quiet
 from gradsift.config import Settings
-from gradsift.data.remote import cache_folder
 from gradsift.errors import ResourceError
-from gradsift.model.load import quiet
 from gradsift.model.tiny_tasks import FAMILIES, TARGET_FAMILY, stream
-from gradsift.store.artifact import canonical_json, recipe_digest
 from gradsift.store.atomic import making
+from gradsift.store.canonical import canonical_json, recipe_digest
 
 SPECIALS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 TEMPLATE = (

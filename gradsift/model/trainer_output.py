@@ -23,8 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 
 from gradsift.errors import IntegrityError, MismatchError, UserError
 from gradsift.model.layers import some
-from gradsift.model.load import ADAPTER_WEIGHTS, adapter_state, locate, read_adapter_config
-from gradsift.store.artifact import read_json
+from gradsift.model.load import locate
+from gradsift.model.lora import ADAPTER_WEIGHTS, adapter_state, read_adapter_config
+from gradsift.store.atomic import read_json
 from gradsift.types import Checkpoint
 
 OPTIMIZER, SCHEDULER, TRAINER = "optimizer.pt", "scheduler.pt", "trainer_state.json"

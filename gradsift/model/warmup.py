@@ -23,37 +23,22 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SchedulerType
 
+from gradsift.compute.batches import pad_batch
 from gradsift.compute.cpu.matmul import quick_layers
-from gradsift.compute.progress import Progress
+from gradsift.compute.progress import Progress, quiet
 from gradsift.config import WarmupSettings
-from gradsift.data.encode import pad_batch
 from gradsift.errors import DataError, MismatchError, UnknownName
 from gradsift.model.checkpoints import (
     STATE,
-    AdamState,
-    adam_transform,
     check_length,
-    load_checkpoints,
     optimizer_state,
-    read_adam_state,
-    read_moments,
     save_checkpoint,
     unwrapped,
 )
-from gradsift.model.load import attach_lora, quiet, remove_lora
-from gradsift.store.artifact import canonical_json, write_atomic
-from gradsift.types import Checkpoint
-
-__all__ = [
-    "AdamState",
-    "TrajectoryCallback",
-    "WarmupSettings",
-    "adam_transform",
-    "load_checkpoints",
-    "read_adam_state",
-    "read_moments",
-    "warm_up",
-]
+from gradsift.model.lora import attach_lora, remove_lora
+from gradsift.store.atomic import write_atomic
+from gradsift.store.canonical import canonical_json
+from gradsift.types import IGNORE, Checkpoint
 
 RECORD = "warmup.json"
 _MICRO_ROWS, _MICRO_TOKENS = 4, 2048
@@ -189,7 +174,7 @@ def _usable(encoded: Sequence[Any]) -> np.ndarray:
     codes = getattr(encoded, "codes", None)
     if codes is not None:
         return np.flatnonzero(np.asarray(codes) == 0)
-    return np.array([i for i in range(len(encoded)) if any(label != -100 for label in encoded[i]["labels"][1:])], dtype=np.int64)
+    return np.array([i for i in range(len(encoded)) if any(label != IGNORE for label in encoded[i]["labels"][1:])], dtype=np.int64)
 
 
 def warm_up(
@@ -277,13 +262,13 @@ class _Trainer(Trainer):
 
 def _collate(batch: Sequence[Any], pad_id: int) -> dict[str, Tensor]:
     ids, mask, labels = pad_batch(batch, pad_id)
-    labels[:, 0] = -100  # nothing predicts the first token; Trainer's count of supervised tokens must not include it
+    labels[:, 0] = IGNORE  # nothing predicts the first token; Trainer's count of supervised tokens must not include it
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def _token_mean(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
     """Sum of a micro-batch's token losses / supervised tokens of the whole step: Trainer's own loss, here for every family of models."""
-    kept = labels[:, 1:] != -100
+    kept = labels[:, 1:] != IGNORE
     logits = outputs.logits[:, :-1][kept].float()  # only supervised positions are copied to float32: a vocabulary is wide
     return nn.functional.cross_entropy(logits, labels[:, 1:][kept], reduction="sum") / num_items_in_batch
 

@@ -24,7 +24,10 @@ from gradsift.report.data import (
 )
 from gradsift.report.markdown import render as render_markdown
 from gradsift.report.page import render as render_page
-from gradsift.store.artifact import SUMS, canonical_json, file_hash, make_folder, sealed, write_atomic
+from gradsift.store.artifact import SUMS
+from gradsift.store.atomic import make_folder, write_atomic
+from gradsift.store.canonical import canonical_json, sealed
+from gradsift.store.tensors import file_hash
 
 __all__ = [
     "Cluster",

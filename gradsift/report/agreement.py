@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from gradsift.errors import IntegrityError
 from gradsift.report import Table
 from gradsift.store.artifact import REPAIR, Artifact
-from gradsift.store.atomic import read_tensors
 from gradsift.store.run import Run
+from gradsift.store.tensors import read_tensors
 
 SHOWN = 12  # selections in a matrix
 

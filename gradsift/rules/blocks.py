@@ -111,3 +111,37 @@ def check_rng(rng: np.random.Generator | None) -> np.random.Generator:
     if not isinstance(rng, np.random.Generator):
         raise ValueError(f"rng must be a numpy.random.Generator, got {type(rng).__name__}")
     return rng
+
+
+class Raw:
+    """Rows at the length they had before the store brought them to 1. Rows that carry no `scales` are as they are."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.shape = rows, tuple(rows.shape)
+
+    def __getitem__(self, where: slice) -> Tensor:
+        block = torch.as_tensor(self.rows[where]).float()
+        scales = getattr(self.rows, "scales", None)
+        return block if scales is None else block * scales[where, None].to(block.device)
+
+
+class Narrow:
+    """Rows projected once more to `dim` numbers, by `signs`; products are kept up to noise."""
+
+    def __init__(self, rows: Rows, dim: int) -> None:
+        self.rows, self.shape, self.signs = rows, (rows.shape[0], dim), signs(rows.shape[1], dim)
+
+    def __getitem__(self, where: slice) -> Tensor:
+        block = torch.as_tensor(self.rows[where]).float()
+        return block @ self.signs.to(block.device)
+
+    @property
+    def scales(self) -> Tensor | None:
+        """What unit rows of a store must be multiplied by, before the projection as after it; None over rows that carry none."""
+        return getattr(self.rows, "scales", None)
+
+
+def signs(d: int, dim: int) -> Tensor:
+    """fp32 [d, dim], +-1 / sqrt(dim): the same for every run and machine."""
+    drawn = np.random.Generator(np.random.Philox(key=dim)).integers(0, 2, (d, dim), dtype=np.int8)
+    return torch.from_numpy(drawn).float().mul_(2).sub_(1).div_(dim**0.5)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradsift.compute.cpu.matmul import quick_layers
 from gradsift.model.losses import token_nats
-from gradsift.types import Rows
+from gradsift.types import IGNORE, Rows
 
 
 def weights(scores: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def train_score_net(
             rows = [i for batch in step for i in batch]
             scores = features[rows].float() @ net
             fixed = weights(scores.detach())
-            supervised = sum(sum(label != -100 for label in encoded[i]["labels"][1:]) for i in rows)
+            supervised = sum(sum(label != IGNORE for label in encoded[i]["labels"][1:]) for i in rows)
             totals, place = [], 0
             for batch in step:
                 nats, owner = token_nats(model, [encoded[i] for i in batch], pad_id=pad_id)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradsift.compute.batches import pad_batch, token_batches
 from gradsift.compute.cpu.matmul import quick_layers
 from gradsift.compute.memory import Halving
-from gradsift.data.encode import pad_batch, token_batches
 
 POOLING = "position-weighted mean of the last hidden states"
 TOKEN_BUDGET = 4096  # padded tokens of a forward pass

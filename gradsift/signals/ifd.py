@@ -9,12 +9,13 @@ from torch import Tensor
 
 from gradsift.compute.memory import Halving
 from gradsift.model.losses import row_losses
+from gradsift.types import IGNORE
 
 
 def alone(row: Any) -> dict[str, list[int]]:
     """A row's supervised tokens with nothing before them but the row's first token (which begins a text under most tokenizers)."""
-    answer = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
-    return {"input_ids": [row["input_ids"][0], *answer], "labels": [-100, *answer]}
+    answer = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORE]
+    return {"input_ids": [row["input_ids"][0], *answer], "labels": [IGNORE, *answer]}
 
 
 def difficulty(

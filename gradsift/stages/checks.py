@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gradsift.data.encode import EncodedRows
+from gradsift.data.pool import Pool
 from gradsift.errors import DataError
-from gradsift.methods.reading import Narrow
 from gradsift.store.artifact import Artifact
 from gradsift.store.packing import OUT_OF_MEMORY, QUARANTINE
-from gradsift.store.rows import RowStore, RowView
+from gradsift.store.rows import RowStore
 
 MOST_QUARANTINED = 0.05  # share of the encoded rows whose gradient may be unusable before a stage stops
-_FEW = 128  # rows read at a time: what they take in fp32 adds to the peak of the stage that just made them
-
-
-class Scaled:
-    """Stored unit rows times their norms: the rows as they were before the store normalised them."""
-
-    def __init__(self, store: RowStore) -> None:
-        self.store, self.shape = store, store.shape
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        return self.store[rows].float() * self.store.scales[rows, None]
 
 
 def check_quarantine(store: RowStore, encoded: EncodedRows, what: str = "gradient") -> None:
@@ -55,36 +44,36 @@ def _check(usable: int, encoded: EncodedRows, what: str, reasons: Mapping[str, i
         raise DataError(f"{expected - usable:,} of {expected:,} rows have no usable {what} ({told})", where=where, remedy=remedy)
 
 
-def fill_mean(mean: RowStore, stores: Sequence[RowStore], weights: Sequence[float]) -> None:
-    """Fills `mean` with sum_t weights_t * unit row_t; a row that any checkpoint quarantined is zero, and so quarantined. Other columns are
-    the last checkpoint's."""
-    for shard in mean.missing():
-        where = mean.shards[shard]
-        rows = torch.zeros(where.stop - where.start, mean.shape[1])
-        for weight, store in zip(weights, stores, strict=True):
-            rows += weight * store[where].float()
-        rows[~torch.stack([store.usable[where] for store in stores]).all(dim=0)] = 0
-        last = stores[-1]
-        mean.write(shard, rows, norms=last.norms[where], losses=last.losses[where], tokens=last.tokens[where])
+def check_encoded(target: Pool, encoded: EncodedRows) -> None:
+    """Raises DataError, naming file and reason, for a file or a group of the target without a row that could be read and encoded."""
+    for name in target.empty_files():
+        dropped = next((row for row in target.dropped if row.file == name), None)
+        if dropped is not None:
+            raise DataError(f"no row of this target file can be used; the first: {dropped}", where=name, remedy=dropped.fix)
+        raise DataError(
+            "no row of this target file is used", where=name, remedy="Leave the file out, or look at it with `gradsift inspect`."
+        )
+    check_groups(target, torch.as_tensor(encoded.codes == 0), encoded)
 
 
-def mean_pairwise_cosine(store: RowStore) -> float:
-    """Mean cosine over all pairs of different usable rows: (|sum|^2 - n) / (n (n - 1)). High = a large component shared by all rows."""
-    total, count = torch.zeros(store.shape[1], dtype=torch.float64), int(store.usable.sum())
-    for start in range(0, store.shape[0], _FEW):
-        total += store[start : start + _FEW].float().sum(dim=0).double()
-    return float((total @ total - count) / max(count * (count - 1), 1))
-
-
-def restrict(value: Any, kept: Tensor) -> Any:
-    """The rows `kept` of a signal's value: numbers, rows, or a list of rows."""
-    if isinstance(value, list):
-        return [restrict(rows, kept) for rows in value]
-    return value[kept] if isinstance(value, Tensor) else RowView(value, kept)
-
-
-def narrowed(value: Any, dim: int | None) -> Any:
-    """Rows, or a list of them, that are wider than `dim` projected to it; anything else as it is."""
-    if isinstance(value, list):
-        return [narrowed(rows, dim) for rows in value]
-    return Narrow(value, dim) if dim is not None and value.shape[1] > dim else value
+def check_groups(target: Pool, usable: Tensor, encoded: EncodedRows, what: str = "gradient") -> None:
+    """Raises DataError for a group of the target none of whose rows is among the `usable` [m]: it names the group, its first row's file and
+    line, why that row cannot be used, and what to do. `what`: that of a row which was encoded and is not usable all the same."""
+    groups = np.asarray(target.groups, dtype=object)
+    named = dict.fromkeys(target.groups)
+    filled = set(groups[usable.numpy()])
+    empty = [name for name in named if name not in filled]
+    if not empty:
+        return
+    rows = np.flatnonzero(groups == empty[0])
+    first = int(rows[0])
+    code = int(encoded.codes[first])
+    reason, remedy = (
+        encoded.reasons[code].split(". ", 1) if code else (f"its {what} is zero or not finite", "Look at it with `gradsift inspect`.")
+    )
+    others = f" (nor of {', '.join(map(repr, empty[1:]))})" if len(empty) > 1 else ""
+    raise DataError(
+        f"no row of the target group {empty[0]!r}{others} can be used; the first of {len(rows):,}: {encoded.details.get(first, reason)}",
+        where=target.place(first),
+        remedy=f"{remedy} Or leave the group out of the target.",
+    )

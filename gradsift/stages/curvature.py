@@ -13,19 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift.compute.executor import Stopping
+from gradsift.compute.stopping import Stopping
 from gradsift.errors import UserError
-from gradsift.signals.curvature import Curvature, Fitting, Targets, prepare_targets, rank_agreement
-from gradsift.signals.curvature.exact import MEMORY
+from gradsift.signals.curvature.exact import MEMORY, Targets, prepare_targets, rank_agreement
+from gradsift.signals.curvature.fit import Fitting
+from gradsift.signals.curvature.fitted import Curvature
 from gradsift.signals.curvature.kfac import Inverse
 from gradsift.signals.influence import backend
 from gradsift.stages.checks import check_values
 from gradsift.stages.recipe import Recipe
 from gradsift.stages.work import FittingWork, ScoreWork
 from gradsift.store.artifact import Artifact
-from gradsift.store.atomic import recipe_digest, write_tensors
+from gradsift.store.canonical import recipe_digest
 from gradsift.store.partial import FOLDER, Parts
 from gradsift.store.provenance import made_on
+from gradsift.store.tensors import write_tensors
 from gradsift.types import Signal
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradsift import targets
 from gradsift.errors import MismatchError, UserError
 from gradsift.signals.influence import backend, pool_transform, score_blocks
+from gradsift.stages import checks
 from gradsift.stages.recipe import Recipe
 from gradsift.store.artifact import Artifact
-from gradsift.store.atomic import write_tensors
 from gradsift.store.rows import RowStore, RowView
+from gradsift.store.tensors import write_tensors
 from gradsift.types import Signal
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def sides(pipeline: Pipeline, signal: Signal) -> Sides:
             if a.spec[name] != b.spec[name]:
                 raise MismatchError(f"pool and target rows differ in {name}: {a.spec[name]} and {b.spec[name]}")
     good = torch.stack([store.usable for store in target]).all(dim=0)
-    targets.check_groups(pipeline.sides["target"], good, wanted)
+    checks.check_groups(pipeline.sides["target"], good, wanted)
     kept = good.nonzero()[:, 0]
     groups = [pipeline.sides["target"].groups[int(i)] for i in kept]
     return Sides(pool, [RowView(store, kept) for store in target], [checkpoints[c].mean_lr for c in used], kept, groups)

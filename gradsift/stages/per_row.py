@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradsift.commands.select.contamination import text_of
-from gradsift.compute.executor import Stopping
+from gradsift.compute.stopping import Stopping
+from gradsift.data.records import text_of
 from gradsift.errors import UserError
-from gradsift.model.load import attach_lora
+from gradsift.model.lora import attach_lora
 from gradsift.model.warmup import plan_warmup
 from gradsift.signals import difficulty, ngrams
 from gradsift.signals.features import features as own_features
@@ -20,9 +20,9 @@ from gradsift.stages.checks import check_values
 from gradsift.stages.recipe import Recipe
 from gradsift.stages.work import ScalarWork
 from gradsift.store.artifact import Artifact
-from gradsift.store.atomic import write_tensors
 from gradsift.store.partial import FOLDER, Parts
 from gradsift.store.provenance import made_on
+from gradsift.store.tensors import write_tensors
 
 if TYPE_CHECKING:
     from gradsift.stages.pipeline import Pipeline

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift import targets
 from gradsift.compute import machine, ray
-from gradsift.compute.executor import Executor, Stopping
+from gradsift.compute.executor import Executor
 from gradsift.compute.progress import Progress, Told, silent
+from gradsift.compute.stopping import Stopping
 from gradsift.config import Config
 from gradsift.data.encode import EncodedRows, encode, tokenizer_identity
 from gradsift.data.pool import Pool
@@ -25,19 +25,25 @@ from gradsift.errors import DataError, MismatchError, UserError
 from gradsift.gradients.objectives import Loss
 from gradsift.gradients.passes import output_dim
 from gradsift.gradients.projection import Projection, projection_of
-from gradsift.model.checkpoints import adam_transform, load_checkpoints
-from gradsift.model.load import coverage, load_adapter, load_model, load_tokenizer, model_identity, quantiser
+from gradsift.model.checkpoints import load_checkpoints
+from gradsift.model.layers import coverage
+from gradsift.model.load import load_model, load_tokenizer, model_identity, quantiser
+from gradsift.model.lora import load_adapter
 from gradsift.model.warmup import warm_up
+from gradsift.rules.blocks import Narrow
 from gradsift.signals.embeddings import POOLING, TOKEN_BUDGET, hidden_size
 from gradsift.signals.influence import through_curvature
-from gradsift.stages import curvature, influence, per_row, tuned
-from gradsift.stages.checks import Scaled, check_quarantine, fill_mean, mean_pairwise_cosine, narrowed, restrict
-from gradsift.stages.recipe import Recipe, Stages, named
+from gradsift.stages import checks, curvature, influence, per_row, tuned
+from gradsift.stages.checks import check_quarantine
+from gradsift.stages.context import Stages
+from gradsift.stages.recipe import Recipe, named
+from gradsift.stages.rows import Scaled, adam_transform, fill_mean, mean_pairwise_cosine
 from gradsift.stages.work import EmbeddingWork, GradientWork, ModelSource, nothing
-from gradsift.store.artifact import Artifact, folder_hash
+from gradsift.store.artifact import Artifact
 from gradsift.store.provenance import made_on
-from gradsift.store.rows import RowStore
+from gradsift.store.rows import RowStore, RowView
 from gradsift.store.run import Run
+from gradsift.store.tensors import folder_hash
 from gradsift.types import Checkpoint, Signal, Signals
 
 
@@ -168,7 +174,7 @@ class Pipeline(Stages):
             artifact = self.checked(self.make(self.encode_recipe(side), lambda artifact: self._encode(side, artifact)))
             self._encoded[side] = EncodedRows.load(artifact.path)
             if side == "target":  # before anything is spent
-                targets.check_encoded(self.sides[side], self._encoded[side])
+                checks.check_encoded(self.sides[side], self._encoded[side])
         return self._encoded[side]
 
     def _encode(self, side: str, artifact: Artifact) -> None:
@@ -353,7 +359,7 @@ class Pipeline(Stages):
         if not len(kept["pool"]):
             raise DataError("no usable row in the pool", remedy="See dropped rows with `gradsift inspect`.")
         if "target" in self.sides:
-            targets.check_groups(self.sides["target"], usable["target"], self.encoded("target"))
+            checks.check_groups(self.sides["target"], usable["target"], self.encoded("target"))
         values = {s: narrowed(v if bool(usable[s.side].all()) else restrict(v, kept[s.side]), s.dim) for s, v in values.items()}
         pool = kept["pool"]
         signals = Signals(
@@ -395,3 +401,17 @@ class Pipeline(Stages):
         stores = [self.rows(signal.side, c, signal.transform) for c in self.used_checkpoints(signal)]
         good = torch.stack([store.usable for store in stores]).all(dim=0)
         return stores if signal.checkpoints == "each" else stores[-1], good
+
+
+def restrict(value: Any, kept: Tensor) -> Any:
+    """The rows `kept` of a signal's value: numbers, rows, or a list of rows."""
+    if isinstance(value, list):
+        return [restrict(rows, kept) for rows in value]
+    return value[kept] if isinstance(value, Tensor) else RowView(value, kept)
+
+
+def narrowed(value: Any, dim: int | None) -> Any:
+    """Rows, or a list of them, that are wider than `dim` projected to it; anything else as it is."""
+    if isinstance(value, list):
+        return [narrowed(rows, dim) for rows in value]
+    return Narrow(value, dim) if dim is not None and value.shape[1] > dim else value

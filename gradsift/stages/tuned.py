@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradsift.compute.executor import Serial, Stopping
+from gradsift.compute.executor import Serial
+from gradsift.compute.progress import quiet
+from gradsift.compute.stopping import Stopping
 from gradsift.errors import ConfigError, UserError
 from gradsift.model.finetune import finetune
-from gradsift.model.load import FOUR_BIT, load_adapter, quiet
+from gradsift.model.load import FOUR_BIT
+from gradsift.model.lora import load_adapter
 from gradsift.stages.checks import check_values
 from gradsift.stages.recipe import Recipe
 from gradsift.stages.work import ScalarWork
 from gradsift.store.artifact import Artifact
-from gradsift.store.atomic import write_tensors
 from gradsift.store.partial import Parts
 from gradsift.store.provenance import made_on
+from gradsift.store.tensors import write_tensors
 from gradsift.types import Checkpoint
 
 if TYPE_CHECKING:

@@ -26,12 +26,14 @@ from gradsift.gradients.capture import Norms
 from gradsift.gradients.objectives import Loss
 from gradsift.gradients.passes import Modules, extract
 from gradsift.gradients.projection import Projection
-from gradsift.model.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, load_model, model_identity
+from gradsift.model.load import load_model, model_identity
+from gradsift.model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 from gradsift.model.losses import row_losses
 from gradsift.signals import ifd
-from gradsift.signals.curvature import Fitting, Targets, score_pool
+from gradsift.signals.curvature.exact import Targets, score_pool
+from gradsift.signals.curvature.fit import Fitting
 from gradsift.signals.embeddings import embed
-from gradsift.store.atomic import canonical_json
+from gradsift.store.canonical import canonical_json
 from gradsift.store.packing import OUT_OF_MEMORY, StoreDtype, pack
 from gradsift.types import Transform
 

@@ -14,56 +14,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from torch import Tensor
 
 from gradsift.compute.machine import peak_bytes, versions
 from gradsift.errors import IntegrityError, MismatchError, ResourceError
-from gradsift.store.atomic import (
-    TEMP,
-    TensorFile,
-    canonical_json,
-    file_chunks,
-    inside,
-    make_folder,
-    read_tensors,
-    recipe_digest,
-    remove_leftovers,
-    require_space,
-    write_atomic,
-    write_tensors,
-)
-
-__all__ = [
-    "MANIFEST",
-    "RECIPE",
-    "REPAIR",
-    "SCHEMA",
-    "STATS",
-    "SUMS",
-    "Artifact",
-    "canonical_json",
-    "check_schema",
-    "differences",
-    "file_hash",
-    "file_hashes",
-    "folder_hash",
-    "inside",
-    "read_json",
-    "read_manifest",
-    "read_sealed",
-    "read_tensors",
-    "recipe",
-    "recipe_digest",
-    "recipe_file",
-    "remove_leftovers",
-    "require_space",
-    "rewritten",
-    "seal_fault",
-    "sealed",
-    "write_atomic",
-    "write_tensors",
-]
+from gradsift.store.atomic import TEMP, inside, make_folder, read_json, remove_leftovers, write_atomic
+from gradsift.store.canonical import canonical_json, recipe_digest, seal_fault, sealed
+from gradsift.store.tensors import TensorFile, file_hash
 
 SCHEMA = 1  # of every JSON file in a run folder
 MANIFEST, STATS, RECIPE = "manifest.json", "stats.json", "recipe.json"
@@ -88,22 +45,6 @@ def recipe_file(made_by: Mapping[str, Any], schema: int = SCHEMA) -> bytes:
     return canonical_json({"schema": schema, **made_by})
 
 
-def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
-    """`body` with a digest of itself, in place of one that it had: what is changed later by accident is noticed."""
-    plain = {key: value for key, value in body.items() if key != "seal"}
-    return {**plain, "seal": recipe_digest(plain)}
-
-
-def seal_fault(found: Mapping[str, Any], *, required: bool = False) -> str | None:
-    """What is wrong with an object read from a file that `sealed` made; None where nothing is, or it has no seal and none is `required`."""
-    if "seal" not in found:
-        return "has lost its seal" if required else None
-    try:
-        return None if sealed(found)["seal"] == found["seal"] else "was changed after it was written"
-    except ValueError:  # a NaN that was none
-        return "was changed after it was written"
-
-
 def read_sealed(path: Path, *, remedy: str) -> dict[str, Any]:
     """The object of a file that `sealed` made, without its seal. Raises IntegrityError with this remedy where it is not as it was written."""
     found = read_json(path)
@@ -125,60 +66,11 @@ def rewritten(folder: Path, name: str) -> bytes | None:
     return recipe_file({field: manifest[field] for field in _FIELDS}) if name == RECIPE else canonical_json(sealed({}))
 
 
-def file_hash(path: Path) -> str:
-    """xxh3-128 hex of a file; of one that carries its own digest, that digest, after checking it. Raises IntegrityError, ResourceError."""
-    if path.suffix == ".safetensors":
-        try:
-            file = TensorFile(path)
-        except IntegrityError:  # not a file of ours, or a damaged one: then the plain hash below is not the one in the manifest
-            return _hash_bytes(path)
-        with file:
-            if file.digest is not None:
-                file.verify()
-                return file.digest
-    return _hash_bytes(path)
-
-
-def _hash_bytes(path: Path) -> str:
-    hasher = xxhash.xxh3_128()
-    for chunk in file_chunks(path):
-        hasher.update(chunk)
-    return hasher.hexdigest()
-
-
-def folder_hash(folder: Path) -> str:
-    """One digest of every file below a folder of the user's, which may hold links (a hub cache does)."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return recipe_digest({path.relative_to(folder).as_posix(): file_hash(path.resolve()) for path in files})
-
-
 def file_hashes(folder: Path) -> dict[str, str]:
     """The hash of every file below `folder` but manifest, stats, recipe, sums and temporary ones, by relative name ("/" between parts)."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     own = {MANIFEST, STATS, RECIPE, SUMS}
     return {name: file_hash(inside(folder, name)) for name in names if name not in own and not name.rpartition("/")[2].startswith(TEMP)}
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, or None where there is no file or it holds no JSON object (a zeroed page, a cut file)."""
-    try:
-        data = b"".join(bytes(chunk) for chunk in file_chunks(path))
-        found = json.loads(data)
-    except IntegrityError as error:
-        if error.what == "is missing":
-            return None
-        raise
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def differences(stored: Any, wanted: Any, field: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted field, stored value, wanted value) wherever two JSON values differ; None stands for an absent one."""
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        keys = sorted(stored.keys() | wanted.keys())
-        return [d for key in keys for d in differences(stored.get(key), wanted.get(key), f"{field}.{key}" if field else key)]
-    return [] if stored == wanted else [(field, stored, wanted)]
 
 
 def check_schema(found: Mapping[str, Any], path: Path) -> None:

@@ -9,71 +9,26 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
-import math
-import mmap
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
-import torch
-import xxhash
-from torch import Tensor
-
-from gradsift.errors import DiskFull, GradsiftError, IntegrityError, ResourceError
+from gradsift.errors import DiskFull, IntegrityError, ResourceError
 
 TEMP = ".gradsift-tmp-"
-_NO_DIGEST = "0" * 32
 _LINK = "is a symbolic link; gradsift follows none inside a run"
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 _REMEDY = "In a run: `gradsift verify RUN`, then the same command again. Elsewhere: copy the file again."
 
 
-def _damaged(what: str, path: Path) -> IntegrityError:
+def damaged(what: str, path: Path) -> IntegrityError:
     return IntegrityError(what, where=path, remedy=_REMEDY)
-
-
-def canonical_json(obj: Any) -> bytes:
-    """The one spelling of a JSON value: sorted keys, no spaces, UTF-8. The same bytes for any locale, hash seed and insertion order.
-
-    Raises TypeError for what has no single spelling (sets, paths, bytes, keys that are not strings) and ValueError for NaN and infinities.
-    """
-    _refuse_ambiguous(obj, "$")
-    return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass")
-
-
-def _refuse_ambiguous(obj: Any, place: str) -> None:
-    if obj is None or isinstance(obj, (str, bool, int)):
-        return
-    if isinstance(obj, float):
-        if not math.isfinite(obj):
-            raise ValueError(f"{place}: {obj} has no place in a recipe")
-    elif isinstance(obj, dict):
-        for key, value in obj.items():
-            if not isinstance(key, str):
-                raise TypeError(f"{place}: the key {key!r} is not a string")
-            _refuse_ambiguous(value, f"{place}.{key}")
-    elif isinstance(obj, (list, tuple)):
-        for i, value in enumerate(obj):
-            _refuse_ambiguous(value, f"{place}[{i}]")
-    else:
-        raise TypeError(f"{place}: a {type(obj).__name__} cannot be part of a recipe")
-
-
-def recipe_digest(obj: Any) -> str:
-    """sha256 hex of canonical_json(obj)."""
-    return hashlib.sha256(canonical_json(obj)).hexdigest()
 
 
 def inside(root: Path, name: str) -> Path:
@@ -135,10 +90,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 
     Raises DiskFull (needed, free) when the disk or quota is full, ResourceError when the folder may not be written or the disk fails.
     """
-    _write_buffers(Path(path), [data])
+    write_buffers(Path(path), [data])
 
 
-def _write_buffers(path: Path, buffers: Sequence[bytes | memoryview]) -> None:
+def write_buffers(path: Path, buffers: Sequence[bytes | memoryview]) -> None:
     with replacing(path, sum(memoryview(buffer).nbytes for buffer in buffers)) as file:
         for buffer in buffers:
             view = memoryview(buffer)
@@ -254,160 +209,7 @@ def remove_leftovers(folder: Path) -> list[str]:
     return gone
 
 
-class _Entry(NamedTuple):
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int  # byte offset in the file
-    size: int  # bytes
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], meta: Mapping[str, str]) -> str:
-    """Writes a safetensors file atomically and returns its digest, which stands in the file's metadata under "xxh3".
-
-    A list of tensors is written as what `torch.cat` would make of it, without making it: mapped parts need no memory.
-
-    The digest is xxh3-128 of the whole file with the 32 digits of the digest itself read as zeros, so it covers names, shapes, metadata and
-    values. The bytes depend on the arguments alone. Errors as `write_atomic`.
-    """
-    arrays = {name: [_plain(t) for t in ([value] if isinstance(value, Tensor) else value)] for name, value in tensors.items()}
-    header: dict[str, Any] = {"__metadata__": {**meta, "xxh3": _NO_DIGEST}}
-    order = sorted(arrays, key=lambda name: (-arrays[name][0].element_size(), name))  # keeps every tensor aligned to its element
-    offset = 0
-    for name in order:
-        parts = arrays[name]
-        end = offset + sum(part.numel() for part in parts) * parts[0].element_size()
-        shape = [sum(len(part) for part in parts), *parts[0].shape[1:]] if parts[0].ndim else []
-        header[name] = {"dtype": _DTYPE_NAMES[parts[0].dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = canonical_json(header)
-    text += b" " * (-(8 + len(text)) % 64)
-    head = len(text).to_bytes(8, "little") + text
-    payload = [part.reshape(-1).view(torch.uint8).numpy().data for name in order for part in arrays[name] if part.numel()]
-    hasher = xxhash.xxh3_128(head)
-    for view in payload:
-        hasher.update(view)
-    digest = hasher.hexdigest()
-    _write_buffers(Path(path), [_put_digest(head, _NO_DIGEST, digest, Path(path)), *payload])
-    return digest
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu").contiguous()
-
-
-def _put_digest(head: bytes, old: str, new: str, path: Path) -> bytes:
-    field = b'"xxh3":"%s"' % old.encode()
-    if head.count(field) != 1:
-        raise _damaged("the digest field of the header is damaged", path)
-    return head.replace(field, b'"xxh3":"%s"' % new.encode())
-
-
-def read_tensors(path: Path, *, verify: bool = True, expect: Mapping[str, str] | None = None) -> dict[str, Tensor]:
-    """The tensors of a file, mapped from disk (private pages: writing to one changes no file).
-
-    `verify` hashes the file first; `expect` holds metadata that must be there. Raises IntegrityError naming the file and its fault.
-    """
-    with TensorFile(path) as file:
-        if verify:
-            file.verify()
-        file.expect(expect or {})
-        return {name: file.tensor(name) for name in file.entries}
-
-
-class TensorFile:
-    """An open safetensors file with a checked header: `meta`, `entries` (name -> dtype, shape, place), `digest` as the header states it.
-
-    Raises IntegrityError when the file is missing, a link, not a regular file, cut short or padded, or when its header is damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        self._fd = _open_plain(self.path)
-        try:
-            self._read_header()
-        except GradsiftError:
-            self.close()
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            self.close()
-            raise _damaged("its header is damaged", self.path) from error
-        except OSError as error:
-            self.close()
-            raise ResourceError(f"cannot be read: {error.strerror}", where=self.path) from error
-
-    def _read_header(self) -> None:
-        self.size = os.fstat(self._fd).st_size
-        prefix = os.pread(self._fd, 8, 0)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or 8 + length > self.size:
-            raise _damaged(f"is cut short or not a tensor file ({self.size:,} bytes)", self.path)
-        if length > 100_000_000:
-            raise _damaged("its header is damaged", self.path)
-        self._head = prefix + os.pread(self._fd, length, 8)
-        header = json.loads(self._head[8:])
-        self.meta: dict[str, str] = header.pop("__metadata__", {})
-        self.digest: str | None = self.meta.get("xxh3")
-        self.entries: dict[str, _Entry] = {}
-        end = 8 + length
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            start, stop = entry["data_offsets"]
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-            if 8 + length + start != end or stop - start != math.prod(shape) * dtype.itemsize:
-                raise _damaged(f"its header is damaged at {name!r}", self.path)
-            self.entries[name] = _Entry(dtype, shape, end, stop - start)
-            end += stop - start
-        if end != self.size:
-            raise _damaged(f"has {self.size:,} bytes where its header says {end:,}", self.path)
-
-    def expect(self, meta: Mapping[str, str]) -> None:
-        """Raises IntegrityError naming the first metadata field that is not as expected."""
-        for key, value in meta.items():
-            if self.meta.get(key) != value:
-                raise _damaged(f"its {key} is {self.meta.get(key)!r}, expected {value!r}", self.path)
-
-    def verify(self) -> None:
-        """Hashes the file (about memory speed when cached). Raises IntegrityError when the bytes are not those that were written."""
-        if self.digest is None:
-            raise _damaged("holds no digest", self.path)
-        hasher = xxhash.xxh3_128(_put_digest(self._head, self.digest, _NO_DIGEST, self.path))
-        for chunk in _chunks(self._fd, len(self._head), self.path):
-            hasher.update(chunk)
-        found = hasher.hexdigest()
-        if found != self.digest:
-            raise _damaged(f"its bytes are not what was written (digest {found}, written {self.digest})", self.path)
-
-    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of a tensor (default: all), mapped, not copied. Each call maps anew: writing to it changes nothing else."""
-        dtype, shape, place, size = self.entries[name]
-        if shape and (start or stop is not None):
-            stop = shape[0] if stop is None else stop
-            each = size // shape[0] if shape[0] else 0
-            place, size, shape = place + start * each, (stop - start) * each, (stop - start, *shape[1:])
-        if size == 0:
-            return torch.empty(shape, dtype=dtype)
-        if os.fstat(self._fd).st_size != self.size:  # reading a map beyond the end of its file kills the process
-            raise _damaged("was cut short or grew while it was open", self.path)
-        skip = place % mmap.ALLOCATIONGRANULARITY
-        pages = mmap.mmap(self._fd, skip + size, access=mmap.ACCESS_COPY, offset=place - skip)
-        return torch.frombuffer(pages, dtype=dtype, count=size // dtype.itemsize, offset=skip).reshape(shape)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):
-            self.close()
-
-
-def _open_plain(path: Path) -> int:
+def open_plain(path: Path) -> int:
     """A descriptor of a regular file that is not a link. O_NONBLOCK: a FIFO must not hang the open."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -415,23 +217,23 @@ def _open_plain(path: Path) -> int:
         what = {errno.ENOENT: "is missing", errno.ELOOP: _LINK}.get(error.errno or 0)
         if what is None:
             raise ResourceError(f"cannot be read: {error.strerror}", where=path) from error
-        raise _damaged(what, path) from error
+        raise damaged(what, path) from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise _damaged("is not a regular file", path)
+        raise damaged("is not a regular file", path)
     return fd
 
 
 def file_chunks(path: Path) -> Iterator[memoryview]:
     """The bytes of a plain file, in pieces that are overwritten by the next. Raises IntegrityError (missing, a link), ResourceError."""
-    fd = _open_plain(path)
+    fd = open_plain(path)
     try:
-        yield from _chunks(fd, 0, path)
+        yield from chunks_from(fd, 0, path)
     finally:
         os.close(fd)
 
 
-def _chunks(fd: int, offset: int, path: Path) -> Iterator[memoryview]:
+def chunks_from(fd: int, offset: int, path: Path) -> Iterator[memoryview]:
     buffer = bytearray(1 << 20)
     view = memoryview(buffer)
     while True:
@@ -443,3 +245,17 @@ def _chunks(fd: int, offset: int, path: Path) -> Iterator[memoryview]:
             return
         yield view[:read]
         offset += read
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None where there is no file or it holds no JSON object (a zeroed page, a cut file)."""
+    try:
+        data = b"".join(bytes(chunk) for chunk in file_chunks(path))
+        found = json.loads(data)
+    except IntegrityError as error:
+        if error.what == "is missing":
+            return None
+        raise
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

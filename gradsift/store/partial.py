@@ -13,8 +13,9 @@ from torch import Tensor
 from gradsift.errors import IntegrityError
 from gradsift.store import provenance
 from gradsift.store.artifact import Artifact
-from gradsift.store.atomic import make_folder, read_tensors, remove_leftovers, write_tensors
+from gradsift.store.atomic import make_folder, remove_leftovers
 from gradsift.store.packing import OUT_OF_MEMORY, QUARANTINE
+from gradsift.store.tensors import read_tensors, write_tensors
 
 FOLDER = "parts"
 _FAILED = "out_of_memory"

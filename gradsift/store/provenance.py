@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gradsift.store.atomic import TensorFile
+from gradsift.store.tensors import TensorFile
 
 _GPU, _HALVINGS = "gpu", "halvings"
 

@@ -20,19 +20,11 @@ from torch import Tensor
 
 from gradsift.errors import IntegrityError, MismatchError
 from gradsift.store import provenance
-from gradsift.store.artifact import REPAIR, SCHEMA, Artifact, check_schema, differences, file_hash, read_json, read_manifest
-from gradsift.store.atomic import (
-    TensorFile,
-    canonical_json,
-    make_folder,
-    read_tensors,
-    recipe_digest,
-    remove_leftovers,
-    require_space,
-    write_atomic,
-    write_tensors,
-)
+from gradsift.store.artifact import REPAIR, SCHEMA, Artifact, check_schema, read_manifest
+from gradsift.store.atomic import make_folder, read_json, remove_leftovers, require_space, write_atomic
+from gradsift.store.canonical import canonical_json, differences, recipe_digest
 from gradsift.store.packing import QUARANTINE, Ids, StoreDtype, pack
+from gradsift.store.tensors import TensorFile, file_hash, read_tensors, write_tensors
 from gradsift.types import Rows
 
 HEADER, IDS = "store.json", "ids.safetensors"

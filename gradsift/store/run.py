@@ -18,21 +18,9 @@ from typing import Any
 from gradsift.config import Config
 from gradsift.errors import ResourceError, UserError
 from gradsift.redaction import readable_command
-from gradsift.store.artifact import (
-    MANIFEST,
-    RECIPE,
-    SCHEMA,
-    Artifact,
-    canonical_json,
-    check_schema,
-    differences,
-    read_json,
-    recipe,
-    rewritten,
-    seal_fault,
-    sealed,
-)
-from gradsift.store.atomic import inside, make_folder, remove_leftovers, rename, resource_error, write_atomic
+from gradsift.store.artifact import MANIFEST, RECIPE, SCHEMA, Artifact, check_schema, recipe, rewritten
+from gradsift.store.atomic import inside, make_folder, read_json, remove_leftovers, rename, resource_error, write_atomic
+from gradsift.store.canonical import canonical_json, differences, seal_fault, sealed
 from gradsift.store.verify import BY_NAME, Problem, check_folder, own_fault
 
 RUN_FILE, SETTINGS, LOCK_FILE = "run.json", "settings.json", ".gradsift-lock"

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradsift.errors import GradsiftError, IntegrityError, MismatchError
-from gradsift.store.artifact import MANIFEST, RECIPE, STATS, SUMS, Artifact, file_hash, inside, read_json, recipe_file, seal_fault
-from gradsift.store.atomic import TensorFile
+from gradsift.store.artifact import MANIFEST, RECIPE, STATS, SUMS, Artifact, recipe_file
+from gradsift.store.atomic import inside, read_json
+from gradsift.store.canonical import seal_fault
 from gradsift.store.partial import FOLDER
 from gradsift.store.rows import HEADER, RowStore
+from gradsift.store.tensors import TensorFile, file_hash
 
 BY_NAME = "Give the folder its name back, or delete it."
 

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gradsift.commands.compare.results import Comparison, Line, Measured, Results, compare_measured
+from gradsift.commands.compare.results import Comparison, Line, Results
+from gradsift.commands.compare.statistics import Measured, compare_measured
 
 
 @pytest.fixture(scope="module")

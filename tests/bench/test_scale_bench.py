@@ -12,11 +12,13 @@ from types import ModuleType
 import pytest
 
 from gradsift import methods
-from gradsift.commands.plan.plan import MATCHING, Rates, _cost, _select_cost
-from gradsift.commands.select.select import opened
+from gradsift.commands.plan.costs import Rates
+from gradsift.commands.plan.plan import MATCHING, _cost, _select_cost
+from gradsift.commands.session import opened
 from gradsift.compute.machine import peak_bytes
 from gradsift.config import LoraSettings
-from gradsift.model.load import attach_lora, load_model
+from gradsift.model.load import load_model
+from gradsift.model.lora import attach_lora
 from tests.conftest import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,15 +15,17 @@ from gradsift.commands.budget import parse
 from gradsift.commands.compare import trials
 from gradsift.commands.compare.arms import Arms
 from gradsift.commands.compare.compare import BASE, compare
-from gradsift.commands.compare.results import MEAN, Arm, Comparison, Line, Measured, Results, compare_measured
-from gradsift.commands.demo.playground import TinySettings, generate, target_rows, tiny_model
-from gradsift.commands.select.select import opened
+from gradsift.commands.compare.results import MEAN, Arm, Comparison, Line, Results
+from gradsift.commands.compare.statistics import Measured, compare_measured
+from gradsift.commands.demo.playground import generate, target_rows
+from gradsift.commands.session import opened
 from gradsift.config import EncodeSettings, FinetuneSettings
 from gradsift.data.encode import encode
 from gradsift.data.pool import read_pool
 from gradsift.errors import ConfigError, UnknownName, UserError
 from gradsift.model.finetune import finetune, heldout_loss
 from gradsift.model.load import load_tokenizer
+from gradsift.model.tiny import TinySettings, tiny_model
 
 LONG = " " + " ".join(f"word{i}" for i in range(20))
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gradsift.commands.compare.statistics import Interval
 from gradsift.commands.demo.demo import Demo, Line
-from gradsift.model.finetune import Interval
 from gradsift.report import ReportData
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from gradsift.commands.compare.measures import answers, check_measures, chrf, same_answer, split_answer
-from gradsift.commands.demo.playground import TinySettings, generate, tiny_model
+from gradsift.commands.demo.playground import generate
 from gradsift.data.encode import encode
 from gradsift.errors import UnknownName
 from gradsift.model.load import load_model, load_tokenizer
+from gradsift.model.tiny import TinySettings, tiny_model
 from gradsift.types import Example, Message
 
 

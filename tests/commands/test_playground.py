@@ -15,13 +15,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradsift.commands.demo import playground
-from gradsift.commands.demo.playground import TinySettings, generate, target_rows, tiny_model, write_playground
-from gradsift.data import remote
+from gradsift.commands.demo.playground import generate, target_rows, write_playground
+from gradsift.compute import machine
 from gradsift.data.encode import encode
 from gradsift.data.pool import read_pool
 from gradsift.errors import ResourceError, UserError
 from gradsift.model import tiny, tiny_tasks
 from gradsift.model.load import BUILTIN, load_model
+from gradsift.model.tiny import TinySettings, tiny_model
 from gradsift.store.atomic import making
 from gradsift.types import Example, Message
 
@@ -285,10 +286,10 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     with pytest.raises(ResourceError, match="GRADSIFT_CACHE"):
         tiny_model(tmp_path / "file", settings=SMALL)
     monkeypatch.setenv("GRADSIFT_CACHE", str(tmp_path / "set"))
-    assert remote.cache_folder() == tmp_path / "set"
+    assert machine.cache_folder() == tmp_path / "set"
     monkeypatch.delenv("GRADSIFT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert remote.cache_folder() == tmp_path / "xdg" / "gradsift"
+    assert machine.cache_folder() == tmp_path / "xdg" / "gradsift"
 
 
 def test_register_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,9 @@ from gradsift.cli.app import app
 from gradsift.commands import score as scoring
 from gradsift.errors import Interrupted, UnknownName, UserError
 from gradsift.signals.influence import BACKENDS, BLOCK
-from gradsift.store.atomic import read_tensors, write_tensors
 from gradsift.store.rows import RowStore
 from gradsift.store.run import Run
+from gradsift.store.tensors import read_tensors, write_tensors
 from tests.conftest import SETTINGS, rows, write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")

@@ -20,7 +20,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gradsift.commands.select.outputs import write_outputs
-from gradsift.data.encode import EncodeSettings, encode
+from gradsift.config import EncodeSettings
+from gradsift.data.encode import encode
 from gradsift.data.pool import read_pool
 from gradsift.types import Subset
 

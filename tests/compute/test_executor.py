@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradsift.compute.executor import Executor, Serial, ShardWriter, interruptible, stop_here
+from gradsift.compute.executor import Executor, Serial, ShardWriter
+from gradsift.compute.stopping import interruptible, stop_here
 from gradsift.errors import DiskFull, Interrupted
 from gradsift.store.rows import RowStore
 

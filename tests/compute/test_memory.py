@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from gradsift.commands.score import score
-from gradsift.commands.select.select import opened, select
+from gradsift.commands.select.select import select
+from gradsift.commands.session import opened
 from gradsift.compute.memory import Halving
 from gradsift.errors import DataError, OutOfMemory
 from gradsift.model.finetune import heldout_loss

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from gradsift.data.encode import EncodedRows, EncodeSettings, coloured, encode, pad_batch, token_batches, tokenizer_identity
+from gradsift.commands.inspect import coloured
+from gradsift.compute.batches import pad_batch, token_batches
+from gradsift.config import EncodeSettings
+from gradsift.data.encode import EncodedRows, encode, tokenizer_identity
 from gradsift.data.pool import read_pool
 from gradsift.errors import DataError, IntegrityError, UserError
 from gradsift.types import Example, Message

@@ -10,7 +10,8 @@ import pytest
 import xxhash
 import zstandard
 
-from gradsift.data.pool import read_pool, write_dropped
+from gradsift.data.pool import read_pool
+from gradsift.data.write import write_dropped
 from gradsift.errors import DataError, ResourceError, TooManyBadRows, UserError
 from tests.data.test_pool import GOOD, ROWS, lines, pool_of
 

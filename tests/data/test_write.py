@@ -15,7 +15,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gradsift.data.pool import Pool, read_pool, subset_suffix, write_subset
+from gradsift.data.pool import Pool, read_pool
+from gradsift.data.write import subset_suffix, write_subset
 from gradsift.errors import DiskFull, ResourceError, UserError
 from gradsift.types import Subset
 from tests.data.test_pool import GOOD, ROWS, lines, put

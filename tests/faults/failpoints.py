@@ -22,7 +22,8 @@ from gradsift.commands.demo import playground
 from gradsift.data import remote
 from gradsift.model import tiny
 from gradsift.store import atomic
-from gradsift.store.run import Problem, Run
+from gradsift.store.run import Run
+from gradsift.store.verify import Problem
 from tests.faults import job
 from tests.faults.forks import serve
 

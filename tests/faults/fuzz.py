@@ -14,7 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import zstandard
 
-from gradsift.data.pool import read_pool, write_subset
+from gradsift.data.pool import read_pool
+from gradsift.data.write import write_subset
 from gradsift.errors import GradsiftError
 from tests.faults.corpus.tables import arrow, in_list, parquet
 

@@ -17,7 +17,8 @@ from transformers import AutoConfig
 
 from gradsift.errors import GradsiftError
 from gradsift.model.checkpoints import load_checkpoints, read_moments
-from gradsift.model.load import load_adapter, load_model, load_tokenizer
+from gradsift.model.load import load_model, load_tokenizer
+from gradsift.model.lora import load_adapter
 from tests.faults.corpus import SENTINEL, Ran
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

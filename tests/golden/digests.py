@@ -20,7 +20,8 @@ from gradsift.commands import budget as budgets
 from gradsift.commands.compare.trials import Command, Test, Trial, Trials
 from gradsift.commands.score import scores_recipe
 from gradsift.commands.select.constraints import Constraints, build
-from gradsift.commands.select.select import opened, select_recipe
+from gradsift.commands.select.select import select_recipe
+from gradsift.commands.session import opened
 from gradsift.compute import machine
 from gradsift.signals.influence import BACKENDS
 from gradsift.stages.pipeline import Pipeline

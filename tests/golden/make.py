@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from gradsift.data.encode import EncodedRows
-from gradsift.store.atomic import write_tensors
 from gradsift.store.rows import RowStore
 from gradsift.store.run import Run
+from gradsift.store.tensors import write_tensors
 
 IDS = ["a", "007", "../x", "", "=1+1", "\u00e9\n", "row 6", "\U0001f600"]
 DIM, SHARD = 16, 3

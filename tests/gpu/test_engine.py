@@ -17,9 +17,12 @@ from gradsift.gradients.adam import Adam, FactoredAdam
 from gradsift.gradients.passes import GradientBatch, extract
 from gradsift.gradients.projection import Projection
 from gradsift.methods import make
-from gradsift.model.load import attach_lora, load_adapter, load_model, tracked_modules
+from gradsift.model.layers import tracked_modules
+from gradsift.model.load import load_model
+from gradsift.model.lora import attach_lora, load_adapter
 from gradsift.model.losses import row_losses
-from gradsift.signals.curvature import fit, influence_scores
+from gradsift.signals.curvature import fit
+from gradsift.signals.curvature.exact import influence_scores
 from gradsift.store.rows import RowStore
 from gradsift.types import Signals
 from tests import tolerances as tol

@@ -11,7 +11,8 @@ import torch
 from gradsift.gradients.adam import Adam
 from gradsift.gradients.passes import extract
 from gradsift.gradients.projection import Projection
-from gradsift.model.load import attach_lora, load_model
+from gradsift.model.load import load_model
+from gradsift.model.lora import attach_lora
 from gradsift.model.losses import row_losses
 from gradsift.signals.embeddings import embed
 from tests.model.parts import llama

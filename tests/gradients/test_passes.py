@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gradsift.compute.batches import plan_batches
 from gradsift.errors import ConfigError, DataError, MismatchError, UnknownName
 from gradsift.gradients.adam import Adam
 from gradsift.gradients.last_layer import find_tail, same_without
 from gradsift.gradients.objectives import cross_entropy
-from gradsift.gradients.passes import extract, output_dim, plan_batches
+from gradsift.gradients.passes import extract, output_dim
 from gradsift.gradients.projection import Projection
 from gradsift.model.layers import tracked_modules
 from tests import tolerances as tol

@@ -19,7 +19,8 @@ from gradsift.data.encode import EncodedRows
 from gradsift.data.pool import read_pool
 from gradsift.errors import DataError, Interrupted, UserError
 from gradsift.model.layers import tracked_modules
-from gradsift.signals.curvature import Curvature, influence_scores
+from gradsift.signals.curvature.exact import influence_scores
+from gradsift.signals.curvature.fitted import Curvature
 from gradsift.stages.pipeline import Pipeline
 from gradsift.store.artifact import Artifact
 from gradsift.store.run import Run

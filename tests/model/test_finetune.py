@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from gradsift.commands.demo.playground import TinySettings, generate, target_rows, tiny_model
+from gradsift.commands.compare.statistics import compare_subsets, paired_interval
+from gradsift.commands.demo.playground import generate, target_rows
 from gradsift.config import FinetuneSettings, LoraSettings
 from gradsift.data.encode import encode
 from gradsift.errors import ConfigError, DataError
 from gradsift.model import finetune as finetuning
-from gradsift.model.finetune import HeldOut, _schedule, _steps, compare_subsets, finetune, heldout_loss, paired_interval
+from gradsift.model.finetune import HeldOut, _schedule, _steps, finetune, heldout_loss
 from gradsift.model.load import load_model, load_tokenizer
 from gradsift.model.losses import token_nats
+from gradsift.model.tiny import TinySettings, tiny_model
 from gradsift.types import Example, Message
 
 Rows = list[dict[str, list[int]]]

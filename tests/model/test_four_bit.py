@@ -16,8 +16,9 @@ from gradsift.config import LoraSettings
 from gradsift.errors import ConfigError
 from gradsift.gradients.passes import extract
 from gradsift.gradients.projection import Projection
-from gradsift.model.layers import REPACKS, block_linears
-from gradsift.model.load import attach_lora, coverage, load_model, tracked_modules
+from gradsift.model.layers import REPACKS, block_linears, coverage, tracked_modules
+from gradsift.model.load import load_model
+from gradsift.model.lora import attach_lora
 from gradsift.model.losses import row_losses
 from gradsift.store.rows import RowStore
 from tests.conftest import SETTINGS

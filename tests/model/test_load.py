@@ -14,20 +14,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from gradsift.config import LoraSettings
 from gradsift.errors import ConfigError, DataError, IntegrityError, MismatchError, UnknownName, UserError
 from gradsift.model import load as room
-from gradsift.model.load import (
-    LoraSettings,
-    adapter_state,
-    attach_lora,
-    coverage,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    model_identity,
-    remove_lora,
-    tracked_modules,
-)
+from gradsift.model.layers import coverage, tracked_modules
+from gradsift.model.load import load_model, load_tokenizer, model_identity
+from gradsift.model.lora import adapter_state, attach_lora, load_adapter, remove_lora
 
 from .lora_parts import gpt2, llama, mixtral, saved, tokenizer
 

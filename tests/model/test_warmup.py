@@ -22,17 +22,11 @@ from torch.nn.functional import cross_entropy
 
 from gradsift.config import LoraSettings, WarmupSettings
 from gradsift.errors import ConfigError, DataError, MismatchError, UnknownName
-from gradsift.model.load import adapter_state, attach_lora, load_adapter, tracked_modules
-from gradsift.model.warmup import (
-    _cheapest_cuts,
-    _fewest,
-    adam_transform,
-    load_checkpoints,
-    plan_warmup,
-    read_adam_state,
-    read_moments,
-    warm_up,
-)
+from gradsift.model.checkpoints import load_checkpoints, read_adam_state, read_moments
+from gradsift.model.layers import tracked_modules
+from gradsift.model.lora import adapter_state, attach_lora, load_adapter
+from gradsift.model.warmup import _cheapest_cuts, _fewest, plan_warmup, warm_up
+from gradsift.stages.rows import adam_transform
 from gradsift.types import Checkpoint
 
 from .lora_parts import gpt2, llama, token_rows

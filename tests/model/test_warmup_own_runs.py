@@ -23,8 +23,11 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from gradsift.errors import ConfigError, IntegrityError, MismatchError, UserError
-from gradsift.model.load import load_adapter, load_model, remove_lora, tracked_modules
-from gradsift.model.warmup import TrajectoryCallback, load_checkpoints, read_adam_state, read_moments
+from gradsift.model.checkpoints import load_checkpoints, read_adam_state, read_moments
+from gradsift.model.layers import tracked_modules
+from gradsift.model.load import load_model
+from gradsift.model.lora import load_adapter, remove_lora
+from gradsift.model.warmup import TrajectoryCallback
 
 from .lora_parts import llama, saved, token_rows, tokenizer
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from gradsift.commands.select.select import opened
+from gradsift.commands.session import opened
 from gradsift.config import GradientSettings
+from gradsift.model.checkpoints import read_adam_state
 from gradsift.model.layers import tracked_modules
-from gradsift.model.warmup import read_adam_state
 from gradsift.stages.pipeline import Pipeline
 from gradsift.store.artifact import Artifact
 from tests.conftest import SETTINGS

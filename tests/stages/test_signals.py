@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from gradsift.commands.select.select import opened
+from gradsift.commands.session import opened
 from gradsift.errors import MismatchError
-from gradsift.methods.reading import Narrow, Raw
+from gradsift.rules.blocks import Narrow, Raw
 from gradsift.types import Signal
 from tests.conftest import SETTINGS
 

@@ -9,7 +9,7 @@ import pytest
 
 import gradsift
 from gradsift import methods
-from gradsift.commands.select.select import opened
+from gradsift.commands.session import opened
 from gradsift.errors import DataError
 from gradsift.stages.pipeline import Pipeline
 from gradsift.store.rows import RowStore

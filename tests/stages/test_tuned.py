@@ -11,7 +11,8 @@ import torch
 
 from gradsift import methods
 from gradsift.commands.plan.plan import plan
-from gradsift.commands.select.select import opened, select
+from gradsift.commands.select.select import select
+from gradsift.commands.session import opened
 from gradsift.config import FinetuneSettings
 from gradsift.errors import ConfigError, DataError, UserError
 from gradsift.model.finetune import finetune

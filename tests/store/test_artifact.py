@@ -12,8 +12,10 @@ import xxhash
 
 from gradsift.errors import IntegrityError, MismatchError
 from gradsift.store import artifact
-from gradsift.store.artifact import Artifact, file_hash, file_hashes, folder_hash, read_manifest, recipe
-from gradsift.store.atomic import recipe_digest, write_atomic, write_tensors
+from gradsift.store.artifact import Artifact, file_hashes, read_manifest, recipe
+from gradsift.store.atomic import write_atomic
+from gradsift.store.canonical import recipe_digest
+from gradsift.store.tensors import file_hash, folder_hash, write_tensors
 from tests.store.test_atomic import some_tensors
 
 RECIPE = recipe("gradients", version=1, config={"seed": 0, "dim": 8}, inputs={"pool": "ab"}, identity={"model": "tiny"})

@@ -19,21 +19,9 @@ from safetensors.torch import load_file, safe_open
 
 from gradsift.errors import DiskFull, IntegrityError, ResourceError
 from gradsift.store import atomic
-from gradsift.store.artifact import file_hash
-from gradsift.store.atomic import (
-    TEMP,
-    TensorFile,
-    canonical_json,
-    inside,
-    make_folder,
-    making,
-    read_tensors,
-    recipe_digest,
-    remove_leftovers,
-    require_space,
-    write_atomic,
-    write_tensors,
-)
+from gradsift.store.atomic import TEMP, inside, make_folder, making, remove_leftovers, require_space, write_atomic
+from gradsift.store.canonical import canonical_json, recipe_digest
+from gradsift.store.tensors import TensorFile, file_hash, read_tensors, write_tensors
 
 
 def some_tensors() -> dict[str, torch.Tensor]:

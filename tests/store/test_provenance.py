@@ -15,10 +15,10 @@ from gradsift.compute import machine
 from gradsift.compute.executor import Serial
 from gradsift.gradients.capture import Capture
 from gradsift.store import provenance
-from gradsift.store.atomic import TensorFile, write_tensors
 from gradsift.store.partial import Parts
 from gradsift.store.rows import RowStore
 from gradsift.store.run import Run
+from gradsift.store.tensors import TensorFile, write_tensors
 from tests.conftest import SETTINGS
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")

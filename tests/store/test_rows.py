@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from gradsift.errors import DiskFull, IntegrityError, MismatchError
 from gradsift.store.artifact import Artifact, recipe
-from gradsift.store.packing import ABSURD, NO_TOKEN, NON_FINITE, OUT_OF_MEMORY, ZERO, Ids, StoreDtype, pack
-from gradsift.store.rows import QUARANTINE, RowStore, RowView
+from gradsift.store.packing import ABSURD, NO_TOKEN, NON_FINITE, OUT_OF_MEMORY, QUARANTINE, ZERO, Ids, StoreDtype, pack
+from gradsift.store.rows import RowStore, RowView
 from gradsift.types import Rows
 
 N, D, SHARD = 53, 24, 10

@@ -13,7 +13,8 @@ import pytest
 from gradsift.commands.runs import verify
 from gradsift.errors import IntegrityError, MismatchError, ResourceError, UserError
 from gradsift.store import artifact as artifacts
-from gradsift.store.artifact import Artifact, write_atomic
+from gradsift.store.artifact import Artifact
+from gradsift.store.atomic import write_atomic
 from gradsift.store.run import Run
 from gradsift.store.verify import Problem
 

@@ -16,7 +16,8 @@ from gradsift.cli.app import app
 from gradsift.commands.runs import report, verify
 from gradsift.commands.select.select import Selection
 from gradsift.errors import IntegrityError
-from gradsift.store.artifact import STATS, SUMS, Artifact, recipe_digest, sealed
+from gradsift.store.artifact import STATS, SUMS, Artifact
+from gradsift.store.canonical import recipe_digest, sealed
 from gradsift.store.run import ASIDE, LOCK_FILE, Run
 from gradsift.store.verify import check_folder
 from tests.conftest import SETTINGS

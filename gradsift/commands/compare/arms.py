@@ -12,11 +12,12 @@ from gradsift import methods
 from gradsift.commands import budget as budgets
 from gradsift.commands.select.constraints import Constraints
 from gradsift.commands.select.constraints import build as build_constraints
-from gradsift.commands.select.select import Selection, check_target, select_in
+from gradsift.commands.select.select import Selection, select_in
+from gradsift.commands.session import check_target
 from gradsift.errors import ConfigError, UnknownName, UserError
 from gradsift.stages.pipeline import Pipeline
 from gradsift.store.artifact import Artifact
-from gradsift.store.atomic import read_tensors
+from gradsift.store.tensors import read_tensors
 from gradsift.types import Selector
 
 CONTROLS = {

@@ -19,20 +19,23 @@ from gradsift.commands import budget as budgets
 from gradsift.commands.compare.arms import CONTROL, Arms, Choice, parse
 from gradsift.commands.compare.arms import controls as controls_of
 from gradsift.commands.compare.measures import MEASURES, check_measures
-from gradsift.commands.compare.results import Arm, Comparison, Measured, Results, compare_measured
+from gradsift.commands.compare.results import Arm, Comparison, Results
+from gradsift.commands.compare.statistics import Measured, compare_measured
 from gradsift.commands.compare.trials import COMMAND, Command, Test, Trial, Trials
-from gradsift.commands.select.contamination import TestSets, text_of
-from gradsift.commands.select.select import as_list, check_budget, opened, read_side
+from gradsift.commands.select.contamination import TestSets
+from gradsift.commands.session import as_list, check_budget, opened, read_side
 from gradsift.compute.progress import Progress, silent
 from gradsift.config import FinetuneSettings
 from gradsift.data.pool import Pool
+from gradsift.data.records import text_of
 from gradsift.errors import ConfigError, DataError, UnknownName
 from gradsift.model.finetune import finetune, heldout_loss
 from gradsift.report import ReportData, write_report
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe
 from gradsift.store.artifact import Artifact
-from gradsift.store.atomic import recipe_digest, write_atomic
+from gradsift.store.atomic import write_atomic
+from gradsift.store.canonical import recipe_digest
 from gradsift.types import Example
 
 BASE = "untrained"

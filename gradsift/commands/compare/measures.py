@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from gradsift.data.encode import IGNORE
 from gradsift.errors import UnknownName, UserError
+from gradsift.types import IGNORE
 
 MEASURES: Mapping[str, str] = {
     "loss": "nats per supervised token, lower is better",

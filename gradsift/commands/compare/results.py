@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from gradsift import report
 from gradsift.compute.progress import duration
-from gradsift.model.finetune import loss_draws, seed_shares
 
-DRAWS = 4000
 MEAN = "mean of the tests"
 
 
@@ -202,45 +200,3 @@ class Comparison:
 
 def _share(arm: Arm) -> str:
     return "" if arm.marked is None else f"{arm.marked:.0%}"
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """The scores of one arm on one test: values [seeds, m] summed per row, and weights [m], so that the measure is values.sum / weights.sum
-    (nats and supervised tokens for the loss; the row's score and 1 for the others)."""
-
-    values: np.ndarray
-    weights: np.ndarray
-    steps: int
-
-
-def compare_measured(
-    tests: Mapping[str, Mapping[str, Measured]], *, control: str, level: float, measure: str, equal: str, seed: int
-) -> list[Results]:
-    """Tables of one measure from test -> arm -> scores; with several tests, the mean of the tests first."""
-    low, high = (1 - level) / 2, (1 + level) / 2
-    arms = list(next(iter(tests.values())))
-    first = next(iter(tests.values()))
-    # The same trainings stand behind every test, so a draw resamples their seeds once; by name, so that it does so in other tables too.
-    shares = {arm: seed_shares(len(first[arm].values), DRAWS, np.random.default_rng([seed, *arm.encode()])) for arm in arms}
-    drawn, values = {}, {}
-    for test, by_arm in tests.items():
-        weights = next(iter(by_arm.values())).weights
-        tables = {arm: found.values for arm, found in by_arm.items()}
-        drawn[test] = loss_draws(tables, weights, rng=np.random.default_rng([seed, *test.encode()]), draws=DRAWS, shares=shares)
-        values[test] = {arm: found.values.sum(axis=1) / weights.sum() for arm, found in by_arm.items()}
-    if len(tests) > 1:
-        drawn = {MEAN: {arm: np.mean([drawn[test][arm] for test in tests], axis=0) for arm in arms}, **drawn}
-        values = {MEAN: {arm: np.mean([values[test][arm] for test in tests], axis=0) for arm in arms}, **values}
-    results = []
-    for test, by_arm in values.items():
-        lines = []
-        for arm in arms:
-            value, per_seed, draws = float(by_arm[arm].mean()), tuple(map(float, by_arm[arm])), drawn[test][arm]
-            line = Line(arm, value, per_seed, first[arm].steps, draws=draws)
-            if arm != control:
-                least, most = map(float, np.quantile(draws - drawn[test][control], [low, high]))
-                line = replace(line, difference=value - float(by_arm[control].mean()), low=least, high=most)
-            lines.append(line)
-        results.append(Results(test, measure, equal, tuple(lines)))
-    return results

@@ -20,15 +20,16 @@ import xxhash
 
 from gradsift.commands.compare.measures import answers, bleu, chrf, same_answer
 from gradsift.commands.demo import playground
+from gradsift.compute.progress import quiet
 from gradsift.config import FinetuneSettings, ModelSettings
 from gradsift.data.encode import EncodedRows
 from gradsift.errors import DataError
 from gradsift.model.finetune import finetune, heldout_loss
-from gradsift.model.load import load_model, load_tokenizer, quiet
+from gradsift.model.load import load_model, load_tokenizer
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe
 from gradsift.store.artifact import Artifact
-from gradsift.store.atomic import write_tensors
+from gradsift.store.tensors import write_tensors
 from gradsift.types import Example
 
 _FILE = "scores.safetensors"

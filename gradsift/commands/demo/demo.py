@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gradsift import report
+from gradsift.commands.compare.statistics import Compared, Interval, compare_subsets
 from gradsift.commands.demo import playground
 from gradsift.commands.select.select import Selection, select
 from gradsift.compute.progress import Progress, silent
@@ -19,7 +20,7 @@ from gradsift.config import EncodeSettings, FinetuneSettings
 from gradsift.data.encode import encode
 from gradsift.data.pool import read_pool
 from gradsift.model import tiny
-from gradsift.model.finetune import Compared, Interval, compare_subsets, heldout_loss
+from gradsift.model.finetune import heldout_loss
 from gradsift.model.load import load_model, load_tokenizer
 
 METHODS = ("less", "tagcos", "random")

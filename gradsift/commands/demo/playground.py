@@ -17,12 +17,10 @@ from typing import Any, Literal
 
 from gradsift.errors import UserError
 from gradsift.model.load import BUILTIN
-from gradsift.model.tiny import TinySettings, tiny_model
+from gradsift.model.tiny import tiny_model
 from gradsift.model.tiny_tasks import FAMILIES, GENERATOR_VERSION, TARGET_FAMILY, Family, Question, Split, clean_row, draw
 from gradsift.rules.topk import apportion
-from gradsift.store.artifact import remove_leftovers, write_atomic
-
-__all__ = ["FAMILIES", "TARGET_FAMILY", "Paths", "TinySettings", "generate", "register", "target_rows", "tiny_model", "write_playground"]
+from gradsift.store.atomic import remove_leftovers, write_atomic
 
 NOISE_SHARE = 0.20
 DUPLICATE_SHARE = 0.05

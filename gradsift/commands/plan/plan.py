@@ -13,17 +13,21 @@ import torch
 
 from gradsift import methods
 from gradsift.commands import budget as budgets
+from gradsift.commands.plan.costs import Rates, StageCost
 from gradsift.commands.plan.ray import Spread, spread
-from gradsift.commands.select.select import as_list, check_target, opened
+from gradsift.commands.session import as_list, check_target, opened
 from gradsift.compute import machine
+from gradsift.compute.batches import pad_batch, token_batches
 from gradsift.compute.cpu.matmul import quick_layers
 from gradsift.compute.progress import Progress, duration
-from gradsift.data.encode import EncodedRows, encode, pad_batch, token_batches
+from gradsift.config import WarmupSettings
+from gradsift.data.encode import EncodedRows, encode
 from gradsift.gradients.adam import Adam
 from gradsift.gradients.passes import extract, output_dim
-from gradsift.model.load import attach_lora, tracked_modules
+from gradsift.model.layers import tracked_modules
+from gradsift.model.lora import attach_lora
 from gradsift.model.losses import row_losses
-from gradsift.model.warmup import WarmupSettings, plan_warmup
+from gradsift.model.warmup import plan_warmup
 from gradsift.rules import blocks, kmeans
 from gradsift.signals.curvature import exact
 from gradsift.signals.embeddings import hidden_size
@@ -32,7 +36,7 @@ from gradsift.stages import curvature, tuned
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe
 from gradsift.store.rows import HEADER
-from gradsift.types import Selector, Signal
+from gradsift.types import IGNORE, Selector, Signal
 
 MATCHING = 16  # a multiply-add of a matrix and one row against one of two matrices (bench/scale.py): the matrix is read for every pick
 SAMPLE = 2000  # rows that are encoded to learn token counts, where the encoding is not there yet
@@ -44,38 +48,6 @@ GRADIENTS = {"gradients", "curvature", "influence"}
 FORWARD = {"loss", "ifd", "embeddings", "tuned"}
 ANY = frozenset(TRAINING | GRADIENTS | FORWARD)
 SHARD_META = 17  # bytes of norms, losses, scales, tokens and code per row
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """One stage to come: `seconds` and `bytes` are estimates, 0 where it is there already."""
-
-    stage: str
-    label: str
-    digest: str
-    reused: bool
-    rows: int
-    tokens: int
-    bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What the probe measured, in tokens per second and bytes."""
-
-    train: float
-    gradients: float
-    forward: float
-    encode_rows: float
-    multiply: float  # fp32 multiply-adds per second
-    peak_bytes: int
-    used_bytes: int  # that is not free again afterwards
-    dim: int
-    parameters: int
-    hidden: int
-    factors: int  # bytes of a shard's curvature sums
-    tracked: int  # bytes of a whole gradient
 
 
 @dataclass(frozen=True)
@@ -258,7 +230,7 @@ def _pass(model: Any, encoded: EncodedRows, batches: list[list[int]], pad_id: in
 
     def step(batch: list[int]) -> None:
         ids, mask, labels = pad_batch([encoded[i] for i in batch], pad_id)
-        kept = labels[:, 1:] != -100
+        kept = labels[:, 1:] != IGNORE
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1][kept].float()
         torch.nn.functional.cross_entropy(logits, labels[:, 1:][kept]).backward()
 

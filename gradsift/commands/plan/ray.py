@@ -13,7 +13,7 @@ from gradsift.compute.ray import Ray
 from gradsift.signals.curvature.exact import MEMORY
 
 if TYPE_CHECKING:
-    from gradsift.commands.plan.plan import Rates, StageCost
+    from gradsift.commands.plan.costs import Rates, StageCost
     from gradsift.stages.pipeline import Pipeline
 
 MAPPED = ("gradients", "embeddings", "loss", "tuned", "ifd", "curvature")  # and influence through the curvature

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from gradsift.commands.select.contamination import TestSets, text_of
+from gradsift.commands.select.contamination import TestSets
+from gradsift.data.records import text_of
 from gradsift.errors import ConfigError, UnknownName, UserError
 from gradsift.rules import duplicates
 from gradsift.store.rows import RowView

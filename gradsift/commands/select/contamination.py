@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from gradsift.data.records import text_of
 from gradsift.types import Example
 
 WORDS = 13
@@ -31,10 +32,6 @@ def words(text: str) -> list[str]:
     """The words that are compared: compatibility forms unified (full-width letters, ligatures), case folded, apostrophes removed."""
     plain = unicodedata.normalize("NFKC", text)
     return _WORD.findall(_INSIDE.sub("", unicodedata.normalize("NFKC", plain.casefold())))
-
-
-def text_of(example: Example) -> str:
-    return "\n".join(message.content for message in example.messages)
 
 
 class Overlap(NamedTuple):

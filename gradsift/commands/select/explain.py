@@ -14,7 +14,7 @@ from gradsift import methods, report
 from gradsift.commands.budget import Budget
 from gradsift.commands.select.constraints import Screen
 from gradsift.compute import machine
-from gradsift.data.reader import Dropped
+from gradsift.data.records import Dropped
 from gradsift.gradients.objectives import Loss
 from gradsift.report.agreement import matrix, spearman
 from gradsift.signals.influence import backend, pool_transform, through_curvature

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradsift.compute.batches import count_tokens, plan_batches
 from gradsift.compute.cpu import matmul
 from gradsift.compute.memory import Halving
 from gradsift.errors import ConfigError, DataError, MismatchError, OutOfMemory
-from gradsift.gradients.passes import Modules, _measure, plan_batches
+from gradsift.gradients.passes import Modules
 from gradsift.signals.curvature.kfac import Inverse
 from gradsift.signals.curvature.passes import Layer, Row, Walk, row
 from gradsift.types import Encoded
@@ -114,7 +115,7 @@ def prepare_targets(
     walk = Walk(model, modules)
     if preconditioner is not None:
         preconditioner.check({name: layer.shape for name, layer in walk.layers.items()})
-    lengths, supervised = _measure(encoded)
+    lengths, supervised = count_tokens(encoded)
     if len(silent := np.flatnonzero(supervised == 0)):
         raise DataError(f"target row {silent[0]} has no supervised token", remedy="Remove it from the target set, or raise max_length.")
     size = 4 * sum(layer.shape[0] * layer.shape[1] for layer in walk.layers.values())
@@ -258,7 +259,7 @@ def score_pool(
 def _stream(
     walk: Walk, encoded: Sequence[Encoded], targets: Targets, token_budget: int, halving: Halving
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    lengths, supervised = _measure(encoded)
+    lengths, supervised = count_tokens(encoded)
     silent = np.flatnonzero(supervised == 0)
     if len(silent):
         yield silent, torch.zeros(len(silent), len(targets))

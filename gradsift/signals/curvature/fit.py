@@ -17,17 +17,19 @@ import xxhash
 from torch import Tensor, nn
 
 from gradsift.compute import machine
+from gradsift.compute.batches import count_tokens, plan_batches
 from gradsift.compute.cpu import matmul
 from gradsift.compute.memory import Halving
 from gradsift.compute.progress import Progress, Silent
 from gradsift.errors import ConfigError, DataError, IntegrityError, MismatchError, OutOfMemory
-from gradsift.gradients.passes import Modules, _measure, plan_batches
+from gradsift.gradients.passes import Modules
 from gradsift.signals.curvature.fitted import SCHEMA, Curvature
 from gradsift.signals.curvature.kfac import add_gram, add_second_moments, eigenbasis, symmetrise
 from gradsift.signals.curvature.passes import Layer, Row, Visit, Walk, row, uniforms
 from gradsift.store import provenance
-from gradsift.store.artifact import differences, read_json
-from gradsift.store.atomic import canonical_json, make_folder, read_tensors, recipe_digest, remove_leftovers, write_atomic, write_tensors
+from gradsift.store.atomic import make_folder, read_json, remove_leftovers, write_atomic
+from gradsift.store.canonical import canonical_json, differences, recipe_digest
+from gradsift.store.tensors import read_tensors, write_tensors
 from gradsift.types import Encoded
 
 log = logging.getLogger("gradsift")
@@ -111,7 +113,7 @@ class Fitting:
         self.token_budget, self.correct, self.dtype = token_budget, correct, getattr(torch, accumulate)
         self.progress = progress or Silent()
         self.keys = None if ids is None else [xxhash.xxh3_64_intdigest(i.encode()) for i in ids]
-        lengths, supervised = _measure(encoded)
+        lengths, supervised = count_tokens(encoded)
         if form == "reduce":
             whole = np.array([len(encoded[n]["input_ids"]) for n in range(len(encoded))], np.int64)
             lengths = np.where(supervised > 0, whole, 0)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gradsift.errors import ConfigError, MismatchError
 from gradsift.signals.curvature.kfac import HEURISTIC_SCALE, Damped, Eigen, Factored, Inverse, eigen_inverse, pi_inverse
-from gradsift.store.atomic import TensorFile, canonical_json, write_tensors
+from gradsift.store.canonical import canonical_json
+from gradsift.store.tensors import TensorFile, write_tensors
 
 log = logging.getLogger("gradsift")
 

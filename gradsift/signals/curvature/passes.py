@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gradsift.errors import ConfigError
-from gradsift.gradients.capture import IGNORED, Capture, _Batch, _pad
+from gradsift.gradients.capture import Batch, Capture, pad_rows
 from gradsift.gradients.passes import Modules
 from gradsift.gradients.projection import Projection
-from gradsift.types import Encoded
+from gradsift.types import IGNORE, Encoded
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class Row:
 def row(encoded: Sequence[Encoded], index: int, length: int) -> Row:
     """The first `length` tokens of a row, all of them where that is the whole row (the last one then predicts nothing)."""
     ids, labels = np.asarray(encoded[index]["input_ids"]), np.asarray(encoded[index]["labels"])
-    return Row(index, ids[:length], np.append(labels[1:], IGNORED)[:length])
+    return Row(index, ids[:length], np.append(labels[1:], IGNORE)[:length])
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,11 @@ class Walk(Capture):
     def _run(self, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor, Tensor]:
         if self._draw is None:
             return super()._run(rows)
-        ids, labels = _pad(rows)
+        ids, labels = pad_rows(rows)
         b, t = ids.shape
-        places = np.flatnonzero(labels != IGNORED)
+        places = np.flatnonzero(labels != IGNORE)
         flat = torch.from_numpy(places).to(self.device)
-        self.batch = _Batch(b, t, flat, flat, t, torch.empty(0), torch.empty(0))  # no tap runs: there is no graph to hang one on
+        self.batch = Batch(b, t, flat, flat, t, torch.empty(0), torch.empty(0))  # no tap runs: there is no graph to hang one on
         with torch.no_grad():
             logits = self.model(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False).logits
             if not self.batch.gathered:
@@ -150,7 +150,7 @@ class Walk(Capture):
         if d.shape[1] == batch.t:
             lengths = [len(r.ids) for r in self._rows]
         elif d.shape[1] == batch.width:
-            lengths = [int((r.targets != IGNORED).sum()) for r in self._rows]
+            lengths = [int((r.targets != IGNORE).sum()) for r in self._rows]
         else:
             lengths = [d.shape[1]] * batch.b
         self._visit(layer, _wide(x), _wide(d), lengths)

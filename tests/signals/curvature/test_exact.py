@@ -13,9 +13,12 @@ from torch import Tensor
 from gradsift.errors import ConfigError, DataError, MismatchError, UserError
 from gradsift.gradients.passes import extract
 from gradsift.gradients.projection import Projection
-from gradsift.signals.curvature import exact, fit, influence_scores, prepare_targets, rank_agreement, score_pool, trak_target
-from gradsift.signals.curvature.passes import IGNORED, row
+from gradsift.signals.curvature import exact, fit
+from gradsift.signals.curvature.exact import influence_scores, prepare_targets, rank_agreement, score_pool
+from gradsift.signals.curvature.passes import row
+from gradsift.signals.influence import trak_target
 from gradsift.store.rows import RowStore
+from gradsift.types import IGNORE
 from tests.signals.curvature.parts import MODELS, Naive, base, close, gather, make_rows, naive_scores
 
 
@@ -211,7 +214,7 @@ def test_mistakes_are_told() -> None:
 def test_a_row_ends_where_it_is_told() -> None:
     r = row([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}], 0, 3)
     assert r.ids.tolist() == [5, 6, 7]
-    assert r.targets.tolist() == [6, 7, IGNORED]
+    assert r.targets.tolist() == [6, 7, IGNORE]
 
 
 # --- TRAK

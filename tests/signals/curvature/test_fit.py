@@ -12,7 +12,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from gradsift.errors import ConfigError, DataError, IntegrityError, MismatchError
-from gradsift.signals.curvature import Curvature, Fitting, fit, influence_scores
+from gradsift.signals.curvature import fit
+from gradsift.signals.curvature.exact import influence_scores
+from gradsift.signals.curvature.fit import Fitting
+from gradsift.signals.curvature.fitted import Curvature
 from gradsift.signals.curvature.passes import sample, uniforms
 from tests.signals.curvature.parts import MODELS, Naive, base, close, gather, lora, make_rows, naive_scores, sampled
 

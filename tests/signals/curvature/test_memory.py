@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gradsift.errors import OutOfMemory
-from gradsift.signals.curvature import fit, prepare_targets, score_pool
+from gradsift.signals.curvature import fit
+from gradsift.signals.curvature.exact import prepare_targets, score_pool
 from gradsift.signals.curvature.passes import Layer, Walk
 from tests.signals.curvature.parts import base, close, gather, make_rows
 
