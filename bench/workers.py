@@ -27,6 +27,7 @@ from overheads import prepare
 
 # isort: split
 from gradsift.commands.session import opened
+from gradsift.stages.rows import gradients, recipe
 
 
 def arm(run: Path, parts: dict[str, Any], settings: dict[str, Any], workers: int) -> tuple[float, str]:
@@ -34,11 +35,11 @@ def arm(run: Path, parts: dict[str, Any], settings: dict[str, Any], workers: int
     how = {"executor": "ray", "workers": workers} if workers else {"executor": "serial"}
     with opened(run, **parts, settings={**settings, "machine": {"threads": 1, **how}}) as pipeline:
         last = pipeline.checkpoint_count - 1
-        shutil.rmtree(pipeline.rows("pool", last, "adam").path)
+        shutil.rmtree(gradients(pipeline, "pool", last, "adam").path)
         started = time.perf_counter()
-        pipeline.rows("pool", last, "adam")
+        gradients(pipeline, "pool", last, "adam")
         seconds = time.perf_counter() - started
-        made = pipeline.stored(pipeline.gradients_recipe("pool", last, "adam"))
+        made = pipeline.stored(recipe(pipeline, "pool", last, "adam"))
         assert made is not None
         return seconds, made.content
 

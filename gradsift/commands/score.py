@@ -22,7 +22,7 @@ from gradsift.rules import topk
 from gradsift.signals.influence import backend as backend_of
 from gradsift.signals.influence import through_curvature
 from gradsift.stages import curvature, influence
-from gradsift.stages.pipeline import Pipeline
+from gradsift.stages.pipeline import Pipeline, signal_recipe
 from gradsift.stages.recipe import Recipe, Timing
 from gradsift.store.artifact import Artifact
 from gradsift.store.atomic import replacing, require_space
@@ -159,7 +159,7 @@ def _score(pipeline: Pipeline, signal: Signal, columns: Columns, out: str | Path
 
 def scores_recipe(pipeline: Pipeline, signal: Signal, columns: Columns) -> Recipe:
     config = {"backend": signal.backend, "columns": columns, "checkpoints": signal.checkpoints}
-    return Recipe("scores", config, {"influence": pipeline.influence_recipe(signal).digest})
+    return Recipe("scores", config, {"influence": signal_recipe(pipeline, signal).digest})
 
 
 def _fill(pipeline: Pipeline, signal: Signal, columns: Columns, artifact: Artifact) -> None:

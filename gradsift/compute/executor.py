@@ -1,17 +1,12 @@
-"""Running the shards of a stage, writing them behind the work, and stopping cleanly between them."""
+"""Running the shards of a stage, and stopping cleanly between them."""
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
-from torch import Tensor
-
 from gradsift.compute import machine
 from gradsift.compute.stopping import interruptible, stop_here
-from gradsift.store.rows import RowStore
 
 T = TypeVar("T")
 
@@ -32,7 +27,7 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Lets the workers go. The next `map` makes others."""
+        """Stops the workers; the next `map` starts new ones."""
         ...
 
 
@@ -58,46 +53,4 @@ class Serial:
                 yield shard, worker(shard if part is None else part(shard))
 
     def close(self) -> None:
-        """There is nothing to let go."""
-
-
-class ShardWriter:
-    """Writes shards in a thread while the next is computed: `with ShardWriter(store) as writer: writer.write(shard, rows, ...)`.
-
-    At most `depth` shards wait, so memory is bounded. An error of the thread is raised in the caller at the next `write`, or on leaving
-    the block; on leaving normally every shard handed over is on disk. Tensors handed over must not be changed afterwards.
-    """
-
-    def __init__(self, store: RowStore, depth: int = 2) -> None:
-        self._store = store
-        self._queue: queue.Queue[tuple[int, Tensor, dict[str, Any]] | None] = queue.Queue(maxsize=depth)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
-
-    def write(self, shard: int, rows: Tensor, *, norms: Tensor, losses: Tensor, tokens: Tensor, codes: Tensor | None = None) -> None:
-        self._raise()
-        self._queue.put((shard, rows, {"norms": norms, "losses": losses, "tokens": tokens, "codes": codes}))
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._error is None:
-                try:
-                    self._store.write(item[0], item[1], **item[2])
-                except BaseException as error:
-                    self._error = error
-            del item
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def __enter__(self) -> ShardWriter:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        if kind is None:
-            self._raise()
+        """Nothing to stop."""

@@ -13,18 +13,17 @@ Ray passes Python objects between its own processes by pickle, so a Ray cluster 
 from __future__ import annotations
 
 import builtins
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gradsift.compute.executor import Executor, Serial
-from gradsift.compute.ray_workers import POLL, START, Round, Slot, fingerprint, full, join, plain_tensors
+from gradsift.compute.ray_workers import POLL, START, Round, Slot, Workers, fingerprint, full, join, plain_tensors
 from gradsift.compute.stopping import interruptible, stop_here
 from gradsift.config import Config
 from gradsift.errors import ResourceError
-from gradsift.store.atomic import TEMP, write_atomic
 
 T = TypeVar("T")
 
@@ -54,11 +53,12 @@ class Ray:
         note: Callable[[str], None] | None = None,
         expect: Mapping[str, str] | None = None,
     ) -> None:
-        self.threads, self.gpus, self.address, self.shard_timeout = threads, gpus, address, shard_timeout
-        self.expect = dict(fingerprint(threads, cpu=not gpus) if expect is None else expect)
-        self._note = note or (lambda _: None)
+        self.threads, self.gpus, self.address = threads, gpus, address
+        self.note = note or (lambda _: None)
+        expected = fingerprint(threads, cpu=not gpus) if expect is None else expect
+        self.workers = Workers(threads, gpus, shard_timeout, dict(expected), self.note)
         self._wanted = workers
-        self._slots: list[Slot] = []
+        self.slots: list[Slot] = []
         self._ray: Any = None
         self.gpu = ""
 
@@ -69,11 +69,13 @@ class Ray:
         if not len(shards):
             return
         with interruptible():
-            self._connect()
+            self.connect()
             try:
-                yield from Round(self, self._put(make_worker), shards, part or (lambda shard: shard)).run()
+                for shard, value, gpu in Round(self.workers, self.slots, self._put(make_worker), shards, part or int).run():
+                    self.gpu = gpu
+                    yield shard, value
             finally:
-                for slot in self._slots:
+                for slot in self.slots:
                     slot.rest()
 
     def _put(self, thing: Any) -> Any:
@@ -93,31 +95,26 @@ class Ray:
                 yield waiting.pop(following)
                 following += 1
 
-    def blind(self, folder: Path) -> str | None:
-        """Which machine with room for workers cannot read a folder of this one, and why; None where all can: a shared file system.
+    def blind(self, path: Path, text: str) -> str | None:
+        """Which machine with room for workers cannot read `text` in the file `path`, and why; None where all can: a shared file system.
 
-        Each is asked for a file that is written for that: a folder of the same name elsewhere does not hold it, and no cache of a network file
-        system can have an old answer. Raises ResourceError where this process may not write there, Interrupted.
+        The file is to be new and its text known to nobody: a folder of the same name elsewhere does not hold it, and no cache of a network
+        file system can have an old answer. Raises Interrupted.
         """
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
         self._join()
-        path, nonce = folder / f"{TEMP}seen-{secrets.token_hex(8)}", secrets.token_hex(16)
-        write_atomic(path, nonce.encode())
-        try:
-            look = self._ray.remote(num_cpus=0, max_retries=0)(_read)
-            asked = {
-                look.options(scheduling_strategy=On(node, soft=False)).remote(str(path)): name for node, name, room in self._nodes() if room
-            }
-            with interruptible():
-                for ref, name in asked.items():
-                    found = self._answer(ref)
-                    if isinstance(found, self._ray.exceptions.TaskUnschedulableError | self._ray.exceptions.NodeDiedError):
-                        continue  # it has left since: what it would read matters to nobody
-                    if found != nonce:
-                        return f"{name}: {found if isinstance(found, Exception) else 'another folder has that name there'}"
-        finally:
-            path.unlink(missing_ok=True)
+        look = self._ray.remote(num_cpus=0, max_retries=0)(_read)
+        asked = {
+            look.options(scheduling_strategy=On(node, soft=False)).remote(str(path)): name for node, name, room in self._nodes() if room
+        }
+        with interruptible():
+            for ref, name in asked.items():
+                answer = self._answer(ref)
+                if isinstance(answer, self._ray.exceptions.TaskUnschedulableError | self._ray.exceptions.NodeDiedError):
+                    continue  # it has left since: what it would read matters to nobody
+                if answer != text:
+                    return f"{name}: {answer if isinstance(answer, Exception) else 'another folder has that name there'}"
         return None
 
     def _answer(self, ref: Any) -> Any:
@@ -143,36 +140,33 @@ class Ray:
         for node in self._ray.nodes():
             if node["Alive"]:
                 has = node["Resources"]
-                most = [int(has.get("CPU", 0) // self._cpus)] + ([int(has.get("GPU", 0) // self.gpus)] if self.gpus else [])
+                most = [int(has.get("CPU", 0) // self.workers.cpus)] + ([int(has.get("GPU", 0) // self.gpus)] if self.gpus else [])
                 found.append((node["NodeID"], f"{node['NodeManagerHostname']} (node {node['NodeID'][:12]})", min(most)))
         return found
 
     def _join(self) -> None:
         if self._ray is None:
-            self._ray = join(self.address)
+            self._ray = self.workers.ray = join(self.address)
             plain_tensors()
 
-    @property
-    def _cpus(self) -> int:
-        return 1 if self.gpus else self.threads
-
-    def _connect(self) -> None:
-        if not self._slots:
+    def connect(self) -> None:
+        """Joins the cluster and makes a place for each worker. Raises ResourceError where there is no room."""
+        if not self.slots:
             room = self.room()
             if not room and not self._wanted:
                 raise ResourceError(
-                    f"no machine of the Ray cluster has room for a worker of {self._cpus} CPUs and {self.gpus} GPUs",
+                    f"no machine of the Ray cluster has room for a worker of {self.workers.cpus} CPUs and {self.gpus} GPUs",
                     remedy="Lower --threads or --gpus-per-worker, or start `ray start` with more.",
                 )
             if self._wanted > room:
-                self._note(f"{self._wanted} workers asked for, room for {room} now: the others begin when there is more")
-            self._slots = [Slot(self, number) for number in range(self._wanted or room)]
+                self.note(f"{self._wanted} workers asked for, room for {room} now: the others begin when there is more")
+            self.slots = [Slot(self.workers, number) for number in range(self._wanted or room)]
 
     def close(self) -> None:
         """As Executor.close."""
-        for slot in self._slots:
+        for slot in self.slots:
             slot.end()
-        self._slots = []
+        self.slots = []
 
 
 _SHARE = "to spread them too, put the run on a file system that every machine has under the same path"
@@ -201,31 +195,37 @@ def executor_of(config: Config, threads: int, note: Callable[[str], None] | None
     )
 
 
-def mapping(executor: Executor, folder: Path) -> Callable[..., Any]:
-    """The `map` for rules over rows stored in `folder`: over the executor's workers where it has some and they can read that folder, the
-    built-in one elsewhere. The bytes are the same."""
-    return _Spread(executor, folder) if isinstance(executor, Ray) else builtins.map
+Marker = Callable[[], AbstractContextManager[tuple[Path, str]]]
+
+
+def mapping(executor: Executor, marker: Marker) -> Callable[..., Any]:
+    """The `map` for rules over stored rows: over the executor's workers where it has some and they can read the rows' folder, the built-in one
+    elsewhere. The bytes are the same. `marker`: puts a file into that folder (`store.atomic.marker`)."""
+    return _Spread(executor, marker) if isinstance(executor, Ray) else builtins.map
 
 
 class _Spread:
     """`Ray.spread` as an attribute of an object that is itself sent to workers: there it is the built-in map."""
 
-    def __init__(self, executor: Ray, folder: Path) -> None:
-        self._executor, self._folder = executor, folder.absolute()
-        self._seen: bool | None = None
+    def __init__(self, executor: Ray, marker: Marker) -> None:
+        self._executor, self._marker = executor, marker
+        self._shared: bool | None = None  # whether every machine reads the folder
 
     def __call__(self, function: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
         given = list(items)
         if len(given) < 2:
             return builtins.map(function, given)
-        if self._seen is None:
-            blind = self._executor.blind(self._folder)
-            self._seen = blind is None
-            if blind is not None:
-                self._executor._note(
-                    f"workers cannot read {self._folder} on {blind}. Clustering and matching stay in this process; {_SHARE}"
-                )
-        return self._executor.spread(function, given) if self._seen else builtins.map(function, given)
+        if self._shared is None:
+            self._shared = self._look()
+        return self._executor.spread(function, given) if self._shared else builtins.map(function, given)
+
+    def _look(self) -> bool:
+        with self._marker() as (path, text):
+            blind = self._executor.blind(path.absolute(), text)
+        if blind is not None:
+            folder = path.absolute().parent
+            self._executor.note(f"workers cannot read {folder} on {blind}. Clustering and matching stay in this process; {_SHARE}")
+        return blind is None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (builtins, "map")

@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from torch import Tensor
 from gradsift.compute import machine
 from gradsift.compute.stopping import stop_here
 from gradsift.errors import Interrupted, MismatchError, ResourceError, UserError
-
-if TYPE_CHECKING:
-    from gradsift.compute.ray import Ray
 
 TRIES = 3  # workers that may be lost over one shard, and in a row before any has begun to work
 START = 600.0  # seconds in which the first worker must find a place
@@ -134,19 +131,45 @@ class _Task:
     maker: Any
 
 
+@dataclass
+class Workers:
+    """What all workers of an executor have in common.
+
+    Args:
+        threads: of each worker.
+        gpus: whole GPUs that each worker gets.
+        shard_timeout: seconds after which a worker that has not answered hangs.
+        expect: what a worker's machine must have in common with this one, as `fingerprint` gives it.
+        note: hears of every worker that was lost.
+        ray: the ray module, once it is connected.
+    """
+
+    threads: int
+    gpus: int
+    shard_timeout: float
+    expect: Mapping[str, str]
+    note: Callable[[str], None]
+    ray: Any = None
+
+    @property
+    def cpus(self) -> int:
+        """CPUs that a worker takes of its machine."""
+        return 1 if self.gpus else self.threads
+
+
 class Slot:
     """One place for a worker: an actor, what it was last asked, and which round's work it holds."""
 
-    def __init__(self, executor: Ray, number: int) -> None:
-        self.executor, self.number, self.host, self.gpu = executor, number, "", ""
+    def __init__(self, workers: Workers, number: int) -> None:
+        self.workers, self.number, self.host, self.gpu = workers, number, "", ""
         self.actor: Any = None
         self.task: _Task | None = None
         self.built: Any = None  # the reference of the maker whose work it holds
 
     def start(self) -> None:
-        ray, own = self.executor._ray, self.executor
-        options = {"num_cpus": own._cpus, "num_gpus": own.gpus, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
-        self.actor = ray.remote(**options)(Worker).remote(own.threads)
+        own = self.workers
+        options = {"num_cpus": own.cpus, "num_gpus": own.gpus, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
+        self.actor = own.ray.remote(**options)(Worker).remote(own.threads)
         self.built = None
         self.ask("hello", own.threads, not own.gpus)
 
@@ -157,15 +180,15 @@ class Slot:
         """Whether the worker hangs: no answer for too long. One that is still looking for a machine does not, nor one whose answer waits for a
         caller who was busy himself."""
         task = self.task
-        if task is None or task.kind == "hello" or time.monotonic() - task.since <= self.executor.shard_timeout:
+        if task is None or task.kind == "hello" or time.monotonic() - task.since <= self.workers.shard_timeout:
             return False
-        answered, _ = self.executor._ray.wait([task.ref], timeout=0, fetch_local=False)  # it may lie on the worker's machine still
+        answered, _ = self.workers.ray.wait([task.ref], timeout=0, fetch_local=False)  # it may lie on the worker's machine still
         return not answered
 
     def end(self) -> None:
         if self.actor is not None:
             with contextlib.suppress(Exception):  # it may be gone already, and Ray with it
-                self.executor._ray.kill(self.actor, no_restart=True)
+                self.workers.ray.kill(self.actor, no_restart=True)
         self.actor, self.task, self.built = None, None, None
 
     def rest(self) -> None:
@@ -177,15 +200,16 @@ class Slot:
 class Round:
     """One map: shards to do, and what has gone wrong so far."""
 
-    def __init__(self, executor: Ray, maker: Any, shards: Sequence[int], part: Callable[[int], Any]) -> None:
-        self.executor, self.maker, self.part, self.slots = executor, maker, part, executor._slots
+    def __init__(self, workers: Workers, slots: Sequence[Slot], maker: Any, shards: Sequence[int], part: Callable[[int], Any]) -> None:
+        self.workers, self.maker, self.part, self.slots = workers, maker, part, slots
         self.todo = deque(shards)
         self.lost: Counter[int] = Counter()
         self.stillborn = 0  # workers in a row that were lost before they did a shard
         self.alone_since = time.monotonic()
         self.stopped: Interrupted | None = None
 
-    def run(self) -> Iterator[tuple[int, Any]]:
+    def run(self) -> Iterator[tuple[int, Any, str]]:
+        """Yields (shard, result, kind of GPU that made it)."""
         while True:
             self._heed()
             self._assign()
@@ -196,7 +220,7 @@ class Round:
             yield from self._collect()
             for slot in self.slots:
                 if slot.overdue():
-                    self._lose(slot, f"no answer within {self.executor.shard_timeout:g} s")
+                    self._lose(slot, f"no answer within {self.workers.shard_timeout:g} s")
 
     def _heed(self) -> None:
         try:
@@ -224,7 +248,7 @@ class Round:
                 coming += 1
                 slot.start()
 
-    def _collect(self) -> Iterator[tuple[int, Any]]:
+    def _collect(self) -> Iterator[tuple[int, Any, str]]:
         waiting = {slot.task.ref: slot for slot in self.slots if slot.task is not None}
         if all(slot.task is None or slot.task.kind == "hello" for slot in self.slots):
             if time.monotonic() - self.alone_since > START:
@@ -235,11 +259,11 @@ class Round:
             self.alone_since = time.monotonic()
         if not waiting:
             return
-        done, _ = self.executor._ray.wait(list(waiting), num_returns=1, timeout=POLL)
+        done, _ = self.workers.ray.wait(list(waiting), num_returns=1, timeout=POLL)
         for ref in done:
             slot = waiting[ref]
             try:
-                value = self.executor._ray.get(ref)
+                value = self.workers.ray.get(ref)
             except Exception as error:
                 self._failed(slot, error)
                 continue
@@ -252,12 +276,11 @@ class Round:
             else:
                 self.stillborn = 0
                 self._assign()  # the worker goes on while the caller writes
-                self.executor.gpu = slot.gpu
-                yield task.shard, value
+                yield task.shard, value, slot.gpu
 
     def _check(self, slot: Slot, host: str, found: Mapping[str, str], gpu: str) -> None:
         slot.host, slot.gpu = host, gpu
-        for name, ours in self.executor.expect.items():
+        for name, ours in self.workers.expect.items():
             if found.get(name) != ours:
                 remedy = "Give every machine of the cluster the same installation (and kind of CPU)."
                 raise MismatchError(f"a worker has {name} {found.get(name)!r}, this process {ours!r}", where=host, remedy=remedy)
@@ -284,12 +307,12 @@ class Round:
             self.stillborn += 1
             if self.stillborn >= TRIES * len(self.slots):
                 raise ResourceError(f"{self.stillborn} workers in a row were lost as they started; the last{where}: {why}", remedy=_REMEDY)
-            self.executor._note(f"worker {slot.number}{where} was lost as it started ({why}); another takes its place")
+            self.workers.note(f"worker {slot.number}{where} was lost as it started ({why}); another takes its place")
             return
         self.lost[shard] += 1
         if self.lost[shard] >= TRIES:
             raise ResourceError(f"shard {shard} has cost {TRIES} workers; the last{where}: {why}", remedy=_REMEDY)
-        self.executor._note(f"worker {slot.number}{where} was lost at shard {shard} ({why}); another does it again")
+        self.workers.note(f"worker {slot.number}{where} was lost at shard {shard} ({why}); another does it again")
         if self.stopped is None:
             self.todo.appendleft(shard)
 

@@ -62,6 +62,7 @@ def extract(
     token_budget: int = 1024,
     loss: Loss = "cross-entropy",
     norms: Norms = "exact",
+    halving: Halving | None = None,
 ) -> Iterator[GradientBatch]:
     """Yields the projected gradient of every row of `encoded`, each row once, shortest batches last.
 
@@ -74,6 +75,7 @@ def extract(
     norms="sketched": where a two-sided projection leaves a gradient unformed, its squared norm is that of its projection without the
     transform: right on average over maps, zero and non-finite when the gradient is. Exact norms of full linear layers are about a seventh of
     the work on a CPU; they are free wherever gradients are formed, and exact there in either case.
+    `halving` counts the halved batches and keeps the size that fits from one call to the next.
 
     The model runs in evaluation mode (no dropout) in its own dtype, with products of bf16 gradients accumulated in fp32. Whenever a
     batch is handed out, and after an exception or an early close, hooks, requires_grad flags and training mode are what they were;
@@ -89,7 +91,7 @@ def extract(
     if norms not in get_args(Norms):
         raise UnknownName("norms", norms, get_args(Norms))
     engine = Capture(model, projection, transform, modules, loss, norms)
-    return _stream(engine, encoded, token_budget)
+    return _stream(engine, encoded, token_budget, halving or Halving())
 
 
 def output_dim(model: nn.Module, projection: Projection, modules: Modules = None) -> int:
@@ -97,7 +99,7 @@ def output_dim(model: nn.Module, projection: Projection, modules: Modules = None
     return Capture(model, projection, None, modules).bound.width
 
 
-def _stream(engine: Capture, encoded: Sequence[Encoded], token_budget: int) -> Iterator[GradientBatch]:
+def _stream(engine: Capture, encoded: Sequence[Encoded], token_budget: int, halving: Halving) -> Iterator[GradientBatch]:
     lengths, supervised = count_tokens(encoded)
     silent = np.flatnonzero(supervised == 0)
     if len(silent):
@@ -107,7 +109,7 @@ def _stream(engine: Capture, encoded: Sequence[Encoded], token_budget: int) -> I
     def work(batch: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         return engine.run([_cut(encoded[int(i)], int(lengths[i])) for i in batch])
 
-    for batch, made, halvings in Halving().run(plan_batches(lengths, token_budget), lengths, work):
+    for batch, made, halvings in halving.run(plan_batches(lengths, token_budget), lengths, work):
         tokens, failed = torch.from_numpy(supervised[batch]), ()
         if made is None:
             nan = torch.full((1,), torch.nan)

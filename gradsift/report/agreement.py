@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gradsift.errors import IntegrityError
+from gradsift.errors import IntegrityError, MismatchError
 from gradsift.report import Table
 from gradsift.store.artifact import REPAIR, Artifact
 from gradsift.store.run import Run
@@ -85,12 +85,20 @@ def _scores(path: Path) -> np.ndarray:
         raise IntegrityError(f"cannot be read ({str(error).splitlines()[0]})", where=path, remedy=REPAIR) from None
 
 
+def _comparable(selection: Artifact, current: Artifact) -> bool:
+    """`same_pool`; False where damage hides what a selection was made from (`gradsift verify` tells)."""
+    try:
+        return same_pool(selection, current)
+    except (IntegrityError, MismatchError):
+        return False
+
+
 def matrix(run: Run, current: Artifact) -> Table | None:
     """Every pair of finished selections of the pool of `current`, itself included, oldest first; None where it is the only one.
 
     A cell is the share of the smaller selection's rows that the other has too.
     """
-    others = [a for a in run.artifacts() if a.stage == "select" and a.complete and a.path != current.path and same_pool(a, current)]
+    others = [a for a in run.trusted()[0] if a.stage == "select" and a.complete and a.path != current.path and _comparable(a, current)]
     picked: dict[str, set[int]] = {}
     for selection in [*sorted(others, key=lambda a: a.stats.get("finished", 0.0))[1 - SHOWN :], current]:
         with contextlib.suppress(IntegrityError):  # `gradsift verify` tells of another one's damage

@@ -2,24 +2,76 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from gradsift.compute import machine
+import torch
+
+from gradsift.compute import machine, ray
+from gradsift.compute.executor import Executor
+from gradsift.compute.progress import Progress, silent
+from gradsift.compute.stopping import Stopping
+from gradsift.config import Config
+from gradsift.data.encode import EncodedRows, encode, tokenizer_identity
+from gradsift.data.pool import Pool
 from gradsift.errors import IntegrityError
+from gradsift.gradients.projection import Projection, projection_of
+from gradsift.model.checkpoints import load_checkpoints
+from gradsift.model.load import load_model, load_tokenizer, model_identity, quantiser
+from gradsift.model.lora import load_adapter
+from gradsift.model.warmup import warm_up
+from gradsift.stages import checks
 from gradsift.stages.recipe import Recipe, Timing
+from gradsift.stages.work import ModelSource, nothing
 from gradsift.store.artifact import REPAIR, Artifact
 from gradsift.store.run import Run
-from gradsift.store.tensors import file_hash
+from gradsift.store.tensors import file_hash, folder_hash
+from gradsift.types import Checkpoint, Signal
+
+T = TypeVar("T", bound="Context")
 
 
-class Stages:
-    """Makes artifacts of a run by recipe, and keeps the cost of each. `timings`: one line per stage asked for, in order."""
+class Context:
+    """One run over a pool and perhaps a target set: makes artifacts by recipe, each once, and keeps the cost of each.
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    Use inside `run.lock()`. `timings`: one line per stage asked for, in order.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        config: Config,
+        pool: Pool,
+        target: Pool | None = None,
+        *,
+        warmup_from: Path | None = None,
+        executor: Executor | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.run, self.config, self.warmup_from = run, config, warmup_from
         self.timings: list[Timing] = []
         self._sound: set[str] = set()
+        self.sides: dict[str, Pool] = {"pool": pool, **({"target": target} if target is not None else {})}
+        self.progress = progress or silent()
+        self.threads = machine.settle(config.machine.threads)
+        self.executor = executor or ray.executor_of(config, self.threads, self.progress.note)
+        name, remote = config.model.name, config.model.trust_remote_code
+        self.tokenizer = load_tokenizer(name, revision=config.model.revision, trust_remote_code=remote)
+        self.model_identity = model_identity(name, config.model.revision)
+        self._encoded: dict[str, EncodedRows] = {}
+        self._model: Any = None
+
+    def over(self: T, pool: Pool, target: Pool | None = None) -> T:
+        """The same run, settings and model over other rows. Costs share one list."""
+        other = copy.copy(self)
+        other.sides = {"pool": pool, **({"target": target} if target is not None else {})}
+        other._encoded = {}
+        return other
+
+    # --- artifacts
 
     def checked(self, artifact: Artifact) -> Artifact:
         """`artifact`, whose files were compared with its manifest once in this process. Raises IntegrityError naming the file."""
@@ -43,6 +95,7 @@ class Stages:
 
         if not reused:
             artifact.seconds_elsewhere = inner
+            artifact.machine = lambda: {"peak_bytes": machine.peak_bytes(), "versions": machine.versions()}
             fill(artifact)
         seconds = 0.0 if reused else time.perf_counter() - started - inner()
         if all(timing.digest != artifact.digest for timing in self.timings):
@@ -60,3 +113,121 @@ class Stages:
         parts = recipe.parts
         artifact = self.run.artifact(parts.pop("stage"), **parts, create=False)
         return artifact if artifact.complete else None
+
+    # --- encoded rows
+
+    def encode_recipe(self, side: str) -> Recipe:
+        settings = self.config.encode
+        return Recipe("encode", settings.canonical(), {"rows": self.sides[side].digest}, tokenizer_identity(self.tokenizer, settings))
+
+    def encoded(self, side: str) -> EncodedRows:
+        if side not in self._encoded:
+            artifact = self.checked(self.make(self.encode_recipe(side), lambda artifact: self._encode(side, artifact)))
+            self._encoded[side] = EncodedRows.load(artifact.path)
+            if side == "target":  # before anything is spent
+                checks.check_encoded(self.sides[side], self._encoded[side])
+        return self._encoded[side]
+
+    def _encode(self, side: str, artifact: Artifact) -> None:
+        rows = encode(self.sides[side], self.tokenizer, self.config.encode, progress=self.progress)
+        for note in rows.notes:
+            self.progress.note(note)
+        rows.save(artifact.path)
+        counts = {"rows": len(rows), "usable": int((rows.codes == 0).sum()), "tokens": int(rows.lengths.sum())}
+        artifact.finish(counts=counts)
+
+    # --- the warm-up and its checkpoints
+
+    def warmup_recipe(self) -> Recipe:
+        if self.warmup_from is not None:
+            return Recipe("warmup", {"from": folder_hash(self.warmup_from)}, identity={"model": self.model_identity})
+        return Recipe("warmup", self.config.warmup.canonical(), {"pool": self.encode_recipe("pool").digest}, self.compute_identity())
+
+    @property
+    def checkpoint_count(self) -> int:
+        return self.config.warmup.checkpoints if self.warmup_from is None else len(load_checkpoints(self.warmup_from))
+
+    def used_checkpoints(self, signal: Signal) -> range:
+        last = self.checkpoint_count
+        return range(last - 1, last) if signal.checkpoints == "last" else range(last)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        if self.warmup_from is not None:
+            return load_checkpoints(self.warmup_from)
+        made = self.checked(self.make(self.warmup_recipe(), self._warm_up))
+        named = {name.partition("/")[0] for name in made.manifest["files"]}  # and no folder that somebody has put beside them
+        return [checkpoint for checkpoint in load_checkpoints(made.path) if checkpoint.path.name in named]
+
+    def _warm_up(self, artifact: Artifact) -> None:
+        model = self.load_base()
+        checkpoints = warm_up(
+            model,
+            self.encoded("pool"),
+            self.config.warmup,
+            artifact.path,
+            pad_id=self.pad_id,
+            progress=Stopping(self.progress),
+            force=self.config.machine.force,
+        )
+        artifact.finish(counts={"checkpoints": len(checkpoints), "steps": checkpoints[-1].step})
+
+    # --- the model
+
+    def compute_identity(self) -> dict[str, Any]:
+        model = self.config.model
+        kind = machine.cpu_kind() if model.device == "cpu" else model.device.split(":")[0]
+        return {
+            "model": self.model_identity,
+            "dtype": model.dtype,
+            "attention": model.attention or "default",
+            "machine": kind,
+            "threads": self.threads,
+            "torch": torch.__version__,
+            **quantiser(model.dtype),
+        }
+
+    @property
+    def pad_id(self) -> int:
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token for token in known if isinstance(token, int))
+
+    def load_base(self, dtype: str | None = None) -> Any:
+        """The base model, in the run's number format or in another."""
+        model = self.config.model
+        return load_model(
+            model.name,
+            dtype=dtype or model.dtype,
+            device="auto" if self.config.machine.spans(model.device) else model.device,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            attention=model.attention,
+        )
+
+    def model_at(self, checkpoint: Checkpoint) -> Any:
+        """The warmed-up model at a checkpoint, in eval mode; only one is held."""
+        if self._model is None or self._model[0] != checkpoint.path:
+            self._model = None
+            self._model = (checkpoint.path, load_adapter(self.load_base(), checkpoint.path))
+        return self._model[1]
+
+    def lend(self, model: Any, at: Checkpoint | None = None) -> Callable[[], Any]:
+        """`model` (the base, or that of a checkpoint) for the executor's workers: it itself, or how they get their own elsewhere."""
+        if not self.executor.remote:
+            return lambda: model
+        self._model = None  # a worker may need the room
+        spans = self.config.machine.spans(self.config.model.device)
+        return ModelSource.of(self.config.model, self.model_identity, None if at is None else at.path, spans=spans).load
+
+    @property
+    def advance(self) -> Callable[[int], None]:
+        """What a worker calls with the tokens of each batch: the progress bar, or nothing where workers are elsewhere."""
+        return nothing if self.executor.remote else self.progress.advance
+
+    @property
+    def modules(self) -> Literal["linear"] | None:
+        """What `extract` and the curvature take gradients of: None = the LoRA modules."""
+        return None if self.config.gradients.modules == "lora" else "linear"
+
+    @property
+    def projection(self) -> Projection:
+        return projection_of(self.config.gradients)

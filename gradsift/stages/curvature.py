@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from gradsift.signals.curvature.fitted import Curvature
 from gradsift.signals.curvature.kfac import Inverse
 from gradsift.signals.influence import backend
 from gradsift.stages.checks import check_values
+from gradsift.stages.context import Context
 from gradsift.stages.recipe import Recipe
+from gradsift.stages.shards import map_shards
 from gradsift.stages.work import FittingWork, ScoreWork
 from gradsift.store.artifact import Artifact
 from gradsift.store.canonical import recipe_digest
@@ -30,99 +32,94 @@ from gradsift.store.provenance import made_on
 from gradsift.store.tensors import write_tensors
 from gradsift.types import Signal
 
-if TYPE_CHECKING:
-    from gradsift.stages.pipeline import Pipeline
-
 AGREE_ROWS, AGREE_TARGETS = 64, 16  # on which low-rank scores are held against those of whole matrices, or as many targets as fit in memory
 _FIT = ("fit_rows", "form", "labels", "correct", "seed")
 
 
-def settings(pipeline: Pipeline, signal: Signal) -> dict[str, Any]:
+def settings(context: Context, signal: Signal) -> dict[str, Any]:
     """The curvature settings in force: the run's, with what the backend fixes on top."""
-    return {**pipeline.config.curvature.canonical(), "correct": True, "drop_last": False, **(backend(str(signal.backend)).curvature or {})}
+    return {**context.config.curvature.canonical(), "correct": True, "drop_last": False, **(backend(str(signal.backend)).curvature or {})}
 
 
-def curvature_recipe(pipeline: Pipeline, signal: Signal) -> Recipe:
-    fitting = {name: settings(pipeline, signal)[name] for name in _FIT}
-    gradients = pipeline.config.gradients
+def fit_recipe(context: Context, signal: Signal) -> Recipe:
+    fitting = {name: settings(context, signal)[name] for name in _FIT}
+    gradients = context.config.gradients
     fitting |= {"modules": gradients.modules, "token_budget": gradients.token_budget, "shard_rows": gradients.shard_rows}
-    inputs = {"rows": pipeline.encode_recipe("pool").digest, "warmup": pipeline.warmup_recipe().digest}
-    return Recipe("curvature", fitting, inputs, pipeline.compute_identity())
+    inputs = {"rows": context.encode_recipe("pool").digest, "warmup": context.warmup_recipe().digest}
+    return Recipe("curvature", fitting, inputs, context.compute_identity())
 
 
-def influence_recipe(pipeline: Pipeline, signal: Signal) -> Recipe:
-    rest = {name: value for name, value in settings(pipeline, signal).items() if name not in _FIT}
-    rest |= {"backend": signal.backend, "checkpoints": "last", "shard_rows": pipeline.config.gradients.shard_rows}
-    inputs = {"curvature": curvature_recipe(pipeline, signal).digest}
-    inputs |= {side: pipeline.encode_recipe(side).digest for side in pipeline.sides}
+def recipe(context: Context, signal: Signal) -> Recipe:
+    rest = {name: value for name, value in settings(context, signal).items() if name not in _FIT}
+    rest |= {"backend": signal.backend, "checkpoints": "last", "shard_rows": context.config.gradients.shard_rows}
+    inputs = {"curvature": fit_recipe(context, signal).digest}
+    inputs |= {side: context.encode_recipe(side).digest for side in context.sides}
     return Recipe("influence", rest, inputs)
 
 
-def recipes(pipeline: Pipeline, signal: Signal) -> list[Recipe]:
-    return [pipeline.warmup_recipe(), curvature_recipe(pipeline, signal), influence_recipe(pipeline, signal)]
+def recipes(context: Context, signal: Signal) -> list[Recipe]:
+    return [context.warmup_recipe(), fit_recipe(context, signal), recipe(context, signal)]
 
 
-def curvature(pipeline: Pipeline, signal: Signal) -> Curvature:
+def curvature(context: Context, signal: Signal) -> Curvature:
     """The curvature at the last checkpoint over `fit_rows` usable pool rows, drawn with its seed."""
-    recipe, chosen = curvature_recipe(pipeline, signal), settings(pipeline, signal)
-    at = pipeline.checkpoints()[-1]
+    chosen = settings(context, signal)
+    at = context.checkpoints()[-1]
 
     def fill(artifact: Artifact) -> None:
-        encoded, ids = pipeline.encoded("pool"), pipeline.sides["pool"].ids
+        encoded, ids = context.encoded("pool"), context.sides["pool"].ids
         usable = np.flatnonzero(encoded.codes == 0)
         count = min(len(usable), chosen["fit_rows"])
         rows = np.sort(np.random.default_rng(chosen["seed"]).choice(usable, size=count, replace=False)).tolist()
-        gradients = pipeline.config.gradients
-        taken, model = [encoded[i] for i in rows], pipeline.model_at(at)
+        gradients = context.config.gradients
+        taken, model = [encoded[i] for i in rows], context.model_at(at)
         about = {name: chosen[name] for name in ("form", "labels", "correct", "seed")}
-        about |= {"modules": pipeline.modules, "token_budget": gradients.token_budget, "shard_rows": gradients.shard_rows}
+        about |= {"modules": context.modules, "token_budget": gradients.token_budget, "shard_rows": gradients.shard_rows}
         about |= {"ids": [ids[i] for i in rows], "identity": artifact.digest}
-        fitting = Fitting(model, taken, store=artifact.path / FOLDER, progress=Stopping(pipeline.progress), **about)
-        if pipeline.executor.remote:
-            _spread(pipeline, fitting, FittingWork(pipeline.lend(model, at), taken, about))
+        fitting = Fitting(model, taken, store=artifact.path / FOLDER, progress=Stopping(context.progress), **about)
+        if context.executor.remote:
+            _spread(context, fitting, FittingWork(context.lend(model, at), taken, about))
         fitted = fitting.result()
         if fitting.left_out:
-            pipeline.progress.note(
-                f"{len(fitting.left_out):,} of the {count:,} rows of the fit do not fit in memory and are left out of it"
-            )
+            context.progress.note(f"{len(fitting.left_out):,} of the {count:,} rows of the fit do not fit in memory and are left out of it")
         hash_ = fitted.save(artifact.path / "curvature.safetensors")
         counts = {"rows": count - len(fitting.left_out), "parameters": len(fitted.names)}
         artifact.finish(files={"curvature.safetensors": hash_}, counts=counts, extra=fitting.made())
         shutil.rmtree(artifact.path / FOLDER)
 
-    return Curvature.load(pipeline.make(recipe, fill).path / "curvature.safetensors")
+    return Curvature.load(context.make(fit_recipe(context, signal), fill).path / "curvature.safetensors")
 
 
-def _spread(pipeline: Pipeline, fitting: Fitting, work: FittingWork) -> None:
+def _spread(context: Context, fitting: Fitting, work: FittingWork) -> None:
     """Both passes of a fit, shard by shard, by workers elsewhere; `fitting.result()` then only adds up."""
-    for shard, sums in pipeline.executor.map(work, fitting.missing("factors")):
-        fitting.factors(shard, sums, made_on(pipeline.executor.gpu))
+    for shard, sums in context.executor.map(work, fitting.missing("factors")):
+        fitting.factors(shard, sums, made_on(context.executor.gpu))
     if fitting.correct:
-        for shard, sums in pipeline.executor.map(replace(work, basis=fitting.basis()), fitting.missing("eigenvalues")):
-            fitting.eigenvalues(shard, sums, made_on(pipeline.executor.gpu))
+        for shard, sums in context.executor.map(replace(work, basis=fitting.basis()), fitting.missing("eigenvalues")):
+            fitting.eigenvalues(shard, sums, made_on(context.executor.gpu))
 
 
-def influence(pipeline: Pipeline, signal: Signal) -> tuple[Tensor, Tensor]:
+def value(context: Context, signal: Signal) -> tuple[Tensor, Tensor]:
     """Scores [n, m] at the last checkpoint and which rows have one [n]; the file's "target" [m] is the first row of each target."""
-    scores = made(pipeline, signal).tensors("scores.safetensors")["scores"]
+    scores = made(context, signal).tensors("scores.safetensors")["scores"]
     return scores, torch.isfinite(scores).all(dim=1)
 
 
-def made(pipeline: Pipeline, signal: Signal) -> Artifact:
-    """The complete artifact that `influence` reads."""
-    if "target" not in pipeline.sides:
+def made(context: Context, signal: Signal) -> Artifact:
+    """The complete artifact that `value` reads."""
+    if "target" not in context.sides:
         raise UserError("influence needs a target", remedy="Add --target FILE.")
-    return pipeline.make(influence_recipe(pipeline, signal), lambda artifact: _score(pipeline, signal, artifact))
+    return context.make(recipe(context, signal), lambda artifact: _score(context, signal, artifact))
 
 
-def _score(pipeline: Pipeline, signal: Signal, artifact: Artifact) -> None:
-    chosen, gradients = settings(pipeline, signal), pipeline.config.gradients
-    inverse = curvature(pipeline, signal).inverse(chosen["damping"], chosen["style"], absolute=chosen["absolute"])
-    at = pipeline.checkpoints()[-1]
-    model = pipeline.model_at(at)
-    wanted, pool = pipeline.encoded("target"), pipeline.encoded("pool")
+def _score(context: Context, signal: Signal, artifact: Artifact) -> None:
+    chosen, gradients = settings(context, signal), context.config.gradients
+    inverse = curvature(context, signal).inverse(chosen["damping"], chosen["style"], absolute=chosen["absolute"])
+    at = context.checkpoints()[-1]
+    model = context.model_at(at)
+    wanted, pool = context.encoded("target"), context.encoded("pool")
     usable = np.flatnonzero(wanted.codes == 0)
-    shared = {"modules": pipeline.modules, "token_budget": gradients.token_budget}
+    shared = {"modules": context.modules, "token_budget": gradients.token_budget}
     rows = [wanted[int(i)] for i in usable]
     targets = prepare_targets(
         model,
@@ -136,15 +133,9 @@ def _score(pipeline: Pipeline, signal: Signal, artifact: Artifact) -> None:
     agreement = _agreement(model, pool, rows, targets, inverse, target_batch=chosen["target_batch"], seed=chosen["seed"], **shared)
     # Target rows that did not fit in memory have no column, and another time they may fit.
     parts = Parts(artifact, len(pool), gradients.shard_rows, {"targets": recipe_digest(targets.members)})
-    missing = parts.missing()
-    tokens = sum(int(pool.lengths[parts.shards[shard]].sum()) for shard in missing)
-    pipeline.progress.start(tokens, "tokens", f"influence on {len(targets)} targets, {signal.backend}")
-    work = ScoreWork(pipeline.lend(model, at), targets, **shared)
+    work = ScoreWork(context.lend(model, at), targets, advance=context.advance, **shared)
     del model
-    for shard, (found, halving) in pipeline.executor.map(work, missing, lambda shard: pool.part(parts.shards[shard])):
-        parts.keep(shard, {"scores": found}, made_on(pipeline.executor.gpu, halving.count), halving.failed)
-        pipeline.progress.advance(int(pool.lengths[parts.shards[shard]].sum()))
-    pipeline.progress.done()
+    map_shards(context, parts, work, pool, label=f"influence on {len(targets)} targets, {signal.backend}")
     every = parts.read("scores")  # mapped from disk, not in memory
     first = torch.tensor([int(usable[members[0]]) for members in targets.members])
     hash_ = write_tensors(artifact.path / "scores.safetensors", {"scores": every, "target": first}, {"recipe": artifact.digest})
@@ -154,14 +145,14 @@ def _score(pipeline: Pipeline, signal: Signal, artifact: Artifact) -> None:
     extra["rank_agreement"] = agreement
     if targets.left_out:
         extra["left_out"] = [int(usable[i]) for i in targets.left_out]
-        pipeline.progress.note(f"{len(targets.left_out):,} target rows do not fit in memory and have no influence score")
+        context.progress.note(f"{len(targets.left_out):,} target rows do not fit in memory and have no influence score")
     about = parts.about()
     finite = torch.cat([part.isfinite().all(dim=1) for part in every])
     check_values(finite, pool, "influence", about["counts"].get("quarantined", {}), artifact)
     about["counts"]["targets"] = len(targets)
     about["extra"] |= extra
     artifact.finish(files={"scores.safetensors": hash_}, **about)
-    parts.remove()  # last: until then they are what is kept of the work
+    parts.remove()  # last: until `finish` the shards are the only copy
 
 
 def _agreement(

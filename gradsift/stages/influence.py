@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradsift.errors import MismatchError, UserError
 from gradsift.signals.influence import backend, pool_transform, score_blocks
-from gradsift.stages import checks
+from gradsift.stages import checks, rows
+from gradsift.stages.context import Context
 from gradsift.stages.recipe import Recipe
 from gradsift.store.artifact import Artifact
 from gradsift.store.rows import RowStore, RowView
 from gradsift.store.tensors import write_tensors
 from gradsift.types import Signal
-
-if TYPE_CHECKING:
-    from gradsift.stages.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -39,58 +37,60 @@ class Sides:
         return torch.stack([store.usable for store in self.pool]).all(dim=0)
 
 
-def influence_recipe(pipeline: Pipeline, signal: Signal) -> Recipe:
+def recipe(context: Context, signal: Signal) -> Recipe:
+    """The scores themselves."""
     inputs, loss = {}, backend(str(signal.backend)).loss
-    for c in pipeline.used_checkpoints(signal):
-        inputs[f"pool{c}"] = pipeline.gradients_recipe("pool", c, pool_transform(signal), loss).digest
-        inputs[f"target{c}"] = pipeline.gradients_recipe("target", c, "none", loss).digest
-    return Recipe("influence", {"backend": signal.backend, "checkpoints": signal.checkpoints, **_ridge(pipeline, signal)}, inputs)
+    for c in context.used_checkpoints(signal):
+        inputs[f"pool{c}"] = rows.recipe(context, "pool", c, pool_transform(signal), loss).digest
+        inputs[f"target{c}"] = rows.recipe(context, "target", c, "none", loss).digest
+    return Recipe("influence", {"backend": signal.backend, "checkpoints": signal.checkpoints, **_ridge(context, signal)}, inputs)
 
 
-def _ridge(pipeline: Pipeline, signal: Signal) -> dict[str, Any]:
+def _ridge(context: Context, signal: Signal) -> dict[str, Any]:
     """The run's damping, for a backend that inverts the rows' own second moment."""
-    settings = pipeline.config.curvature
+    settings = context.config.curvature
     return {"ridge": settings.damping, "absolute": settings.absolute} if backend(str(signal.backend)).whiten else {}
 
 
-def recipes(pipeline: Pipeline, signal: Signal) -> list[Recipe]:
-    sides, loss = [("pool", pool_transform(signal)), ("target", "none")], backend(str(signal.backend)).loss
-    rows = [pipeline.gradients_recipe(side, c, transform, loss) for side, transform in sides for c in pipeline.used_checkpoints(signal)]
-    return [pipeline.warmup_recipe(), *rows, influence_recipe(pipeline, signal)]
+def recipes(context: Context, signal: Signal) -> list[Recipe]:
+    """Every stage of an influence, in the order they are made."""
+    both, loss = [("pool", pool_transform(signal)), ("target", "none")], backend(str(signal.backend)).loss
+    each = [rows.recipe(context, side, c, transform, loss) for side, transform in both for c in context.used_checkpoints(signal)]
+    return [context.warmup_recipe(), *each, recipe(context, signal)]
 
 
-def sides(pipeline: Pipeline, signal: Signal) -> Sides:
+def sides(context: Context, signal: Signal) -> Sides:
     """The stored rows, made where they are missing. Raises UserError without a target, DataError for a target group without a usable row."""
-    if "target" not in pipeline.sides:
+    if "target" not in context.sides:
         raise UserError("influence needs a target", remedy="Add --target FILE.")
-    wanted = pipeline.encoded("target")
-    checkpoints, used, loss = pipeline.checkpoints(), pipeline.used_checkpoints(signal), backend(str(signal.backend)).loss
-    pool = [pipeline.rows("pool", c, pool_transform(signal), loss) for c in used]
-    target = [pipeline.rows("target", c, "none", loss) for c in used]
+    wanted = context.encoded("target")
+    checkpoints, used, loss = context.checkpoints(), context.used_checkpoints(signal), backend(str(signal.backend)).loss
+    pool = [rows.gradients(context, "pool", c, pool_transform(signal), loss) for c in used]
+    target = [rows.gradients(context, "target", c, "none", loss) for c in used]
     for a, b in zip(pool, target, strict=True):
         for name in ("projection", "dim", "seed", "modules"):
             if a.spec[name] != b.spec[name]:
                 raise MismatchError(f"pool and target rows differ in {name}: {a.spec[name]} and {b.spec[name]}")
     good = torch.stack([store.usable for store in target]).all(dim=0)
-    checks.check_groups(pipeline.sides["target"], good, wanted)
+    checks.check_groups(context.sides["target"], good, wanted)
     kept = good.nonzero()[:, 0]
-    groups = [pipeline.sides["target"].groups[int(i)] for i in kept]
+    groups = [context.sides["target"].groups[int(i)] for i in kept]
     return Sides(pool, [RowView(store, kept) for store in target], [checkpoints[c].mean_lr for c in used], kept, groups)
 
 
-def influence(pipeline: Pipeline, signal: Signal) -> tuple[Tensor, Tensor]:
+def value(context: Context, signal: Signal) -> tuple[Tensor, Tensor]:
     """Scores [n, m] of every pool row, zero where a row is quarantined, and which rows are not [n]."""
-    both = sides(pipeline, signal)
+    both = sides(context, signal)
 
     def fill(artifact: Artifact) -> None:
-        scores = torch.cat(list(blocks(pipeline, signal, both)))
+        scores = torch.cat(list(blocks(context, signal, both)))
         hash_ = write_tensors(artifact.path / "scores.safetensors", {"scores": scores, "target": both.kept}, {"recipe": artifact.digest})
         artifact.finish(files={"scores.safetensors": hash_}, counts={"rows": len(scores)})
 
-    artifact = pipeline.make(influence_recipe(pipeline, signal), fill)
+    artifact = context.make(recipe(context, signal), fill)
     return artifact.tensors("scores.safetensors")["scores"], both.usable
 
 
-def blocks(pipeline: Pipeline, signal: Signal, both: Sides) -> Iterator[Tensor]:
-    """What `influence` holds, 2,048 pool rows at a time, and nothing of it stored."""
-    return score_blocks(both.pool, both.target, both.weights, str(signal.backend), groups=both.groups, **_ridge(pipeline, signal))
+def blocks(context: Context, signal: Signal, both: Sides) -> Iterator[Tensor]:
+    """What `value` holds, 2,048 pool rows at a time, and nothing of it stored."""
+    return score_blocks(both.pool, both.target, both.weights, str(signal.backend), groups=both.groups, **_ridge(context, signal))

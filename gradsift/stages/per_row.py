@@ -1,11 +1,11 @@
-"""Signals of one number per pool row, as stages: loss, n-gram weights, instruction-following and learned difficulty."""
+"""Signals of the base model or of the rows' own texts, one entry per row: loss, difficulty, n-gram weights, features, embeddings."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,106 +15,169 @@ from gradsift.errors import UserError
 from gradsift.model.lora import attach_lora
 from gradsift.model.warmup import plan_warmup
 from gradsift.signals import difficulty, ngrams
+from gradsift.signals.embeddings import POOLING, TOKEN_BUDGET, hidden_size
 from gradsift.signals.features import features as own_features
-from gradsift.stages.checks import check_values
+from gradsift.stages.checks import check_quarantine, check_values
+from gradsift.stages.context import Context
 from gradsift.stages.recipe import Recipe
-from gradsift.stages.work import ScalarWork
+from gradsift.stages.rows import mean_pairwise_cosine
+from gradsift.stages.shards import map_shards
+from gradsift.stages.work import EmbeddingWork, ScalarWork
 from gradsift.store.artifact import Artifact
-from gradsift.store.partial import FOLDER, Parts
-from gradsift.store.provenance import made_on
+from gradsift.store.partial import Parts
+from gradsift.store.rows import RowStore
 from gradsift.store.tensors import write_tensors
+from gradsift.types import Signal
 
-if TYPE_CHECKING:
-    from gradsift.stages.pipeline import Pipeline
-
-SCALARS = ("difficulty", "ifd", "loss", "ngrams")
+_LABELS = {"loss": "loss of the base model", "ifd": "instruction-following difficulty"}
+_NOUNS = {"loss": "loss", "ifd": "difficulty"}
 
 
-def recipes(pipeline: Pipeline, name: str, fields: Sequence[str] = ()) -> list[Recipe]:
-    """The stages of one of SCALARS, in the order they are made. `fields`: what difficulty is learned from, in place of embeddings."""
-    rows = {"rows": pipeline.encode_recipe("pool").digest}
-    if name == "ngrams":
-        inputs = {side: rows.digest for side, rows in pipeline.sides.items()}
+def recipes(context: Context, signal: Signal) -> list[Recipe]:
+    """The stages of a signal, in the order they are made."""
+    if signal.name == "embeddings":
+        return [embeddings_recipe(context, signal.side)]
+    if signal.name == "features":
+        return [features_recipe(context, signal.fields)]
+    if signal.name == "difficulty":
+        return _difficulty_recipes(context, signal.fields)
+    rows = {"rows": context.encode_recipe("pool").digest}
+    if signal.name == "ngrams":
+        inputs = {side: rows.digest for side, rows in context.sides.items()}
         return [Recipe("ngrams", {"buckets": ngrams.BUCKETS, "prior": ngrams.PRIOR}, inputs)]
-    if name in ("ifd", "loss"):
-        return [Recipe(name, {"shard_rows": pipeline.config.gradients.shard_rows}, rows, pipeline.compute_identity())]
-    settings = pipeline.config.warmup.canonical()
-    for unused in ("checkpoints", "scheduler", "warmup_ratio", "weight_decay"):
-        del settings[unused]
-    features = features_recipe(pipeline, fields) if fields else pipeline.embeddings_recipe("pool")
-    return [features, Recipe("difficulty", settings, {**rows, "features": features.digest}, pipeline.compute_identity())]
+    return [Recipe(signal.name, {"shard_rows": context.config.gradients.shard_rows}, rows, context.compute_identity())]
 
 
-def features_recipe(pipeline: Pipeline, fields: Sequence[str]) -> Recipe:
-    return Recipe("features", {"fields": list(fields)}, {"rows": pipeline.sides["pool"].digest})
+def value(context: Context, signal: Signal) -> tuple[Any, Tensor | None]:
+    """A signal over all rows of its side, and which of them it can vouch for, bool [n] (None = all).
+
+    Raises DataError as `checks.check_values`, UserError for n-gram weights without a target.
+    """
+    if signal.name == "embeddings":
+        store = embeddings(context, signal.side)
+        return store, store.usable
+    if signal.name == "features":
+        return features(context, signal.fields), None
+    numbers = scalars(context, signal)
+    return numbers, numbers.isfinite()
 
 
-def features(pipeline: Pipeline, fields: Sequence[str]) -> Tensor:
+# --- embeddings
+
+
+def embeddings_recipe(context: Context, side: str) -> Recipe:
+    settings = {"pooling": POOLING, "token_budget": TOKEN_BUDGET, "shard_rows": context.config.gradients.shard_rows}
+    return Recipe("embeddings", settings, {"rows": context.encode_recipe(side).digest}, context.compute_identity())
+
+
+def embeddings(context: Context, side: str) -> RowStore:
+    """Unit embeddings of one side under the base model."""
+    encoded = context.encoded(side)
+
+    def fill(artifact: Artifact) -> None:
+        model = context.load_base()
+        spec = {"pooling": POOLING, "dim": hidden_size(model)}
+        store = RowStore.create(
+            artifact.path,
+            recipe_digest=artifact.digest,
+            ids=context.sides[side].ids,
+            dim=spec["dim"],
+            spec=spec,
+            shard_rows=context.config.gradients.shard_rows,
+        )
+        work = EmbeddingWork(context.lend(model), spec["dim"], context.pad_id, context.advance)
+        del model
+        map_shards(context, store, work, encoded, label=f"embeddings of the {side}")
+        check_quarantine(store, encoded, "embedding")
+        store.seal(artifact, extra={"mean_pairwise_cosine": mean_pairwise_cosine(store)})
+
+    return RowStore.open(context.make(embeddings_recipe(context, side), fill).path)
+
+
+# --- features
+
+
+def features_recipe(context: Context, fields: Sequence[str]) -> Recipe:
+    return Recipe("features", {"fields": list(fields)}, {"rows": context.sides["pool"].digest})
+
+
+def features(context: Context, fields: Sequence[str]) -> Tensor:
     """Numbers of the pool's own rows, fp32 [n, d]."""
 
     def fill(artifact: Artifact) -> None:
-        found = own_features(pipeline.sides["pool"], fields)
-        hash_ = write_tensors(artifact.path / "features.safetensors", {"features": found}, {"recipe": artifact.digest})
-        artifact.finish(files={"features.safetensors": hash_}, counts={"rows": len(found), "columns": found.shape[1]})
+        columns = own_features(context.sides["pool"], fields)
+        hash_ = write_tensors(artifact.path / "features.safetensors", {"features": columns}, {"recipe": artifact.digest})
+        artifact.finish(files={"features.safetensors": hash_}, counts={"rows": len(columns), "columns": columns.shape[1]})
 
-    return pipeline.make(features_recipe(pipeline, fields), fill).tensors("features.safetensors")["features"]
+    return context.make(features_recipe(context, fields), fill).tensors("features.safetensors")["features"]
 
 
-def values(pipeline: Pipeline, name: str, fields: Sequence[str] = ()) -> Tensor:
-    """One of SCALARS for every pool row [n]; NaN for rows that could not be encoded or did not fit in memory. Raises DataError as
-    `check_values`."""
+# --- one number per row
+
+
+def scalars(context: Context, signal: Signal) -> Tensor:
+    """One number for every pool row [n]; NaN for rows that could not be encoded or did not fit in memory."""
+    name, file = signal.name, f"{signal.name}.safetensors"
 
     def fill(artifact: Artifact) -> None:
-        if name in ("ifd", "loss"):
-            found, about = _of_each(pipeline, name, artifact)
-        else:
-            found = _ngrams(pipeline) if name == "ngrams" else _difficulty(pipeline, fields)
-            about = {"counts": {"rows": len(found)}}
-        hash_ = write_tensors(artifact.path / f"{name}.safetensors", {name: found}, {"recipe": artifact.digest})
-        artifact.finish(files={f"{name}.safetensors": hash_}, **about)
-        if (artifact.path / FOLDER).is_dir():  # last: until then the parts are what is kept of the work
-            shutil.rmtree(artifact.path / FOLDER)
+        if name in _LABELS:
+            _fill_from_base(context, name, artifact)
+            return
+        numbers = _ngrams(context) if name == "ngrams" else _difficulty(context, signal.fields)
+        hash_ = write_tensors(artifact.path / file, {name: numbers}, {"recipe": artifact.digest})
+        artifact.finish(files={file: hash_}, counts={"rows": len(numbers)})
 
-    return pipeline.make(recipes(pipeline, name, fields)[-1], fill).tensors(f"{name}.safetensors")[name]
+    return context.make(recipes(context, signal)[-1], fill).tensors(file)[name]
 
 
-def _of_each(pipeline: Pipeline, name: str, artifact: Artifact) -> tuple[Tensor, dict[str, Any]]:
-    """What the base model alone says of each row ("loss", "ifd"), shard by shard: fp32 [n] for a loss, else fp64; and `Parts.about` it."""
-    encoded = pipeline.encoded("pool")
-    parts = Parts(artifact, len(encoded), pipeline.config.gradients.shard_rows)
-    missing = parts.missing()
-    rows = [i for shard in missing for i in range(parts.shards[shard].start, parts.shards[shard].stop) if encoded.codes[i] == 0]
-    tokens = int(encoded.lengths[rows].sum()) + (int(encoded.supervised[rows].sum()) + len(rows) if name == "ifd" else 0)
-    label = {"loss": "loss of the base model", "ifd": "instruction-following difficulty"}[name]
-    pipeline.progress.start(tokens, "tokens", label)
-    inner, outer = pipeline.advances(encoded)
-    if missing:
-        work = ScalarWork(pipeline.lend(None if pipeline.executor.remote else pipeline.load_base()), name, pipeline.pad_id, inner)
-        for shard, (found, halving) in pipeline.executor.map(work, missing, lambda shard: encoded.part(parts.shards[shard])):
-            parts.keep(shard, {name: found}, made_on(pipeline.executor.gpu, halving.count), halving.failed)
-            outer(parts.shards[shard])
-    pipeline.progress.done()
-    found, about = torch.cat(parts.read(name)), parts.about()
-    check_values(found.isfinite(), encoded, {"loss": "loss", "ifd": "difficulty"}[name], about["counts"].get("quarantined", {}), artifact)
-    return found.float() if name == "loss" else found, about
+def _fill_from_base(context: Context, name: str, artifact: Artifact) -> None:
+    """What the base model alone says of each row, shard by shard: fp32 [n] for "loss", fp64 for "ifd"."""
+    encoded = context.encoded("pool")
+    keeper = Parts(artifact, len(encoded), context.config.gradients.shard_rows)
+    if keeper.missing():
+        model = context.lend(None if context.executor.remote else context.load_base())
+        work = ScalarWork(model, name, context.pad_id, context.advance)
+        answers = np.where(encoded.codes == 0, encoded.supervised + 1, 0) if name == "ifd" else 0  # the answer alone is read too
+        map_shards(context, keeper, work, encoded, label=_LABELS[name], tokens=encoded.lengths + answers)
+    finish_scalars(keeper, name, artifact, context, _NOUNS[name], torch.float32 if name == "loss" else torch.float64)
 
 
-def _ngrams(pipeline: Pipeline) -> Tensor:
-    if "target" not in pipeline.sides:
+def finish_scalars(keeper: Parts, name: str, artifact: Artifact, context: Context, noun: str, dtype: torch.dtype) -> None:
+    """Joins the shards' numbers [n] into NAME.safetensors and completes the artifact. Raises DataError as `checks.check_values`."""
+    numbers, about = torch.cat(keeper.read(name)).to(dtype), keeper.about()
+    check_values(numbers.isfinite(), context.encoded("pool"), noun, about["counts"].get("quarantined", {}), artifact)
+    file = f"{name}.safetensors"
+    hash_ = write_tensors(artifact.path / file, {name: numbers}, {"recipe": artifact.digest})
+    artifact.finish(files={file: hash_}, **about)
+    keeper.remove()  # last: until `finish` the shards are the only copy
+
+
+def _ngrams(context: Context) -> Tensor:
+    if "target" not in context.sides:
         raise UserError("n-gram weights need a target", remedy="Add --target FILE.")
-    sides = {side: (text_of(example) for example in rows) for side, rows in pipeline.sides.items()}
+    sides = {side: (text_of(example) for example in rows) for side, rows in context.sides.items()}
     return torch.as_tensor(ngrams.importance(sides["pool"], sides["target"]))
 
 
-def _difficulty(pipeline: Pipeline, fields: Sequence[str]) -> Tensor:
-    encoded, settings = pipeline.encoded("pool"), pipeline.config.warmup
-    learned_from = features(pipeline, fields) if fields else pipeline.embeddings("pool")
+def _difficulty_recipes(context: Context, fields: Sequence[str]) -> list[Recipe]:
+    """`fields`: what difficulty is learned from, in place of embeddings."""
+    settings = context.config.warmup.canonical()
+    for unused in ("checkpoints", "scheduler", "warmup_ratio", "weight_decay"):
+        del settings[unused]
+    source = features_recipe(context, fields) if fields else embeddings_recipe(context, "pool")
+    inputs = {"rows": context.encode_recipe("pool").digest, "features": source.digest}
+    return [source, Recipe("difficulty", settings, inputs, context.compute_identity())]
+
+
+def _difficulty(context: Context, fields: Sequence[str]) -> Tensor:
+    encoded, settings = context.encoded("pool"), context.config.warmup
+    source = features(context, fields) if fields else embeddings(context, "pool")
     plan = plan_warmup(encoded, settings)
     rows = [encoded[int(i)] for i in plan.rows]
-    units = torch.cat([learned_from[int(i) : int(i) + 1].float() for i in plan.rows])
+    units = torch.cat([source[int(i) : int(i) + 1].float() for i in plan.rows])
     tokens = sum(len(rows[i]["input_ids"]) for step in plan.steps for batch in step for i in batch)
-    pipeline.progress.start(tokens, "tokens", "training the score net")
-    model = attach_lora(pipeline.load_base(), settings.lora)
+    context.progress.start(tokens, "tokens", "training the score net")
+    model = attach_lora(context.load_base(), settings.lora)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)  # dropout, where the adapter has any
         net = difficulty.train_score_net(
@@ -123,11 +186,11 @@ def _difficulty(pipeline: Pipeline, fields: Sequence[str]) -> Tensor:
             units,
             plan.steps,
             lr=settings.lr,
-            pad_id=pipeline.pad_id,
+            pad_id=context.pad_id,
             max_grad_norm=settings.max_grad_norm,
-            advance=Stopping(pipeline.progress).advance,
+            advance=Stopping(context.progress).advance,
         )
-    pipeline.progress.done()
-    found = difficulty.difficulty(net, learned_from)
-    found[torch.as_tensor(encoded.codes != 0) if isinstance(learned_from, Tensor) else ~learned_from.usable] = torch.nan
-    return found
+    context.progress.done()
+    numbers = difficulty.difficulty(net, source)
+    numbers[torch.as_tensor(encoded.codes != 0) if isinstance(source, Tensor) else ~source.usable] = torch.nan
+    return numbers

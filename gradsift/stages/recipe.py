@@ -60,6 +60,6 @@ class Timing:
     peak_bytes: int
 
 
-def named(loss: Loss) -> dict[str, Any]:
-    """What a recipe says of rows that are not gradients of the loss; the others say nothing, as they always did."""
+def loss_fields(loss: Loss) -> dict[str, Any]:
+    """Extra recipe fields for rows that are not loss gradients. Loss gradients add none, so that digests of old runs stay valid."""
     return {} if loss == "cross-entropy" else {"loss": loss}

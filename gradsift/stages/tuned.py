@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,97 +18,86 @@ from gradsift.errors import ConfigError, UserError
 from gradsift.model.finetune import finetune
 from gradsift.model.load import FOUR_BIT
 from gradsift.model.lora import load_adapter
-from gradsift.stages.checks import check_values
+from gradsift.stages.context import Context
+from gradsift.stages.per_row import finish_scalars
 from gradsift.stages.recipe import Recipe
+from gradsift.stages.shards import map_shards
 from gradsift.stages.work import ScalarWork
 from gradsift.store.artifact import Artifact
 from gradsift.store.partial import Parts
-from gradsift.store.provenance import made_on
-from gradsift.store.tensors import write_tensors
-from gradsift.types import Checkpoint
-
-if TYPE_CHECKING:
-    from gradsift.stages.pipeline import Pipeline
-
-_FILE = "tuned.safetensors"
+from gradsift.types import Checkpoint, Signal
 
 
-def groups(pipeline: Pipeline) -> list[str]:
+def groups(context: Context) -> list[str]:
     """The target groups in order of appearance: the columns of the signal."""
-    if "target" not in pipeline.sides:
+    if "target" not in context.sides:
         raise UserError("losses after training on a target need a target", remedy="Add --target FILE.")
-    return list(dict.fromkeys(pipeline.sides["target"].groups))
+    return list(dict.fromkeys(context.sides["target"].groups))
 
 
-def recipes(pipeline: Pipeline) -> list[Recipe]:
+def recipes(context: Context, signal: Signal) -> list[Recipe]:
     """One stage for each target group. Raises ConfigError for a training in full of a model in 4 bits."""
-    if pipeline.config.tuning.mode == "full" and pipeline.config.model.dtype == FOUR_BIT:
+    if context.config.tuning.mode == "full" and context.config.model.dtype == FOUR_BIT:
         raise ConfigError("a model in 4 bits cannot be trained in full", remedy='Leave [tuning] mode = "lora", or take --dtype bfloat16.')
-    inputs = {side: pipeline.encode_recipe(side).digest for side in ("pool", "target")}
-    config = {**pipeline.config.tuning.canonical(), "lr": pipeline.config.tuning.rate, "shard_rows": pipeline.config.gradients.shard_rows}
-    return [Recipe("tuned", {**config, "group": group}, inputs, pipeline.compute_identity()) for group in groups(pipeline)]
+    inputs = {side: context.encode_recipe(side).digest for side in ("pool", "target")}
+    config = {**context.config.tuning.canonical(), "lr": context.config.tuning.rate, "shard_rows": context.config.gradients.shard_rows}
+    return [Recipe("tuned", {**config, "group": group}, inputs, context.compute_identity()) for group in groups(context)]
 
 
-def values(pipeline: Pipeline) -> Tensor:
+def value(context: Context, signal: Signal) -> tuple[Tensor, Tensor]:
     """Loss fp32 [n, groups] of every pool row, nats per supervised token, after training on each group; NaN for rows that could not be
-    encoded or did not fit in memory. Raises DataError for a group without a usable row, and as `check_values`."""
-    made = zip(groups(pipeline), recipes(pipeline), strict=True)
-    stages = [pipeline.make(recipe, lambda artifact, group=group: _fill(pipeline, group, artifact)) for group, recipe in made]
-    return torch.stack([stage.tensors(_FILE)["tuned"] for stage in stages], dim=1)
+    encoded or did not fit in memory. And which rows have all of them, bool [n].
+
+    Raises DataError for a group without a usable row, and as `checks.check_values`.
+    """
+    each = zip(groups(context), recipes(context, signal), strict=True)
+    stages = [context.make(recipe, lambda artifact, group=group: _fill(context, group, artifact)) for group, recipe in each]
+    losses = torch.stack([stage.tensors("tuned.safetensors")["tuned"] for stage in stages], dim=1)
+    return losses, losses.isfinite().all(dim=1)
 
 
-def steps_on(pipeline: Pipeline, group: str) -> int:
+def steps_on(context: Context, group: str) -> int:
     """Optimiser steps of the training on one group."""
-    return pipeline.config.tuning.steps_for(sum(other == group for other in pipeline.sides["target"].groups))
+    return context.config.tuning.steps_for(sum(other == group for other in context.sides["target"].groups))
 
 
-def _fill(pipeline: Pipeline, group: str, artifact: Artifact) -> None:
-    encoded = pipeline.encoded("pool")
-    parts = Parts(artifact, len(encoded), pipeline.config.gradients.shard_rows)
-    missing = parts.missing()
-    if missing:
-        rows = [i for shard in missing for i in range(parts.shards[shard].start, parts.shards[shard].stop) if encoded.codes[i] == 0]
-        with _trained(pipeline, group) as (model, executor):
-            pipeline.progress.start(int(encoded.lengths[rows].sum()), "tokens", f"loss after training on {group}")
-            inner, outer = pipeline.advances(encoded)
-            work = ScalarWork(model, "loss", pipeline.pad_id, inner)
-            for shard, (found, halving) in executor.map(work, missing, lambda shard: encoded.part(parts.shards[shard])):
-                parts.keep(shard, {"tuned": found}, made_on(executor.gpu, halving.count), halving.failed)
-                outer(parts.shards[shard])
-            pipeline.progress.done()
-    found, about = torch.cat(parts.read("tuned")).float(), parts.about()
-    check_values(found.isfinite(), encoded, f"loss after training on {group}", about["counts"].get("quarantined", {}), artifact)
-    hash_ = write_tensors(artifact.path / _FILE, {"tuned": found}, {"recipe": artifact.digest})
-    artifact.finish(files={_FILE: hash_}, **about)
-    parts.remove()  # last: until then they are what is kept of the work
+def _fill(context: Context, group: str, artifact: Artifact) -> None:
+    encoded = context.encoded("pool")
+    keeper = Parts(artifact, len(encoded), context.config.gradients.shard_rows)
+    label = f"loss after training on {group}"
+    if keeper.missing():
+        with _trained(context, group) as (model, executor):
+            work = ScalarWork(model, "loss", context.pad_id, context.advance, column="tuned")
+            map_shards(context, keeper, work, encoded, label=label, executor=executor)
+    finish_scalars(keeper, "tuned", artifact, context, label, torch.float32)
 
 
 @contextlib.contextmanager
-def _trained(pipeline: Pipeline, group: str) -> Iterator[tuple[Any, Any]]:
+def _trained(context: Context, group: str) -> Iterator[tuple[Any, Any]]:
     """(how workers get the model trained on a group, the executor they run in). A model that was trained in full stays in this process: only
     an adapter is small enough to travel."""
-    target, settings = pipeline.encoded("target"), pipeline.config.tuning
-    taken = [i for i, other in enumerate(pipeline.sides["target"].groups) if other == group and target.codes[i] == 0]
-    model = pipeline.config.model
-    pipeline.progress.start(settings.steps_for(len(taken)), "steps", f"training on {group}")
-    steps = Stopping(pipeline.progress)
+    target, settings = context.encoded("target"), context.config.tuning
+    taken = [i for i, other in enumerate(context.sides["target"].groups) if other == group and target.codes[i] == 0]
+    model = context.config.model
+    context.progress.start(settings.steps_for(len(taken)), "steps", f"training on {group}")
+    steps = Stopping(context.progress)
     trained = finetune(
         # In full, weights of half precision would lose small updates.
-        lambda: pipeline.load_base(None if settings.mode == "lora" else "float32"),
+        lambda: context.load_base(None if settings.mode == "lora" else "float32"),
         [target[i] for i in taken],
         settings=settings,
         device=model.device,
         progress=lambda step, of: steps.advance(1),
     )
-    pipeline.progress.done()
+    context.progress.done()
     if settings.mode == "full":
         whole = trained.to(getattr(torch, model.dtype))  # as the base model, whose loss it is compared with
-        yield lambda: whole, Serial(pipeline.config.model.device) if pipeline.executor.remote else pipeline.executor
+        yield lambda: whole, Serial(context.config.model.device) if context.executor.remote else context.executor
         return
     with tempfile.TemporaryDirectory(prefix="gradsift-") as folder:
         with quiet():
             trained.save_pretrained(folder)  # type: ignore[operator]
         del trained
         at = Checkpoint(Path(folder), settings.steps_for(len(taken)), 0.0, settings.rate)
-        adapted = None if pipeline.executor.remote else load_adapter(pipeline.load_base(), folder)
-        yield pipeline.lend(adapted, at), pipeline.executor
+        adapted = None if context.executor.remote else load_adapter(context.load_base(), folder)
+        yield context.lend(adapted, at), context.executor

@@ -38,6 +38,18 @@ from gradsift.store.packing import OUT_OF_MEMORY, StoreDtype, pack
 from gradsift.types import Transform
 
 Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What a worker gives back for a shard: `tensors` for the keeper, how often a batch was halved for want of memory, and the places in the
+    shard of rows that did not fit in memory alone (of rows for a store, their quarantine code says so instead)."""
+
+    tensors: dict[str, Tensor]
+    halvings: int = 0
+    failed: frozenset[int] = frozenset()
+
+
 _held: list[tuple[ModelSource, Any]] = []  # the model of this process, kept from one stage to the next
 
 
@@ -99,7 +111,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class GradientWork:
-    """Rows of a shard -> (the packed tensors for `RowStore.put`, how often a batch had to be halved for memory)."""
+    """Gradient rows of a shard, packed for a `RowStore`."""
 
     model: Callable[[], Any]
     projection: Projection
@@ -112,42 +124,41 @@ class GradientWork:
     loss: Loss = "cross-entropy"
     norms: Norms = "exact"
 
-    def __call__(self) -> Callable[[EncodedRows], tuple[dict[str, Tensor], int]]:
+    def __call__(self) -> Callable[[EncodedRows], ShardResult]:
         model = self.model()
 
-        def work(encoded: EncodedRows) -> tuple[dict[str, Tensor], int]:
-            count, halvings = len(encoded), 0.0
+        def work(encoded: EncodedRows) -> ShardResult:
+            count, halving = len(encoded), Halving()
             rows, norms, losses = torch.zeros(count, self.dim), torch.zeros(count), torch.zeros(count)
             tokens, codes = torch.zeros(count, dtype=torch.int32), torch.zeros(count, dtype=torch.uint8)
             usable = [i for i in range(count) if encoded.codes[i] == 0]
             taken = [encoded[i] for i in usable]
             options = {"transform": self.transform, "modules": self.modules, "token_budget": self.token_budget, "loss": self.loss}
-            for batch in extract(model, taken, projection=self.projection, norms=self.norms, **options):
+            for batch in extract(model, taken, projection=self.projection, norms=self.norms, halving=halving, **options):
                 at = torch.tensor([usable[int(i)] for i in batch.indices])
                 rows[at], norms[at], losses[at], tokens[at] = batch.rows, batch.norms, batch.losses, batch.tokens
                 for i in batch.failed:
                     codes[usable[i]] = OUT_OF_MEMORY
-                halvings += 1 - 0.5**batch.halvings  # a batch cut k times is k + 1 pieces, whose 2^-depths add up to 1
                 self.advance(int(encoded.lengths[at.numpy()].sum()))
-            return pack(rows, norms=norms, losses=losses, tokens=tokens, codes=codes, dtype=self.dtype), round(halvings)
+            packed = pack(rows, norms=norms, losses=losses, tokens=tokens, codes=codes, dtype=self.dtype)
+            return ShardResult(packed, halving.count)
 
         return work
 
 
 @dataclass(frozen=True)
 class EmbeddingWork:
-    """Rows of a shard -> (the packed tensors for `RowStore.put`, how often a batch had to be halved for memory). Losses are not measured here
-    and are zeros."""
+    """Embeddings of a shard, packed for a `RowStore`. Losses are not measured here and are zeros."""
 
     model: Callable[[], Any]
     dim: int
     pad_id: int
     advance: Advance = nothing
 
-    def __call__(self) -> Callable[[EncodedRows], tuple[dict[str, Tensor], int]]:
+    def __call__(self) -> Callable[[EncodedRows], ShardResult]:
         model = self.model()
 
-        def work(encoded: EncodedRows) -> tuple[dict[str, Tensor], int]:
+        def work(encoded: EncodedRows) -> ShardResult:
             count, halving = len(encoded), Halving()
             usable = [i for i in range(count) if encoded.codes[i] == 0]
             rows, codes = torch.zeros(count, self.dim), torch.zeros(count, dtype=torch.uint8)
@@ -157,36 +168,42 @@ class EmbeddingWork:
             for i in halving.failed:
                 codes[usable[i]] = OUT_OF_MEMORY
             tokens = torch.as_tensor(encoded.supervised.copy())
-            return pack(rows, norms=rows.norm(dim=1), losses=torch.zeros(count), tokens=tokens, codes=codes), halving.count
+            packed = pack(rows, norms=rows.norm(dim=1), losses=torch.zeros(count), tokens=tokens, codes=codes)
+            return ShardResult(packed, halving.count)
 
         return work
 
 
 @dataclass(frozen=True)
 class ScalarWork:
-    """Rows of a shard -> (one number each, fp64 [r], NaN where a row could not be encoded or did not fit in memory, and what memory had no
-    room for, by place in the shard): `name` "loss" or "ifd"."""
+    """One number for each row of a shard, fp64 [r]; NaN where a row could not be encoded or did not fit in memory.
+
+    Args:
+        name: "loss" or "ifd".
+        column: name of the tensor in the result; default: `name`.
+    """
 
     model: Callable[[], Any]
     name: str
     pad_id: int
     advance: Advance = nothing
+    column: str = ""
 
-    def __call__(self) -> Callable[[EncodedRows], tuple[Tensor, Halving]]:
+    def __call__(self) -> Callable[[EncodedRows], ShardResult]:
         model = self.model()
 
-        def work(encoded: EncodedRows) -> tuple[Tensor, Halving]:
+        def work(encoded: EncodedRows) -> ShardResult:
             halving = Halving()
             usable = [i for i in range(len(encoded)) if encoded.codes[i] == 0]
             rows = [encoded[i] for i in usable]
             if self.name == "loss":
-                found = row_losses(model, rows, pad_id=self.pad_id, advance=self.advance, halving=halving).mean
+                numbers = row_losses(model, rows, pad_id=self.pad_id, advance=self.advance, halving=halving).mean
             else:
-                found = ifd.difficulty(model, rows, pad_id=self.pad_id, advance=self.advance, halving=halving)
+                numbers = ifd.difficulty(model, rows, pad_id=self.pad_id, advance=self.advance, halving=halving)
             full = torch.full((len(encoded),), torch.nan, dtype=torch.float64)
-            full[torch.tensor(usable, dtype=torch.int64)] = found.double()
-            halving.failed = {usable[i] for i in halving.failed}
-            return full, halving
+            full[torch.tensor(usable, dtype=torch.int64)] = numbers.double()
+            failed = frozenset(usable[i] for i in halving.failed)
+            return ShardResult({self.column or self.name: full}, halving.count, failed)
 
         return work
 
@@ -207,26 +224,27 @@ class FittingWork:
 
 @dataclass(frozen=True)
 class ScoreWork:
-    """Rows of a shard -> (scores fp32 [r, m], NaN for rows that could not be encoded or did not fit in memory, and what memory had no room
-    for, by place in the shard)."""
+    """Influence scores of the rows of a shard on m targets, fp32 [r, m]; NaN for rows that could not be encoded or did not fit in memory."""
 
     model: Callable[[], Any]
     targets: Targets
     modules: Modules
     token_budget: int
+    advance: Advance = nothing
 
-    def __call__(self) -> Callable[[EncodedRows], tuple[Tensor, Halving]]:
+    def __call__(self) -> Callable[[EncodedRows], ShardResult]:
         model = self.model()
 
-        def work(encoded: EncodedRows) -> tuple[Tensor, Halving]:
+        def work(encoded: EncodedRows) -> ShardResult:
             halving = Halving()
-            found = torch.full((len(encoded), len(self.targets)), torch.nan)
-            fine = [i for i in range(len(encoded)) if encoded.codes[i] == 0]
-            rows = [encoded[i] for i in fine]
+            full = torch.full((len(encoded), len(self.targets)), torch.nan)
+            usable = [i for i in range(len(encoded)) if encoded.codes[i] == 0]
+            rows = [encoded[i] for i in usable]
             options = {"modules": self.modules, "token_budget": self.token_budget, "halving": halving}
             for indices, scores in score_pool(model, rows, self.targets, **options):
-                found[torch.tensor([fine[int(i)] for i in indices])] = scores
-            halving.failed = {fine[i] for i in halving.failed}
-            return found, halving
+                places = [usable[int(i)] for i in indices]
+                full[torch.tensor(places)] = scores
+                self.advance(int(encoded.lengths[places].sum()))
+            return ShardResult({"scores": full}, halving.count, frozenset(usable[i] for i in halving.failed))
 
         return work

@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import Tensor
 
-from gradsift.compute.machine import peak_bytes, versions
 from gradsift.errors import IntegrityError, MismatchError, ResourceError
 from gradsift.store.atomic import TEMP, inside, make_folder, read_json, remove_leftovers, write_atomic
 from gradsift.store.canonical import canonical_json, recipe_digest, seal_fault, sealed
@@ -115,6 +114,7 @@ class Artifact:
         self.path = inside(root, f"{self.stage}-{self.digest[:12]}")
         self._opened = time.monotonic()
         self.seconds_elsewhere: Callable[[], float] = lambda: 0.0  # spent on other artifacts since this one was opened
+        self.machine: Callable[[], Mapping[str, Any]] = dict  # what stats.json says of the machine: peak memory, versions
         self._manifest: dict[str, Any] | None = None
         if create:
             make_folder(self.path)
@@ -210,9 +210,8 @@ class Artifact:
                 raise IntegrityError("is missing", where=self.path / name, remedy="Run the same command again: it is made anew.")
         made = {
             "wall_seconds": round(time.monotonic() - self._opened - self.seconds_elsewhere(), 3),
-            "peak_bytes": peak_bytes(),
             "finished": time.time(),
-            "versions": versions(),
+            **self.machine(),
             **(stats or {}),
         }
         write_atomic(self.path / STATS, json.dumps(sealed(made), indent=1, sort_keys=True).encode() + b"\n")

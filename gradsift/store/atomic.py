@@ -191,6 +191,20 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def marker(folder: Path) -> Iterator[tuple[Path, str]]:
+    """A temporary file in `folder` and its text, which nobody else can know: who reads the text sees this very folder.
+
+    Raises ResourceError where this process may not write there.
+    """
+    path, text = folder / f"{TEMP}seen-{secrets.token_hex(8)}", secrets.token_hex(16)
+    write_atomic(path, text.encode())
+    try:
+        yield path, text
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: Path) -> list[str]:
     """Deletes the temporary files and folders of dead writers in `folder`, and returns their names. Those of living writers are locked, and
     stay."""

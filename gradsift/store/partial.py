@@ -30,14 +30,17 @@ class Parts:
         self.shards = [slice(a, min(a + shard_rows, rows)) for a in range(0, rows, shard_rows)]
         self._made_with = made_with or {}
         self._failed = dict[int, int]()
+        self.problems: list[str] = []
         make_folder(self.folder)
         remove_leftovers(self.folder)
 
     def missing(self) -> list[int]:
-        """The shards that are absent or damaged."""
-        return [shard for shard in range(len(self.shards)) if not self._there(shard)]
+        """The shards that are absent or damaged; `problems` then names the damaged ones."""
+        faults = {shard: fault for shard in range(len(self.shards)) if (fault := self._fault(shard)) is not None}
+        self.problems = [str(fault) for shard, fault in faults.items() if self._path(shard).exists()]
+        return list(faults)
 
-    def keep(self, shard: int, tensors: dict[str, Tensor], made: Mapping[str, str] | None = None, failed: Collection[int] = ()) -> None:
+    def keep(self, shard: int, tensors: Mapping[str, Tensor], made: Mapping[str, str] | None = None, failed: Collection[int] = ()) -> None:
         """`made`: what `provenance.made_on` says of the shard; `failed`: the rows that did not fit in memory, by place in it. Raises DiskFull,
         ResourceError."""
         lost = {_FAILED: torch.tensor(sorted(failed))} if failed else {}
@@ -69,10 +72,11 @@ class Parts:
         rows = self.shards[shard]
         return {"recipe": self.digest, "shard": str(shard), "rows": f"{rows.start}:{rows.stop}", **self._made_with}
 
-    def _there(self, shard: int) -> bool:
+    def _fault(self, shard: int) -> IntegrityError | None:
+        """Why a shard must be made; None where it is whole."""
         try:
-            found = read_tensors(self._path(shard), expect=self._meta(shard))
-        except IntegrityError:
-            return False
-        self._failed[shard] = len(found.get(_FAILED, ()))
-        return True
+            tensors = read_tensors(self._path(shard), expect=self._meta(shard))
+        except IntegrityError as error:
+            return error
+        self._failed[shard] = len(tensors.get(_FAILED, ()))
+        return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,15 +218,22 @@ class RowStore:
         if tuple(rows.shape) != (count, self.shape[1]) or any(column.shape != (count,) for column in (norms, losses, tokens)):
             raise ValueError(f"shard {shard} takes rows [{count}, {self.shape[1]}], not {list(rows.shape)}, and columns [{count}]")
         if self._wanted(shard):
-            self.put(shard, pack(rows, norms=norms, losses=losses, tokens=tokens, codes=codes, dtype=self.dtype))
+            self.keep(shard, pack(rows, norms=norms, losses=losses, tokens=tokens, codes=codes, dtype=self.dtype))
 
-    def put(self, shard: int, packed: Mapping[str, Tensor], made: Mapping[str, str] | None = None) -> None:
-        """As `write`, of tensors that `packing.pack` made for this store, perhaps in another process. `made`: what `provenance.made_on` says."""
+    def keep(
+        self,
+        shard: int,
+        tensors: Mapping[str, Tensor],
+        made: Mapping[str, str] | None = None,
+        failed: Collection[int] = (),
+    ) -> None:
+        """As `write`, of tensors that `packing.pack` made for this store, perhaps in another process. `made`: what `provenance.made_on` says;
+        `failed`: rows that did not fit in memory, which the codes in `tensors` tell already."""
         if not self._wanted(shard):
             return
         place = self.shards[shard]
         meta = {"store": self._key, "recipe": self.digest, "shard": str(shard), "rows": f"{place.start}:{place.stop}"}
-        write_tensors(self.path / _shard_name(shard), packed, {**(made or {}), **meta})
+        write_tensors(self.path / _shard_name(shard), tensors, {**(made or {}), **meta})
         self._distrusted.discard(shard)
 
     def _wanted(self, shard: int) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.config import Config
-from gradsift.errors import ResourceError, UserError
+from gradsift.errors import IntegrityError, MismatchError, ResourceError, UserError
 from gradsift.redaction import readable_command
 from gradsift.store.artifact import MANIFEST, RECIPE, SCHEMA, Artifact, check_schema, recipe, rewritten
 from gradsift.store.atomic import inside, make_folder, read_json, remove_leftovers, rename, resource_error, write_atomic
@@ -178,14 +178,27 @@ class Run:
         self._make()
         return Artifact(self.root, made_by)
 
-    def artifacts(self) -> list[Artifact]:
-        """Every artifact, complete or not, by folder name. Raises IntegrityError, MismatchError for one that cannot be trusted."""
-        found = (Artifact.load(path) for path in self._folders())
-        return [artifact for artifact in found if artifact is not None]
+    def artifacts(self, stage: str | None = None) -> list[Artifact]:
+        """Every artifact (of `stage`), complete or not, by folder name. Raises IntegrityError, MismatchError for one that cannot be trusted."""
+        artifacts = (Artifact.load(path) for path in self._folders() if stage is None or path.name.startswith(f"{stage}-"))
+        return [artifact for artifact in artifacts if artifact is not None and stage in (None, artifact.stage)]
+
+    def trusted(self) -> tuple[list[Artifact], list[IntegrityError | MismatchError]]:
+        """The artifacts that can be trusted, and why each of the others cannot (damage, a newer schema). Reads manifests alone."""
+        artifacts: list[Artifact] = []
+        faults: list[IntegrityError | MismatchError] = []
+        for path in self._folders():
+            try:
+                artifact = Artifact.load(path)
+                if artifact is not None:
+                    artifacts.append(artifact)
+            except (IntegrityError, MismatchError) as fault:
+                faults.append(fault)
+        return artifacts, faults
 
     def latest(self, stage: str) -> Artifact | None:
         """The complete artifact of `stage` that was finished last."""
-        done = [artifact for artifact in self.artifacts() if artifact.stage == stage and artifact.complete]
+        done = [artifact for artifact in self.artifacts(stage) if artifact.complete]
         return max(done, key=lambda artifact: (artifact.stats.get("finished", 0.0), artifact.path.name), default=None)
 
     def _folders(self) -> list[Path]:

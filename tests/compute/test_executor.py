@@ -8,15 +8,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import torch
 
-from gradsift.compute.executor import Executor, Serial, ShardWriter
+from gradsift.compute.executor import Executor, Serial
 from gradsift.compute.stopping import interruptible, stop_here
-from gradsift.errors import DiskFull, Interrupted
-from gradsift.store.rows import RowStore
+from gradsift.errors import Interrupted
 
 
 def squares(made: list[int] | None = None, kill_at: int = -1, number: int = signal.SIGTERM):
@@ -126,49 +123,3 @@ def test_in_another_thread_it_does_nothing() -> None:
     thread.start()
     thread.join()
     assert found == [(1, 1), (2, 4)]
-
-
-# --- writing behind the work
-
-
-def store_at(path: Path) -> RowStore:
-    return RowStore.create(path, recipe_digest="ab", ids=[str(i) for i in range(35)], dim=8, spec={}, shard_rows=10)
-
-
-def write_all(writer: ShardWriter | RowStore, store: RowStore) -> None:
-    for shard, place in enumerate(store.shards):
-        rows = torch.randn(place.stop - place.start, 8, generator=torch.Generator().manual_seed(shard))
-        ones = torch.ones(len(rows))
-        writer.write(shard, rows, norms=ones, losses=ones, tokens=ones)
-
-
-def test_a_writer_behind_leaves_the_same_bytes(tmp_path: Path) -> None:
-    plain, behind = store_at(tmp_path / "plain"), store_at(tmp_path / "behind")
-    write_all(plain, plain)
-    with ShardWriter(behind) as writer:
-        write_all(writer, behind)
-    assert behind.files() == plain.files()
-
-
-def test_an_error_of_the_writer_reaches_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = store_at(tmp_path / "s")
-
-    def full(*_: object, **__: object) -> None:
-        raise DiskFull("no space left", needed=1, free=0)
-
-    monkeypatch.setattr(store, "write", full)
-    with pytest.raises(DiskFull), ShardWriter(store, depth=1) as writer:
-        for _ in range(100):
-            write_all(writer, store)
-            time.sleep(0.01)
-        pytest.fail("the error never came")
-    with pytest.raises(DiskFull), ShardWriter(store) as writer:
-        writer.write(0, torch.ones(10, 8), norms=torch.ones(10), losses=torch.ones(10), tokens=torch.ones(10))
-
-
-def test_an_error_of_the_caller_wins_and_what_was_handed_over_is_kept(tmp_path: Path) -> None:
-    store = store_at(tmp_path / "s")
-    with pytest.raises(KeyError), ShardWriter(store) as writer:
-        write_all(writer, store)
-        raise KeyError("x")
-    assert store.missing() == []

@@ -40,6 +40,7 @@ from gradsift.rules import knn
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.work import ModelSource
 from gradsift.store.artifact import MANIFEST
+from gradsift.store.atomic import marker
 from gradsift.store.rows import RowStore, RowView
 from gradsift.store.run import Run
 from gradsift.types import Signal, Signals
@@ -191,8 +192,8 @@ def test_a_worker_hangs_until_its_answer_is_there_whoever_takes_it_late(two: Ray
 
     executor = Ray(threads=1, workers=1, address=two.address, shard_timeout=900)
     try:
-        executor._connect()
-        (slot,) = executor._slots
+        executor.connect()
+        (slot,) = executor.slots
         slot.start()
         for kind, given, hangs in (("hello", (), False), ("build", (executor._put(make),), False), ("work", (7,), True)):
             if kind != "hello":
@@ -214,7 +215,7 @@ def test_answers_that_waited_for_a_busy_caller_are_taken_and_no_worker_is_lost(t
     try:
         for shard, value in executor.map(squares, range(6)):
             found[shard] = value
-            for slot in executor._slots:  # as after hours in which this process did something else
+            for slot in executor.slots:  # as after hours in which this process did something else
                 if slot.task is not None and slot.task.kind == "work":
                     ray.wait([slot.task.ref])
                     slot.task.since -= 10_000
@@ -267,11 +268,11 @@ def test_a_signal_lets_the_shards_in_hand_finish_and_begins_no_other(two: Ray) -
 
 
 def test_rules_get_a_map_in_order_that_is_the_builtin_one_elsewhere(two: Ray, tmp_path: Path) -> None:
-    over, here = mapping(two, tmp_path), os.getpid()
+    over, here = mapping(two, lambda: marker(tmp_path)), os.getpid()
     assert list(over(lambda span: span[0] * 10 + span[1], [(3, 1), (1, 2), (2, 3)])) == [31, 12, 23]
     assert list(over(lambda _: over is builtins.map and os.getpid() != here, [0, 1])) == [True, True]
     assert list(over(lambda _: os.getpid(), [0])) == [here]
-    assert mapping(Serial(), tmp_path) is builtins.map
+    assert mapping(Serial(), lambda: marker(tmp_path)) is builtins.map
 
 
 def test_clusters_matches_and_neighbours_over_workers_have_the_bytes_of_one_process(two: Ray, tmp_path: Path) -> None:
@@ -281,7 +282,7 @@ def test_clusters_matches_and_neighbours_over_workers_have_the_bytes_of_one_proc
         ones = torch.ones(where.stop - where.start)
         store.write(shard, given[where], norms=ones, losses=ones, tokens=ones)
     view = RowView(store, np.arange(0, 5000, 1)[np.arange(5000) % 7 != 0])
-    over = mapping(two, tmp_path)
+    over = mapping(two, lambda: marker(tmp_path))
     selector = make("tagcos", {"clusters": 12, "iterations": 4})
     (signal,) = selector.needs()
     one, many = (
@@ -304,7 +305,7 @@ def test_settings_name_the_executor_and_no_room_is_told(two: Ray) -> None:
         {"model": {"name": "x"}, "machine": {"executor": "ray", "address": two.address, "workers": 3, "shard_timeout": 5.0}}, "t"
     )
     made = executor_of(config, threads=1)
-    assert isinstance(made, Ray) and (made.address, made.shard_timeout, made.gpus, made.threads) == (two.address, 5.0, 0, 1)
+    assert isinstance(made, Ray) and (made.address, made.workers.shard_timeout, made.gpus, made.threads) == (two.address, 5.0, 0, 1)
     assert isinstance(executor_of(build({}, "t"), threads=1), Serial)
     with pytest.raises(ConfigError, match="workers"):
         build({"machine": {"workers": -1}}, "t")
@@ -354,7 +355,7 @@ def test_workers_of_gpus_get_those_they_ask_for_and_the_plan_counts_them(
                 assert resources == {"CPU": 1.0, "GPU": 1.0} and place[1:] == (shown,)
                 seen[place] = pid
         assert set(seen) == {(nodes[0].node_id, "0"), (nodes[0].node_id, "1"), (nodes[1].node_id, "0")}
-        for slot in made[1]._slots:  # as if each had told of another kind
+        for slot in made[1].slots:  # as if each had told of another kind
             slot.gpu = f"kind {ray.get(slot.actor.work.remote(0))[-1]}"
         for _, (*_, pid) in made[1].map(gpus_given, range(6)):
             assert made[1].gpu == f"kind {pid}"
@@ -514,10 +515,13 @@ def test_a_machine_that_has_other_files_under_the_same_path_is_named(
     notes: list[str] = []
     executor = Ray(threads=1, workers=4, address=two.address, note=notes.append)
     try:
-        assert executor.blind(home) is None
-        found = executor.blind(HERE / "run")
+        with marker(home) as (path, text):
+            assert executor.blind(path, text) is None
+            assert executor.blind(path, "another text") is not None
+        with marker(HERE / "run") as (path, text):
+            found = executor.blind(path, text)
         assert found == f"{socket.gethostname()} (node {node.node_id[:12]}): No such file or directory"
-        assert list(mapping(executor, HERE / "run")(lambda _: os.getpid(), [0, 1])) == [os.getpid()] * 2
+        assert list(mapping(executor, lambda: marker(HERE / "run"))(lambda _: os.getpid(), [0, 1])) == [os.getpid()] * 2
         assert notes[-1].startswith(f"workers cannot read {HERE / 'run'} on {socket.gethostname()} (node ")
         assert notes[-1].endswith("put the run on a file system that every machine has under the same path")
         assert not list(home.glob("run/.*")), "what was written to be looked for is taken away"

@@ -79,7 +79,7 @@ def test_a_store_of_embeddings_holds_unit_rows_and_leaves_out_what_was_not_encod
     store = RowStore.create(tmp_path, recipe_digest="0" * 64, ids=ids, dim=32, spec={}, shard_rows=3)
     work = EmbeddingWork(lambda: model, dim=32, pad_id=0)()
     for shard in reversed(store.missing()):
-        store.put(shard, work(encoded.part(store.shards[shard]))[0])
+        store.keep(shard, work(encoded.part(store.shards[shard])).tensors)
     assert not store.missing()
     assert store.codes.tolist() == [0, 0, 0, NO_TOKEN, 0, 0, 0]
     expected = torch.stack([naive(model, row) for row in given]).float()

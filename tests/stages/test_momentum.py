@@ -13,6 +13,7 @@ from gradsift.config import GradientSettings
 from gradsift.model.checkpoints import read_adam_state
 from gradsift.model.layers import tracked_modules
 from gradsift.stages.pipeline import Pipeline
+from gradsift.stages.rows import gradients, recipe
 from gradsift.store.artifact import Artifact
 from tests.conftest import SETTINGS
 from tests.gradients.parts import one_by_one
@@ -47,7 +48,7 @@ def naive(pipeline: Pipeline, checkpoint: int, form: str, rows: range) -> torch.
 def test_stored_rows_are_the_plain_loops(form: Any, pool_file: Path, model_folder: Path, tmp_path: Path) -> None:
     given = common(tmp_path / "run", pool_file, model_folder, adam_form=form, adam_momentum=False)
     with opened(**given) as pipeline:
-        rows = pipeline.rows("pool", 1, "adam")
+        rows = gradients(pipeline, "pool", 1, "adam")
         wanted = naive(pipeline, 1, form, range(12))
         made = Artifact.load(rows.path)
     assert made is not None and made.recipe["config"]["adam_momentum"] is False
@@ -60,10 +61,10 @@ def test_rows_without_momentum_share_less_and_runs_before_the_choice_are_read_as
     cosines = {}
     for momentum in (True, False):
         with opened(**common(tmp_path / f"{momentum}", pool_file, model_folder, adam_momentum=momentum)) as pipeline:
-            artifact = Artifact.load(pipeline.rows("pool", 2, "adam").path)
+            artifact = Artifact.load(gradients(pipeline, "pool", 2, "adam").path)
             assert artifact is not None
             cosines[momentum] = artifact.manifest["extra"]["mean_pairwise_cosine"]
-            plain = pipeline.gradients_recipe("pool", 2, "none")
+            plain = recipe(pipeline, "pool", 2, "none")
         assert not any(name.startswith("adam_") for name in plain.config)
     assert cosines[False] < cosines[True]
     assert "adam_momentum" not in GradientSettings().canonical()

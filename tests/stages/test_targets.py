@@ -11,7 +11,8 @@ import gradsift
 from gradsift import methods
 from gradsift.commands.session import opened
 from gradsift.errors import DataError
-from gradsift.stages.pipeline import Pipeline
+from gradsift.stages import rows as stored
+from gradsift.stages.context import Context
 from gradsift.store.rows import RowStore
 from gradsift.store.run import Run
 from tests.conftest import SETTINGS, rows, write_rows
@@ -66,10 +67,10 @@ def test_a_group_whose_gradients_are_unusable_is_named(
 ) -> None:
     items = [{**item, "kind": "law" if i == 5 else "rest"} for i, item in enumerate(rows(20, seed=4))]
     common = given(tmp_path / "run", pool_file, write_rows(tmp_path / "dev.jsonl", items), model_folder)
-    real = Pipeline.rows
+    real = stored.gradients
 
-    def with_a_zero_row(self: Pipeline, side: str, checkpoint: int, *rest: Any) -> RowStore:
-        store = real(self, side, checkpoint, *rest)
+    def with_a_zero_row(context: Context, side: str, checkpoint: int, *rest: Any) -> RowStore:
+        store = real(context, side, checkpoint, *rest)
         if side == "pool":
             return store
         values = store[0:20].float()
@@ -81,7 +82,7 @@ def test_a_group_whose_gradients_are_unusable_is_named(
             copy.write(0, values, norms=store.norms, losses=store.losses, tokens=store.tokens)
         return copy
 
-    monkeypatch.setattr(Pipeline, "rows", with_a_zero_row)
+    monkeypatch.setattr(stored, "gradients", with_a_zero_row)
     with (
         opened(**common, target_group="kind") as pipeline,
         pytest.raises(DataError, match=r"dev\.jsonl:6: no row of the target group 'law' can be used; .*gradient is zero"),

@@ -152,7 +152,7 @@ def test_a_shard_of_a_store_and_a_part_carry_it(tmp_path: Path) -> None:
     one = torch.ones(1)
     packed = pack(torch.ones(1, 4), norms=one, losses=one, tokens=one.int())
     for shard, gpu in enumerate(("", "H200")):
-        store.put(shard, packed, provenance.made_on(gpu))
+        store.keep(shard, packed, provenance.made_on(gpu))
     metas = []
     for path in sorted((tmp_path / "s").glob("rows-*")):
         with TensorFile(path) as file:

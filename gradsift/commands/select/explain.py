@@ -14,27 +14,24 @@ from gradsift import methods, report
 from gradsift.commands.budget import Budget
 from gradsift.commands.select.constraints import Screen
 from gradsift.compute import machine
+from gradsift.data.pool import Pool
 from gradsift.data.records import Dropped
-from gradsift.gradients.objectives import Loss
-from gradsift.report.agreement import matrix, spearman
-from gradsift.signals.influence import backend, pool_transform, through_curvature
-from gradsift.stages.curvature import curvature_recipe
-from gradsift.stages.pipeline import Pipeline
-from gradsift.stages.recipe import Recipe, Timing
-from gradsift.store import provenance
-from gradsift.store.artifact import Artifact
-from gradsift.store.rows import RowStore
-from gradsift.types import Selector, Signal, Subset
+from gradsift.report.agreement import spearman
+from gradsift.stages.evidence import Evidence
+from gradsift.stages.recipe import Timing
+from gradsift.types import Selector, Subset
 
 SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A subset of the pool (indices and per-row notes over all n pool rows) with what it came from. `screen`: the rows it could choose; `made_of`:
-    the stages it was made of."""
+    """A subset of the pool (indices and per-row notes over all n pool rows) with what it came from. `screen`: the rows it could choose;
+    `evidence`: what the stages saw that it was made of."""
 
-    pipeline: Pipeline
+    pool: Pool
+    target: Pool | None
+    evidence: Evidence
     method: str
     selector: Selector
     subset: Subset
@@ -42,11 +39,10 @@ class Chosen:
     seed: int
     screen: Screen
     budget: Budget
-    made_of: Sequence[Recipe] = ()
 
     @property
     def n(self) -> int:
-        return len(self.pipeline.sides["pool"])
+        return len(self.pool)
 
     @cached_property
     def kept(self) -> np.ndarray:
@@ -55,7 +51,7 @@ class Chosen:
 
     def left_out(self) -> list[Dropped]:
         """The rows that were not to be chosen, as lines of dropped.jsonl."""
-        pool = self.pipeline.sides["pool"]
+        pool = self.pool
         found = []
         for row, (code, what) in sorted(self.screen.reasons.items()):
             file, _, line = pool.place(row).rpartition(":")
@@ -73,26 +69,6 @@ class Chosen:
         """[n], what the method ranked rows by, where it says."""
         found = self.subset.notes.get("score")
         return None if found is None else np.asarray(found, dtype=np.float64)
-
-    @cached_property
-    def norms(self) -> np.ndarray | None:
-        """[n] gradient norms at the last checkpoint, where the method read gradients."""
-        return None if self._rows is None else self._rows.norms.numpy()
-
-    @cached_property
-    def losses(self) -> np.ndarray | None:
-        if any(signal.name == "loss" for signal in self.selector.needs()):
-            return self.pipeline.loss().numpy()
-        return None if self._rows is None else self._rows.losses.numpy()
-
-    @cached_property
-    def _rows(self) -> RowStore | None:
-        """The stored rows of the pool that the method read, at the last checkpoint."""
-        for signal in sorted(self.selector.needs(), key=repr):
-            if reads_stored_rows(signal):
-                loss: Loss = backend(str(signal.backend)).loss if signal.name == "influence" else "cross-entropy"
-                return self.pipeline.rows("pool", self.pipeline.checkpoint_count - 1, pool_transform(signal), loss)
-        return None
 
     def why(self, row: int) -> str:
         """One line on a pool row: what the method saw in it."""
@@ -112,10 +88,10 @@ class Chosen:
     def columns(self) -> dict[str, Sequence[Any]]:
         """Columns of scores.parquet over all pool rows, besides rank, gain and weight; what is unknown is left out."""
         subset = self.subset
-        found: dict[str, Any] = {"tokens": self.pipeline.encoded("pool").supervised}
+        found: dict[str, Any] = {"tokens": self.evidence.supervised}
         found["score"], found["influence"] = self.score, subset.notes.get("influence")
         found["cluster"] = subset.notes.get("cluster")
-        found["norm"], found["loss"] = self.norms, self.losses
+        found["norm"], found["loss"] = self.evidence.norms, self.evidence.losses
         found["why"] = [self.why(i) if self.picked[i] else None for i in range(self.n)]
         return {name: column for name, column in found.items() if column is not None}
 
@@ -129,18 +105,15 @@ class Chosen:
             found.append(f"{overlap} target rows stand in the pool word for word")
         if "note" in self.subset.notes:
             found.append(str(self.subset.notes["note"]))
-        for recipe in self.made_of:
-            if (made := self.pipeline.stored(recipe)) is not None:
-                found += provenance.warnings(made.path.name, made.manifest["extra"])
-        return found
+        return [*found, *self.evidence.warnings]
 
     def overlap(self) -> int:
         """Target rows whose messages are those of a pool row."""
-        target = self.pipeline.sides.get("target")
+        target = self.target
         if target is None:
             return 0
         wanted = {example.messages for example in target if example.messages}
-        return len(wanted & {example.messages for example in self.pipeline.sides["pool"]}) if wanted else 0
+        return len(wanted & {example.messages for example in self.pool}) if wanted else 0
 
 
 def _cut(chosen: Chosen) -> float | None:
@@ -159,10 +132,10 @@ def _least(gains: np.ndarray) -> float | None:
     return float(known.min()) if len(known) else None
 
 
-def report_data(chosen: Chosen, timings: Sequence[Timing], artifact: Artifact) -> report.ReportData:
-    """The report of a selection whose rows `artifact` holds."""
-    pool, subset = chosen.pipeline.sides["pool"], chosen.subset
-    tokens = chosen.pipeline.encoded("pool").supervised.astype(np.float64)
+def report_data(chosen: Chosen, timings: Sequence[Timing], command: str, agreement: report.Table | None) -> report.ReportData:
+    """The report of a selection. `timings`: of its stages; `command`: makes it again; `agreement`: with other selections of the run."""
+    pool, subset = chosen.pool, chosen.subset
+    tokens = chosen.evidence.supervised.astype(np.float64)
     cut = _cut(chosen)
     scores = None if chosen.score is None else report.histogram(chosen.score, chosen.picked, label=f"{chosen.method} score", cut=cut)
     best, borderline, worst = _ends(chosen)
@@ -179,7 +152,7 @@ def report_data(chosen: Chosen, timings: Sequence[Timing], artifact: Artifact) -
         borderline=tuple(borderline),
         worst=tuple(worst),
         coverage=_coverage(chosen),
-        agreement=matrix(chosen.pipeline.run, artifact),
+        agreement=agreement,
         timings=tuple(
             report.Timing(
                 stage=t.stage, seconds=t.seconds, peak_bytes=t.peak_bytes, digest=t.digest[:12], state="reused" if t.reused else "computed"
@@ -187,8 +160,8 @@ def report_data(chosen: Chosen, timings: Sequence[Timing], artifact: Artifact) -
             for t in timings
         ),
         reproduce=report.Reproduce(
-            command=chosen.pipeline.run.commands[-1],
-            seeds={"selection": chosen.seed, **_seeds(chosen)},
+            command=command,
+            seeds={"selection": chosen.seed, **chosen.evidence.seeds},
             versions=machine.versions(),
             digests={"pool": pool.digest, **{t.stage: t.digest for t in timings}},
         ),
@@ -199,13 +172,8 @@ def _first_sentence(selector: Selector) -> str:
     return (inspect.getdoc(type(selector)) or "").split("\n\n")[0].replace("\n", " ")
 
 
-def _seeds(chosen: Chosen) -> dict[str, int]:
-    config = chosen.pipeline.config
-    return {"warm-up": config.warmup.seed, "adapter": config.warmup.lora.seed, "projection": config.gradients.seed}
-
-
 def _verdict(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
-    read, picked = chosen.pipeline.sides["pool"].funnel["read"], chosen.picked
+    read, picked = chosen.pool.funnel["read"], chosen.picked
     share = tokens[picked].sum() / max(tokens[chosen.kept].sum(), 1)
     lines = [
         report.Verdict(text=f"Selected {picked.sum():,} of {read:,} rows ({100 * picked.sum() / read:.1f} %) with {chosen.method}."),
@@ -221,14 +189,14 @@ def _verdict(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
         if np.isfinite(rho):
             level = "warn" if abs(rho) > 0.5 and chosen.method != "length" else "note"
             lines.append(report.Verdict(text=f"Rank correlation of score and answer length: {rho:+.2f}.", level=level))
-    if chosen.score is not None and chosen.norms is not None:
-        rho = spearman(chosen.score[chosen.kept], chosen.norms[chosen.kept])
+    if chosen.score is not None and chosen.evidence.norms is not None:
+        rho = spearman(chosen.score[chosen.kept], chosen.evidence.norms[chosen.kept])
         if np.isfinite(rho):
             lines.append(report.Verdict(text=f"Rank correlation of score and gradient norm: {rho:+.2f}."))
-    if chosen.norms is not None:
-        rho = spearman(chosen.norms[chosen.kept], tokens[chosen.kept])
+    if chosen.evidence.norms is not None:
+        rho = spearman(chosen.evidence.norms[chosen.kept], tokens[chosen.kept])
         lines.append(report.Verdict(text=f"Rank correlation of gradient norm and answer length: {rho:+.2f}."))
-        cosine = _mean_cosine(chosen)
+        cosine = chosen.evidence.mean_cosine
         if cosine is not None:
             text = f"Mean pairwise cosine of the stored rows: {cosine:.2f}"
             text += " (a large component is shared by all rows; differences between them are what is left)." if cosine > 0.5 else "."
@@ -237,31 +205,23 @@ def _verdict(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
     return lines
 
 
-def reads_stored_rows(signal: Signal) -> bool:
-    return signal.side == "pool" and (signal.name == "rows" or (signal.name == "influence" and not through_curvature(signal)))
-
-
 def _influence_lines(chosen: Chosen) -> list[str]:
     """What curvature did, and how many rows help every target row, where the method says so."""
     lines, notes = [], chosen.subset.notes
-    for signal in sorted(chosen.selector.needs(), key=repr):
-        made = chosen.pipeline.stored(chosen.pipeline.influence_recipe(signal)) if through_curvature(signal) else None
-        if made is not None:
-            ratio = made.manifest["extra"]["damping_to_mean_eigenvalue"]
-            fitted = chosen.pipeline.stored(curvature_recipe(chosen.pipeline, signal))
-            if fitted is not None:
-                lines.append(f"The curvature was fitted on {fitted.manifest['counts']['rows']:,} rows of the pool.")
+    for curvature in chosen.evidence.curvature:
+        ratio, agreement = curvature.damping, curvature.agreement
+        if curvature.rows is not None:
+            lines.append(f"The curvature was fitted on {curvature.rows:,} rows of the pool.")
+        lines.append(
+            f"Damping over mean eigenvalue of the curvature: {ratio['least']:.2g} to {ratio['most']:.2g} (median {ratio['median']:.2g}); "
+            "far above 1 the curvature hardly matters and scores are plain products of gradients."
+        )
+        if agreement is not None:
             lines.append(
-                f"Damping over mean eigenvalue of the curvature: {ratio['least']:.2g} to {ratio['most']:.2g} (median {ratio['median']:.2g}); "
-                "far above 1 the curvature hardly matters and scores are plain products of gradients."
+                f"The target's gradients are kept at rank {curvature.rank}; their scores order {agreement['rows']} rows of the "
+                f"pool as whole ones do to a Spearman correlation of {agreement['mean']:.3f} (least of {agreement['targets']} targets: "
+                f"{agreement['least']:.3f})."
             )
-            agreement = made.manifest["extra"].get("rank_agreement")
-            if agreement is not None:
-                lines.append(
-                    f"The target's gradients are kept at rank {made.manifest['extra']['rank']}; their scores order {agreement['rows']} rows of the "
-                    f"pool as whole ones do to a Spearman correlation of {agreement['mean']:.3f} (least of {agreement['targets']} targets: "
-                    f"{agreement['least']:.3f})."
-                )
     if "neighbour_recall" in notes:
         lines.append(f"The graph holds {100 * notes['neighbour_recall']:.2f} % of the true nearest neighbours (a sample of rows).")
     if "helps_every_target" in notes:
@@ -277,29 +237,14 @@ def _constraint_lines(chosen: Chosen) -> list[str]:
     if len(chosen.screen.included):
         lines.append(f"{len(chosen.screen.included):,} rows are there because --include-ids names them; they have no gain.")
     if chosen.budget.unit != "rows":
-        encoded = chosen.pipeline.encoded("pool")
-        cost = encoded.lengths if chosen.budget.unit == "tokens" else encoded.supervised
+        cost = chosen.evidence.lengths if chosen.budget.unit == "tokens" else chosen.evidence.supervised
         kind = "tokens, prompts included," if chosen.budget.unit == "tokens" else "supervised tokens"
         lines.append(f"The budget of {chosen.budget.text} is met with {int(cost[chosen.picked].sum()):,} {kind} of the encoded rows.")
     return lines
 
 
-def _stored(chosen: Chosen, key: str) -> Any:
-    """A field that the gradient stages of this selection's last checkpoint noted in their manifest."""
-    recipes = [recipe for recipe in chosen.pipeline.recipes(chosen.selector.needs()) if recipe.stage == "gradients"]
-    of_pool = [recipe.digest for recipe in recipes if recipe.inputs["rows"] == chosen.pipeline.encode_recipe("pool").digest]
-    for artifact in chosen.pipeline.run.artifacts():
-        if of_pool and artifact.digest == of_pool[-1] and artifact.complete:
-            return artifact.manifest.get("extra", {}).get(key)
-    return None
-
-
-def _mean_cosine(chosen: Chosen) -> float | None:
-    return _stored(chosen, "mean_pairwise_cosine")
-
-
 def _coverage(chosen: Chosen) -> report.Table | None:
-    found = _stored(chosen, "coverage")
+    found = chosen.evidence.coverage
     if not found:
         return None
     rows = [
@@ -324,7 +269,7 @@ def _coverage(chosen: Chosen) -> report.Table | None:
 
 
 def _funnel(chosen: Chosen) -> list[report.Step]:
-    pool = chosen.pipeline.sides["pool"]
+    pool = chosen.pool
     steps = [report.Step(name=name, count=count) for name, count in pool.funnel.items() if count or name in ("read", "usable")]
     reasons = chosen.screen.counts()
     steps.append(report.Step(name="encoded and with a usable signal", count=len(chosen.kept) + sum(reasons.values())))
@@ -333,7 +278,7 @@ def _funnel(chosen: Chosen) -> list[report.Step]:
 
 
 def _groups(chosen: Chosen, tokens: np.ndarray) -> list[report.Group]:
-    names, codes = np.unique(np.asarray(list(chosen.pipeline.sides["pool"].groups), dtype=object).astype(str), return_inverse=True)
+    names, codes = np.unique(np.asarray(list(chosen.pool.groups), dtype=object).astype(str), return_inverse=True)
     count = len(names)
     every, some = np.bincount(codes, minlength=count), np.bincount(codes[chosen.picked], minlength=count)
     mass = np.bincount(codes, tokens, minlength=count)
@@ -377,7 +322,7 @@ def _ends(chosen: Chosen) -> tuple[list[report.Row], list[report.Row], list[repo
 
 
 def _card(chosen: Chosen, row: int) -> report.Row:
-    pool, subset = chosen.pipeline.sides["pool"], chosen.subset
+    pool, subset = chosen.pool, chosen.subset
     where = np.flatnonzero(np.asarray(subset.indices) == row)
     rank = int(where[0]) if len(where) else None
     gain = float(subset.gains[rank]) if rank is not None and subset.gains is not None else None
@@ -388,6 +333,6 @@ def _card(chosen: Chosen, row: int) -> report.Row:
         rank=None if rank is None else rank + 1,
         gain=gain,
         influence=None if influence is None else float(influence[row]),
-        tokens=int(chosen.pipeline.encoded("pool").supervised[row]),
+        tokens=int(chosen.evidence.supervised[row]),
         why=chosen.why(row),
     )

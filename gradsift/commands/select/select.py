@@ -21,6 +21,7 @@ from gradsift.commands.session import as_list, check_budget, check_out, check_ta
 from gradsift.compute.progress import Progress, silent
 from gradsift.config import Config
 from gradsift.report import write_report
+from gradsift.report.agreement import matrix
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe, Timing
 from gradsift.store.artifact import Artifact
@@ -151,9 +152,10 @@ def select_in(
         left = screen(limits, pool, signals, kept)
         subset = choose(selector, signals, left, kept, limits, wanted, read=read, lengths=lengths, seed=seed, allow_short=allow_short)
         asked = wanted.rows(read) if wanted.unit == "rows" else len(subset)
-        _write(
-            artifact, Chosen(pipeline, method, selector, spread(subset, kept, len(pool)), asked, seed, left, wanted, recipes), add_scores
-        )
+        evidence = pipeline.evidence(needs, recipes)
+        whole = over_pool(subset, kept, len(pool))
+        target = pipeline.sides.get("target")
+        _write(pipeline, artifact, Chosen(pool, target, evidence, method, selector, whole, asked, seed, left, wanted), add_scores)
 
     chosen = select_recipe(pipeline, method, selector, wanted, limits, seed, add_scores)
     if pipeline.stored(chosen) and any(pipeline.unfinished(recipe) for recipe in recipes):
@@ -187,7 +189,7 @@ def select_recipe(
     return Recipe("select", config, {f"{i:02d}-{recipe.stage}": recipe.digest for i, recipe in enumerate(recipes)})
 
 
-def spread(subset: Subset, kept: np.ndarray, n: int) -> Subset:
+def over_pool(subset: Subset, kept: np.ndarray, n: int) -> Subset:
     """A subset of the usable rows as a subset of the pool: indices mapped, per-row columns padded (NaN, -1 or None where not usable)."""
     notes = {}
     for name, value in subset.notes.items():
@@ -202,9 +204,8 @@ def spread(subset: Subset, kept: np.ndarray, n: int) -> Subset:
     return replace(subset, indices=kept[np.asarray(subset.indices, dtype=np.int64)], notes=notes)
 
 
-def _write(artifact: Artifact, chosen: Chosen, add_scores: bool) -> None:
-    subset, pool = chosen.subset, chosen.pipeline.sides["pool"]
-    config = chosen.pipeline.config
+def _write(pipeline: Pipeline, artifact: Artifact, chosen: Chosen, add_scores: bool) -> None:
+    subset, pool, config = chosen.subset, chosen.pool, pipeline.config
     written = outputs.write_outputs(
         artifact.path,
         pool,
@@ -214,7 +215,7 @@ def _write(artifact: Artifact, chosen: Chosen, add_scores: bool) -> None:
         model=config.model.name,
         max_length=config.encode.max_length,
         template=config.encode.template,
-        say=chosen.pipeline.progress.note,
+        say=pipeline.progress.note,
         left_out=chosen.left_out(),
     )
     tensors = {"indices": torch.as_tensor(np.asarray(subset.indices))}
@@ -224,7 +225,10 @@ def _write(artifact: Artifact, chosen: Chosen, add_scores: bool) -> None:
     files = {path.relative_to(artifact.path).as_posix(): file_hash(path) for path in written}
     files["subset.safetensors"] = write_tensors(artifact.path / "subset.safetensors", tensors, {"recipe": artifact.digest})
     # The report is not hashed: it shows clocks, and `gradsift report` may write it anew.
-    write_report(report_data(chosen, chosen.pipeline.timings, artifact), artifact.path)
+    for fault in pipeline.run.trusted()[1]:
+        pipeline.progress.note(f"not needed and not read: {fault}")
+    agreement = matrix(pipeline.run, artifact)
+    write_report(report_data(chosen, pipeline.timings, pipeline.run.commands[-1], agreement), artifact.path)
     numbers = {name: value for name, value in subset.notes.items() if isinstance(value, (int, float))}
     counts = {"selected": len(subset), "asked": chosen.asked, "read": pool.funnel["read"]}
     artifact.finish(files=files, counts=counts, extra={"warnings": chosen.warnings(), "notes": numbers})
