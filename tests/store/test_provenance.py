@@ -53,11 +53,11 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Batches of more than 100 tokens do not fit; what was tried."""
     tried, run = [], Capture.run
 
-    def refuse(self: Capture, rows: Any) -> Any:
+    def refuse(self: Capture, rows: Any, *given: Any) -> Any:
         tried.append(sum(len(row[0]) for row in rows))
         if tried[-1] > 100 and len(rows) > 1:
             raise MemoryError
-        return run(self, rows)
+        return run(self, rows, *given)
 
     monkeypatch.setattr(Capture, "run", refuse)
     return tried

@@ -25,7 +25,7 @@ from gradsift.errors import ConfigError, DataError, IntegrityError, MismatchErro
 from gradsift.gradients.passes import Modules
 from gradsift.signals.curvature.fitted import SCHEMA, Curvature
 from gradsift.signals.curvature.kfac import add_gram, add_second_moments, eigenbasis, symmetrise
-from gradsift.signals.curvature.passes import Layer, Row, Visit, Walk, row, uniforms
+from gradsift.signals.curvature.passes import CurvaturePass, Layer, PassRow, Visit, pass_row, uniforms
 from gradsift.store import provenance
 from gradsift.store.atomic import make_folder, read_json, remove_leftovers, write_atomic
 from gradsift.store.canonical import canonical_json, differences, recipe_digest
@@ -108,8 +108,8 @@ class Fitting:
         _check(form=(form, get_args(Form)), labels=(labels, get_args(Labels)), accumulate=(accumulate, ("float32", "float64")))
         if token_budget < 1 or shard_rows < 1:
             raise ConfigError(f"token_budget {token_budget}, shard_rows {shard_rows}", remedy="Both are at least 1.")
-        self.walk, self.encoded, self.form, self.labels, self.seed = Walk(model, modules), encoded, form, labels, seed
-        self.whole = Walk(model, modules, whole=True)
+        self.passes, self.encoded, self.form, self.labels, self.seed = CurvaturePass(model, modules), encoded, form, labels, seed
+        self.whole = CurvaturePass(model, modules, whole=True)
         self.token_budget, self.correct, self.dtype = token_budget, correct, getattr(torch, accumulate)
         self.progress = progress or Silent()
         self.keys = None if ids is None else [xxhash.xxh3_64_intdigest(i.encode()) for i in ids]
@@ -122,7 +122,7 @@ class Fitting:
         self.lengths = lengths
         n = len(encoded)
         self.shards = [range(a, min(a + shard_rows, n)) for a in range(0, n, shard_rows)]
-        layers = {n: {"shape": list(la.shape), "transposed": la.transposed, "group": la.group} for n, la in self.walk.layers.items()}
+        layers = {n: {"shape": list(la.shape), "transposed": la.transposed, "group": la.group} for n, la in self.passes.layers.items()}
         self.spec: dict[str, Any] = {
             "schema": SCHEMA, "form": form, "labels": labels, "correct": correct, "seed": seed, "token_budget": token_budget,
             "shard_rows": shard_rows, "accumulate": accumulate, "identity": identity, "rows": int((lengths > 0).sum()),
@@ -170,43 +170,43 @@ class Fitting:
 
     def sum_factors(self, shard: int) -> dict[str, Tensor]:
         """What `factors` keeps, computed here."""
-        walk = self.whole
-        sums = {f"G/{name}": self._zeros(layer.outputs, layer.outputs) for name, layer in walk.layers.items()}
-        sums |= {f"A/{layer.group}": self._zeros(layer.inputs, layer.inputs) for layer in walk.layers.values()}
+        passes = self.whole
+        sums = {f"G/{name}": self._zeros(layer.outputs, layer.outputs) for name, layer in passes.layers.items()}
+        sums |= {f"A/{layer.group}": self._zeros(layer.inputs, layer.inputs) for layer in passes.layers.values()}
 
         def rows(a: Tensor) -> Tensor:
             return a.sum(1, dtype=self.dtype) if self.form == "reduce" else a.flatten(0, 1)
 
         def visit(layer: Layer, x: Tensor, d: Tensor, lengths: list[int]) -> None:
-            walk.once(layer, lambda: add_gram(sums[f"A/{layer.group}"], rows(walk.clean(x))))
+            passes.once(layer, lambda: add_gram(sums[f"A/{layer.group}"], rows(passes.clean(x))))
             add_gram(sums[f"G/{layer.name}"], rows(d))
 
-        failed = self._pass(walk, shard, sums, visit)
+        failed = self._pass(passes, shard, sums, visit)
         return {key: symmetrise(total).cpu() for key, total in sums.items()} | failed
 
     def sum_squares(self, shard: int, fitted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `eigenvalues` keeps, computed here with the tensors of `basis`."""
-        walk = self.walk
-        moved = {key: value.to(walk.device) for key, value in fitted.items() if key.startswith("U")}
-        sums = {name: self._zeros(*layer.shape) for name, layer in walk.layers.items()}
+        passes = self.passes
+        moved = {key: value.to(passes.device) for key, value in fitted.items() if key.startswith("U")}
+        sums = {name: self._zeros(*layer.shape) for name, layer in passes.layers.items()}
 
         def visit(layer: Layer, x: Tensor, d: Tensor, lengths: list[int]) -> None:
             inputs, outputs = moved[f"UA/{layer.group}"].to(x.dtype), moved[f"UG/{layer.name}"].to(x.dtype)
             tokens = sum(lengths) / len(lengths)
             # a side is rotated where that costs less: on the tokens before the product, or on the gradient after it
-            inputs_first, outputs_first = tokens <= layer.outputs * walk.sharing[layer.group], tokens <= layer.inputs
-            before = walk.once(layer, lambda: matmul.matmul(x, inputs)) if inputs_first else x
+            inputs_first, outputs_first = tokens <= layer.outputs * passes.sharing[layer.group], tokens <= layer.inputs
+            before = passes.once(layer, lambda: matmul.matmul(x, inputs)) if inputs_first else x
             left, right = layer.sides(before, matmul.matmul(d, outputs) if outputs_first else d)
             basis = layer.sides(None if inputs_first else inputs, None if outputs_first else outputs)
             add_second_moments(sums[layer.name], left, right, lengths, basis)
 
-        failed = self._pass(walk, shard, sums, visit)
+        failed = self._pass(passes, shard, sums, visit)
         return {f"values/{name}": total.cpu() for name, total in sums.items()} | failed
 
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.dtype, device=self.walk.device)
+        return torch.zeros(shape, dtype=self.dtype, device=self.passes.device)
 
-    def _pass(self, walk: Walk, shard: int, sums: Mapping[str, Tensor], visit: Visit) -> dict[str, Tensor]:
+    def _pass(self, passes: CurvaturePass, shard: int, sums: Mapping[str, Tensor], visit: Visit) -> dict[str, Tensor]:
         """Fills the sums of a shard; returns what memory had no room for: rows under `_FAILED`, halved batches under `_HALVINGS`."""
         part = self.shards[shard]
         draw = self._draw if self.labels == "sampled" else None
@@ -215,9 +215,9 @@ class Fitting:
         tried, advanced, failed = [0, 0], set[int](), set[int]()  # begun, finished
 
         def work(batch: np.ndarray) -> Tensor:
-            rows = [row(self.encoded, int(i), int(self.lengths[i])) for i in batch]
+            rows = [pass_row(self.encoded, int(i), int(self.lengths[i])) for i in batch]
             tried[0] += 1
-            losses = walk.show(rows, visit, draw)
+            losses = passes.show(rows, visit, draw)
             bad = [r.index for r, fine in zip(rows, torch.isfinite(losses).tolist(), strict=True) if not fine]
             if bad:
                 remedy = "Leave the row out of the fit, or load the model in float32."
@@ -241,7 +241,7 @@ class Fitting:
             for total in sums.values():
                 total.zero_()
 
-    def _draw(self, row: Row) -> np.ndarray:
+    def _draw(self, row: PassRow) -> np.ndarray:
         key = row.index if self.keys is None else self.keys[row.index]
         return uniforms(self.seed, key, int((row.targets >= 0).sum()))
 
@@ -258,7 +258,7 @@ class Fitting:
             return there
         tensors = dict(make())
         halvings = int(tensors.pop(_HALVINGS, 0))
-        on = provenance.made_on(machine.gpu_kind([str(self.walk.device)])) if on is None else on
+        on = provenance.made_on(machine.gpu_kind([str(self.passes.device)])) if on is None else on
         write_tensors(self.store / f"{name}.safetensors", tensors, {**on, **provenance.made_on("", halvings), **self._meta(name, meta)})
         return tensors
 
@@ -312,7 +312,7 @@ class Fitting:
     def _decompose(self, parts: Sequence[Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for key, total in self._total(parts):
-            factor = (total / count).to(self.walk.device)
+            factor = (total / count).to(self.passes.device)
             kind, name = key.split("/", 1)
             try:
                 vectors, values = eigenbasis(factor)
