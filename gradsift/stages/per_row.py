@@ -128,6 +128,6 @@ def _difficulty(pipeline: Pipeline, fields: Sequence[str]) -> Tensor:
             advance=Stopping(pipeline.progress).advance,
         )
     pipeline.progress.done()
-    found = difficulty.difficulty(net, learned_from)
+    found = difficulty.learned_difficulty(net, learned_from)
     found[torch.as_tensor(encoded.codes != 0) if isinstance(learned_from, Tensor) else ~learned_from.usable] = torch.nan
     return found
