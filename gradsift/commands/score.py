@@ -19,6 +19,7 @@ from gradsift.compute.progress import Progress
 from gradsift.compute.stopping import stop_here
 from gradsift.errors import UnknownName, UserError
 from gradsift.rules import topk
+from gradsift.rules.blocks import BLOCK
 from gradsift.signals.influence import backend as backend_of
 from gradsift.signals.influence import through_curvature
 from gradsift.stages import curvature, influence
@@ -32,7 +33,6 @@ from gradsift.types import Signal
 Columns = Literal["rows", "groups"]
 FILE = "scores.parquet"
 PREFIX = "score:"  # of a column's name, so that no id or group of the user's is mistaken for the columns id and group
-BLOCK = 2048
 _GROUP_BYTES = 64 << 20  # of numbers in a row group of the file
 
 

@@ -37,7 +37,7 @@ from gradsift.stages import checks, curvature, influence, per_row, tuned
 from gradsift.stages.checks import check_quarantine
 from gradsift.stages.context import Stages
 from gradsift.stages.recipe import Recipe, named
-from gradsift.stages.rows import Scaled, adam_transform, fill_mean, mean_pairwise_cosine
+from gradsift.stages.rows import adam_transform, fill_mean, mean_pairwise_cosine
 from gradsift.stages.work import EmbeddingWork, GradientWork, ModelSource, nothing
 from gradsift.store.artifact import Artifact
 from gradsift.store.provenance import made_on
@@ -397,7 +397,7 @@ class Pipeline(Stages):
             return store, store.usable
         if signal.checkpoints == "mean":
             mean = self.mean_rows(signal.side, signal.transform)
-            return Scaled(mean), mean.usable
+            return mean.raw(), mean.usable
         stores = [self.rows(signal.side, c, signal.transform) for c in self.used_checkpoints(signal)]
         good = torch.stack([store.usable for store in stores]).all(dim=0)
         return stores if signal.checkpoints == "each" else stores[-1], good

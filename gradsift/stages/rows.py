@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradsift.gradients.adam import Adam
 from gradsift.model.checkpoints import read_adam_state
@@ -23,16 +23,6 @@ def adam_transform(
     state = read_adam_state(checkpoint, base=base, force=force)
     betas = state.betas if momentum else (0.0, state.betas[1])
     return Adam(state.m, state.v, state.step, betas, state.eps, form=form)
-
-
-class Scaled:
-    """Stored unit rows times their norms: the rows as they were before the store normalised them."""
-
-    def __init__(self, store: RowStore) -> None:
-        self.store, self.shape = store, store.shape
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        return self.store[rows].float() * self.store.scales[rows, None]
 
 
 def fill_mean(mean: RowStore, stores: Sequence[RowStore], weights: Sequence[float]) -> None:
