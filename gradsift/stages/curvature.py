@@ -5,7 +5,6 @@ Nothing is projected: the target's gradients are preconditioned and held, the po
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from gradsift.stages.recipe import Recipe
 from gradsift.stages.work import FittingWork, ScoreWork
 from gradsift.store.artifact import Artifact
 from gradsift.store.canonical import recipe_digest
-from gradsift.store.partial import FOLDER, Parts
+from gradsift.store.partial import FOLDER, Partial, Pieces
 from gradsift.store.provenance import made_on
 from gradsift.store.tensors import write_tensors
 from gradsift.types import Signal
@@ -77,7 +76,8 @@ def curvature(pipeline: Pipeline, signal: Signal) -> Curvature:
         about = {name: chosen[name] for name in ("form", "labels", "correct", "seed")}
         about |= {"modules": pipeline.modules, "token_budget": gradients.token_budget, "shard_rows": gradients.shard_rows}
         about |= {"ids": [ids[i] for i in rows], "identity": artifact.digest}
-        fitting = Fitting(model, taken, store=artifact.path / FOLDER, progress=Stopping(pipeline.progress), **about)
+        pieces = Pieces(artifact.path / FOLDER)
+        fitting = Fitting(model, taken, store=pieces, progress=Stopping(pipeline.progress), **about)
         if pipeline.executor.remote:
             _spread(pipeline, fitting, FittingWork(pipeline.lend(model, at), taken, about))
         fitted = fitting.result()
@@ -88,7 +88,7 @@ def curvature(pipeline: Pipeline, signal: Signal) -> Curvature:
         hash_ = fitted.save(artifact.path / "curvature.safetensors")
         counts = {"rows": count - len(fitting.left_out), "parameters": len(fitted.names)}
         artifact.finish(files={"curvature.safetensors": hash_}, counts=counts, extra=fitting.made())
-        shutil.rmtree(artifact.path / FOLDER)
+        pieces.remove()
 
     return Curvature.load(pipeline.make(recipe, fill).path / "curvature.safetensors")
 
@@ -135,7 +135,7 @@ def _score(pipeline: Pipeline, signal: Signal, artifact: Artifact) -> None:
     )
     agreement = _agreement(model, pool, rows, targets, inverse, target_batch=chosen["target_batch"], seed=chosen["seed"], **shared)
     # Target rows that did not fit in memory have no column, and another time they may fit.
-    parts = Parts(artifact, len(pool), gradients.shard_rows, {"targets": recipe_digest(targets.members)})
+    parts = Partial(artifact, len(pool), gradients.shard_rows, {"targets": recipe_digest(targets.members)})
     missing = parts.missing()
     tokens = sum(int(pool.lengths[parts.shards[shard]].sum()) for shard in missing)
     pipeline.progress.start(tokens, "tokens", f"influence on {len(targets)} targets, {signal.backend}")

@@ -20,7 +20,7 @@ from gradsift.stages.checks import check_values
 from gradsift.stages.recipe import Recipe
 from gradsift.stages.work import ScalarWork
 from gradsift.store.artifact import Artifact
-from gradsift.store.partial import FOLDER, Parts
+from gradsift.store.partial import FOLDER, Partial
 from gradsift.store.provenance import made_on
 from gradsift.store.tensors import write_tensors
 
@@ -79,9 +79,9 @@ def values(pipeline: Pipeline, name: str, fields: Sequence[str] = ()) -> Tensor:
 
 
 def _of_each(pipeline: Pipeline, name: str, artifact: Artifact) -> tuple[Tensor, dict[str, Any]]:
-    """What the base model alone says of each row ("loss", "ifd"), shard by shard: fp32 [n] for a loss, else fp64; and `Parts.about` it."""
+    """What the base model alone says of each row ("loss", "ifd"), shard by shard: fp32 [n] for a loss, else fp64; and `Partial.about` it."""
     encoded = pipeline.encoded("pool")
-    parts = Parts(artifact, len(encoded), pipeline.config.gradients.shard_rows)
+    parts = Partial(artifact, len(encoded), pipeline.config.gradients.shard_rows)
     missing = parts.missing()
     rows = [i for shard in missing for i in range(parts.shards[shard].start, parts.shards[shard].stop) if encoded.codes[i] == 0]
     tokens = int(encoded.lengths[rows].sum()) + (int(encoded.supervised[rows].sum()) + len(rows) if name == "ifd" else 0)

@@ -22,7 +22,7 @@ from gradsift.stages.checks import check_values
 from gradsift.stages.recipe import Recipe
 from gradsift.stages.work import ScalarWork
 from gradsift.store.artifact import Artifact
-from gradsift.store.partial import Parts
+from gradsift.store.partial import Partial
 from gradsift.store.provenance import made_on
 from gradsift.store.tensors import write_tensors
 from gradsift.types import Checkpoint
@@ -64,7 +64,7 @@ def steps_on(pipeline: Pipeline, group: str) -> int:
 
 def _fill(pipeline: Pipeline, group: str, artifact: Artifact) -> None:
     encoded = pipeline.encoded("pool")
-    parts = Parts(artifact, len(encoded), pipeline.config.gradients.shard_rows)
+    parts = Partial(artifact, len(encoded), pipeline.config.gradients.shard_rows)
     missing = parts.missing()
     if missing:
         rows = [i for shard in missing for i in range(parts.shards[shard].start, parts.shards[shard].stop) if encoded.codes[i] == 0]

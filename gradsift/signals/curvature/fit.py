@@ -6,9 +6,7 @@ number of workers makes the same bytes, and a run that was stopped resumes.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -21,18 +19,15 @@ from gradsift.compute.batches import count_tokens, plan_batches
 from gradsift.compute.cpu import matmul
 from gradsift.compute.memory import Halving
 from gradsift.compute.progress import Progress, Silent
-from gradsift.errors import ConfigError, DataError, IntegrityError, MismatchError, OutOfMemory
+from gradsift.errors import ConfigError, DataError, OutOfMemory
 from gradsift.gradients.passes import Modules
 from gradsift.signals.curvature.fitted import SCHEMA, Curvature
 from gradsift.signals.curvature.kfac import add_gram, add_second_moments, eigenbasis, symmetrise
 from gradsift.signals.curvature.passes import CurvaturePass, Layer, PassRow, Visit, pass_row, uniforms
 from gradsift.store import provenance
-from gradsift.store.atomic import make_folder, read_json, remove_leftovers, write_atomic
-from gradsift.store.canonical import canonical_json, differences, recipe_digest
-from gradsift.store.tensors import read_tensors, write_tensors
+from gradsift.store.canonical import recipe_digest
+from gradsift.store.partial import Pieces
 from gradsift.types import Encoded
-
-log = logging.getLogger("gradsift")
 
 Form = Literal["expand", "expand-sum", "reduce"]
 Labels = Literal["empirical", "sampled"]
@@ -50,7 +45,7 @@ def fit(
     correct: bool = True,
     seed: int = 0,
     token_budget: int = 1024,
-    store: Path | None = None,
+    store: Pieces | None = None,
     shard_rows: int = 2048,
     accumulate: Literal["float32", "float64"] = "float32",
     ids: Sequence[str] | None = None,
@@ -78,8 +73,9 @@ class Fitting:
     labels: "empirical", the given ones, or "sampled" from the model at the supervised positions, which makes it the true Fisher. Draws
       depend on (seed, row) alone, whatever the batches, and are the same in both passes. `ids` key the rows in place of their positions.
     correct: EK-FAC's eigenvalues: mean over rows of the squared elements of the row's gradient in the eigenbasis, its tokens together.
-    store: a folder for the shards' sums, to resume from and to share between workers; None keeps them in memory. `identity`: the caller's
-      digest of model and data, compared on resume beside the settings, a hash of the rows, and one of a sample of the weights.
+    store: keeps the shards' sums, to resume from; workers share them by a `Pieces` each of one folder. None keeps them in memory.
+      `identity`: the caller's digest of model and data, compared on resume beside the settings, a hash of the rows, and one of a sample of
+      the weights.
     accumulate: of the sums within a shard. Shards are added up in fp64.
 
     Raises ConfigError, UnknownName, DataError (no rows, a loss that is not finite), MismatchError naming the field that differs from the
@@ -98,7 +94,7 @@ class Fitting:
         correct: bool = True,
         seed: int = 0,
         token_budget: int = 1024,
-        store: Path | None = None,
+        store: Pieces | None = None,
         shard_rows: int = 2048,
         accumulate: Literal["float32", "float64"] = "float32",
         ids: Sequence[str] | None = None,
@@ -128,45 +124,39 @@ class Fitting:
             "shard_rows": shard_rows, "accumulate": accumulate, "identity": identity, "rows": int((lengths > 0).sum()),
             "tokens": int(lengths.sum()), "data": _data_digest(encoded, self.keys), "weights": _weights_digest(model), "layers": layers,
         }  # fmt: skip
-        self._kept: dict[str, dict[str, Tensor]] = {}
+        self._in_memory: dict[str, dict[str, Tensor]] = {}
         self._basis: dict[str, Tensor] | None = None
         self._basis_digest = ""
         self.left_out: set[int] = set()
         self._halving = Halving()
-        self.store = None if store is None else self._open(Path(store))
-
-    def _open(self, store: Path) -> Path:
-        make_folder(store)
-        remove_leftovers(store)
-        stored = read_json(store / HEADER)
-        if stored is None:
-            write_atomic(store / HEADER, canonical_json(self.spec))
-        else:
-            for what, theirs, ours in differences(stored, self.spec):
-                message = f"holds curvature fitted with {what} = {theirs!r}, not {ours!r}"
-                raise MismatchError(message, where=store, remedy="Choose another folder, or delete this one.")
-        return store
+        self.store = store
+        if store is not None:
+            store.claim(HEADER, self.spec, "curvature fitted")
 
     # --- the two passes
 
     def factors(self, shard: int, made: dict[str, Tensor] | None = None, on: Mapping[str, str] | None = None) -> dict[str, Tensor]:
         """The shard's sums "A/<group>" and "G/<name>", made or read; or `made`, which is kept: what `sum_factors` gave elsewhere. `on`: what
         `provenance.made_on` says of it."""
-        return self._stored(f"factors-{shard:05d}", lambda: made or self.sum_factors(shard), {}, on)
+        return self._kept(_piece("factors", shard), lambda: made or self.sum_factors(shard), {}, on)
 
     def eigenvalues(self, shard: int, made: dict[str, Tensor] | None = None, on: Mapping[str, str] | None = None) -> dict[str, Tensor]:
         """The shard's sums "values/<name>" of squared gradients in the eigenbasis, likewise. Needs the factors of every shard."""
         basis = self.basis()
-        return self._stored(f"eigenvalues-{shard:05d}", lambda: made or self.sum_squares(shard, basis), {"basis": self._basis_digest}, on)
+        meta = {"basis": self._basis_digest}
+        return self._kept(_piece("eigenvalues", shard), lambda: made or self.sum_squares(shard, basis), meta, on)
 
     def made(self) -> dict[str, Any]:
         """How the shards in the store were made, for a manifest: nothing of those made here on a CPU."""
-        return provenance.summary(sorted(self.store.glob("*s-*.safetensors"))) if self.store else {}  # of both passes, without the basis
+        if self.store is None:
+            return {}
+        passes = ("eigenvalues", "factors") if self.correct else ("factors",)  # without the basis
+        return self.store.made(_piece(name, shard) for name in passes for shard in range(len(self.shards)))
 
     def missing(self, name: Literal["factors", "eigenvalues"]) -> list[int]:
         """The shards whose sums the store does not hold."""
         meta = {"basis": (self.basis(), self._basis_digest)[1]} if name == "eigenvalues" else {}
-        return [shard for shard in range(len(self.shards)) if self._read(f"{name}-{shard:05d}", meta) is None]
+        return [shard for shard in range(len(self.shards)) if self._load(_piece(name, shard), meta) is None]
 
     def sum_factors(self, shard: int) -> dict[str, Tensor]:
         """What `factors` keeps, computed here."""
@@ -245,33 +235,24 @@ class Fitting:
         key = row.index if self.keys is None else self.keys[row.index]
         return uniforms(self.seed, key, int((row.targets >= 0).sum()))
 
-    # --- shards on disk, and their sum
+    # --- what is kept of the passes, and its sum
 
-    def _stored(
+    def _kept(
         self, name: str, make: Callable[[], dict[str, Tensor]], meta: Mapping[str, str], on: Mapping[str, str] | None = None
     ) -> dict[str, Tensor]:
-        if self.store is None:
-            if name not in self._kept:
-                self._kept[name] = {key: tensor for key, tensor in make().items() if key != _HALVINGS}
-            return self._kept[name]
-        if (there := self._read(name, meta)) is not None:
+        if (there := self._load(name, meta)) is not None:
             return there
         tensors = dict(make())
         halvings = int(tensors.pop(_HALVINGS, 0))
-        on = provenance.made_on(machine.gpu_kind([str(self.passes.device)])) if on is None else on
-        write_tensors(self.store / f"{name}.safetensors", tensors, {**on, **provenance.made_on("", halvings), **self._meta(name, meta)})
+        if self.store is None:
+            self._in_memory[name] = tensors
+        else:
+            on = provenance.made_on(machine.gpu_kind([str(self.passes.device)])) if on is None else on
+            self.store.save(name, tensors, self._meta(name, meta), {**on, **provenance.made_on("", halvings)})
         return tensors
 
-    def _read(self, name: str, meta: Mapping[str, str]) -> dict[str, Tensor] | None:
-        if self.store is None:
-            return self._kept.get(name)
-        path = self.store / f"{name}.safetensors"
-        try:
-            return read_tensors(path, expect=self._meta(name, meta))
-        except IntegrityError as error:
-            if path.exists():
-                log.warning("%s; it is made anew", error)
-            return None
+    def _load(self, name: str, meta: Mapping[str, str]) -> dict[str, Tensor] | None:
+        return self._in_memory.get(name) if self.store is None else self.store.load(name, self._meta(name, meta))
 
     def _meta(self, name: str, meta: Mapping[str, str]) -> dict[str, str]:
         return {"fit": recipe_digest(self.spec), "part": name, **meta}
@@ -304,8 +285,8 @@ class Fitting:
             rows, tokens = self._counts(parts)
             count = tokens if self.form == "expand" else rows
             # copies: the last bits of a product depend on how its operands lie in memory, and what was just made lies unlike what was read
-            self._basis = {key: value.clone() for key, value in self._stored("basis", lambda: self._decompose(parts, count), {}).items()}
-            self._kept = {}
+            self._basis = {key: value.clone() for key, value in self._kept("basis", lambda: self._decompose(parts, count), {}).items()}
+            self._in_memory = {}
             self._basis_digest = _tensors_digest(self._basis)
         return self._basis
 
@@ -335,6 +316,10 @@ class Fitting:
 
     def _start(self, label: str) -> None:
         self.progress.start(int(self.lengths.sum()), "tokens", label)
+
+
+def _piece(name: str, shard: int) -> str:
+    return f"{name}-{shard:05d}"
 
 
 def _check(**settings: tuple[str, tuple[str, ...]]) -> None:
