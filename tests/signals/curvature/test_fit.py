@@ -18,6 +18,7 @@ from gradsift.signals.curvature.fit import Fitting
 from gradsift.signals.curvature.fitted import Curvature
 from gradsift.signals.curvature.passes import sample, uniforms
 from gradsift.store.partial import Pieces
+from gradsift.store.tensors import TensorFile
 from tests.signals.curvature.parts import MODELS, Naive, base, close, gather, lora, make_rows, naive_scores, sampled
 
 
@@ -198,6 +199,26 @@ def test_a_shard_that_is_gone_or_damaged_is_made_again_byte_for_byte(tmp_path: P
     assert "not what was written" in caplog.text
     memory = fit(model, rows, **options)
     assert all(torch.equal(memory.tensors[key], tensor) for key, tensor in first.tensors.items())
+
+
+def test_the_files_of_a_fit_say_what_they_are_and_a_resumed_fit_writes_none_again(tmp_path: Path) -> None:
+    """Names and metadata are those of every fit before: one that was stopped under an older version goes on."""
+    options: dict[str, Any] = dict(modules="linear", shard_rows=4, token_budget=60)
+    model, rows = base(), make_rows(6)
+    fit(model, rows, store=Pieces(tmp_path), **options)
+    metas = {}
+    for path in sorted(tmp_path.glob("*.safetensors")):
+        with TensorFile(path) as file:
+            metas[path.stem] = {name: value for name, value in file.meta.items() if name in ("fit", "part", "basis")}
+    assert {stem: sorted(meta) for stem, meta in metas.items()} == {
+        "basis": ["fit", "part"],
+        **{f"factors-0000{k}": ["fit", "part"] for k in range(2)},
+        **{f"eigenvalues-0000{k}": ["basis", "fit", "part"] for k in range(2)},
+    }
+    assert all(meta["part"] == stem for stem, meta in metas.items()) and len({meta["fit"] for meta in metas.values()}) == 1
+    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    fit(model, rows, store=Pieces(tmp_path), **options)
+    assert {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == before
 
 
 def test_workers_in_any_order_make_the_same_bytes(tmp_path: Path) -> None:
