@@ -1,18 +1,17 @@
-"""How every rule reads rows (in fixed blocks), checks its arguments and breaks ties (to the lowest index)."""
+"""How every rule reads rows (in fixed blocks, as views of other rows), checks its arguments and breaks ties (to the lowest index)."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 BLOCK = 2048  # rows; fixed, because the order of a sum depends on it
-T = TypeVar("T")
 
 
 class Rows(Protocol):

@@ -147,7 +147,7 @@ class Fitting:
         return self._kept(_piece("eigenvalues", shard), lambda: made or self.sum_squares(shard, basis), meta, on)
 
     def made(self) -> dict[str, Any]:
-        """How the shards in the store were made, for a manifest: nothing of those made here on a CPU."""
+        """How the shards in the store were made, for a manifest, once all are: nothing of those made here on a CPU."""
         if self.store is None:
             return {}
         passes = ("eigenvalues", "factors") if self.correct else ("factors",)  # without the basis
