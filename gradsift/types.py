@@ -51,6 +51,21 @@ class Checkpoint:
     mean_lr: float
 
 
+def checkpoint_weights(rates: Sequence[float]) -> list[float]:
+    """How much each checkpoint counts in a sum over checkpoints.
+
+    Args:
+        rates: the `mean_lr` of every checkpoint that is summed, in step order.
+
+    Returns:
+        Weights in proportion to the rates, of sum 1. A checkpoint alone has weight 1, whatever its rate.
+    """
+    if len(rates) == 1:
+        return [1.0]
+    total = float(sum(rates))
+    return [rate / total for rate in rates]
+
+
 @runtime_checkable
 class Rows(Protocol):
     """n x d rows: a Tensor, a RowStore, or anything with `.shape` and `[a:b] -> Tensor`."""

@@ -19,6 +19,7 @@ from gradsift.compute.progress import Progress
 from gradsift.compute.stopping import stop_here
 from gradsift.errors import UnknownName, UserError
 from gradsift.rules import topk
+from gradsift.rules.blocks import BLOCK
 from gradsift.signals.influence import backend as backend_of
 from gradsift.signals.influence import through_curvature
 from gradsift.stages import curvature, influence
@@ -27,12 +28,11 @@ from gradsift.stages.recipe import Recipe, Timing
 from gradsift.store.artifact import Artifact
 from gradsift.store.atomic import replacing, require_space
 from gradsift.store.tensors import file_hash
-from gradsift.types import Signal
+from gradsift.types import Signal, checkpoint_weights
 
 Columns = Literal["rows", "groups"]
 FILE = "scores.parquet"
 PREFIX = "score:"  # of a column's name, so that no id or group of the user's is mistaken for the columns id and group
-BLOCK = 2048
 _GROUP_BYTES = 64 << 20  # of numbers in a row group of the file
 
 
@@ -172,11 +172,11 @@ def _fill(pipeline: Pipeline, signal: Signal, columns: Columns, artifact: Artifa
     merged = backend_of(str(signal.backend)).merge
     blocks = _grouped(matrix.blocks, matrix.groups) if columns == "groups" and not merged else matrix.blocks
     used = [pipeline.checkpoints()[c] for c in pipeline.used_checkpoints(signal)]
-    total = sum(checkpoint.mean_lr for checkpoint in used)
+    weights = checkpoint_weights([checkpoint.mean_lr for checkpoint in used])
     extra = {
         "backend": signal.backend,
         "columns": about,
-        "checkpoints": [{"step": c.step, "weight": c.mean_lr / total if len(used) > 1 else 1.0} for c in used],
+        "checkpoints": [{"step": c.step, "weight": weight} for c, weight in zip(used, weights, strict=True)],
         "left_out": [wanted.ids[i] for i in matrix.left_out],
     }
     path = artifact.path / FILE

@@ -1,10 +1,8 @@
-"""One batch through a frozen model: taps on the tracked modules, the loss on supervised positions, and what happens to each gradient.
+"""One batch through a frozen model: taps on the tracked modules, and the loss on supervised positions.
 
 A tap is the identity on a module's output that also keeps its input. When the backward pass reaches it, the input x [b, t, i] and the
-output gradient g [b, t, o] of that module are at hand, and its per-example weight gradient is sum_t g_t x_t^T. That product is formed
-only where something needs it (a transform, a sketch, a short norm). Otherwise a two-sided projection takes the factors, (g P_out)^T (x
-P_in), and the squared norm comes from t x t products (see `products`) or, where that is asked for, from the sketch. Modules that read the
-same x (queries, keys, values) share its sketch and its products.
+output gradient g [b, t, o] of that module are at hand, and its per-example weight gradient is sum_t g_t x_t^T. A `Consumer` takes both,
+one parameter after the other, and says what becomes of them.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,15 +26,12 @@ from gradsift.errors import ConfigError
 from gradsift.gradients.last_layer import find_tail, same_without
 from gradsift.gradients.lora_layer import LowRank, low_rank_layers
 from gradsift.gradients.objectives import OBJECTIVES, Loss
-from gradsift.gradients.projection import BoundProjection, Projection
-from gradsift.gradients.weight_grads import doubled_gram, gram_is_cheaper, product, squares
 from gradsift.model.layers import tracked_modules
-from gradsift.types import IGNORE, Transform
+from gradsift.types import IGNORE
 
 _SAME_WITHOUT: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # last feed-forward layers already checked
 
-Norms = Literal["exact", "sketched"]
-Row = tuple[np.ndarray, np.ndarray]  # (input ids, the label that each position predicts), of equal length
+LabelledIds = tuple[np.ndarray, np.ndarray]  # (input ids, the label that each position predicts), of equal length
 
 
 class _Tap(torch.autograd.Function):
@@ -60,17 +55,49 @@ class _Tap(torch.autograd.Function):
 
 
 @dataclass
-class _Input:
-    """A module input as it was seen, spread per example, and what its readers share: the parameters that read it in the forward pass."""
+class Input:
+    """What a module read.
+
+    `seen`: the tensor itself. `by_example` [b, positions, i]: its positions, those of an example
+    side by side. `readers`: the parameters that read this very tensor in the forward pass. `gram`
+    and `sketches`: what a consumer made of it for one of them, for the others to use.
+    """
 
     seen: Tensor
-    spread: Tensor
+    by_example: Tensor
     readers: list[str]
     gram: list[Tensor] | None = None
     sketches: dict[str, Tensor] = field(default_factory=dict)
 
     def is_of(self, x: Tensor) -> bool:
         return x.data_ptr() == self.seen.data_ptr() and x.shape == self.seen.shape and x.stride() == self.seen.stride()
+
+
+Call = tuple[Input, Tensor]  # one use of a parameter: its input, its output gradients [b, positions, o]
+
+
+class Consumer(Protocol):
+    """What uses the gradients of a pass.
+
+    The two methods are called inside `Capture.run`, without autograd: `begin` once, then `gradient`
+    once for every tracked parameter that the loss depends on, in the order in which the backward
+    pass completes them. An exception ends the pass; the next one begins anew.
+    """
+
+    def begin(self, batch: Batch) -> None:
+        """A pass over `batch` begins: the model has not run yet."""
+        ...
+
+    def gradient(self, name: str, calls: list[Call]) -> None:
+        """The gradient of parameter `name` is complete.
+
+        Args:
+            name: of the parameter; modules that share one are called by the name of the first.
+            calls: every use of it in the forward pass, one or more. The gradient is the sum over
+                calls and positions of output gradient times input, for each example. Both are on
+                the device of `Capture`, in the dtype of the model, and not to be changed.
+        """
+        ...
 
 
 @dataclass
@@ -82,13 +109,12 @@ class Batch:
     flat: Tensor  # [l] of the b * t positions, those that predict a supervised token
     slots: Tensor  # [l] where each of them goes when examples lie side by side, b * width in all
     width: int  # most supervised tokens of an example
-    state: Tensor  # what the projection accumulates
-    squares: Tensor  # [b] squared gradient norms
+    consumer: Consumer
     calls: dict[str, int] = field(default_factory=dict)  # forward calls by parameter
     readers: dict[str, list[str]] = field(default_factory=dict)  # parameters by what they read, for sharing
-    held: dict[str, list[tuple[_Input, Tensor]]] = field(default_factory=dict)  # until all calls of a parameter have come back
+    held: dict[str, list[Call]] = field(default_factory=dict)  # until all calls of a parameter have come back
     last_read: tuple[Tensor, list[str]] | None = None
-    shared: _Input | None = None
+    shared: Input | None = None
     backward: bool = False
     gathered: bool = False  # the head saw supervised positions only
     head_out: int = 0  # where the head wrote: logits still there were not capped or scaled, nothing keeps them, they may be overwritten
@@ -108,78 +134,99 @@ class Batch:
 
 
 class Capture:
-    """A model with tracked modules, a transform, a projection and what is differentiated; `run` makes the rows of one batch."""
+    """A model with tracked modules, and what is differentiated; `run` hands the gradients of a batch to a consumer.
+
+    `modules`: by name, those that are tapped. `owner`: module -> the name of its parameter. `shapes`: parameter -> its shape, in its own
+    layout; `transposed`: the parameters in the layout [in, out].
+    `fused`: LoRA layers run in one step, which hands B its input times the scaling and an output gradient without it: the same product of
+    other factors. `every_position`: all modules see all positions; otherwise the last feed-forward layer sees supervised ones alone.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        projection: Projection,
-        transform: Transform | None,
         modules: Any,
         loss: Loss = "cross-entropy",
-        norms: Norms = "exact",
+        *,
+        fused: bool = True,
+        every_position: bool = False,
     ) -> None:
-        self.model, self.transform, self.differentiate, self.norms = model, transform, OBJECTIVES[loss], norms
+        self.model, self.differentiate = model, OBJECTIVES[loss]
         self.modules = tracked_modules(model, modules)
         weights = {name: _weight(name, module) for name, module in self.modules.items()}
         # modules that share one parameter are one: its gradient is the sum over all of them, under the first name
         first: dict[int, str] = {}
         self.owner = {name: first.setdefault(id(w), name) for name, w in weights.items()}
-        shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items() if self.owner[name] == name}
+        self.shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items() if self.owner[name] == name}
         # Linear keeps [out, in], transformers' Conv1D [in, out]; gradients are formed in the parameter's own layout
         self.transposed = {name for name, module in self.modules.items() if type(module).__name__ == "Conv1D"}
-        check = getattr(transform, "check", None)
-        if check is not None:
-            check(shapes)
         self.tapped = set(self.modules.values())
-        self.low_rank = low_rank_layers(model, self.modules)
+        self.low_rank = low_rank_layers(model, self.modules) if fused else []
         self.device = next(iter(weights.values())).device
-        self.bound: BoundProjection = projection.bind(shapes, self.device)
         self.head = _head(model)
         self.everything, self.parameters = list(model.modules()), list(model.parameters())
         self.bf16_attention, self.rms_norms = is_helped(self.everything), rms_norms(self.everything)
         self.blocks = [m for m in self.everything if hasattr(m, "gradient_checkpointing") and hasattr(m, "_can_checkpoint_with_cache")]
-        self.tail: nn.Module | None = None if self.head is None else find_tail(model)
+        self.tail: nn.Module | None = None if self.head is None or every_position else find_tail(model)
         self.tail_checked = False
-        self.sides: dict[str, tuple[Tensor, Tensor] | None] = {}
         self.batch: Batch | None = None
 
-    def run(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows [b, d], norms [b], losses [b]) on the CPU."""
+    def run(self, rows: Sequence[LabelledIds], consumer: Consumer, relabel: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """One forward and backward pass: hands every gradient to `consumer`, and returns the losses [b] of the rows on the CPU.
+
+        Args:
+            rows: b rows, each with at least one supervised position.
+            consumer: takes the gradients of the sum of the rows' losses, each a mean over supervised positions.
+            relabel: gives other labels [l] for the supervised positions of all rows, in order, from their logits [l, v] in a pass of its
+                own without gradients.
+        """
         try:
-            with self._frozen(), torch.enable_grad():
+            with self.frozen(), torch.enable_grad():
                 if not self.tail_checked:
                     self._check_tail(rows[0][0])
                 with self._hooked():
-                    return self._run(rows)
+                    ids, labels = pad_rows(rows)
+                    if relabel is not None:
+                        labels[labels != IGNORE] = relabel(self._outputs(ids, labels, consumer)).cpu().numpy()
+                    return self._differentiated(ids, labels, consumer)
         finally:
             self.batch = None
 
-    def _run(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
-        ids, labels = pad_rows(rows)
+    def _outputs(self, ids: np.ndarray, labels: np.ndarray, consumer: Consumer) -> Tensor:
+        """Logits [l, v] at the supervised positions. No tap hands anything on: there is no graph to hang one on."""
+        b, t = ids.shape
+        flat = torch.from_numpy(np.flatnonzero(labels != IGNORE)).to(self.device)
+        self.batch = Batch(b, t, flat, flat, t, consumer)
+        with torch.no_grad():
+            return self._logits(ids, self.batch)
+
+    def _logits(self, ids: np.ndarray, batch: Batch) -> Tensor:
+        logits = self.model(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False).logits
+        if not batch.gathered:
+            logits = _at(logits.flatten(0, 1), batch.flat)
+        return logits.view(-1, logits.shape[-1])
+
+    def _differentiated(self, ids: np.ndarray, labels: np.ndarray, consumer: Consumer) -> Tensor:
         b, t = ids.shape
         supervised = labels != IGNORE
         places = np.flatnonzero(supervised)
         counts = torch.from_numpy(supervised.sum(1)).to(self.device, torch.float32)
         width, rank = int(supervised.sum(1).max()), (np.cumsum(supervised, 1) - 1).ravel()[places]
         flat, owner, slots = (torch.from_numpy(a).to(self.device) for a in (places, places // t, places // t * width + rank))
-        batch = self.batch = Batch(b, t, flat, slots, width, self.bound.start(b), torch.zeros(b, device=self.device))
-        logits = self.model(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False).logits
-        if not batch.gathered:
-            logits = _at(logits.flatten(0, 1), flat)
-        logits = logits.view(-1, logits.shape[-1])
+        batch = self.batch = Batch(b, t, flat, slots, width, consumer)
+        consumer.begin(batch)
+        logits = self._logits(ids, batch)
         targets, weights = torch.from_numpy(labels.ravel()[places]).to(logits.device), (1 / counts[owner]).to(logits.device)
         nll, grad = self.differentiate(logits, targets, weights, in_place=logits.data_ptr() == batch.head_out)
         batch.backward, batch.last_read = True, None
         torch.autograd.backward(logits, grad)
         with torch.no_grad():
             for name in list(batch.held):
-                self._finish(name)
-        losses = torch.zeros(b, device=self.device).index_add_(0, owner, nll.to(self.device)) / counts
-        return self.bound.finish(batch.state).cpu(), batch.squares.sqrt().cpu(), losses.cpu()
+                consumer.gradient(name, batch.held.pop(name))
+        return (torch.zeros(b, device=self.device).index_add_(0, owner, nll.to(self.device)) / counts).cpu()
 
     @contextmanager
-    def _frozen(self) -> Iterator[None]:
+    def frozen(self) -> Iterator[None]:
         """Evaluation mode, nothing requires a gradient, and checkpointing where enabled (transformers: in training mode only)."""
         training = [m for m in self.everything if m.training]
         trainable = [p for p in self.parameters if p.requires_grad]
@@ -288,12 +335,12 @@ class Capture:
         shared = batch.shared
         if shared is None or not shared.is_of(x):
             readers = batch.readers[owner] if batch.calls[owner] == 1 else [owner]
-            shared = batch.shared = _Input(x, self._spread(name, x), readers)
-        batch.held.setdefault(owner, []).append((shared, self._spread(name, grad)))
+            shared = batch.shared = Input(x, self._by_example(name, x), readers)
+        batch.held.setdefault(owner, []).append((shared, self._by_example(name, grad)))
         if len(batch.held[owner]) == batch.calls[owner]:
-            self._finish(owner)
+            batch.consumer.gradient(owner, batch.held.pop(owner))
 
-    def _spread(self, name: str, a: Tensor) -> Tensor:
+    def _by_example(self, name: str, a: Tensor) -> Tensor:
         """Activations as [b, positions, features], on one device where the model spans several: supervised positions that were gathered from
         all examples go back to their own."""
         batch = self.batch
@@ -311,55 +358,6 @@ class Capture:
             remedy="Leave this module out (experts of a mixture cannot be read).",
         )
 
-    def _finish(self, name: str) -> None:
-        """The gradient of one parameter is complete: norm, transform, projection."""
-        batch = self.batch
-        assert batch is not None
-        pairs = batch.held.pop(name)
-        source, g = pairs[0]
-        if len(pairs) > 1:  # a gradient summed over calls is one over their positions laid end to end
-            x = torch.cat([p[0].spread for p in pairs], 1)
-            source, g = _Input(x, x, [name]), torch.cat([p[1] for p in pairs], 1)
-        sides = self._sides(name, g.dtype)
-        if sides is None:
-            grad = product(source.spread, g, name in self.transposed)
-            batch.squares += torch.linalg.vector_norm(grad, dim=(1, 2)).square_()
-            if self.transform is not None:
-                grad = self.transform.materialised(name, grad)
-            self.bound.add(batch.state, name, grad)
-            return
-        if name not in source.sketches:
-            wanted = [n for n in source.readers if self._sides(n, g.dtype) is not None] if name in source.readers else [name]
-            parts = [self.sides[n][1] for n in wanted]  # type: ignore[index]
-            together = matmul.matmul(source.spread, torch.cat(parts, 1))
-            source.sketches.update(zip(wanted, together.split([p.shape[1] for p in parts], -1), strict=True))
-        inner, outer = source.sketches[name].float(), matmul.matmul(g, sides[0]).float()
-        left, right = (inner, outer) if name in self.transposed else (outer, inner)
-        a, b = self.bound.projection.dim  # type: ignore[misc]
-        made = self.bound.add_product(batch.state, name, left[..., :a], right[..., :b])
-        if self.norms == "exact":
-            if source.gram is None and gram_is_cheaper(source.spread, g, len(source.readers)):
-                source.gram = doubled_gram(source.spread)
-            batch.squares += squares(source.spread, g, source.gram)
-        else:
-            plain = made if self.transform is None else self.bound.product(left[..., a:], right[..., b:])
-            batch.squares += plain.square().sum(1)
-
-    def _sides(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """(output side, input side) signs where the projection can take factors, with the transform's own factors in them; where norms are
-        sketched, then followed by those without."""
-        if name not in self.sides:
-            made, two_sided = None, self.bound.projection.two_sided
-            factors = self.transform.factors(name) if two_sided and self.transform is not None else None  # asked for only to be used
-            if two_sided and (self.transform is None or factors is not None):
-                left, right = self.bound.sides(name)
-                if factors is not None:
-                    plain = (left, right) if self.norms == "sketched" else (left[:, :0], right[:, :0])
-                    left, right = (torch.cat([f.to(s)[:, None] * s, p], 1) for f, s, p in zip(factors, (left, right), plain, strict=True))
-                made = (right.to(dtype), left.to(dtype)) if name in self.transposed else (left.to(dtype), right.to(dtype))
-            self.sides[name] = made
-        return self.sides[name]
-
 
 def _weight(name: str, module: nn.Module) -> Tensor:
     weight = getattr(module, "weight", None)
@@ -374,7 +372,7 @@ def _head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def pad_rows(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+def pad_rows(rows: Sequence[LabelledIds]) -> tuple[np.ndarray, np.ndarray]:
     """(ids, labels) int64 [b, t], padded on the right: ids with the row's own first token, which every vocabulary has, labels with -100."""
     t = max(len(ids) for ids, _ in rows)
     ids, labels = np.empty((len(rows), t), np.int64), np.full((len(rows), t), IGNORE, np.int64)

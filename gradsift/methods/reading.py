@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gradsift.rules import topk
+from gradsift.rules.blocks import Unit, group_means, stream, unit
 from gradsift.types import Rows, Signal, Signals
 
-BLOCK = 2048
-
-
-class Unit:
-    """Rows at length 1, whatever length they come with; a zero row stays zero."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows, self.shape = rows, tuple(rows.shape)
-
-    def __getitem__(self, where: slice) -> Tensor:
-        return torch.nn.functional.normalize(torch.as_tensor(self.rows[where]).float(), dim=1)
+__all__ = ["Centred", "Unit", "blocks", "by_turns", "finite", "group_means", "mean", "products", "whole"]
 
 
 class Centred:
@@ -38,8 +29,8 @@ class Centred:
 
 def blocks(rows: Rows) -> Iterator[tuple[int, Tensor]]:
     """(first row, fp32 rows) of every 2,048 rows, in order."""
-    for start in range(0, rows.shape[0], BLOCK):
-        yield start, torch.as_tensor(rows[start : min(start + BLOCK, rows.shape[0])]).float()
+    for start, _, block in stream(rows):
+        yield start, block.float()
 
 
 def finite(signals: Signals, signal: Signal, *, below: bool = False) -> Tensor:
@@ -67,13 +58,6 @@ def mean(rows: Rows) -> Tensor:
     return total / rows.shape[0]
 
 
-def group_means(rows: Tensor, groups: Sequence[str]) -> tuple[Tensor, list[str]]:
-    """Mean row of each group [g, d] and the groups' names in order of first appearance; one group when `groups` is empty."""
-    names = list(dict.fromkeys(groups)) or ["target"]
-    of = torch.tensor([names.index(group) for group in groups] if groups else [0] * len(rows))
-    return torch.stack([rows[of == g].mean(dim=0) for g in range(len(names))]), names
-
-
 def by_turns(columns: Tensor, budget: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Columns [n, m] take turns: (rows in pick order, each one's score in the column whose turn it was, that column)."""
     picks = topk.round_robin(columns, budget)
@@ -83,6 +67,5 @@ def by_turns(columns: Tensor, budget: int) -> tuple[np.ndarray, np.ndarray, np.n
 
 def products(rows: Rows, columns: Tensor) -> Tensor:
     """Cosines of rows [n, d] with columns [c, d] (normalised here), fp32 [n, c]; 0 for a zero row."""
-    unit = torch.nn.functional.normalize(columns.float(), dim=1)
-    found = [(torch.nn.functional.normalize(block, dim=1) @ unit.T.to(block.device)).cpu() for _, block in blocks(rows)]
-    return torch.cat(found)
+    directions = unit(columns.float())
+    return torch.cat([(unit(block) @ directions.T.to(block.device)).cpu() for _, block in blocks(rows)])

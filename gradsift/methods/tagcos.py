@@ -78,11 +78,11 @@ class Tagcos:
         seats = np.asarray(topk.apportion(budget, sizes, capacity=sizes)) if self.exact else floors
         draws = rng if self.refill == "random" else None
 
-        def match(c: int) -> _Picks:
+        def match(c: int) -> _ClusterPicks:
             return self._match(rows, np.flatnonzero(labels == c), found.centres[c], int(seats[c]), draws)
 
         # One generator serves the clusters in turn, so draws are not for other processes.
-        picks: list[_Picks] = list((map if self.refill == "random" else signals.map)(match, range(len(sizes))))
+        picks: list[_ClusterPicks] = list((map if self.refill == "random" else signals.map)(match, range(len(sizes))))
         order = sorted((rank, c) for c, chosen in enumerate(picks) for rank in range(len(chosen.members)))
         matched = sum(len(chosen.coefficients) for chosen in picks)
         notes: dict[str, Any] = {"score": self._agreement(rows, labels, found.centres), "cluster": labels, "objective": found.objective}
@@ -117,10 +117,10 @@ class Tagcos:
             score[start : start + len(block)] = (block * own).sum(dim=1).cpu().numpy()
         return score
 
-    def _match(self, rows: Rows, members: np.ndarray, centre: Tensor, seats: int, rng: np.random.Generator | None) -> _Picks:
+    def _match(self, rows: Rows, members: np.ndarray, centre: Tensor, seats: int, rng: np.random.Generator | None) -> _ClusterPicks:
         """One cluster's picks. Its rows are read once, and no other."""
         if seats == 0:
-            return _Picks(np.empty(0, dtype=np.int64), np.empty(0), np.empty(0), len(members))
+            return _ClusterPicks(np.empty(0, dtype=np.int64), np.empty(0), np.empty(0), len(members))
         atoms = gather(rows, torch.as_tensor(members)).float()
         atoms = torch.nn.functional.normalize(atoms, dim=1) if self.cosine else atoms
         centre = centre.to(atoms.device)
@@ -139,11 +139,11 @@ class Tagcos:
             agreement = (atoms[torch.as_tensor(left, device=atoms.device)] @ centre).cpu().numpy()
             chosen = np.concatenate([chosen, left[topk.top(agreement, seats - len(chosen)).numpy()]])
         gains = (atoms[torch.as_tensor(chosen, device=atoms.device)] @ centre).cpu().numpy()
-        return _Picks(members[chosen], gains, found.coefficients.numpy(), len(members))
+        return _ClusterPicks(members[chosen], gains, found.coefficients.numpy(), len(members))
 
 
 @dataclass(frozen=True)
-class _Picks:
+class _ClusterPicks:
     """A cluster's picks in pick order: pool indices `members` [k], products with the centroid `gains` [k], and the `coefficients` [<= k] of
     its first match, whose atoms come first. `size`: rows of the cluster."""
 

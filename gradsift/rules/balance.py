@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .blocks import best, check_budget, check_finite, spans
+from .blocks import Picks, best, check_budget, check_finite, spans
 
 WINDOW = 8192  # rows of highest value that are looked at more closely
 HEAD = 32  # rows evaluated before the bounds are asked how many more are needed
-
-
-@dataclass(frozen=True)
-class Picks:
-    """`indices` int64 [k] in pick order; `gains` [k]: how far the row was above the mean of the chosen rows in its best column."""
-
-    indices: Tensor
-    gains: Tensor
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
 
 def greedy(influence: Any, budget: int, *, standardise: bool = True) -> Picks:
     """Repeat: add the row i with the largest max_j (Z_ij - mean over the chosen rows of Z_sj); nothing chosen yet = mean 0.
 
     influence [n, m], positive = row i helps target j; Z is it with every column brought to mean 0 and sample standard deviation 1 (n - 1)
-    over all rows, constant columns left out. `standardise=False` takes the columns as they are. Ties go to the lowest row; a larger
-    budget only appends. Source: BIDS (Dai et al. 2025, section 4, algorithm 1; the mean of the empty set is not specified there).
+    over all rows, constant columns left out. `standardise=False` takes the columns as they are. The gain of a pick is how far the row was
+    above that mean in its best column. Ties go to the lowest row; a larger budget only appends. Source: BIDS (Dai et al. 2025, section 4,
+    algorithm 1; the mean of the empty set is not specified there).
 
     The picks are those of evaluating every row every time, without doing so: a row's value can rise by at most the largest fall of a
     column mean since it was last evaluated, and the means move slowly. On the CPU; a copy of `influence` in memory.

@@ -1,16 +1,17 @@
-"""How every rule reads rows (in fixed blocks), checks its arguments and breaks ties (to the lowest index)."""
+"""How every rule reads rows (in fixed blocks, as views of other rows), checks its arguments and breaks ties (to the lowest index)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol, TypeVar
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 BLOCK = 2048  # rows; fixed, because the order of a sum depends on it
-T = TypeVar("T")
 
 
 class Rows(Protocol):
@@ -20,6 +21,21 @@ class Rows(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Picks:
+    """What a greedy rule chose.
+
+    `indices` int64 [k] in pick order; `gains` [k]: what each row was worth when it was picked, in the
+    unit that the rule names.
+    """
+
+    indices: Tensor
+    gains: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
 
 def sizes(rows: Rows, name: str = "rows") -> tuple[int, int]:
@@ -47,21 +63,36 @@ def stream(rows: Rows) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def gather(rows: Rows, indices: Tensor) -> Tensor:
-    """The rows at `indices` [k] (CPU, any order) -> [k, d] in float32 or float64. Rows that are no Tensor are read in runs."""
+    """The rows at `indices` [k] (CPU, any order) -> [k, d] in float32 or float64, read as `take` reads them."""
+    block = take(rows, indices)
+    return block if block.dtype == torch.float64 else block.to(torch.float32)
+
+
+def take(rows: Rows, indices: Tensor, *, reach: int = 1) -> Tensor:
+    """The rows at `indices` [k] in their own dtype -> [k, d].
+
+    Args:
+        rows: n x d rows. Those that are no Tensor are read in stretches, each row once.
+        indices: int64 [k] on the CPU, in any order; a row may be named twice.
+        reach: two rows at most this far apart belong to one stretch. 1 reads no row that is not
+            asked for; more saves reads, where one costs more than a few rows.
+    """
     if isinstance(rows, Tensor):
-        block = rows[indices.to(rows.device)]
-        return block if block.dtype == torch.float64 else block.to(torch.float32)
-    if len(indices) == 0:
-        return read(rows, 0, 1)[:0]
-    order = torch.argsort(indices, stable=True)
-    wanted = indices[order].tolist()
-    pieces, start = [], 0
-    for i in range(1, len(wanted) + 1):
-        if i == len(wanted) or wanted[i] != wanted[i - 1] + 1:
-            pieces.append(read(rows, wanted[start], wanted[i - 1] + 1))
-            start = i
-    found = torch.cat(pieces)
-    return torch.empty_like(found).index_copy_(0, order.to(found.device), found)
+        return rows[indices.to(rows.device)]
+    if not len(indices):
+        return torch.as_tensor(rows[0:0])
+    first, last = int(indices[0]), int(indices[-1])
+    if len(indices) == last - first + 1 and bool((indices.diff() == 1).all()):
+        return torch.as_tensor(rows[first : last + 1])
+    ordered, back = torch.unique(indices, return_inverse=True)
+    cuts = [0, *((ordered.diff() > reach).nonzero().flatten() + 1).tolist(), len(ordered)]
+    parts = []
+    for a, b in itertools.pairwise(cuts):
+        start = int(ordered[a])
+        stretch = torch.as_tensor(rows[start : int(ordered[b - 1]) + 1])
+        parts.append(stretch[ordered[a:b] - start])
+    taken = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return taken if bool((back == torch.arange(len(back))).all()) else taken[back]
 
 
 def unit(block: Tensor) -> Tensor:
@@ -114,7 +145,7 @@ def check_rng(rng: np.random.Generator | None) -> np.random.Generator:
 
 
 class Raw:
-    """Rows at the length they had before the store brought them to 1. Rows that carry no `scales` are as they are."""
+    """Rows, fp32, at the length they had before a store brought them to 1: unit rows times their `scales`. Rows without them are as they are."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows, self.shape = rows, tuple(rows.shape)
@@ -123,6 +154,16 @@ class Raw:
         block = torch.as_tensor(self.rows[where]).float()
         scales = getattr(self.rows, "scales", None)
         return block if scales is None else block * scales[where, None].to(block.device)
+
+
+class Unit:
+    """Rows at length 1, fp32, whatever length they come with; a zero row stays zero."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.shape = rows, tuple(rows.shape)
+
+    def __getitem__(self, where: slice) -> Tensor:
+        return unit(torch.as_tensor(self.rows[where]).float())
 
 
 class Narrow:
@@ -145,3 +186,10 @@ def signs(d: int, dim: int) -> Tensor:
     """fp32 [d, dim], +-1 / sqrt(dim): the same for every run and machine."""
     drawn = np.random.Generator(np.random.Philox(key=dim)).integers(0, 2, (d, dim), dtype=np.int8)
     return torch.from_numpy(drawn).float().mul_(2).sub_(1).div_(dim**0.5)
+
+
+def group_means(rows: Tensor, groups: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """Mean row of each group [g, d] and the groups' names in order of first appearance; one group when `groups` is empty."""
+    names = list(dict.fromkeys(groups)) or ["target"]
+    of = torch.tensor([names.index(group) for group in groups] if groups else [0] * len(rows))
+    return torch.stack([rows[of == g].mean(dim=0) for g in range(len(names))]), names

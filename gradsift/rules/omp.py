@@ -52,7 +52,7 @@ def match(
     target: Any,
     budget: int,
     *,
-    ridge: float = 1.0,
+    ridge: float,
     nonnegative: bool = True,
     on_repeat: Literal["mask", "stop"] = "mask",
     tol: float = 1e-4,
@@ -77,6 +77,7 @@ def fill(
     target: Any,
     budget: int,
     *,
+    ridge: float,
     refill: Literal["repeat", "random", "none"] = "repeat",
     rng: np.random.Generator | None = None,
     found: Match | None = None,
@@ -86,14 +87,15 @@ def fill(
 
     `refill="repeat"` matches the same target again with the atoms not yet chosen until the budget is spent or a call adds nothing (the
     outer loop released with TAGCOS, which has no exit in the latter case); `"random"` draws the rest uniformly from `rng` (GRAD-MATCH);
-    `"none"` returns what one call found. `options` are those of `match`; `found`: what it found with them, where it was called before.
+    `"none"` returns what one call found. `ridge` and `options` are those of `match`; `found`: what it found with them, where it was called
+    before.
     Raises ValueError like `match`, for an unknown `refill`, and for `"random"` without `rng`.
     """
     if refill not in ("repeat", "random", "none"):
         raise ValueError(f'refill must be "repeat", "random" or "none", got {refill!r}')
     if refill == "random":
         rng = check_rng(rng)
-    search = _Search(atoms, target, **options)
+    search = _Search(atoms, target, ridge=ridge, **options)
     budget = check_budget(budget, search.n)
     chosen = (found or search.run(budget)).indices
     while refill == "repeat" and len(chosen) < budget:
@@ -112,7 +114,7 @@ class _Search:
     """The atoms, the target and the options of one matching problem; `run` may be called again with fewer atoms."""
 
     def __init__(
-        self, atoms: Rows, target: Any, *, ridge: float = 1.0, nonnegative: bool = True, on_repeat: str = "mask", tol: float = 1e-4
+        self, atoms: Rows, target: Any, *, ridge: float, nonnegative: bool = True, on_repeat: str = "mask", tol: float = 1e-4
     ) -> None:
         self.n, self.d = sizes(atoms, "atoms")
         goal = floating(target, "target", 1)

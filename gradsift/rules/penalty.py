@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .blocks import Rows, best, check_budget, check_finite, floating, gather, sizes, spans, stream, unit
+from .blocks import Picks, Rows, best, check_budget, check_finite, floating, gather, sizes, spans, stream, unit
 
 AHEAD = 64  # rows whose similarities are made in one pass
-
-
-@dataclass(frozen=True)
-class Picks:
-    """`indices` int64 [k] in pick order; `gains` [k]: what each was worth when it was picked."""
-
-    indices: Tensor
-    gains: Tensor
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
 
 def diverse(difficulty: Any, rows: Rows, budget: int, *, neighbours: int = 10, gamma: float = 1.0) -> Picks:

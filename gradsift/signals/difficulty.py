@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradsift.compute.cpu.matmul import quick_layers
 from gradsift.model.losses import token_nats
+from gradsift.rules.blocks import stream
 from gradsift.types import IGNORE, Rows
 
 
@@ -70,7 +71,6 @@ def train_score_net(
     return net.detach()
 
 
-def difficulty(net: Tensor, features: Rows) -> Tensor:
+def learned_difficulty(net: Tensor, features: Rows) -> Tensor:
     """d [n] = minus the score of each row, fp32; the net's raw output, no softmax."""
-    blocks = (torch.as_tensor(features[a : a + 2048]).float() for a in range(0, features.shape[0], 2048))
-    return -torch.cat([block.cpu() @ net for block in blocks])
+    return -torch.cat([block.float().cpu() @ net for _, _, block in stream(features)])

@@ -18,7 +18,7 @@ def alone(row: Any) -> dict[str, list[int]]:
     return {"input_ids": [row["input_ids"][0], *answer], "labels": [IGNORE, *answer]}
 
 
-def difficulty(
+def perplexity_ratio(
     model: Any,
     encoded: Sequence[Any],
     *,

@@ -16,9 +16,9 @@ from torch import Tensor
 from gradsift.compute.cpu import matmul
 from gradsift.errors import ConfigError, UnknownName, UserError
 from gradsift.gradients.objectives import Loss
-from gradsift.types import Rows, Signal
+from gradsift.rules.blocks import BLOCK, Raw, Unit, group_means, spans, stream, unit
+from gradsift.types import Rows, Signal, checkpoint_weights
 
-BLOCK = 2048
 RIDGE = 0.1
 _SLICE, _NARROW = 128, 128  # rows widened to fp32 at a time for so few targets: they are still in the cache when they are multiplied
 
@@ -111,8 +111,8 @@ def score_blocks(
     for rows, wanted in zip(pool, target, strict=True):
         if rows.shape[1] != wanted.shape[1]:
             raise UserError(f"pool rows have {rows.shape[1]} dimensions and target rows {wanted.shape[1]}: not the same projection")
-    total = float(sum(weights))
-    sides = [_target_side(rows, chosen, groups) * (weight / total) for rows, weight in zip(target, weights, strict=True)]
+    shares = checkpoint_weights(weights)
+    sides = [_target_side(rows, chosen, groups) * share for rows, share in zip(target, shares, strict=True)]
     if chosen.whiten:
         sides = [trak_target(rows, side, ridge, relative=not absolute) for rows, side in zip(pool, sides, strict=True)]
     return _products(pool, sides, chosen.pool)
@@ -120,44 +120,40 @@ def score_blocks(
 
 def _products(pool: Sequence[Rows], sides: Sequence[Tensor], form: Literal["raw", "unit"]) -> Iterator[Tensor]:
     n = pool[0].shape[0]
-    for start in range(0, max(n, 1), BLOCK):
-        where = slice(start, min(start + BLOCK, n))
-        scores = torch.zeros(where.stop - start, sides[0].shape[0])
+    for where in (slice(a, b) for a, b in spans(n) or [(0, 0)]):
+        scores = torch.zeros(where.stop - where.start, sides[0].shape[0])
         for rows, side in zip(pool, sides, strict=True):
             scores += _product(rows, where, side, form)
         yield scores
 
 
 def _product(rows: Rows, where: slice, side: Tensor, form: Literal["raw", "unit"]) -> Tensor:
-    """`_read(rows, where, form) @ side.T` [b, m] on the CPU: what a row is scaled by, its product is scaled by."""
+    """`_in_form(rows, form)[where] @ side.T` [b, m] on the CPU: what a row is scaled by, its product is scaled by."""
     scales = getattr(rows, "scales", None)
+    unscaled = rows if scales is not None else _in_form(rows, form)
     on_device = isinstance(rows, Tensor) and rows.device.type != "cpu"
     step = _SLICE if len(side) <= _NARROW and not on_device else BLOCK
     out = torch.empty(where.stop - where.start, len(side))
     for start in range(where.start, where.stop, step):
         part = slice(start, min(start + step, where.stop))
-        block = _read(rows, part, "unit" if scales is not None else form)
-        out[start - where.start : part.stop - where.start] = matmul.linear(block, side)
+        out[start - where.start : part.stop - where.start] = matmul.linear(unscaled[part].float(), side)
     return out.mul_(scales[where, None].to(out.device)) if scales is not None and form == "raw" else out
 
 
 def _target_side(rows: Rows, chosen: Backend, groups: Sequence[str]) -> Tensor:
     """fp32 [m, d], or [groups, d] when merged. A group's mean is taken over raw rows, then brought to unit norm."""
+    whole = slice(0, rows.shape[0])
     if not chosen.merge:
-        return _read(rows, slice(0, rows.shape[0]), chosen.target)
-    raw = _read(rows, slice(0, rows.shape[0]), "raw")
-    names = list(dict.fromkeys(groups)) or ["target"]
-    of = torch.tensor([names.index(g) for g in groups] if groups else [0] * rows.shape[0])
-    means = torch.stack([raw[of == g].mean(dim=0) for g in range(len(names))])
-    return torch.nn.functional.normalize(means, dim=1) if chosen.target == "unit" else means
+        return _in_form(rows, chosen.target)[whole].float()
+    means, _ = group_means(Raw(rows)[whole], groups)
+    return unit(means) if chosen.target == "unit" else means
 
 
-def _read(rows: Rows, where: slice, form: Literal["raw", "unit"]) -> Tensor:
-    block = rows[where].float()
-    scales = getattr(rows, "scales", None)
+def _in_form(rows: Rows, form: Literal["raw", "unit"]) -> Rows:
+    """The rows at the length that a backend takes. Rows that carry `scales` are at unit length as they are."""
     if form == "raw":
-        return block if scales is None else block * scales[where, None]
-    return block if scales is not None else torch.nn.functional.normalize(block, dim=1)
+        return Raw(rows)
+    return Unit(rows) if getattr(rows, "scales", None) is None else rows
 
 
 def trak_target(rows_pool: Rows, rows_target: Rows, ridge: float = 0.0, *, relative: bool = False) -> Tensor:
@@ -176,20 +172,15 @@ def trak_target(rows_pool: Rows, rows_target: Rows, ridge: float = 0.0, *, relat
         raise UserError(f"pool rows have {d} dimensions and target rows {width}", remedy="Use one projection for both.")
     if not 0 <= ridge < torch.inf:
         raise ConfigError(f"ridge is {ridge}", remedy="Pass a number of 0 or more.")
-    target = _raw(rows_target, slice(0, rows_target.shape[0])).double()
+    target = Raw(rows_target)[0 : rows_target.shape[0]].double()
     gram = torch.zeros(d, d, dtype=torch.float64, device=target.device)
-    for start in range(0, n, BLOCK):
-        block = _raw(rows_pool, slice(start, min(start + BLOCK, n))).to(target.device)
-        gram += block.t() @ block
+    for _, _, block in stream(Raw(rows_pool)):
+        here = block.to(target.device)
+        gram += here.t() @ here
     gram.diagonal().add_(ridge * (float(gram.diagonal().mean()) if relative else 1.0))
     lower, failed = torch.linalg.cholesky_ex(gram)
-    spread = float(lower.diagonal().min() / lower.diagonal().max()) if not bool(failed) else 0.0
-    if spread < 1e-7:
+    pivots = lower.diagonal()
+    if bool(failed) or float(pivots.min() / pivots.max()) < 1e-7:
         what = f"the Gram matrix of {n} rows in {d} dimensions is not invertible"
         raise ConfigError(what, remedy="Pass a ridge, or use fewer dimensions.")
     return torch.cholesky_solve(target.t(), lower).t().float()
-
-
-def _raw(rows: Rows, where: slice) -> Tensor:
-    block, scales = rows[where].float(), getattr(rows, "scales", None)
-    return block if scales is None else block * scales[where, None].to(block.device)

@@ -5,7 +5,6 @@ Nothing is projected: the target's gradients are preconditioned and held, the po
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +26,7 @@ from gradsift.stages.shards import map_shards
 from gradsift.stages.work import FittingWork, ScoreWork
 from gradsift.store.artifact import Artifact
 from gradsift.store.canonical import recipe_digest
-from gradsift.store.partial import FOLDER, Parts
+from gradsift.store.partial import FOLDER, Partial, Pieces
 from gradsift.store.provenance import made_on
 from gradsift.store.tensors import write_tensors
 from gradsift.types import Signal
@@ -76,7 +75,8 @@ def curvature(context: Context, signal: Signal) -> Curvature:
         about = {name: chosen[name] for name in ("form", "labels", "correct", "seed")}
         about |= {"modules": context.modules, "token_budget": gradients.token_budget, "shard_rows": gradients.shard_rows}
         about |= {"ids": [ids[i] for i in rows], "identity": artifact.digest}
-        fitting = Fitting(model, taken, store=artifact.path / FOLDER, progress=Stopping(context.progress), **about)
+        pieces = Pieces(artifact.path / FOLDER)
+        fitting = Fitting(model, taken, store=pieces, progress=Stopping(context.progress), **about)
         if context.executor.remote:
             _spread(context, fitting, FittingWork(context.lend(model, at), taken, about))
         fitted = fitting.result()
@@ -85,7 +85,7 @@ def curvature(context: Context, signal: Signal) -> Curvature:
         hash_ = fitted.save(artifact.path / "curvature.safetensors")
         counts = {"rows": count - len(fitting.left_out), "parameters": len(fitted.names)}
         artifact.finish(files={"curvature.safetensors": hash_}, counts=counts, extra=fitting.made())
-        shutil.rmtree(artifact.path / FOLDER)
+        pieces.remove()
 
     return Curvature.load(context.make(fit_recipe(context, signal), fill).path / "curvature.safetensors")
 
@@ -132,7 +132,7 @@ def _score(context: Context, signal: Signal, artifact: Artifact) -> None:
     )
     agreement = _agreement(model, pool, rows, targets, inverse, target_batch=chosen["target_batch"], seed=chosen["seed"], **shared)
     # Target rows that did not fit in memory have no column, and another time they may fit.
-    parts = Parts(artifact, len(pool), gradients.shard_rows, {"targets": recipe_digest(targets.members)})
+    parts = Partial(artifact, len(pool), gradients.shard_rows, {"targets": recipe_digest(targets.members)})
     work = ScoreWork(context.lend(model, at), targets, advance=context.advance, **shared)
     del model
     map_shards(context, parts, work, pool, label=f"influence on {len(targets)} targets, {signal.backend}")

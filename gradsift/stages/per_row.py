@@ -24,7 +24,7 @@ from gradsift.stages.rows import mean_pairwise_cosine
 from gradsift.stages.shards import map_shards
 from gradsift.stages.work import EmbeddingWork, ScalarWork
 from gradsift.store.artifact import Artifact
-from gradsift.store.partial import Parts
+from gradsift.store.partial import Partial
 from gradsift.store.rows import RowStore
 from gradsift.store.tensors import write_tensors
 from gradsift.types import Signal
@@ -133,7 +133,7 @@ def scalars(context: Context, signal: Signal) -> Tensor:
 def _fill_from_base(context: Context, name: str, artifact: Artifact) -> None:
     """What the base model alone says of each row, shard by shard: fp32 [n] for "loss", fp64 for "ifd"."""
     encoded = context.encoded("pool")
-    keeper = Parts(artifact, len(encoded), context.config.gradients.shard_rows)
+    keeper = Partial(artifact, len(encoded), context.config.gradients.shard_rows)
     if keeper.missing():
         model = context.lend(None if context.executor.remote else context.load_base())
         work = ScalarWork(model, name, context.pad_id, context.advance)
@@ -142,7 +142,7 @@ def _fill_from_base(context: Context, name: str, artifact: Artifact) -> None:
     finish_scalars(keeper, name, artifact, context, _NOUNS[name], torch.float32 if name == "loss" else torch.float64)
 
 
-def finish_scalars(keeper: Parts, name: str, artifact: Artifact, context: Context, noun: str, dtype: torch.dtype) -> None:
+def finish_scalars(keeper: Partial, name: str, artifact: Artifact, context: Context, noun: str, dtype: torch.dtype) -> None:
     """Joins the shards' numbers [n] into NAME.safetensors and completes the artifact. Raises DataError as `checks.check_values`."""
     numbers, about = torch.cat(keeper.read(name)).to(dtype), keeper.about()
     check_values(numbers.isfinite(), context.encoded("pool"), noun, about["counts"].get("quarantined", {}), artifact)
@@ -191,6 +191,6 @@ def _difficulty(context: Context, fields: Sequence[str]) -> Tensor:
             advance=Stopping(context.progress).advance,
         )
     context.progress.done()
-    numbers = difficulty.difficulty(net, source)
+    numbers = difficulty.learned_difficulty(net, source)
     numbers[torch.as_tensor(encoded.codes != 0) if isinstance(source, Tensor) else ~source.usable] = torch.nan
     return numbers

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradsift.errors import UserError
 from gradsift.gradients.adam import Adam
@@ -21,7 +21,7 @@ from gradsift.stages.shards import map_shards
 from gradsift.stages.work import GradientWork
 from gradsift.store.artifact import Artifact
 from gradsift.store.rows import RowStore
-from gradsift.types import Checkpoint, Signal
+from gradsift.types import Checkpoint, Signal, checkpoint_weights
 
 _FEW = 128  # rows read at a time: what they take in fp32 adds to the peak of the stage that just made them
 
@@ -54,7 +54,7 @@ def value(context: Context, signal: Signal) -> tuple[Any, Tensor]:
     """The signal "rows": a store, or one for each checkpoint; and which rows all of them have, bool [n]."""
     if signal.checkpoints == "mean":
         mean = mean_rows(context, signal.side, signal.transform)
-        return Scaled(mean), mean.usable
+        return mean.raw(), mean.usable
     stores = [gradients(context, signal.side, c, signal.transform) for c in context.used_checkpoints(signal)]
     usable = torch.stack([store.usable for store in stores]).all(dim=0)
     return stores if signal.checkpoints == "each" else stores[-1], usable
@@ -115,7 +115,7 @@ def mean_rows(context: Context, side: str, transform: str) -> RowStore:
     """Checkpoint mean of unit rows weighted by mean_lr (TAGCOS, released `mean_grad`): not re-normalised, the norm is in `scales`."""
     checkpoints = context.checkpoints()
     stores = [gradients(context, side, c, transform) for c in range(len(checkpoints))]
-    weights = [checkpoint.mean_lr / sum(c.mean_lr for c in checkpoints) for checkpoint in checkpoints]
+    weights = checkpoint_weights([checkpoint.mean_lr for checkpoint in checkpoints])
 
     def fill(artifact: Artifact) -> None:
         mean = RowStore.create(
@@ -139,16 +139,6 @@ def adam_transform(
     state = read_adam_state(checkpoint, base=base, force=force)
     betas = state.betas if momentum else (0.0, state.betas[1])
     return Adam(state.m, state.v, state.step, betas, state.eps, form=form)
-
-
-class Scaled:
-    """Stored unit rows times their norms: the rows as they were before the store normalised them."""
-
-    def __init__(self, store: RowStore) -> None:
-        self.store, self.shape = store, store.shape
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        return self.store[rows].float() * self.store.scales[rows, None]
 
 
 def fill_mean(mean: RowStore, stores: Sequence[RowStore], weights: Sequence[float]) -> None:

@@ -24,7 +24,7 @@ from gradsift.stages.recipe import Recipe
 from gradsift.stages.shards import map_shards
 from gradsift.stages.work import ScalarWork
 from gradsift.store.artifact import Artifact
-from gradsift.store.partial import Parts
+from gradsift.store.partial import Partial
 from gradsift.types import Checkpoint, Signal
 
 
@@ -63,7 +63,7 @@ def steps_on(context: Context, group: str) -> int:
 
 def _fill(context: Context, group: str, artifact: Artifact) -> None:
     encoded = context.encoded("pool")
-    keeper = Parts(artifact, len(encoded), context.config.gradients.shard_rows)
+    keeper = Partial(artifact, len(encoded), context.config.gradients.shard_rows)
     label = f"loss after training on {group}"
     if keeper.missing():
         with _trained(context, group) as (model, executor):

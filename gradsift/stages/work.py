@@ -22,9 +22,8 @@ from gradsift.compute.memory import Halving
 from gradsift.config import ModelSettings
 from gradsift.data.encode import EncodedRows
 from gradsift.errors import MismatchError, UserError
-from gradsift.gradients.capture import Norms
 from gradsift.gradients.objectives import Loss
-from gradsift.gradients.passes import Modules, extract
+from gradsift.gradients.passes import Modules, Norms, extract
 from gradsift.gradients.projection import Projection
 from gradsift.model.load import load_model, model_identity
 from gradsift.model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
@@ -199,7 +198,7 @@ class ScalarWork:
             if self.name == "loss":
                 numbers = row_losses(model, rows, pad_id=self.pad_id, advance=self.advance, halving=halving).mean
             else:
-                numbers = ifd.difficulty(model, rows, pad_id=self.pad_id, advance=self.advance, halving=halving)
+                numbers = ifd.perplexity_ratio(model, rows, pad_id=self.pad_id, advance=self.advance, halving=halving)
             full = torch.full((len(encoded),), torch.nan, dtype=torch.float64)
             full[torch.tensor(usable, dtype=torch.int64)] = numbers.double()
             failed = frozenset(usable[i] for i in halving.failed)

@@ -6,7 +6,6 @@ off the shards themselves, never off a list kept beside them. Rows are kept at u
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
@@ -19,6 +18,7 @@ import xxhash
 from torch import Tensor
 
 from gradsift.errors import IntegrityError, MismatchError
+from gradsift.rules.blocks import Raw, take
 from gradsift.store import provenance
 from gradsift.store.artifact import REPAIR, SCHEMA, Artifact, check_schema, read_manifest
 from gradsift.store.atomic import make_folder, read_json, remove_leftovers, require_space, write_atomic
@@ -30,6 +30,7 @@ from gradsift.types import Rows
 HEADER, IDS = "store.json", "ids.safetensors"
 _COLUMNS = {"norms": torch.float32, "losses": torch.float32, "scales": torch.float32, "tokens": torch.int32, "codes": torch.uint8}
 _OPEN_SHARDS = 64
+_REACH = 16  # rows: a gap of a few is cheaper to map than a further read
 
 
 class RowStore:
@@ -303,6 +304,10 @@ class RowStore:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def raw(self) -> Raw:
+        """The rows as they were before they were brought to length 1: `[a:b]` gives them as fp32 [b - a, d]."""
+        return Raw(self)
+
     def __getitem__(self, rows: slice) -> Tensor:
         start, stop, step = rows.indices(self.shape[0])
         if step != 1:
@@ -368,22 +373,7 @@ class RowView:
         return len(self.indices)
 
     def __getitem__(self, rows: slice) -> Tensor:
-        wanted = self.indices[rows]
-        if isinstance(self.rows, Tensor):
-            return self.rows[wanted.to(self.rows.device)]
-        if not len(wanted):
-            return self.rows[0:0]
-        if len(wanted) == int(wanted[-1]) - int(wanted[0]) + 1 and bool((wanted.diff() == 1).all()):
-            return self.rows[int(wanted[0]) : int(wanted[-1]) + 1]
-        # One read per stretch of neighbouring rows; a gap of a few rows is cheaper to map than a further read.
-        ordered, back = torch.unique(wanted, return_inverse=True)
-        cuts = [0, *((ordered.diff() > 16).nonzero().flatten() + 1).tolist(), len(ordered)]
-        parts = []
-        for a, b in itertools.pairwise(cuts):
-            base = int(ordered[a])
-            parts.append(self.rows[base : int(ordered[b - 1]) + 1][ordered[a:b] - base])
-        gathered = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return gathered if bool((back == torch.arange(len(back))).all()) else gathered[back]
+        return take(self.rows, self.indices[rows], reach=_REACH)
 
 
 def _ids_digest(ids: Ids) -> str:

@@ -179,7 +179,7 @@ def test_drops_happen_and_are_counted():
 def test_permuting_the_atoms_permutes_the_picks():
     atoms, target = problem(3, 200, 40)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
-    plain, moved = omp.match(atoms, target, 30), omp.match(atoms[order], target, 30)
+    plain, moved = omp.match(atoms, target, 30, ridge=1), omp.match(atoms[order], target, 30, ridge=1)
     assert order[moved.indices].tolist() == plain.indices.tolist()
 
 
@@ -190,16 +190,16 @@ def test_duplicates_tie_to_the_lowest_index_and_end_without_ridge():
     same = torch.ones(7, 3)
     assert omp.match(same, same[0], 7, ridge=0).indices.tolist() == [0]
     assert omp.match(same, same[0] * 9, 7, ridge=1).indices.tolist() == [0]  # one atom, not ridged, is exact
-    assert omp.fill(same, same[0], 7).tolist() == list(range(7))
+    assert omp.fill(same, same[0], 7, ridge=1).tolist() == list(range(7))
 
 
 def test_nothing_fits():
     for target in (torch.zeros(3), torch.tensor([-1.0, -1, -1])):
-        found = omp.match(torch.eye(3), target, 2)
+        found = omp.match(torch.eye(3), target, 2, ridge=1)
         assert (len(found), len(found.coefficients), len(found.residual_norms)) == (0, 0, 0)
-        assert omp.fill(torch.eye(3), target, 2).tolist() == []
+        assert omp.fill(torch.eye(3), target, 2, ridge=1).tolist() == []
     assert omp.match(torch.eye(3), torch.tensor([-1.0, -2, 0]), 2, ridge=0, nonnegative=False).indices.tolist() == [1, 0]
-    assert len(omp.match(torch.eye(3), torch.ones(3), 0)) == 0
+    assert len(omp.match(torch.eye(3), torch.ones(3), 0, ridge=1)) == 0
 
 
 def test_fill_repeats_the_search_among_the_rest():
@@ -226,11 +226,11 @@ def test_a_store_read_in_blocks_gives_the_same_as_a_tensor(monkeypatch):
     g = torch.Generator().manual_seed(0)
     rows = torch.nn.functional.normalize(torch.randn(5000, 16, generator=g), dim=1).half()
     target = rows.float().mean(0)
-    plain = omp.match(rows, target, 40)
+    plain = omp.match(rows, target, 40, ridge=1)
     store = Sliced(rows)
-    assert omp.match(store, target, 40).indices.tolist() == plain.indices.tolist()
+    assert omp.match(store, target, 40, ridge=1).indices.tolist() == plain.indices.tolist()
     monkeypatch.setattr(omp, "RESIDENT", 0)
-    again = omp.match(store, target, 40)
+    again = omp.match(store, target, 40, ridge=1)
     assert torch.equal(again.coefficients, plain.coefficients)
     assert store.widest <= blocks.BLOCK
 
@@ -250,7 +250,7 @@ def test_a_store_read_in_blocks_gives_the_same_as_a_tensor(monkeypatch):
     ],
 )
 def test_bad_arguments_are_value_errors(change):
-    good = {"atoms": torch.eye(2), "target": torch.ones(2), "budget": 2}
+    good = {"atoms": torch.eye(2), "target": torch.ones(2), "budget": 2, "ridge": 1.0}
     with pytest.raises(ValueError, match=r"must|hold|entries|sums to|no columns"):
         omp.match(**{**good, **change})
     with pytest.raises(ValueError, match=r"must|hold|entries|sums to|no columns"):
@@ -259,3 +259,9 @@ def test_bad_arguments_are_value_errors(change):
         omp.fill(**good, refill="random")
     with pytest.raises(ValueError, match="refill"):
         omp.fill(**good, refill="again")
+
+
+def test_the_ridge_is_always_said():
+    for rule in (omp.match, omp.fill):
+        with pytest.raises(TypeError, match="ridge"):
+            rule(torch.eye(2), torch.ones(2), 2)

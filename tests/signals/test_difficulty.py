@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gradsift.model.losses import token_nats
-from gradsift.signals.difficulty import difficulty, train_score_net, weighted_loss, weights
+from gradsift.signals.difficulty import learned_difficulty, train_score_net, weighted_loss, weights
 from tests.model.parts import llama
 
 ROWS = [
@@ -71,5 +71,5 @@ def test_rows_that_cannot_be_learned_become_difficult() -> None:
     ]
     features = torch.eye(2)[[i % 2 for i in range(32)]]
     net = train_score_net(llama(), rows, features, [[list(range(i, i + 8))] for i in (0, 8, 16, 24) for _ in range(4)], lr=3e-3)
-    hard, easy = difficulty(net, torch.eye(2)).tolist()
+    hard, easy = learned_difficulty(net, torch.eye(2)).tolist()
     assert hard > 0 > easy

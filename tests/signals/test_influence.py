@@ -11,6 +11,7 @@ from gradsift.errors import UnknownName, UserError
 from gradsift.rules import topk
 from gradsift.signals.influence import BACKENDS, score
 from gradsift.store.rows import RowView
+from gradsift.types import checkpoint_weights
 
 
 class Stored:
@@ -139,3 +140,9 @@ def test_what_does_not_pair_up_is_refused() -> None:
 def test_a_backend_of_whole_gradients_is_not_applied_to_stored_rows() -> None:
     with pytest.raises(UserError, match="ekfac reads whole gradients"):
         score([raw(4, 3, 1)], [raw(2, 3, 2)], [1.0], "ekfac")
+
+
+def test_checkpoints_weigh_in_proportion_to_their_learning_rates() -> None:
+    assert checkpoint_weights([3e-4, 1e-4]) == pytest.approx([0.75, 0.25])
+    assert checkpoint_weights([0.0]) == [1.0]  # alone, whatever its rate
+    assert checkpoint_weights([]) == []

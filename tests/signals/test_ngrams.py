@@ -11,7 +11,7 @@ import torch
 import xxhash
 
 from gradsift.model.losses import row_losses
-from gradsift.signals.ifd import alone, difficulty
+from gradsift.signals.ifd import alone, perplexity_ratio
 from gradsift.signals.ngrams import buckets, importance
 from tests.model.parts import llama
 
@@ -49,9 +49,9 @@ def test_difficulty_is_the_ratio_of_the_two_perplexities() -> None:
     model = llama()
     rows = [{"input_ids": [3, 5, 7, 9, 11], "labels": [-100, -100, 7, -100, 11]}, {"input_ids": [4, 6, 8], "labels": [-100, 6, 8]}]
     assert alone(rows[0]) == {"input_ids": [3, 7, 11], "labels": [-100, 7, 11]}
-    found = difficulty(model, rows)
+    found = perplexity_ratio(model, rows)
     for i, row in enumerate(rows):
         given, without = (float(row_losses(model, [r]).mean) for r in (row, alone(row)))
         assert abs(float(found[i]) - math.exp(given) / math.exp(without)) < 1e-5
     assert abs(float(found[1]) - 1) < 1e-6  # its prompt is one token, which the answer alone keeps
-    assert torch.isnan(difficulty(model, [{"input_ids": [3, 5], "labels": [-100, -100]}])).all()
+    assert torch.isnan(perplexity_ratio(model, [{"input_ids": [3, 5], "labels": [-100, -100]}])).all()

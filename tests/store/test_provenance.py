@@ -15,7 +15,7 @@ from gradsift.compute import machine
 from gradsift.compute.executor import Serial
 from gradsift.gradients.capture import Capture
 from gradsift.store import provenance
-from gradsift.store.partial import Parts
+from gradsift.store.partial import Partial
 from gradsift.store.rows import RowStore
 from gradsift.store.run import Run
 from gradsift.store.tensors import TensorFile, write_tensors
@@ -53,11 +53,11 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Batches of more than 100 tokens do not fit; what was tried."""
     tried, run = [], Capture.run
 
-    def refuse(self: Capture, rows: Any) -> Any:
+    def refuse(self: Capture, rows: Any, *given: Any) -> Any:
         tried.append(sum(len(row[0]) for row in rows))
         if tried[-1] > 100 and len(rows) > 1:
             raise MemoryError
-        return run(self, rows)
+        return run(self, rows, *given)
 
     monkeypatch.setattr(Capture, "run", refuse)
     return tried
@@ -160,7 +160,7 @@ def test_a_shard_of_a_store_and_a_part_carry_it(tmp_path: Path) -> None:
     assert metas == [None, "H200"] and RowStore.open(tmp_path / "s", verify=True).shape == (2, 4)
     with Run(tmp_path / "run").lock():
         artifact = Run(tmp_path / "run").artifact("loss", version=1, config={}, inputs={}, identity={})
-    parts = Parts(artifact, 2, 1)
+    parts = Partial(artifact, 2, 1)
     parts.keep(0, {"x": one}, provenance.made_on("A100"))
     parts.keep(1, {"x": one}, provenance.made_on("H200", 3))
     assert parts.missing() == [] and parts.made() == {"gpus": {"A100": 1, "H200": 1}, "batch_halvings": {"times": 3, "shards": 1}}

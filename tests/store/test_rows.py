@@ -77,6 +77,13 @@ def test_any_slice_is_the_slice_of_all_rows(full: RowStore) -> None:
         full[::2]
 
 
+def test_raw_rows_have_the_length_that_was_written(full: RowStore) -> None:
+    rows = full.raw()
+    assert rows.shape == full.shape
+    assert torch.equal(rows[3:40], full[3:40].float() * full.scales[3:40, None])
+    torch.testing.assert_close(rows[0 : len(full)].norm(dim=1), full.scales, rtol=1e-3, atol=0)
+
+
 def test_writing_to_what_was_read_changes_nothing(full: RowStore) -> None:
     before = full[0:5].clone()
     full[0:5].zero_()

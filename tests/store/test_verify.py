@@ -166,16 +166,16 @@ def test_parts_of_an_unfinished_stage_are_checked_and_only_they_are_made_anew(
     (folder,) = [path.parent for path in run.glob("influence-*/recipe.json") if b"ekfac" in path.read_bytes()]
     content = Artifact.load(folder).content  # type: ignore[union-attr]
     shutil.rmtree(folder)
-    from gradsift.store.partial import Parts
+    from gradsift.store.partial import Partial
 
-    keep = Parts.keep
+    keep = Partial.keep
 
-    def stop(self: Parts, shard: int, *given: Any) -> None:
+    def stop(self: Partial, shard: int, *given: Any) -> None:
         if shard == len(self.shards) - 1:
             raise KeyboardInterrupt
         keep(self, shard, *given)
 
-    monkeypatch.setattr(Parts, "keep", stop)
+    monkeypatch.setattr(Partial, "keep", stop)
     with pytest.raises(BaseException, match=r"stopped|^$"):
         select(run, files, options={"backend": "ekfac"}, seed=1)
     monkeypatch.undo()
@@ -186,7 +186,7 @@ def test_parts_of_an_unfinished_stage_are_checked_and_only_they_are_made_anew(
     parts[1].write_bytes(data)
     assert [line.split()[0] for line in verify(run)] == [f"{folder.name}/parts/{parts[1].name}"]
     made: list[int] = []
-    monkeypatch.setattr(Parts, "keep", lambda self, shard, *given: (made.append(shard), keep(self, shard, *given))[1])
+    monkeypatch.setattr(Partial, "keep", lambda self, shard, *given: (made.append(shard), keep(self, shard, *given))[1])
     select(run, files, options={"backend": "ekfac"}, seed=1)
     assert made == [1, len(parts)]
     assert verify(run) == [] and Artifact.load(folder).content == content  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ from gradsift.compute.memory import Halving
 from gradsift.errors import ConfigError, DataError, MismatchError, OutOfMemory
 from gradsift.gradients.passes import Modules
 from gradsift.signals.curvature.kfac import Inverse
-from gradsift.signals.curvature.passes import Layer, Row, Walk, row
+from gradsift.signals.curvature.passes import CurvaturePass, Layer, PassRow, pass_row
 from gradsift.types import Encoded
 
 log = logging.getLogger("gradsift")
@@ -112,13 +112,13 @@ def prepare_targets(
     """
     if target_batch < 1 or (rank is not None and rank < 1):
         raise ConfigError(f"target_batch {target_batch}, rank {rank}", remedy="Both are at least 1.")
-    walk = Walk(model, modules)
+    passes = CurvaturePass(model, modules)
     if preconditioner is not None:
-        preconditioner.check({name: layer.shape for name, layer in walk.layers.items()})
+        preconditioner.check({name: layer.shape for name, layer in passes.layers.items()})
     lengths, supervised = count_tokens(encoded)
     if len(silent := np.flatnonzero(supervised == 0)):
         raise DataError(f"target row {silent[0]} has no supervised token", remedy="Remove it from the target set, or raise max_length.")
-    size = 4 * sum(layer.shape[0] * layer.shape[1] for layer in walk.layers.values())
+    size = 4 * sum(layer.shape[0] * layer.shape[1] for layer in passes.layers.values())
     halving, left_out = Halving(), set[int]()
     while True:
         members = _members([i for i in range(len(encoded)) if i not in left_out], target_batch, drop_last)
@@ -130,10 +130,10 @@ def prepare_targets(
             rank = AUTO_RANK
             log.info("%d targets of %.2f GB each do not fit in %.2f GB: kept at rank %d", len(members), size / 1e9, memory / 1e9, rank)
         step = len(members) if rank is None else max(1, memory // size)
-        kept = _Kept(walk, preconditioner, rank, seed)
+        kept = _Kept(passes, preconditioner, rank, seed)
         for start in range(0, len(members), step):
             part = members[start : start + step]
-            kept.add(_gradients(walk, encoded, lengths, supervised, part, token_budget, halving))
+            kept.add(_gradients(passes, encoded, lengths, supervised, part, token_budget, halving))
         if halving.failed == left_out:
             return kept.targets(members, tuple(sorted(left_out)))
         left_out = set(halving.failed)  # they leave their targets, and others may take their place there
@@ -146,7 +146,7 @@ def _members(rows: Sequence[int], target_batch: int, drop_last: bool) -> tuple[t
 
 
 def _gradients(
-    walk: Walk,
+    passes: CurvaturePass,
     encoded: Sequence[Encoded],
     lengths: np.ndarray,
     supervised: np.ndarray,
@@ -155,7 +155,7 @@ def _gradients(
     halving: Halving,
 ) -> dict[str, Tensor]:
     """name -> [m, r, c]: the gradient of each target's mean loss over all its tokens. Of no use where a row does not fit in memory."""
-    total = {name: torch.zeros(len(members), *layer.shape, device=walk.device) for name, layer in walk.layers.items()}
+    total = {name: torch.zeros(len(members), *layer.shape, device=passes.device) for name, layer in passes.layers.items()}
     showing: list[int] = []
     added: set[tuple[str, int]] = set()
     places = np.concatenate([np.asarray(m) for m in members])
@@ -170,9 +170,9 @@ def _gradients(
                 added.add((layer.name, index))
 
     def work(batch: np.ndarray) -> Tensor:
-        rows = [row(encoded, int(i), int(lengths[i])) for i in batch]
+        rows = [pass_row(encoded, int(i), int(lengths[i])) for i in batch]
         showing[:] = [r.index for r in rows]
-        return walk.show(rows, visit)
+        return passes.show(rows, visit)
 
     for _ in halving.run([places[batch] for batch in plan_batches(lengths[places], token_budget)], lengths, work):
         pass  # the sums are all that is wanted
@@ -187,8 +187,8 @@ def _gradients(
 class _Kept:
     """Preconditions and compresses chunks of targets as they come."""
 
-    def __init__(self, walk: Walk, preconditioner: Inverse | None, rank: int | None, seed: int) -> None:
-        self.walk, self.preconditioner, self.rank, self.seed = walk, preconditioner, rank, seed
+    def __init__(self, passes: CurvaturePass, preconditioner: Inverse | None, rank: int | None, seed: int) -> None:
+        self.passes, self.preconditioner, self.rank, self.seed = passes, preconditioner, rank, seed
         self.full: dict[str, list[Tensor]] = {}
         self.low: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.share: dict[str, float] = {}
@@ -248,25 +248,25 @@ def score_pool(
     When a batch runs out of memory it is halved, and a single row that does not fit scores NaN, with a warning in the log; `halving`
     learns of both. Between batches the model is what it was. Raises MismatchError when the model has other parameters than the targets.
     """
-    walk = Walk(model, modules)
-    for name, layer in walk.layers.items():
+    passes = CurvaturePass(model, modules)
+    for name, layer in passes.layers.items():
         if targets.shape(name) != layer.shape:
             remedy = "Prepare the targets with the same model and modules."
             raise MismatchError(f"the targets have no gradient of {name} {layer.shape}", remedy=remedy)
-    return _stream(walk, encoded, targets, token_budget, halving or Halving())
+    return _stream(passes, encoded, targets, token_budget, halving or Halving())
 
 
 def _stream(
-    walk: Walk, encoded: Sequence[Encoded], targets: Targets, token_budget: int, halving: Halving
+    passes: CurvaturePass, encoded: Sequence[Encoded], targets: Targets, token_budget: int, halving: Halving
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     lengths, supervised = count_tokens(encoded)
     silent = np.flatnonzero(supervised == 0)
     if len(silent):
         yield silent, torch.zeros(len(silent), len(targets))
-    scorer = _Scorer(walk, targets)
+    scorer = _Scorer(passes, targets)
 
     def work(batch: np.ndarray) -> Tensor:
-        return scorer.add(batch, [row(encoded, int(i), int(lengths[i])) for i in batch])
+        return scorer.add(batch, [pass_row(encoded, int(i), int(lengths[i])) for i in batch])
 
     for batch, made, _ in halving.run(plan_batches(lengths, token_budget), lengths, work):
         if made is None:
@@ -283,9 +283,9 @@ class _Scorer:
     held back and multiplied at once. Otherwise, and where a batch alone would fill that, each module's gradients go once they are used.
     """
 
-    def __init__(self, walk: Walk, targets: Targets) -> None:
-        self.walk, self.targets = walk, targets
-        capacity = HELD // (4 * sum(layer.shape[0] * layer.shape[1] for layer in walk.layers.values()))
+    def __init__(self, passes: CurvaturePass, targets: Targets) -> None:
+        self.passes, self.targets = passes, targets
+        capacity = HELD // (4 * sum(layer.shape[0] * layer.shape[1] for layer in passes.layers.values()))
         self.capacity = capacity if len(targets) >= MANY else 0
         self.held: dict[str, Tensor] = {}
         self.by_tokens: dict[str, bool] = {}  # by module, the same for all rows held
@@ -297,11 +297,11 @@ class _Scorer:
         """True when the next batch, if as large as the last, would not be held."""
         return not self.done or self.count + len(self.done[-1][0]) > self.capacity
 
-    def add(self, indices: np.ndarray, rows: Sequence[Row]) -> Tensor:
+    def add(self, indices: np.ndarray, rows: Sequence[PassRow]) -> Tensor:
         """Runs a batch, and returns its losses; its scores come with the next `flush`."""
         first, b, m = self.count, len(rows), len(self.targets)
         hold = first + b <= self.capacity
-        scores = torch.zeros(b, m, device=self.walk.device)
+        scores = torch.zeros(b, m, device=self.passes.device)
 
         def visit(layer: Layer, x: Tensor, d: Tensor, lengths: list[int]) -> None:
             left, right = layer.sides(x.float(), d.float())
@@ -311,7 +311,7 @@ class _Scorer:
                 _add_tokens(scores, left, right, *low)
             elif hold:
                 if layer.name not in self.held:
-                    self.held[layer.name] = torch.empty(self.capacity, *layer.shape, device=self.walk.device)
+                    self.held[layer.name] = torch.empty(self.capacity, *layer.shape, device=self.passes.device)
                 matmul.bmm(left.transpose(1, 2), right, out=self.held[layer.name][first : first + b])
             else:
                 step = max(1, _chunk(left.device) // (left.shape[2] * right.shape[2]))
@@ -319,7 +319,7 @@ class _Scorer:
                     part = slice(start, start + step)
                     _add_product(scores[part], matmul.bmm(left[part].transpose(1, 2), right[part]), self.targets, layer.name)
 
-        losses = self.walk.show(rows, visit)
+        losses = self.passes.show(rows, visit)
         self.done.append((indices, scores))
         self.count += b if hold else 0
         return losses

@@ -6,9 +6,7 @@ number of workers makes the same bytes, and a run that was stopped resumes.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -21,18 +19,15 @@ from gradsift.compute.batches import count_tokens, plan_batches
 from gradsift.compute.cpu import matmul
 from gradsift.compute.memory import Halving
 from gradsift.compute.progress import Progress, Silent
-from gradsift.errors import ConfigError, DataError, IntegrityError, MismatchError, OutOfMemory
+from gradsift.errors import ConfigError, DataError, OutOfMemory
 from gradsift.gradients.passes import Modules
 from gradsift.signals.curvature.fitted import SCHEMA, Curvature
 from gradsift.signals.curvature.kfac import add_gram, add_second_moments, eigenbasis, symmetrise
-from gradsift.signals.curvature.passes import Layer, Row, Visit, Walk, row, uniforms
+from gradsift.signals.curvature.passes import CurvaturePass, Layer, PassRow, Visit, pass_row, uniforms
 from gradsift.store import provenance
-from gradsift.store.atomic import make_folder, read_json, remove_leftovers, write_atomic
-from gradsift.store.canonical import canonical_json, differences, recipe_digest
-from gradsift.store.tensors import read_tensors, write_tensors
+from gradsift.store.canonical import recipe_digest
+from gradsift.store.partial import Pieces
 from gradsift.types import Encoded
-
-log = logging.getLogger("gradsift")
 
 Form = Literal["expand", "expand-sum", "reduce"]
 Labels = Literal["empirical", "sampled"]
@@ -50,7 +45,7 @@ def fit(
     correct: bool = True,
     seed: int = 0,
     token_budget: int = 1024,
-    store: Path | None = None,
+    store: Pieces | None = None,
     shard_rows: int = 2048,
     accumulate: Literal["float32", "float64"] = "float32",
     ids: Sequence[str] | None = None,
@@ -78,8 +73,9 @@ class Fitting:
     labels: "empirical", the given ones, or "sampled" from the model at the supervised positions, which makes it the true Fisher. Draws
       depend on (seed, row) alone, whatever the batches, and are the same in both passes. `ids` key the rows in place of their positions.
     correct: EK-FAC's eigenvalues: mean over rows of the squared elements of the row's gradient in the eigenbasis, its tokens together.
-    store: a folder for the shards' sums, to resume from and to share between workers; None keeps them in memory. `identity`: the caller's
-      digest of model and data, compared on resume beside the settings, a hash of the rows, and one of a sample of the weights.
+    store: keeps the shards' sums, to resume from; workers share them by a `Pieces` each of one folder. None keeps them in memory.
+      `identity`: the caller's digest of model and data, compared on resume beside the settings, a hash of the rows, and one of a sample of
+      the weights.
     accumulate: of the sums within a shard. Shards are added up in fp64.
 
     Raises ConfigError, UnknownName, DataError (no rows, a loss that is not finite), MismatchError naming the field that differs from the
@@ -98,7 +94,7 @@ class Fitting:
         correct: bool = True,
         seed: int = 0,
         token_budget: int = 1024,
-        store: Path | None = None,
+        store: Pieces | None = None,
         shard_rows: int = 2048,
         accumulate: Literal["float32", "float64"] = "float32",
         ids: Sequence[str] | None = None,
@@ -108,8 +104,8 @@ class Fitting:
         _check(form=(form, get_args(Form)), labels=(labels, get_args(Labels)), accumulate=(accumulate, ("float32", "float64")))
         if token_budget < 1 or shard_rows < 1:
             raise ConfigError(f"token_budget {token_budget}, shard_rows {shard_rows}", remedy="Both are at least 1.")
-        self.walk, self.encoded, self.form, self.labels, self.seed = Walk(model, modules), encoded, form, labels, seed
-        self.whole = Walk(model, modules, whole=True)
+        self.passes, self.encoded, self.form, self.labels, self.seed = CurvaturePass(model, modules), encoded, form, labels, seed
+        self.whole = CurvaturePass(model, modules, whole=True)
         self.token_budget, self.correct, self.dtype = token_budget, correct, getattr(torch, accumulate)
         self.progress = progress or Silent()
         self.keys = None if ids is None else [xxhash.xxh3_64_intdigest(i.encode()) for i in ids]
@@ -122,91 +118,85 @@ class Fitting:
         self.lengths = lengths
         n = len(encoded)
         self.shards = [range(a, min(a + shard_rows, n)) for a in range(0, n, shard_rows)]
-        layers = {n: {"shape": list(la.shape), "transposed": la.transposed, "group": la.group} for n, la in self.walk.layers.items()}
+        layers = {n: {"shape": list(la.shape), "transposed": la.transposed, "group": la.group} for n, la in self.passes.layers.items()}
         self.spec: dict[str, Any] = {
             "schema": SCHEMA, "form": form, "labels": labels, "correct": correct, "seed": seed, "token_budget": token_budget,
             "shard_rows": shard_rows, "accumulate": accumulate, "identity": identity, "rows": int((lengths > 0).sum()),
             "tokens": int(lengths.sum()), "data": _data_digest(encoded, self.keys), "weights": _weights_digest(model), "layers": layers,
         }  # fmt: skip
-        self._kept: dict[str, dict[str, Tensor]] = {}
+        self._in_memory: dict[str, dict[str, Tensor]] = {}
         self._basis: dict[str, Tensor] | None = None
         self._basis_digest = ""
         self.left_out: set[int] = set()
         self._halving = Halving()
-        self.store = None if store is None else self._open(Path(store))
-
-    def _open(self, store: Path) -> Path:
-        make_folder(store)
-        remove_leftovers(store)
-        stored = read_json(store / HEADER)
-        if stored is None:
-            write_atomic(store / HEADER, canonical_json(self.spec))
-        else:
-            for what, theirs, ours in differences(stored, self.spec):
-                message = f"holds curvature fitted with {what} = {theirs!r}, not {ours!r}"
-                raise MismatchError(message, where=store, remedy="Choose another folder, or delete this one.")
-        return store
+        self.store = store
+        if store is not None:
+            store.claim(HEADER, self.spec, "curvature fitted")
 
     # --- the two passes
 
     def factors(self, shard: int, made: dict[str, Tensor] | None = None, on: Mapping[str, str] | None = None) -> dict[str, Tensor]:
         """The shard's sums "A/<group>" and "G/<name>", made or read; or `made`, which is kept: what `sum_factors` gave elsewhere. `on`: what
         `provenance.made_on` says of it."""
-        return self._stored(f"factors-{shard:05d}", lambda: made or self.sum_factors(shard), {}, on)
+        return self._kept(_piece("factors", shard), lambda: made or self.sum_factors(shard), {}, on)
 
     def eigenvalues(self, shard: int, made: dict[str, Tensor] | None = None, on: Mapping[str, str] | None = None) -> dict[str, Tensor]:
         """The shard's sums "values/<name>" of squared gradients in the eigenbasis, likewise. Needs the factors of every shard."""
         basis = self.basis()
-        return self._stored(f"eigenvalues-{shard:05d}", lambda: made or self.sum_squares(shard, basis), {"basis": self._basis_digest}, on)
+        meta = {"basis": self._basis_digest}
+        return self._kept(_piece("eigenvalues", shard), lambda: made or self.sum_squares(shard, basis), meta, on)
 
     def made(self) -> dict[str, Any]:
-        """How the shards in the store were made, for a manifest: nothing of those made here on a CPU."""
-        return provenance.summary(sorted(self.store.glob("*s-*.safetensors"))) if self.store else {}  # of both passes, without the basis
+        """How the shards in the store were made, for a manifest, once all are: nothing of those made here on a CPU."""
+        if self.store is None:
+            return {}
+        passes = ("eigenvalues", "factors") if self.correct else ("factors",)  # without the basis
+        return self.store.made(_piece(name, shard) for name in passes for shard in range(len(self.shards)))
 
     def missing(self, name: Literal["factors", "eigenvalues"]) -> list[int]:
         """The shards whose sums the store does not hold."""
         meta = {"basis": (self.basis(), self._basis_digest)[1]} if name == "eigenvalues" else {}
-        return [shard for shard in range(len(self.shards)) if self._read(f"{name}-{shard:05d}", meta) is None]
+        return [shard for shard in range(len(self.shards)) if self._load(_piece(name, shard), meta) is None]
 
     def sum_factors(self, shard: int) -> dict[str, Tensor]:
         """What `factors` keeps, computed here."""
-        walk = self.whole
-        sums = {f"G/{name}": self._zeros(layer.outputs, layer.outputs) for name, layer in walk.layers.items()}
-        sums |= {f"A/{layer.group}": self._zeros(layer.inputs, layer.inputs) for layer in walk.layers.values()}
+        passes = self.whole
+        sums = {f"G/{name}": self._zeros(layer.outputs, layer.outputs) for name, layer in passes.layers.items()}
+        sums |= {f"A/{layer.group}": self._zeros(layer.inputs, layer.inputs) for layer in passes.layers.values()}
 
         def rows(a: Tensor) -> Tensor:
             return a.sum(1, dtype=self.dtype) if self.form == "reduce" else a.flatten(0, 1)
 
         def visit(layer: Layer, x: Tensor, d: Tensor, lengths: list[int]) -> None:
-            walk.once(layer, lambda: add_gram(sums[f"A/{layer.group}"], rows(walk.clean(x))))
+            passes.once(layer, lambda: add_gram(sums[f"A/{layer.group}"], rows(passes.clean(x))))
             add_gram(sums[f"G/{layer.name}"], rows(d))
 
-        failed = self._pass(walk, shard, sums, visit)
+        failed = self._pass(passes, shard, sums, visit)
         return {key: symmetrise(total).cpu() for key, total in sums.items()} | failed
 
     def sum_squares(self, shard: int, fitted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `eigenvalues` keeps, computed here with the tensors of `basis`."""
-        walk = self.walk
-        moved = {key: value.to(walk.device) for key, value in fitted.items() if key.startswith("U")}
-        sums = {name: self._zeros(*layer.shape) for name, layer in walk.layers.items()}
+        passes = self.passes
+        moved = {key: value.to(passes.device) for key, value in fitted.items() if key.startswith("U")}
+        sums = {name: self._zeros(*layer.shape) for name, layer in passes.layers.items()}
 
         def visit(layer: Layer, x: Tensor, d: Tensor, lengths: list[int]) -> None:
             inputs, outputs = moved[f"UA/{layer.group}"].to(x.dtype), moved[f"UG/{layer.name}"].to(x.dtype)
             tokens = sum(lengths) / len(lengths)
             # a side is rotated where that costs less: on the tokens before the product, or on the gradient after it
-            inputs_first, outputs_first = tokens <= layer.outputs * walk.sharing[layer.group], tokens <= layer.inputs
-            before = walk.once(layer, lambda: matmul.matmul(x, inputs)) if inputs_first else x
+            inputs_first, outputs_first = tokens <= layer.outputs * passes.sharing[layer.group], tokens <= layer.inputs
+            before = passes.once(layer, lambda: matmul.matmul(x, inputs)) if inputs_first else x
             left, right = layer.sides(before, matmul.matmul(d, outputs) if outputs_first else d)
             basis = layer.sides(None if inputs_first else inputs, None if outputs_first else outputs)
             add_second_moments(sums[layer.name], left, right, lengths, basis)
 
-        failed = self._pass(walk, shard, sums, visit)
+        failed = self._pass(passes, shard, sums, visit)
         return {f"values/{name}": total.cpu() for name, total in sums.items()} | failed
 
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.dtype, device=self.walk.device)
+        return torch.zeros(shape, dtype=self.dtype, device=self.passes.device)
 
-    def _pass(self, walk: Walk, shard: int, sums: Mapping[str, Tensor], visit: Visit) -> dict[str, Tensor]:
+    def _pass(self, passes: CurvaturePass, shard: int, sums: Mapping[str, Tensor], visit: Visit) -> dict[str, Tensor]:
         """Fills the sums of a shard; returns what memory had no room for: rows under `_FAILED`, halved batches under `_HALVINGS`."""
         part = self.shards[shard]
         draw = self._draw if self.labels == "sampled" else None
@@ -215,9 +205,9 @@ class Fitting:
         tried, advanced, failed = [0, 0], set[int](), set[int]()  # begun, finished
 
         def work(batch: np.ndarray) -> Tensor:
-            rows = [row(self.encoded, int(i), int(self.lengths[i])) for i in batch]
+            rows = [pass_row(self.encoded, int(i), int(self.lengths[i])) for i in batch]
             tried[0] += 1
-            losses = walk.show(rows, visit, draw)
+            losses = passes.show(rows, visit, draw)
             bad = [r.index for r, fine in zip(rows, torch.isfinite(losses).tolist(), strict=True) if not fine]
             if bad:
                 remedy = "Leave the row out of the fit, or load the model in float32."
@@ -241,37 +231,28 @@ class Fitting:
             for total in sums.values():
                 total.zero_()
 
-    def _draw(self, row: Row) -> np.ndarray:
+    def _draw(self, row: PassRow) -> np.ndarray:
         key = row.index if self.keys is None else self.keys[row.index]
         return uniforms(self.seed, key, int((row.targets >= 0).sum()))
 
-    # --- shards on disk, and their sum
+    # --- what is kept of the passes, and its sum
 
-    def _stored(
+    def _kept(
         self, name: str, make: Callable[[], dict[str, Tensor]], meta: Mapping[str, str], on: Mapping[str, str] | None = None
     ) -> dict[str, Tensor]:
-        if self.store is None:
-            if name not in self._kept:
-                self._kept[name] = {key: tensor for key, tensor in make().items() if key != _HALVINGS}
-            return self._kept[name]
-        if (there := self._read(name, meta)) is not None:
+        if (there := self._load(name, meta)) is not None:
             return there
         tensors = dict(make())
         halvings = int(tensors.pop(_HALVINGS, 0))
-        on = provenance.made_on(machine.gpu_kind([str(self.walk.device)])) if on is None else on
-        write_tensors(self.store / f"{name}.safetensors", tensors, {**on, **provenance.made_on("", halvings), **self._meta(name, meta)})
+        if self.store is None:
+            self._in_memory[name] = tensors
+        else:
+            on = provenance.made_on(machine.gpu_kind([str(self.passes.device)])) if on is None else on
+            self.store.save(name, tensors, self._meta(name, meta), {**on, **provenance.made_on("", halvings)})
         return tensors
 
-    def _read(self, name: str, meta: Mapping[str, str]) -> dict[str, Tensor] | None:
-        if self.store is None:
-            return self._kept.get(name)
-        path = self.store / f"{name}.safetensors"
-        try:
-            return read_tensors(path, expect=self._meta(name, meta))
-        except IntegrityError as error:
-            if path.exists():
-                log.warning("%s; it is made anew", error)
-            return None
+    def _load(self, name: str, meta: Mapping[str, str]) -> dict[str, Tensor] | None:
+        return self._in_memory.get(name) if self.store is None else self.store.load(name, self._meta(name, meta))
 
     def _meta(self, name: str, meta: Mapping[str, str]) -> dict[str, str]:
         return {"fit": recipe_digest(self.spec), "part": name, **meta}
@@ -304,15 +285,15 @@ class Fitting:
             rows, tokens = self._counts(parts)
             count = tokens if self.form == "expand" else rows
             # copies: the last bits of a product depend on how its operands lie in memory, and what was just made lies unlike what was read
-            self._basis = {key: value.clone() for key, value in self._stored("basis", lambda: self._decompose(parts, count), {}).items()}
-            self._kept = {}
+            self._basis = {key: value.clone() for key, value in self._kept("basis", lambda: self._decompose(parts, count), {}).items()}
+            self._in_memory = {}
             self._basis_digest = _tensors_digest(self._basis)
         return self._basis
 
     def _decompose(self, parts: Sequence[Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for key, total in self._total(parts):
-            factor = (total / count).to(self.walk.device)
+            factor = (total / count).to(self.passes.device)
             kind, name = key.split("/", 1)
             try:
                 vectors, values = eigenbasis(factor)
@@ -335,6 +316,10 @@ class Fitting:
 
     def _start(self, label: str) -> None:
         self.progress.start(int(self.lengths.sum()), "tokens", label)
+
+
+def _piece(name: str, shard: int) -> str:
+    return f"{name}-{shard:05d}"
 
 
 def _check(**settings: tuple[str, tuple[str, ...]]) -> None:

@@ -1,5 +1,4 @@
-"""Batched passes that show every tracked layer's inputs and output gradients: the gradient engine with another use for what its taps
-bring."""
+"""Batched passes that show every tracked layer's inputs and output gradients: another consumer of what the gradient engine's taps bring."""
 
 from __future__ import annotations
 
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gradsift.errors import ConfigError
-from gradsift.gradients.capture import Batch, Capture, pad_rows
+from gradsift.gradients.capture import Batch, Call, Capture
 from gradsift.gradients.passes import Modules
-from gradsift.gradients.projection import Projection
 from gradsift.types import IGNORE, Encoded
 
 T = TypeVar("T")
@@ -24,7 +22,7 @@ _LOGIT_CHUNK = 1 << 17
 
 
 @dataclass(frozen=True)
-class Row:
+class PassRow:
     """`ids` [t] and `targets` [t], the label that each position predicts (-100: none); `index` is its place in the encoded set."""
 
     index: int
@@ -32,10 +30,10 @@ class Row:
     targets: np.ndarray
 
 
-def row(encoded: Sequence[Encoded], index: int, length: int) -> Row:
+def pass_row(encoded: Sequence[Encoded], index: int, length: int) -> PassRow:
     """The first `length` tokens of a row, all of them where that is the whole row (the last one then predicts nothing)."""
     ids, labels = np.asarray(encoded[index]["input_ids"]), np.asarray(encoded[index]["labels"])
-    return Row(index, ids[:length], np.append(labels[1:], IGNORE)[:length])
+    return PassRow(index, ids[:length], np.append(labels[1:], IGNORE)[:length])
 
 
 @dataclass(frozen=True)
@@ -65,88 +63,79 @@ class Layer:
 Visit = Callable[[Layer, Tensor, Tensor, list[int]], None]
 
 
-class Walk(Capture):
+class CurvaturePass:
     """A model and its tracked layers: `layers` by parameter name, modules that share a parameter under the first one's.
 
     Layers that read the same tensor (query, key and value; gate and up) are found by one forward pass over two tokens, so that what depends
     on the input alone is computed and kept once (`sharing` counts them). `whole`: inputs at every token of every row; otherwise only what
     gradients need: the last feed-forward layer shows supervised positions alone. Inputs of padding are arbitrary, see `clean`.
-    Raises as `tracked_modules`.
+    A consumer of `Capture`, which calls `begin` and `gradient`. Raises as `tracked_modules`.
     """
 
     def __init__(self, model: nn.Module, modules: Modules = None, *, whole: bool = False) -> None:
-        super().__init__(model, Projection(1), None, modules)
-        self.whole = whole
-        self.low_rank = []  # their step scales what B reads in place of its output gradient: the same product, other factors
-        if whole:
-            self.tail = None
+        # Not fused: the step of a LoRA layer scales what B reads in place of its output gradient, and factors need either as it is.
+        self.capture = capture = Capture(model, modules, fused=False, every_position=whole)
+        self.device = capture.device
         groups = self._groups()
-        self.layers = {name: Layer(name, shape, name in self.transposed, groups[name]) for name, shape in self.bound.shapes.items()}
+        self.layers = {name: Layer(name, shape, name in capture.transposed, groups[name]) for name, shape in capture.shapes.items()}
         self.sharing = Counter(layer.group for layer in self.layers.values())
         self._made: dict[str, tuple[int, Any]] = {}  # by group: layers still to come, and what `once` made for them
         self._places: dict[str, int] = {}  # by group: where in memory its input lies
-        self._rows: Sequence[Row] = ()
+        self._rows: Sequence[PassRow] = ()
         self._visit: Visit | None = None
-        self._draw: Callable[[Row], np.ndarray] | None = None
+        self._batch: Batch | None = None
 
     def _groups(self) -> dict[str, str]:
-        seen: dict[str, list[Tensor]] = {name: [] for name in self.modules}
+        capture = self.capture
+        seen: dict[str, list[Tensor]] = {name: [] for name in capture.modules}
 
         def note(name: str) -> Callable[..., None]:
             return lambda module, args: seen[name].append(args[0])
 
-        handles = [m.register_forward_pre_hook(note(n)) for n, m in self.modules.items()]
+        handles = [m.register_forward_pre_hook(note(n)) for n, m in capture.modules.items()]
         try:
-            with self._frozen(), torch.no_grad():
-                self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
+            with capture.frozen(), torch.no_grad():
+                capture.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
         first: dict[int, str] = {}
-        uses = Counter(self.owner.values())
-        alone = {name for name in self.modules if len(seen[name]) != 1 or uses[self.owner[name]] > 1}
-        return {name: name if name in alone else first.setdefault(id(seen[name][0]), name) for name in self.modules}
+        uses = Counter(capture.owner.values())
+        alone = {name for name in capture.modules if len(seen[name]) != 1 or uses[capture.owner[name]] > 1}
+        return {name: name if name in alone else first.setdefault(id(seen[name][0]), name) for name in capture.modules}
 
-    def show(self, rows: Sequence[Row], visit: Visit, draw: Callable[[Row], np.ndarray] | None = None) -> Tensor:
+    def show(self, rows: Sequence[PassRow], visit: Visit, draw: Callable[[PassRow], np.ndarray] | None = None) -> Tensor:
         """One pass over `rows`, each with at least one supervised token; returns their losses [b], means over supervised tokens, nats.
 
         `visit` is called once per layer. Output gradients are of the sum of the rows' losses, so each row's is its own, and zero at
         padding; all is fp32 or wider. `draw`: uniform numbers, one per supervised token of a row, that pick labels from the model's own
         distribution in place of the given ones.
         """
-        self._rows, self._visit, self._draw = rows, visit, draw
+
+        def drawn(logits: Tensor) -> Tensor:
+            assert draw is not None
+            return sample(logits, torch.from_numpy(np.concatenate([draw(r) for r in rows])).to(logits.device))
+
+        self._rows, self._visit = rows, visit
         try:
-            return self.run([(r.ids, r.targets) for r in rows])[2]
+            return self.capture.run([(r.ids, r.targets) for r in rows], self, drawn if draw is not None else None)
         finally:
-            self._rows, self._visit, self._draw, self._made, self._places = (), None, None, {}, {}
+            self._rows, self._visit, self._batch, self._made, self._places = (), None, None, {}, {}
 
-    def _run(self, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor, Tensor]:
-        if self._draw is None:
-            return super()._run(rows)
-        ids, labels = pad_rows(rows)
-        b, t = ids.shape
-        places = np.flatnonzero(labels != IGNORE)
-        flat = torch.from_numpy(places).to(self.device)
-        self.batch = Batch(b, t, flat, flat, t, torch.empty(0), torch.empty(0))  # no tap runs: there is no graph to hang one on
-        with torch.no_grad():
-            logits = self.model(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False).logits
-            if not self.batch.gathered:
-                logits = logits.flatten(0, 1).index_select(0, flat.to(logits.device))
-            uniform = np.concatenate([self._draw(r) for r in self._rows])
-        labels.ravel()[places] = sample(logits.view(-1, logits.shape[-1]), torch.from_numpy(uniform).to(logits.device)).cpu().numpy()
-        return super()._run([(ids[k, : len(r[0])], labels[k, : len(r[0])]) for k, r in enumerate(rows)])
+    def begin(self, batch: Batch) -> None:
+        self._batch = batch
 
-    def _finish(self, name: str) -> None:
-        batch, layer = self.batch, self.layers[name]
+    def gradient(self, name: str, calls: list[Call]) -> None:
+        """Shows one layer to `visit`."""
+        batch, layer = self._batch, self.layers[name]
         assert batch is not None and self._visit is not None
-        held = batch.held.pop(name)
-        place = held[0][0].seen.data_ptr()
+        place = calls[0][0].seen.data_ptr()
         if self.sharing[layer.group] > 1 and self._places.setdefault(layer.group, place) != place:
             raise ConfigError(f"module {name} does not always read what {layer.group} reads", remedy="Name the modules without it.")
-        if len(held) == 1:
-            x, d = held[0][0].spread, held[0][1]
+        if len(calls) == 1:
+            x, d = calls[0][0].by_example, calls[0][1]
         else:
-            x, d = torch.cat([self.clean(source.spread) for source, _ in held], 1), torch.cat([d for _, d in held], 1)
+            x, d = torch.cat([self.clean(source.by_example) for source, _ in calls], 1), torch.cat([d for _, d in calls], 1)
         if d.shape[1] == batch.t:
             lengths = [len(r.ids) for r in self._rows]
         elif d.shape[1] == batch.width:
@@ -157,7 +146,7 @@ class Walk(Capture):
 
     def clean(self, x: Tensor) -> Tensor:
         """Inputs with zeros at padding. Those of a layer that is called more than once come like that."""
-        batch = self.batch
+        batch = self._batch
         assert batch is not None
         if x.shape[1] != batch.t or all(len(r.ids) == batch.t for r in self._rows):
             return x

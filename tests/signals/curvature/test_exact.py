@@ -15,7 +15,7 @@ from gradsift.gradients.passes import extract
 from gradsift.gradients.projection import Projection
 from gradsift.signals.curvature import exact, fit
 from gradsift.signals.curvature.exact import influence_scores, prepare_targets, rank_agreement, score_pool
-from gradsift.signals.curvature.passes import row
+from gradsift.signals.curvature.passes import pass_row
 from gradsift.signals.influence import trak_target
 from gradsift.store.rows import RowStore
 from gradsift.types import IGNORE
@@ -182,7 +182,7 @@ def test_silent_rows_score_zero_and_broken_ones_nan() -> None:
 def test_a_batch_that_runs_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     model, pool = base(), make_rows(8)
     expected = gather(influence_scores(model, pool, pool[:2], None, modules="linear"), 8)
-    show = exact.Walk.show
+    show = exact.CurvaturePass.show
 
     def limited(self: Any, rows: Any, *args: Any) -> Tensor:
         if len(rows) > 2 or any(r.index == 5 for r in rows):
@@ -190,7 +190,7 @@ def test_a_batch_that_runs_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPat
         return show(self, rows, *args)
 
     prepared = prepare_targets(model, pool[:2], None, modules="linear")
-    monkeypatch.setattr(exact.Walk, "show", limited)
+    monkeypatch.setattr(exact.CurvaturePass, "show", limited)
     found = gather(score_pool(model, pool, prepared, modules="linear", token_budget=100), 8)
     assert bool(found[5].isnan().all())
     others = [n for n in range(8) if n != 5]
@@ -212,7 +212,7 @@ def test_mistakes_are_told() -> None:
 
 
 def test_a_row_ends_where_it_is_told() -> None:
-    r = row([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}], 0, 3)
+    r = pass_row([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}], 0, 3)
     assert r.ids.tolist() == [5, 6, 7]
     assert r.targets.tolist() == [6, 7, IGNORE]
 

@@ -17,6 +17,8 @@ from gradsift.signals.curvature.exact import influence_scores
 from gradsift.signals.curvature.fit import Fitting
 from gradsift.signals.curvature.fitted import Curvature
 from gradsift.signals.curvature.passes import sample, uniforms
+from gradsift.store.partial import Pieces
+from gradsift.store.tensors import TensorFile
 from tests.signals.curvature.parts import MODELS, Naive, base, close, gather, lora, make_rows, naive_scores, sampled
 
 
@@ -182,7 +184,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_shard_that_is_gone_or_damaged_is_made_again_byte_for_byte(tmp_path: Path, gone: str, caplog: pytest.LogCaptureFixture) -> None:
     options: dict[str, Any] = dict(modules="linear", shard_rows=4, token_budget=60)
     model, rows, folder = base(), make_rows(11), tmp_path / "fit"
-    first = fit(model, rows, store=folder, **options)
+    first = fit(model, rows, store=Pieces(folder), **options)
     before = files(folder)
     shards = {f"{kind}-0000{n}.safetensors" for kind in ("factors", "eigenvalues") for n in range(3)}
     assert set(before) == {"curvature.json", "basis.safetensors"} | shards
@@ -191,7 +193,7 @@ def test_a_shard_that_is_gone_or_damaged_is_made_again_byte_for_byte(tmp_path: P
     data[-5] ^= 1
     for damage in (lambda: path.unlink(), lambda: path.write_bytes(data)):
         damage()
-        again = fit(model, rows, store=folder, **options)
+        again = fit(model, rows, store=Pieces(folder), **options)
         assert files(folder) == before
         assert all(torch.equal(again.tensors[key], tensor) for key, tensor in first.tensors.items())
     assert "not what was written" in caplog.text
@@ -199,11 +201,31 @@ def test_a_shard_that_is_gone_or_damaged_is_made_again_byte_for_byte(tmp_path: P
     assert all(torch.equal(memory.tensors[key], tensor) for key, tensor in first.tensors.items())
 
 
+def test_the_files_of_a_fit_say_what_they_are_and_a_resumed_fit_writes_none_again(tmp_path: Path) -> None:
+    """Names and metadata are those of every fit before: one that was stopped under an older version goes on."""
+    options: dict[str, Any] = dict(modules="linear", shard_rows=4, token_budget=60)
+    model, rows = base(), make_rows(6)
+    fit(model, rows, store=Pieces(tmp_path), **options)
+    metas = {}
+    for path in sorted(tmp_path.glob("*.safetensors")):
+        with TensorFile(path) as file:
+            metas[path.stem] = {name: value for name, value in file.meta.items() if name in ("fit", "part", "basis")}
+    assert {stem: sorted(meta) for stem, meta in metas.items()} == {
+        "basis": ["fit", "part"],
+        **{f"factors-0000{k}": ["fit", "part"] for k in range(2)},
+        **{f"eigenvalues-0000{k}": ["basis", "fit", "part"] for k in range(2)},
+    }
+    assert all(meta["part"] == stem for stem, meta in metas.items()) and len({meta["fit"] for meta in metas.values()}) == 1
+    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    fit(model, rows, store=Pieces(tmp_path), **options)
+    assert {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == before
+
+
 def test_workers_in_any_order_make_the_same_bytes(tmp_path: Path) -> None:
     options: dict[str, Any] = dict(modules="linear", shard_rows=4, token_budget=60)
     model, rows = base(), make_rows(11)
-    fit(model, rows, store=tmp_path / "one", **options)
-    workers = [Fitting(model, rows, store=tmp_path / "three", **options) for _ in range(3)]
+    fit(model, rows, store=Pieces(tmp_path / "one"), **options)
+    workers = [Fitting(model, rows, store=Pieces(tmp_path / "three"), **options) for _ in range(3)]
     for shard in (2, 0, 1):
         workers[shard].factors(shard)
     for shard in (1, 2, 0):
@@ -213,17 +235,17 @@ def test_workers_in_any_order_make_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_store_of_other_settings_rows_or_weights_is_refused(tmp_path: Path) -> None:
     model, rows = base(), make_rows(5)
-    fit(model, rows, modules="linear", store=tmp_path, correct=False)
+    fit(model, rows, modules="linear", store=Pieces(tmp_path), correct=False)
     with pytest.raises(MismatchError, match="form = 'expand', not 'reduce'"):
-        fit(model, rows, modules="linear", store=tmp_path, correct=False, form="reduce")
+        fit(model, rows, modules="linear", store=Pieces(tmp_path), correct=False, form="reduce")
     with pytest.raises(MismatchError, match="data = "):
-        fit(model, [*rows[1:], rows[0]], modules="linear", store=tmp_path, correct=False)
+        fit(model, [*rows[1:], rows[0]], modules="linear", store=Pieces(tmp_path), correct=False)
     with pytest.raises(MismatchError, match="identity"):
-        fit(model, rows, modules="linear", store=tmp_path, correct=False, identity="another model")
+        fit(model, rows, modules="linear", store=Pieces(tmp_path), correct=False, identity="another model")
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(2)  # type: ignore[operator,union-attr]
     with pytest.raises(MismatchError, match="weights = "):
-        fit(model, rows, modules="linear", store=tmp_path, correct=False)
+        fit(model, rows, modules="linear", store=Pieces(tmp_path), correct=False)
 
 
 def test_saved_and_loaded_curvature_is_the_same(tmp_path: Path) -> None:

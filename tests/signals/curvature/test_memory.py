@@ -11,7 +11,7 @@ from torch import Tensor
 from gradsift.errors import OutOfMemory
 from gradsift.signals.curvature import fit
 from gradsift.signals.curvature.exact import prepare_targets, score_pool
-from gradsift.signals.curvature.passes import Layer, Walk
+from gradsift.signals.curvature.passes import CurvaturePass, Layer
 from tests.signals.curvature.parts import base, close, gather, make_rows
 
 LONG = {"input_ids": list(range(3, 43)), "labels": list(range(3, 43))}
@@ -20,9 +20,9 @@ LONG = {"input_ids": list(range(3, 43)), "labels": list(range(3, 43))}
 @pytest.fixture
 def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
     """The third layer that is shown runs out of memory for more than two rows, and for any of 39 tokens."""
-    show = Walk.show
+    show = CurvaturePass.show
 
-    def limited(self: Walk, rows: Any, visit: Any, draw: Any = None) -> Tensor:
+    def limited(self: CurvaturePass, rows: Any, visit: Any, draw: Any = None) -> Tensor:
         shown: list[str] = []
 
         def seen(layer: Layer, x: Tensor, d: Tensor, lengths: list[int]) -> None:
@@ -33,7 +33,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return show(self, rows, seen, draw)
 
-    monkeypatch.setattr(Walk, "show", limited)
+    monkeypatch.setattr(CurvaturePass, "show", limited)
 
 
 @pytest.mark.parametrize("form", ["expand", "expand-sum", "reduce"])
