@@ -5,8 +5,9 @@ Nothing is projected: the target's gradients are preconditioned and held, the po
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,7 +28,6 @@ from gradsift.stages.work import FittingWork, ScoreWork
 from gradsift.store.artifact import Artifact
 from gradsift.store.canonical import recipe_digest
 from gradsift.store.partial import FOLDER, Partial, Pieces
-from gradsift.store.provenance import made_on
 from gradsift.store.tensors import write_tensors
 from gradsift.types import Signal
 
@@ -78,7 +78,7 @@ def curvature(context: Context, signal: Signal) -> Curvature:
         pieces = Pieces(artifact.path / FOLDER)
         fitting = Fitting(model, taken, store=pieces, progress=Stopping(context.progress), **about)
         if context.executor.remote:
-            _spread(context, fitting, FittingWork(context.lend(model, at), taken, about))
+            _fit_elsewhere(context, fitting, FittingWork(context.lend(model, at), taken, about))
         fitted = fitting.result()
         if fitting.left_out:
             context.progress.note(f"{len(fitting.left_out):,} of the {count:,} rows of the fit do not fit in memory and are left out of it")
@@ -90,13 +90,31 @@ def curvature(context: Context, signal: Signal) -> Curvature:
     return Curvature.load(context.make(fit_recipe(context, signal), fill).path / "curvature.safetensors")
 
 
-def _spread(context: Context, fitting: Fitting, work: FittingWork) -> None:
+class _FitShards:
+    """The keeper of one pass of a fit, "factors" or "eigenvalues": its sums lie among the pieces of `fitting`."""
+
+    problems: Sequence[str] = ()  # a fit tells of damaged pieces in the log
+
+    def __init__(self, fitting: Fitting, name: Literal["factors", "eigenvalues"]) -> None:
+        self._fitting = fitting
+        self._name: Literal["factors", "eigenvalues"] = name
+        self._save = fitting.factors if name == "factors" else fitting.eigenvalues
+        self.shards = [slice(rows.start, rows.stop) for rows in fitting.shards]
+
+    def missing(self) -> list[int]:
+        return self._fitting.missing(self._name)
+
+    def keep(self, shard: int, tensors: Mapping[str, Tensor], made: Mapping[str, str], failed: Collection[int]) -> None:
+        self._save(shard, dict(tensors), made)
+
+
+def _fit_elsewhere(context: Context, fitting: Fitting, work: FittingWork) -> None:
     """Both passes of a fit, shard by shard, by workers elsewhere; `fitting.result()` then only adds up."""
-    for shard, sums in context.executor.map(work, fitting.missing("factors")):
-        fitting.factors(shard, sums, made_on(context.executor.gpu))
+    options = {"tokens": fitting.lengths, "label": "curvature, factors"}
+    map_shards(context, _FitShards(fitting, "factors"), work, None, **options)
     if fitting.correct:
-        for shard, sums in context.executor.map(replace(work, basis=fitting.basis()), fitting.missing("eigenvalues")):
-            fitting.eigenvalues(shard, sums, made_on(context.executor.gpu))
+        options["label"] = "curvature, eigenvalues"
+        map_shards(context, _FitShards(fitting, "eigenvalues"), replace(work, basis=fitting.basis()), None, **options)
 
 
 def value(context: Context, signal: Signal) -> tuple[Tensor, Tensor]:

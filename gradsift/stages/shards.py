@@ -40,7 +40,7 @@ def map_shards(
     context: Context,
     keeper: Keeper,
     work: Callable[[], Callable[[Any], ShardResult]],
-    rows: EncodedRows,
+    rows: EncodedRows | None,
     *,
     label: str,
     tokens: np.ndarray | None = None,
@@ -51,8 +51,8 @@ def map_shards(
     Args:
         context: names the executor and the progress bar.
         keeper: lacks some shards; `work` is not built where it lacks none.
-        work: a maker for `Executor.map`; it takes the encoded rows of a shard.
-        rows: encoded rows of the side that is worked on.
+        work: a maker for `Executor.map`; it takes the encoded rows of a shard, or its number.
+        rows: encoded rows of the side that is worked on; None where workers bring their rows.
         label: what the progress bar says.
         tokens: cost of each row on the progress bar, int [n]; default: its length.
         executor: default: the context's.
@@ -62,12 +62,14 @@ def map_shards(
         DiskFull, ResourceError: a result cannot be written.
     """
     executor = executor or context.executor
-    cost = rows.lengths if tokens is None else tokens
+    part = None if rows is None else lambda shard: rows.part(keeper.shards[shard])
+    cost = np.zeros(0) if rows is None else rows.lengths
+    cost = cost if tokens is None else tokens
     missing = keeper.missing()
     for problem in keeper.problems:
         context.progress.note(f"made anew: {problem}")
     context.progress.start(sum(int(cost[keeper.shards[shard]].sum()) for shard in missing), "tokens", label)
-    for shard, result in executor.map(work, missing, lambda shard: rows.part(keeper.shards[shard])):
+    for shard, result in executor.map(work, missing, part):
         keeper.keep(shard, result.tensors, made_on(executor.gpu, result.halvings), result.failed)
         if executor.remote:  # a worker in this process has told its own progress, batch by batch
             context.progress.advance(int(cost[keeper.shards[shard]].sum()))

@@ -209,16 +209,20 @@ class ScalarWork:
 
 @dataclass(frozen=True)
 class FittingWork:
-    """A shard's number -> its sums for the curvature: of the factors, or with `basis` of the corrected eigenvalues."""
+    """The sums of a shard (its number) for the curvature: of the factors, or with `basis` of the corrected eigenvalues."""
 
     model: Callable[[], Any]
     rows: Sequence[Any]
     settings: dict[str, Any]
     basis: dict[str, Tensor] | None = None
 
-    def __call__(self) -> Callable[[int], dict[str, Tensor]]:
-        fitting = Fitting(self.model(), self.rows, **self.settings)
-        return fitting.sum_factors if self.basis is None else lambda shard: fitting.sum_squares(shard, self.basis or {})
+    def __call__(self) -> Callable[[int], ShardResult]:
+        fitting, basis = Fitting(self.model(), self.rows, **self.settings), self.basis
+
+        def work(shard: int) -> ShardResult:
+            return ShardResult(fitting.sum_factors(shard) if basis is None else fitting.sum_squares(shard, basis))
+
+        return work
 
 
 @dataclass(frozen=True)
