@@ -21,7 +21,7 @@ from gradsift.data.encode import encode
 from gradsift.data.pool import read_pool
 from gradsift.errors import ResourceError, UserError
 from gradsift.model import tiny, tiny_tasks
-from gradsift.model.load import BUILTIN, load_model
+from gradsift.model.load import load_model
 from gradsift.model.tiny import TinySettings, tiny_model
 from gradsift.store.atomic import making
 from gradsift.types import Example, Message
@@ -290,9 +290,3 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("GRADSIFT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert machine.cache_folder() == tmp_path / "xdg" / "gradsift"
-
-
-def test_register_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(BUILTIN, "tiny", raising=False)
-    playground.register()
-    assert BUILTIN["tiny"] is tiny_model

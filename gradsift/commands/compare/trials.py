@@ -19,13 +19,12 @@ import torch
 import xxhash
 
 from gradsift.commands.compare.measures import answers, bleu, chrf, same_answer
-from gradsift.commands.demo import playground
 from gradsift.compute.progress import quiet
 from gradsift.config import FinetuneSettings, ModelSettings
 from gradsift.data.encode import EncodedRows
 from gradsift.errors import DataError
 from gradsift.model.finetune import finetune, heldout_loss
-from gradsift.model.load import load_model, load_tokenizer
+from gradsift.model.load import from_settings, tokenizer_from_settings
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe
 from gradsift.store.artifact import Artifact
@@ -175,19 +174,11 @@ def _job(trial: Trial, tests: Sequence[Test | Command], encoded: EncodedRows) ->
 
 def _worker(model: ModelSettings) -> Callable[[_Job], tuple[list[Scores], dict[str, float]]]:
     """Made where the work is done, from plain data."""
-    playground.register()
-    tokenizer = load_tokenizer(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    tokenizer = tokenizer_from_settings(model)
 
     def base(mode: str) -> Any:
         # Trained in full, weights of half precision would lose small updates.
-        return load_model(
-            model.name,
-            dtype=model.dtype if mode == "lora" else "float32",
-            device=model.device,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            attention=model.attention,
-        )
+        return from_settings(model, dtype=None if mode == "lora" else "float32")
 
     def work(job: _Job) -> tuple[list[Scores], dict[str, float]]:
         started = time.perf_counter()
