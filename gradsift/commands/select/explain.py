@@ -16,7 +16,8 @@ from gradsift.commands.select.constraints import Screen
 from gradsift.compute import machine
 from gradsift.data.records import Dropped
 from gradsift.gradients.objectives import Loss
-from gradsift.report.agreement import matrix, spearman
+from gradsift.report.agreement import matrix
+from gradsift.rules.ranks import spearman
 from gradsift.signals.influence import backend, pool_transform, through_curvature
 from gradsift.stages.curvature import curvature_recipe
 from gradsift.stages.pipeline import Pipeline
