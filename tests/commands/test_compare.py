@@ -15,7 +15,7 @@ from gradsift.commands.budget import parse
 from gradsift.commands.compare import trials
 from gradsift.commands.compare.arms import Arms
 from gradsift.commands.compare.compare import BASE, compare
-from gradsift.commands.compare.results import MEAN, Arm, Comparison, Line, Results
+from gradsift.commands.compare.results import MEAN, Arm, ArmResult, Comparison, Results
 from gradsift.commands.compare.statistics import Measured, compare_measured
 from gradsift.commands.demo.playground import generate, target_rows
 from gradsift.commands.session import opened
@@ -172,7 +172,7 @@ def test_equal_tokens_alone(files: dict[str, Path], model: str, tmp_path: Path) 
 
 def test_the_cost_in_words() -> None:
     arms = (Arm("less", "method", 10, 5, 728.0), Arm("random", "control", 10, 5, 0.4), Arm(BASE, "none", 0, 0, 0.0))
-    lines = (Line("less", 2.0, (2.0,), 5), Line("random", 3.0, (3.0,), 5))
+    lines = (ArmResult("less", 2.0, (2.0,), 5), ArmResult("random", 3.0, (3.0,), 5))
     cost = {"training_minutes": 1.0833, "training_on_everything_minutes": 19.7}
     found = Comparison("random", 0.95, arms, (Results("t", "loss", "tokens", lines),), cost=cost)
     assert found.spent() == [
