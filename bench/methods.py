@@ -34,7 +34,7 @@ from gradsift.commands.select.select import select_in
 from gradsift.commands.session import opened
 from gradsift.compute import machine
 from gradsift.compute.progress import auto
-from gradsift.report.agreement import spearman
+from gradsift.rules.ranks import spearman
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe
 from gradsift.store.artifact import Artifact

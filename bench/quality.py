@@ -30,7 +30,7 @@ import gradsift
 from gradsift import methods
 from gradsift.commands.compare.arms import CONTROL
 from gradsift.commands.compare.compare import BASE, compare
-from gradsift.commands.compare.results import Comparison, Line
+from gradsift.commands.compare.results import ArmResult, Comparison
 from gradsift.commands.compare.trials import Test, Trial, Trials
 from gradsift.commands.plan.plan import probe
 from gradsift.commands.session import opened
@@ -457,7 +457,7 @@ def by_way(table: str, made: Comparison) -> Iterator[tuple[str, Comparison]]:
         yield name, replace(made, tables=tables, cost=made.cost if first else {})
 
 
-def gap(lines: Mapping[str, Line], arm: str, oracle: str) -> tuple[float, np.ndarray, np.ndarray]:
+def gap(lines: Mapping[str, ArmResult], arm: str, oracle: str) -> tuple[float, np.ndarray, np.ndarray]:
     """(recovered gap, draws of its numerator, draws of its denominator): (random - arm) over (random - oracle)."""
     random, ours, best = lines[CONTROL], lines[arm], lines[oracle]
     assert random.draws is not None
@@ -487,25 +487,25 @@ def over_targets(found: Mapping[str, Comparison]) -> dict[str, Any]:
     return result
 
 
-def pairs(by: Mapping[str, Mapping[str, Line]]) -> dict[str, list[float]]:
+def pairs(by: Mapping[str, Mapping[str, ArmResult]]) -> dict[str, list[float]]:
     """The differences of those PAIRS that every target has both arms of."""
     common = set.intersection(*(set(lines) for lines in by.values()))
     return {f"{arm} against {other}": mean_against(by, arm, other) for arm, other in PAIRS if {arm, other} <= common}
 
 
-def mean_against(by: Mapping[str, Mapping[str, Line]], arm: str, other: str) -> list[float]:
+def mean_against(by: Mapping[str, Mapping[str, ArmResult]], arm: str, other: str) -> list[float]:
     """[mean over targets of the difference of two losses, its 95 % interval]."""
     found = [against_draws(lines[arm], lines[other]) for lines in by.values()]
     return [float(np.mean([value for value, _ in found])), *percentiles(np.mean([draws for _, draws in found], axis=0))]
 
 
-def against(line: Line, other: Line) -> list[float]:
+def against(line: ArmResult, other: ArmResult) -> list[float]:
     """[difference of two losses, its 95 % interval]."""
     value, draws = against_draws(line, other)
     return [value, *percentiles(draws)]
 
 
-def against_draws(line: Line, other: Line) -> tuple[float, np.ndarray]:
+def against_draws(line: ArmResult, other: ArmResult) -> tuple[float, np.ndarray]:
     assert line.draws is not None
     assert other.draws is not None
     return line.value - other.value, line.draws - other.draws
@@ -515,7 +515,7 @@ def percentiles(draws: np.ndarray) -> list[float]:
     return [float(x) for x in np.quantile(draws, [0.025, 0.975])]
 
 
-def worst_gain(lines: Mapping[str, Mapping[str, Line]], arm: str) -> list[Any]:
+def worst_gain(lines: Mapping[str, Mapping[str, ArmResult]], arm: str) -> list[Any]:
     """[target, difference to random] where the arm gains least."""
     target = max(lines, key=lambda t: lines[t][arm].value - lines[t][CONTROL].value)
     return [target, lines[target][arm].value - lines[target][CONTROL].value]

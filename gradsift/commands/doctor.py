@@ -16,7 +16,6 @@ import psutil
 import torch
 from torch import Tensor
 
-from gradsift.commands.demo import playground
 from gradsift.commands.session import as_list, read_side
 from gradsift.compute import machine
 from gradsift.compute.batches import plan_batches
@@ -28,7 +27,7 @@ from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.gradients.passes import Modules, extract
 from gradsift.gradients.projection import Projection, projection_of
 from gradsift.model.layers import coverage
-from gradsift.model.load import load_model, load_tokenizer
+from gradsift.model.load import from_settings, tokenizer_from_settings
 from gradsift.model.lora import attach_lora
 
 EQUAL = 0.9999  # least cosine at which two rows of one example count as the same
@@ -134,13 +133,12 @@ def doctor(
     if rows < 2 or not attentions or not dtypes:
         raise ConfigError(f"rows {rows}, attentions {list(attentions)}, dtypes {list(dtypes)}", remedy="Two rows and one of each at least.")
     progress = progress or silent()
-    playground.register()
     sections = {name: dict(values) for name, values in (settings or {}).items()}
     sections.setdefault("model", {})["name"] = model
     config = build(sections, "settings")
     configs = [_for(config, attention, dtype) for dtype in dtypes for attention in attentions]
     threads = machine.settle(config.machine.threads)
-    tokenizer = load_tokenizer(model, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    tokenizer = tokenizer_from_settings(config.model)
     encoded, ids, notes = _rows(pool, tokenizer, config, rows)
     lengths = np.array([len(row["input_ids"]) for row in encoded])
     # Two rows in a batch at least, also where the run's own batches would hold one long row each.
@@ -229,16 +227,7 @@ def _measure(
 
 def _model(config: Config) -> Any:
     """The model of a setting with the warm-up's adapter, whose second factor is drawn."""
-    settings = config.model
-    base = load_model(
-        settings.name,
-        dtype=settings.dtype,
-        device=settings.device,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-        attention=settings.attention,
-    )
-    model = attach_lora(base, config.warmup.lora)
+    model = attach_lora(from_settings(config.model), config.warmup.lora)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -9,12 +9,11 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from gradsift.commands.demo import playground
 from gradsift.commands.session import as_list, read_side
 from gradsift.compute.progress import silent
 from gradsift.config import build
 from gradsift.data.encode import encode
-from gradsift.model.load import load_tokenizer
+from gradsift.model.load import tokenizer_from_settings
 from gradsift.types import IGNORE, Encoded
 
 
@@ -28,12 +27,11 @@ def inspect(
     pool_group: str | None = None,
 ) -> list[RenderableType]:
     """What `gradsift inspect` prints: the funnel, the quarantine, notes of the encoder, and `rows` rows with the supervised tokens coloured."""
-    playground.register()
     sections = {name: dict(values) for name, values in (settings or {}).items()}
     sections.setdefault("model", {})["name"] = model or sections.get("model", {}).get("name", "tiny")
     config = build(sections, "settings")
     candidates = read_side(as_list(pool), config, pool_group or config.pool.group_field, silent())
-    tokenizer = load_tokenizer(config.model.name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    tokenizer = tokenizer_from_settings(config.model)
     shown = range(min(start, len(candidates)), min(start + rows, len(candidates)))
     encoded = encode(candidates.take(shown), tokenizer, config.encode)
     lines: list[RenderableType] = [f"{name}: {format}" for name, format in candidates.formats.items()]

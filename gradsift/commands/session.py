@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.commands import budget as budgets
-from gradsift.commands.demo import playground
 from gradsift.compute import machine
 from gradsift.compute.progress import Progress, silent
 from gradsift.compute.stopping import interruptible
@@ -62,7 +61,6 @@ def opened(
     With `keep`, for jobs that write: the run is locked and remembers the command, what `gradsift verify` found damaged is set aside, and a
     signal stops between two shards.
     """
-    playground.register()
     folder = Run(Path(run))
     with contextlib.ExitStack() as stack:
         if keep:

@@ -117,13 +117,6 @@ class Pool(Sequence[Example]):
         _, first, kind = np.unique(keys, return_index=True, return_inverse=True)
         return {row: int(first[k]) for row, k in enumerate(kind.ravel()) if first[k] != row}
 
-    def duplicate_of(self, row: int) -> int | None:
-        return self._duplicates.get(range(len(self))[row])
-
-    @functools.cached_property
-    def _duplicates(self) -> dict[int, int]:
-        return self.exact_duplicates()
-
 
 def split_name(source: str | Path) -> tuple[str | None, str]:
     """`[NAME=]FILE` -> (NAME, FILE). A file whose own name has an equals sign wins."""

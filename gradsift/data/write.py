@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,13 +42,12 @@ def write_subset(
     path: str | Path,
     *,
     add: Mapping[str, Sequence[Any]] | None = None,
-    order: Literal["file", "pick"] = "file",
 ) -> list[str]:
     """Writes the chosen rows to `path`, atomically, and returns what should be said about it (empty when the rows are as they were).
 
     The suffix of `path` decides: .jsonl and .json (with .gz or .zst after them: compressed) take the bytes of text rows as they stand in
     their files; .parquet and .arrow take rows of tables with their schema. Table rows in a .jsonl, and array rows that span lines, are
-    written as canonical JSON, which is said. order: "file" (of the pool) or "pick". add: extra columns, each with one value per pick, in
+    written as canonical JSON, which is said. Rows keep the order of the pool. add: extra columns, each with one value per pick, in
     pick order (as `Subset.gains`); text rows are then written anew.
 
     Raises UserError (an unknown suffix, text rows into a table, a column that exists, `path` is a file of the pool), DiskFull,
@@ -59,7 +58,7 @@ def write_subset(
     for name, values in (add or {}).items():
         if len(values) != len(picks):
             raise UserError(f"the column {name!r} has {len(values):,} values for {len(picks):,} picks", remedy="Give one value per pick.")
-    at = np.argsort(picks, kind="stable") if order == "file" else np.arange(len(picks))
+    at = np.argsort(picks, kind="stable")
     rows = picks[at]
     columns = {name: [_value(values[i]) for i in at.tolist()] for name, values in (add or {}).items()}
     for name in pool.names:

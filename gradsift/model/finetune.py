@@ -1,8 +1,4 @@
-"""Retrain and compare: does a subset train a better model than its controls?
-
-Every subset gets the same base model, the same recipe and the same number of optimiser steps; what differs is the rows. Losses are kept per
-test row and per seed, so that a difference comes with an interval that knows both sources of luck.
-"""
+"""One training on encoded rows, and the held-out loss of its model, kept per test row."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,13 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from gradsift.compute.progress import quiet
+from gradsift.config import ModelSettings
 from gradsift.errors import ConfigError, DataError, IntegrityError, UnknownName, UserError
 from gradsift.model.layers import REPACKS, some
 from gradsift.model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_file, adapter_json
 
-BUILTIN: dict[str, Callable[[], Path]] = {}
-"""Built-in models by name: a function that returns the folder, made on first use. The room that makes the model registers it here."""
-
+TINY = "tiny"  # the name of the built-in model
 FOUR_BIT = "nf4"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, FOUR_BIT: torch.bfloat16}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -44,8 +43,10 @@ def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[st
 
     Raises UserError for a name that is nowhere, ConfigError for remote code from a revision that can move.
     """
-    if name in BUILTIN:
-        return str(BUILTIN[name]()), None
+    if name == TINY:
+        from gradsift.model import tiny
+
+        return str(tiny.tiny_model()), None
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -66,12 +67,11 @@ def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[st
 
 
 def _unreachable(name: str, error: Exception) -> UserError:
-    known = f" Built in: {', '.join(sorted(BUILTIN))}." if BUILTIN else ""
     return UserError(
         f"cannot get this model or tokenizer ({' '.join(str(error).split())[:200]})",
         where=name,
         remedy="Check the name (hub names are OWNER/NAME) and, for a gated model, `hf auth login`. Without a network: run "
-        f"`hf download {name} --local-dir FOLDER` where there is one, copy FOLDER here and pass its path.{known}",
+        f"`hf download {name} --local-dir FOLDER` where there is one, copy FOLDER here and pass its path. Built in: {TINY}.",
     )
 
 
@@ -147,6 +147,35 @@ def load_model(
         if hasattr(module, REPACKS):
             setattr(module, REPACKS, False)
     return model.eval()
+
+
+def from_settings(settings: ModelSettings, *, device: str | torch.device | None = None, dtype: str | None = None) -> PreTrainedModel:
+    """The model that `settings` name, as `load_model` gives it.
+
+    Args:
+        settings: Name, revision, number format, device, attention.
+        device: A device in place of the settings' own.
+        dtype: A number format in place of the settings' own.
+
+    Returns:
+        The model in eval mode on the device.
+
+    Raises:
+        UserError, DataError, ConfigError, IntegrityError: As `load_model`.
+    """
+    return load_model(
+        settings.name,
+        dtype=settings.dtype if dtype is None else dtype,
+        device=settings.device if device is None else device,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        attention=settings.attention,
+    )
+
+
+def tokenizer_from_settings(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model that `settings` name. Raises UserError where there is none."""
+    return load_tokenizer(settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
 
 
 def _refusal(name: str, error: Exception) -> UserError:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from gradsift.errors import IntegrityError, MismatchError
 from gradsift.report import Table
+from gradsift.rules.ranks import spearman
 from gradsift.store.artifact import REPAIR, Artifact
 from gradsift.store.run import Run
 from gradsift.store.tensors import read_tensors
@@ -59,23 +60,6 @@ def correlation(a: Artifact, b: Artifact) -> float | None:
     x, y = (_scores(each.path / "scores.parquet") for each in (a, b))
     rho = spearman(x, y)
     return None if np.isnan(rho) else rho
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation over the pairs where both are finite, ties at their mean rank; NaN where one side is constant."""
-    good = np.isfinite(a) & np.isfinite(b)
-    if good.sum() < 2:
-        return float("nan")
-    x, y = _mean_ranks(a[good]), _mean_ranks(b[good])
-    if x.std() == 0 or y.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
 
 
 def _scores(path: Path) -> np.ndarray:

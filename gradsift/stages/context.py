@@ -20,7 +20,7 @@ from gradsift.data.pool import Pool
 from gradsift.errors import IntegrityError
 from gradsift.gradients.projection import Projection, projection_of
 from gradsift.model.checkpoints import load_checkpoints
-from gradsift.model.load import load_model, load_tokenizer, model_identity, quantiser
+from gradsift.model.load import from_settings, model_identity, quantiser, tokenizer_from_settings
 from gradsift.model.lora import load_adapter
 from gradsift.model.warmup import warm_up
 from gradsift.stages import checks
@@ -58,9 +58,8 @@ class Context:
         self.progress = progress or silent()
         self.threads = machine.settle(config.machine.threads)
         self.executor = executor or ray.executor_of(config, self.threads, self.progress.note)
-        name, remote = config.model.name, config.model.trust_remote_code
-        self.tokenizer = load_tokenizer(name, revision=config.model.revision, trust_remote_code=remote)
-        self.model_identity = model_identity(name, config.model.revision)
+        self.tokenizer = tokenizer_from_settings(config.model)
+        self.model_identity = model_identity(config.model.name, config.model.revision)
         self._encoded: dict[str, EncodedRows] = {}
         self._model: Any = None
 
@@ -193,15 +192,8 @@ class Context:
 
     def load_base(self, dtype: str | None = None) -> Any:
         """The base model, in the run's number format or in another."""
-        model = self.config.model
-        return load_model(
-            model.name,
-            dtype=dtype or model.dtype,
-            device="auto" if self.config.machine.spans(model.device) else model.device,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            attention=model.attention,
-        )
+        spans = self.config.machine.spans(self.config.model.device)
+        return from_settings(self.config.model, device="auto" if spans else None, dtype=dtype)
 
     def model_at(self, checkpoint: Checkpoint) -> Any:
         """The warmed-up model at a checkpoint, in eval mode; only one is held."""

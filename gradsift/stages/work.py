@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsift.commands.demo import playground
 from gradsift.compute.memory import Halving
 from gradsift.config import ModelSettings
 from gradsift.data.encode import EncodedRows
@@ -25,7 +24,7 @@ from gradsift.errors import MismatchError, UserError
 from gradsift.gradients.objectives import Loss
 from gradsift.gradients.passes import Modules, Norms, extract
 from gradsift.gradients.projection import Projection
-from gradsift.model.load import load_model, model_identity
+from gradsift.model.load import from_settings, model_identity
 from gradsift.model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 from gradsift.model.losses import row_losses
 from gradsift.signals import ifd
@@ -80,7 +79,6 @@ class ModelSource:
         return _held[0][1]
 
     def _load(self) -> Any:
-        playground.register()
         model = self.settings
         where = f"{model.name} on {socket.gethostname()}"
         remedy = "Give every machine the same files under that path, or name a hub model with --revision."
@@ -92,14 +90,7 @@ class ModelSource:
             raise MismatchError(f"{error.what}, while the driver has one", where=where, remedy=remedy) from error
         if found != self.identity:
             raise MismatchError(f"is another model here ({found.decode()}) than at the driver", where=where, remedy=remedy)
-        loaded = load_model(
-            model.name,
-            dtype=model.dtype,
-            device="auto" if self.spans else model.device.split(":")[0],
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            attention=model.attention,
-        )
+        loaded = from_settings(model, device="auto" if self.spans else model.device.split(":")[0])
         if not self.adapter:
             return loaded
         with tempfile.TemporaryDirectory(prefix="gradsift-") as folder:

@@ -6,9 +6,7 @@ The recipe names everything the content depends on, so a folder is found again b
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradsift.errors import IntegrityError, MismatchError, ResourceError
+from gradsift.errors import IntegrityError, MismatchError
 from gradsift.store.atomic import TEMP, inside, make_folder, read_json, remove_leftovers, write_atomic
 from gradsift.store.canonical import canonical_json, recipe_digest, seal_fault, sealed
 from gradsift.store.tensors import TensorFile, file_hash
@@ -230,12 +228,3 @@ class Artifact:
         manifest = sealed(json.loads(canonical_json(body)))
         write_atomic(self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n")
         self._manifest = manifest
-
-    def reopen(self) -> None:
-        """Makes a complete artifact resumable again, by deleting its manifest. Raises ResourceError."""
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(inside(self.path, MANIFEST))
-        except OSError as error:
-            raise ResourceError(f"cannot be deleted: {error.strerror}", where=self.path / MANIFEST) from error
-        self._manifest = None

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +18,13 @@ from gradsift.errors import IntegrityError, MismatchError, ResourceError, UserEr
 from gradsift.redaction import readable_command
 from gradsift.store.artifact import MANIFEST, RECIPE, SCHEMA, Artifact, check_schema, recipe, rewritten
 from gradsift.store.atomic import inside, make_folder, read_json, remove_leftovers, rename, resource_error, write_atomic
-from gradsift.store.canonical import canonical_json, differences, seal_fault, sealed
+from gradsift.store.canonical import canonical_json, seal_fault, sealed
 from gradsift.store.verify import BY_NAME, Problem, check_folder, own_fault
 
 RUN_FILE, SETTINGS, LOCK_FILE = "run.json", "settings.json", ".gradsift-lock"
 FOUND, ASIDE = "found-damaged.json", "damaged"  # what a verification named; the folder where the next run puts those files
 _KIND = "gradsift run"
 _OWN = {RUN_FILE: ("kind", "schema", "commands"), SETTINGS: tuple(Config.model_fields)}  # files of the run itself, and what they hold
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A field in which a stored artifact differs from the recipe asked for; None = the field is absent on that side."""
-
-    artifact: str
-    field: str
-    stored: Any
-    wanted: Any
-
-    def __str__(self) -> str:
-        return f"{self.field}: stored {self.stored!r}, wanted {self.wanted!r} ({self.artifact})"
 
 
 class Run:
@@ -205,18 +190,6 @@ class Run:
         if not self.root.is_dir():
             return []
         return sorted(path for path in self.root.iterdir() if path.is_dir() and not path.is_symlink() and _has_recipe(path))
-
-    def explain_mismatch(self, stage: str, made_by: Mapping[str, Any]) -> list[Difference]:
-        """Field by field, how the nearest stored artifact of `stage` differs from the recipe `made_by`; empty when none differs."""
-        wanted = json.loads(canonical_json(dict(made_by)))
-        best: list[Difference] | None = None
-        for artifact in self.artifacts():
-            if artifact.stage == stage:
-                stored = json.loads(canonical_json(artifact.recipe))
-                found = [Difference(artifact.path.name, *difference) for difference in differences(stored, wanted)]
-                if best is None or len(found) < len(best):
-                    best = found
-        return best or []
 
     # --- checking and mending
 

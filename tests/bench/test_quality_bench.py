@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gradsift.commands.compare.results import Comparison, Line, Results
+from gradsift.commands.compare.results import ArmResult, Comparison, Results
 from gradsift.commands.compare.statistics import Measured, compare_measured
 
 
@@ -80,7 +80,7 @@ def test_the_recovered_gap_is_the_share_of_what_the_oracle_gains(bench: ModuleTy
 
 
 def test_a_table_for_every_way_of_equal_training(bench: ModuleType) -> None:
-    lines = (Line("random", 3.0, (3.0,), 5),)
+    lines = (ArmResult("random", 3.0, (3.0,), 5),)
     tables = tuple(Results(t, "loss", way, lines) for way in ("steps", "tokens") for t in "ab")
     made = Comparison("random", 0.95, (), tables, cost={"training_minutes": 1.0})
     found = dict(bench.by_way("targeted", made))
@@ -145,8 +145,8 @@ def test_the_readme_shows_the_run_of_most_targets_then_seeds_and_what_it_lacks_f
 
 def test_the_readme_shows_what_methods_without_a_target_did(generate: ModuleType) -> None:
     def table(**differences: float) -> dict[str, Any]:
-        lines = [Line(arm, 3 + d, (3 + d,), 75, d, d - 0.5, d + 0.5) for arm, d in differences.items()]
-        lines += [Line("random", 3.0, (3.0,), 75), Line("untrained", 4.0, (4.0,), 0, 1.0, 0.5, 1.5)]
+        lines = [ArmResult(arm, 3 + d, (3 + d,), 75, d, d - 0.5, d + 0.5) for arm, d in differences.items()]
+        lines += [ArmResult("random", 3.0, (3.0,), 75), ArmResult("untrained", 4.0, (4.0,), 0, 1.0, 0.5, 1.5)]
         return Comparison("random", 0.95, (), (Results("mean of the tests", "loss", "steps", tuple(lines)),)).summary() | {"pairs": {}}
 
     found = generate.summary(

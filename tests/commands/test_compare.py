@@ -15,7 +15,7 @@ from gradsift.commands.budget import parse
 from gradsift.commands.compare import trials
 from gradsift.commands.compare.arms import Arms
 from gradsift.commands.compare.compare import BASE, compare
-from gradsift.commands.compare.results import MEAN, Arm, Comparison, Line, Results
+from gradsift.commands.compare.results import MEAN, Arm, ArmResult, Comparison, Results
 from gradsift.commands.compare.statistics import Measured, compare_measured
 from gradsift.commands.demo.playground import generate, target_rows
 from gradsift.commands.session import opened
@@ -115,6 +115,34 @@ def test_a_comparison_trains_what_its_table_says(
     assert Comparison.read(kept).tables == found.tables
 
 
+def test_a_comparison_finds_the_rows_of_the_test_family(model: str, tmp_path: Path) -> None:
+    others = [{**row, "id": f"o{i}"} for i, row in enumerate(generate(0, 400)) if row["family"] != "translate"]
+    sides = {"pool": [*target_rows("dev", 24), *others], "test": target_rows("test", 24)}
+    paths = {name: tmp_path / f"{name}.jsonl" for name in sides}
+    for name, rows in sides.items():
+        paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    training = {"mode": "full", "epochs": 4, "batch_size": 8, "lr": 3e-3}
+    more = {"oracle": "family=translate", "settings": {**SETTINGS, "finetune": training}}
+    comparison = compare(
+        ["length"], pool=paths["pool"], test=paths["test"], budget=24, run=tmp_path / "run", model=model, seeds=2, controls=[],
+        equal="steps", **more,
+    )  # fmt: skip
+    right, random = (comparison.table().line(arm) for arm in ("oracle family=translate", "random"))
+    assert right.steps == random.steps == 12  # 4 passes over 24 rows
+    assert right.difference is not None and right.low is not None and right.high is not None
+    assert right.difference == pytest.approx(right.value - random.value)
+    assert right.low < right.difference < right.high < 0
+
+    # The rows of every draw and where a choice is written come with the result, and stay out of what is written down.
+    arms = {arm.name: arm for arm in comparison.arms}
+    assert [len(arms[name].draws) for name in ("length", "random", "oracle family=translate", BASE)] == [1, 2, 2, 0]
+    assert all(draw.tolist() == list(range(24)) for draw in arms["oracle family=translate"].draws)
+    selection = arms["length"].selection
+    assert selection is not None and sorted(selection.indices.tolist()) == arms["length"].draws[0].tolist()
+    assert arms["oracle family=translate"].selection is None
+    assert set(comparison.summary()["arms"][0]) == {"name", "kind", "rows", "tokens", "seconds", "marked"}
+
+
 def test_several_tests_their_mean_answers_and_a_command(files: dict[str, Path], model: str, tmp_path: Path) -> None:
     script = tmp_path / "score.py"
     script.write_text("import sys, os; print('log'); print(len(os.listdir(sys.argv[1])))\n")
@@ -172,7 +200,7 @@ def test_equal_tokens_alone(files: dict[str, Path], model: str, tmp_path: Path) 
 
 def test_the_cost_in_words() -> None:
     arms = (Arm("less", "method", 10, 5, 728.0), Arm("random", "control", 10, 5, 0.4), Arm(BASE, "none", 0, 0, 0.0))
-    lines = (Line("less", 2.0, (2.0,), 5), Line("random", 3.0, (3.0,), 5))
+    lines = (ArmResult("less", 2.0, (2.0,), 5), ArmResult("random", 3.0, (3.0,), 5))
     cost = {"training_minutes": 1.0833, "training_on_everything_minutes": 19.7}
     found = Comparison("random", 0.95, arms, (Results("t", "loss", "tokens", lines),), cost=cost)
     assert found.spent() == [
@@ -217,6 +245,8 @@ def test_mistakes_are_named(files: dict[str, Path], model: str, tmp_path: Path) 
         run(files, model, tmp_path / "run", arms=["length"], controls=[], oracle="family")
     with pytest.raises(ConfigError, match="two tests have the same name"):
         run(files, model, tmp_path / "run", arms=["length"], controls=[], test=[files["test"], f"test={files['other']}"])
+    with pytest.raises(ConfigError, match="level 95"):
+        run(files, model, tmp_path / "run", level=95)
     with pytest.raises(UserError, match="no method was named to beat random"):
         run(files, model, tmp_path / "run", arms=["random"])
 

@@ -21,7 +21,7 @@ from gradsift.data.encode import encode
 from gradsift.data.pool import read_pool
 from gradsift.errors import ResourceError, UserError
 from gradsift.model import tiny, tiny_tasks
-from gradsift.model.load import BUILTIN, load_model
+from gradsift.model.load import load_model
 from gradsift.model.tiny import TinySettings, tiny_model
 from gradsift.store.atomic import making
 from gradsift.types import Example, Message
@@ -292,7 +292,15 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     assert machine.cache_folder() == tmp_path / "xdg" / "gradsift"
 
 
-def test_register_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(BUILTIN, "tiny", raising=False)
-    playground.register()
-    assert BUILTIN["tiny"] is tiny_model
+def test_the_page_says_what_runs(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gradsift.model.tiny.tiny_model", lambda: small)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "playground.md").read_text(encoding="utf-8")
+    snippets = [part.split("```")[0] for part in page.split("```python\n")[1:]]
+    assert len(snippets) == 2
+    capsys.readouterr()
+    exec("\n".join(snippets), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["perplexity", "length", "random", "untrained"]
+    assert [line.split()[-2:] for line in printed[3:]] == [["0%", "noise"]]
+    assert all(0 < int(line.split()[-2].rstrip("%")) < 100 for line in printed[:3])

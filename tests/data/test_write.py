@@ -75,22 +75,20 @@ def made(folder: Path, container: str) -> Pool:
 def test_a_subset_reads_back_as_the_rows_chosen(tmp_path: Path, container: str, suffix: str) -> None:
     pool = made(tmp_path, container)
     assert subset_suffix(pool) == suffix
-    for order, ids in (("file", ["r1", "r3", "r5"]), ("pick", ["r5", "r1", "r3"])):
-        out = tmp_path / f"out{suffix}"
-        assert write_subset(pool, Subset(np.array([5, 1, 3])), out, order=order) == []  # type: ignore[arg-type]
-        again = read_pool([f"rows={out}"])
-        assert again.ids == ids
-        assert [example.messages for example in again] == [pool[int(id[1])].messages for id in ids]
-        assert [again.raw(i) for i in range(3)] == [pool.raw(int(id[1])) for id in ids]
+    out = tmp_path / f"out{suffix}"
+    assert write_subset(pool, Subset(np.array([5, 1, 3])), out) == []
+    again = read_pool([f"rows={out}"])
+    assert again.ids == ["r1", "r3", "r5"]
+    assert [example.messages for example in again] == [pool[i].messages for i in (1, 3, 5)]
+    assert [again.raw(i) for i in range(3)] == [pool.raw(i) for i in (1, 3, 5)]
 
 
-def test_lines_stay_as_they_were_in_both_orders(tmp_path: Path) -> None:
+def test_lines_stay_as_they_were_in_the_order_of_the_pool(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + b"".join(row_text(i, i % 2 == 0, i % 3 == 0) + b"\n" for i in range(6)))
     pool = read_pool([tmp_path / "p.jsonl"])
     write_subset(pool, [4, 0], tmp_path / "a.jsonl")
-    write_subset(pool, np.array([4, 0]), tmp_path / "b.jsonl", order="pick")
     first, last = pool.raw(0) + b"\n", pool.raw(4) + b"\n"
-    assert (tmp_path / "a.jsonl").read_bytes() == first + last and (tmp_path / "b.jsonl").read_bytes() == last + first
+    assert (tmp_path / "a.jsonl").read_bytes() == first + last
     assert first.endswith(b"\r\n")
     write_subset(pool.take([4, 2]), [0], tmp_path / "c.jsonl")
     assert (tmp_path / "c.jsonl").read_bytes() == last
@@ -114,10 +112,10 @@ def test_a_table_keeps_schema_metadata_and_values(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "p.parquet", row_group_size=2)
     pool = read_pool([tmp_path / "p.parquet"])
     assert pool.ids == [str(i) for i in range(9)]
-    write_subset(pool, [7, 3, 0], tmp_path / "out.parquet", order="pick")
+    write_subset(pool, [7, 3, 0], tmp_path / "out.parquet")
     found = pq.read_table(tmp_path / "out.parquet")
     assert found.schema.equals(table.schema, check_metadata=True)
-    assert found.to_pylist() == table.take([7, 3, 0]).to_pylist()
+    assert found.to_pylist() == table.take([0, 3, 7]).to_pylist()
     write_subset(pool, [7, 3, 0], tmp_path / "out.arrow")
     assert pa.ipc.open_file(tmp_path / "out.arrow").read_all().to_pylist() == table.take([0, 3, 7]).to_pylist()
     write_subset(pool, [8, 2], tmp_path / "more.parquet", add={"gain": [0.5, 0.25]})

@@ -31,7 +31,7 @@ PACKAGE = Path(atomic.__file__).parent
 WRITERS = ("write_atomic", "write_tensors", "replacing", "rename", "making")  # what `durable` offers to those who write
 PROBES = ("blind",)  # functions that write a temporary file for others to look at, which is no work and is gone with the dead writers' own
 CALLS = ("replace", "rename", "fsync")
-SMALL = playground.TinySettings(hidden=16, layers=1, heads=1, intermediate=16, steps=1, tokens=64)
+SMALL = tiny.TinySettings(hidden=16, layers=1, heads=1, intermediate=16, steps=1, tokens=64)
 
 
 def sites() -> set[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gradsift.errors import IntegrityError
+from gradsift.store.artifact import MANIFEST
 from gradsift.store.rows import RowStore
 from gradsift.store.run import Run
 from tests.faults.filler import DIM, ROWS, fill, rows_of
@@ -97,7 +98,7 @@ def reopened(folder: Path) -> RowStore:
 def test_in_an_unfinished_store_it_is_named_and_made_anew(tmp_path: Path, harm: Callable[[Path], None]) -> None:
     artifact = fill(tmp_path / "run", SHARDS)
     content, folder = artifact.content, artifact.path
-    artifact.reopen()
+    (artifact.path / MANIFEST).unlink()
     untouched = {name: (folder / name).stat() for name in ("rows-00000.safetensors", "rows-00003.safetensors")}
     harm(folder)
     ids = [f"row-{i}" for i in range(SHARDS * ROWS)]
@@ -147,7 +148,7 @@ def test_in_a_complete_store_it_is_refused_then_only_that_shard_is_made_anew(tmp
 
 def test_a_flipped_bit_of_an_unfinished_store_is_found_by_verify_and_by_the_next_run(tmp_path: Path) -> None:
     artifact = fill(tmp_path / "run", SHARDS)
-    artifact.reopen()
+    (artifact.path / MANIFEST).unlink()
     flip_in_payload(artifact.path)
     (artifact.path / TWO).unlink()
     run = Run(tmp_path / "run")

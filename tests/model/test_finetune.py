@@ -1,8 +1,7 @@
-"""Retraining and comparing: the steps against a plain loop, the losses against single rows, the intervals against known answers."""
+"""Retraining: the steps against a plain loop, the losses against single rows."""
 
 from __future__ import annotations
 
-import itertools
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradsift.commands.compare.statistics import compare_subsets, paired_interval
-from gradsift.commands.demo.playground import generate, target_rows
+from gradsift.commands.demo.playground import generate
 from gradsift.config import FinetuneSettings, LoraSettings
 from gradsift.data.encode import encode
 from gradsift.errors import ConfigError, DataError
@@ -178,81 +176,5 @@ def test_a_diverging_training_says_so(tiny: str, pool: Rows) -> None:
         finetune(tiny, pool[:8], settings=FinetuneSettings(mode="full", steps=8, batch_size=4, lr=1e30, max_grad_norm=1e30))
 
 
-def test_comparison_finds_the_rows_of_the_test_family(tiny: str) -> None:
-    right, test = (encoded(tiny, target_rows(split, 24)) for split in ("dev", "test"))
-    others = encoded(tiny, [row for row in generate(0, 400) if row["family"] != "translate"])
-
-    def random(seed: int) -> Rows:
-        return [others[i] for i in np.random.default_rng(seed).choice(len(others), 12, replace=False)]
-
-    settings, seen = FinetuneSettings(mode="full", epochs=4, batch_size=8, lr=3e-3), []
-    lines = compare_subsets(tiny, {"right": right, "random": random}, test, settings, [0, 1], progress=lambda *done: seen.append(done))
-    assert [line.name for line in lines] == ["right", "random"]
-    assert [line.steps for line in lines] == [12, 12]  # 4 passes over the larger subset
-    assert [line.rows for line in lines] == [24, 12]
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert lines[0].losses.shape == (2, 24)
-    assert lines[1].against is None
-    against = lines[0].against
-    assert against is not None
-    assert against.difference == pytest.approx(lines[0].loss - lines[1].loss)
-    assert against.low < against.difference < against.high < 0
-    tuned = finetune(tiny, random(1), settings=settings.model_copy(update={"seed": 1, "steps": 12}))
-    np.testing.assert_allclose(lines[1].losses[1], heldout_loss(tuned, test, 2048).sums, rtol=1e-6)
-    with pytest.raises(ConfigError, match="a subset named 'random'"):
-        compare_subsets(tiny, {"right": right}, test, settings, [0])
-
-
-def test_a_constant_difference_has_an_interval_of_no_width() -> None:
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(1, 9, size=20)
-    b = np.tile(rng.random(20), (3, 1))
-    found = paired_interval(b - 0.25 * tokens, b, tokens, rng=rng)
-    assert (found.difference, found.low, found.high) == pytest.approx((-0.25, -0.25, -0.25))
-
-
-def test_the_interval_is_that_of_all_resamples() -> None:
-    """Three rows and seeds 2 against 1: every resample can be listed."""
-    a = np.array([[1.0, 4.0, 2.0], [3.0, 5.0, 1.0]])
-    b = np.array([[2.0, 2.0, 6.0]])
-    tokens = np.array([1, 2, 4])
-    values = []
-    for seeds in itertools.product(range(2), repeat=2):
-        mean = a.mean(axis=0)
-        side = mean + np.sqrt(2) * (a[list(seeds)].mean(axis=0) - mean)
-        for rows in itertools.product(range(3), repeat=3):
-            r = list(rows)
-            values.append((side[r] - b[0, r]).sum() / tokens[r].sum())
-    for level in (0.5, 0.8):
-        found = paired_interval(a, b, tokens, rng=np.random.default_rng(1), level=level, draws=60_000)
-        # The list is discrete: the quantile of the draws must lie between those of slightly lower and higher probability.
-        for at, end in (((1 - level) / 2, found.low), ((1 + level) / 2, found.high)):
-            assert np.quantile(values, at - 0.01) - 1e-9 <= end <= np.quantile(values, at + 0.01) + 1e-9
-    assert found.difference == pytest.approx((a.mean(axis=0) - b[0]).sum() / 7)
-
-
-def test_the_interval_knows_the_luck_of_seeds() -> None:
-    """Seeds shift all rows alike, so the variance is var / k of each side, without the (k - 1) / k that plain resampling gives."""
-    shifts, rows = np.array([-0.3, 0.1, 0.2]), np.full(50, 2.0)
-    a, b = rows + shifts[:, None], np.stack([rows, rows])
-    found = paired_interval(a, b, np.ones(50), rng=np.random.default_rng(0), level=0.6827, draws=20_000)
-    assert (found.high - found.low) / 2 == pytest.approx(np.sqrt(shifts.var(ddof=1) / 3), rel=0.15)
-
-
-def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
-    rng, hits, trials = np.random.default_rng(7), 0, 150
-    for _ in range(trials):
-        hard = rng.normal(3, 1, size=60)  # shared by both sides: pairing takes it out
-        a = hard + rng.normal(-0.2, 0.4, size=60) + np.zeros((1, 60))
-        found = paired_interval(a, hard[None], np.ones(60), rng=rng, level=0.9, draws=400)
-        hits += found.low <= -0.2 <= found.high
-    assert 0.82 <= hits / trials <= 0.96
-
-
-def test_shapes_and_levels_are_checked() -> None:
-    rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="do not fit"):
-        paired_interval(np.ones((2, 3)), np.ones((2, 4)), np.ones(4), rng=rng)
-    with pytest.raises(ValueError, match="level"):
-        paired_interval(np.ones((2, 3)), np.ones((2, 3)), np.ones(3), rng=rng, level=95)
+def test_a_held_out_loss_weighs_tokens() -> None:
     assert HeldOut(np.array([2.0, 4.0]), np.array([1, 3])).loss == pytest.approx(1.5)

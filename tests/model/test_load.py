@@ -16,12 +16,10 @@ from torch import nn
 
 from gradsift.config import LoraSettings
 from gradsift.errors import ConfigError, DataError, IntegrityError, MismatchError, UnknownName, UserError
-from gradsift.model import load as room
 from gradsift.model.layers import coverage, tracked_modules
 from gradsift.model.load import load_model, load_tokenizer, model_identity
 from gradsift.model.lora import adapter_state, attach_lora, load_adapter, remove_lora
-
-from .lora_parts import gpt2, llama, mixtral, saved, tokenizer
+from tests.model.parts import gpt2, llama, mixtral, saved, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,7 @@ def test_bfloat16_and_unknown_dtype(folder: Path) -> None:
 
 
 def test_a_built_in_name_is_made_on_first_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(room.BUILTIN, "tiny", lambda: folder)
+    monkeypatch.setattr("gradsift.model.tiny.tiny_model", lambda: folder)
     assert load_model("tiny").num_parameters() == llama().num_parameters()
     assert model_identity("tiny") == model_identity(str(folder))
 

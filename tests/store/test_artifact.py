@@ -12,7 +12,7 @@ import xxhash
 
 from gradsift.errors import IntegrityError, MismatchError
 from gradsift.store import artifact
-from gradsift.store.artifact import Artifact, file_hashes, read_manifest, recipe
+from gradsift.store.artifact import Artifact, file_hashes, recipe
 from gradsift.store.atomic import write_atomic
 from gradsift.store.canonical import recipe_digest
 from gradsift.store.tensors import file_hash, folder_hash, write_tensors
@@ -126,14 +126,6 @@ def test_finish_wants_its_files_and_refuses_strange_names(tmp_path: Path) -> Non
     assert not found.complete
     with pytest.raises(ValueError, match="stage name"):
         recipe("../x", version=1, config={}, inputs={}, identity={})
-
-
-def test_reopening_deletes_the_manifest_alone(tmp_path: Path) -> None:
-    found = made(tmp_path)
-    found.reopen()
-    assert read_manifest(found.path) is None
-    assert not found.complete
-    assert found.file("a.safetensors").exists()
 
 
 def test_a_folder_of_the_user_may_hold_links_and_foreign_tensor_files(tmp_path: Path) -> None:

@@ -165,27 +165,6 @@ def test_a_run_in_a_folder_one_may_not_write_to_is_an_error_of_resources(tmp_pat
         os.seteuid(me)
 
 
-def test_a_mismatch_is_explained_field_by_field_against_the_nearest(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    make(run, dim=8192, seed=0, projection={"kind": "sketch"})
-    make(run, dim=64, seed=5, projection={"kind": "identity"})
-    wanted = artifacts.recipe(
-        "gradients",
-        version=1,
-        config={"dim": 4096, "projection": {"kind": "sketch", "block": 2}, "seed": 0},
-        inputs={"pool": "ab"},
-        identity={"model": {"name": "tiny", "hash": "2"}},
-    )
-    found = run.explain_mismatch("gradients", wanted)
-    assert [(d.field, d.stored, d.wanted) for d in found] == [
-        ("config.dim", 8192, 4096),
-        ("config.projection.block", None, 2),
-        ("identity.model.hash", "1", "2"),
-    ]
-    assert str(found[0]).startswith("config.dim: stored 8192, wanted 4096 (gradients-")
-    assert run.explain_mismatch("warmup", wanted) == []
-
-
 def test_verify_names_every_file_and_discard_frees_just_that(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     found, other = make(run, seed=0), make(run, seed=1)

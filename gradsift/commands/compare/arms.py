@@ -32,8 +32,8 @@ CONTROL = "random"
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
-    """An arm before it is trained: `draws` pool rows (ascending), one per seed or a single one for all."""
+class ArmRows:
+    """The rows of an arm: `draws` of pool rows (each ascending), one per seed or a single one for all."""
 
     name: str
     kind: str
@@ -49,12 +49,12 @@ class Choice:
 def parse(specs: Sequence[str], targeted: bool) -> dict[str, tuple[str, Selector]]:
     """spec -> (method, selector), each spec once, without random, which is always among the controls. Raises ConfigError, UserError,
     UnknownName."""
-    found = {spec: _parse(spec) for spec in dict.fromkeys(specs) if spec != CONTROL}
-    for spec, (_, selector) in found.items():
+    selectors = {spec: _parse(spec) for spec in dict.fromkeys(specs) if spec != CONTROL}
+    for spec, (_, selector) in selectors.items():
         check_target(spec, selector, ("given",) if targeted and selector.target != "none" else ())
-    if not found:
+    if not selectors:
         raise UserError("no method was named to beat random, which is always there", remedy="Name at least one, such as less.")
-    return found
+    return selectors
 
 
 def _parse(spec: str) -> tuple[str, Selector]:
@@ -95,31 +95,31 @@ class Arms:
         good[self.overlap] = False
         return np.flatnonzero(good)
 
-    def selected(self, name: str, method: str, selector: Selector, *, kind: str = "method", seeds: Sequence[int] = (0,)) -> list[Choice]:
+    def selected(self, name: str, method: str, selector: Selector, *, kind: str = "method", seeds: Sequence[int] = (0,)) -> list[ArmRows]:
         """The choice of a method; a second one with its weights where it gives any."""
         pool = self.pipeline.sides["pool"]
         pipeline = self.pipeline if selector.target != "none" else self.pipeline.over(pool)
         limits = build_constraints(exclude_ids=[pool.ids[int(row)] for row in self.overlap]) if len(self.overlap) else Constraints()
         made = [select_in(pipeline, method, selector, self.budget, limits, seed) for seed in seeds]
-        draws = tuple(np.sort(found.indices) for found in made)
+        draws = tuple(np.sort(selection.indices) for selection in made)
         seconds = self._spent(pipeline, selector, made[0])
-        choices = [Choice(name, kind, draws, seconds=seconds, selection=made[0])]
+        choices = [ArmRows(name, kind, draws, seconds=seconds, selection=made[0])]
         weights = read_tensors(made[0].folder / "subset.safetensors").get("weights")
         if weights is not None:
             ordered = weights.numpy()[np.argsort(made[0].indices)]
-            choices.append(Choice(f"{name} (weighted)", kind, draws[:1], ordered, seconds, made[0]))
+            choices.append(ArmRows(f"{name} (weighted)", kind, draws[:1], ordered, seconds, made[0]))
         return choices
 
     def _spent(self, pipeline: Pipeline, selector: Selector, made: Selection) -> float:
         artifacts = [pipeline.stored(recipe) for recipe in pipeline.recipes(selector.needs())] + [Artifact.load(made.folder)]
         return sum(float(artifact.stats.get("wall_seconds", 0)) for artifact in artifacts if artifact is not None)
 
-    def control(self, name: str, reference: Choice) -> list[Choice]:
+    def control(self, name: str, reference: ArmRows) -> list[ArmRows]:
         if name == "full":
-            return [Choice(name, "full", (self.usable,))]
+            return [ArmRows(name, "full", (self.usable,))]
         if name == "length-matched":
             draws = tuple(self._matched(reference.rows(0), seed) for seed in self.seeds)
-            return [Choice(f"random, long as {reference.name}", "control", draws)]
+            return [ArmRows(f"random, long as {reference.name}", "control", draws)]
         seeds = self.seeds if name == CONTROL else (0,)
         return self.selected(name, name, methods.make(name), kind="control", seeds=seeds)[:1]
 
@@ -145,7 +145,7 @@ class Arms:
             )
         return marked
 
-    def oracle(self, name: str, marked: np.ndarray, count: int) -> Choice:
+    def oracle(self, name: str, marked: np.ndarray, count: int) -> ArmRows:
         """`count` rows drawn for every seed among those `marked`; where they are fewer, all of them and random others: the same
         steps on a handful of rows would say how a handful is overfitted."""
         others = np.setdiff1d(self.usable, marked)
@@ -155,4 +155,4 @@ class Arms:
             rng = np.random.default_rng([seed, 7])
             taken = rng.choice(marked, min(count, len(marked)), replace=False)
             drawn.append(np.sort(np.concatenate([taken, rng.choice(others, short, replace=False)]) if short else taken))
-        return Choice(name, "control", tuple(drawn))
+        return ArmRows(name, "control", tuple(drawn))

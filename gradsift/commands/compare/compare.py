@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gradsift.commands import budget as budgets
-from gradsift.commands.compare.arms import CONTROL, Arms, Choice, parse
+from gradsift.commands.compare.arms import CONTROL, ArmRows, Arms, parse
 from gradsift.commands.compare.arms import controls as controls_of
 from gradsift.commands.compare.measures import MEASURES, check_measures
 from gradsift.commands.compare.results import Arm, Comparison, Results
@@ -83,6 +83,8 @@ def compare(
     ways = _ways(equal)
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: nothing to train", remedy="Give at least 1, better 5.")
+    if not 0 < level < 1:
+        raise ConfigError(f"level {level}: no share of the draws", remedy="Give a number between 0 and 1, such as 0.95.")
     with opened(
         run, pool=pool, target=targets, model=model, settings=settings, pool_group=pool_group, target_group=target_group,
         warmup_from=warmup_from, progress=progress,
@@ -105,11 +107,11 @@ def compare(
 
 
 def _ways(equal: Sequence[str] | str) -> tuple[str, ...]:
-    found = tuple(dict.fromkeys([equal] if isinstance(equal, str) else equal))
-    for name in found or ("",):
+    ways = tuple(dict.fromkeys([equal] if isinstance(equal, str) else equal))
+    for name in ways or ("",):
         if name not in ("steps", "tokens"):
             raise UnknownName("way of equal training", name, ["steps", "tokens"])
-    return found
+    return ways
 
 
 def _test(pipeline: Pipeline, file: str | Path, measures: tuple[str, ...], progress: Progress) -> Test:
@@ -141,7 +143,7 @@ class _Comparing:
     def pipeline(self) -> Pipeline:
         return self.arms.pipeline
 
-    def steps(self, choice: Choice, seed: int, equal: str, reference: Choice) -> int:
+    def steps(self, choice: ArmRows, seed: int, equal: str, reference: ArmRows) -> int:
         """Optimiser steps: what `epochs` passes over the control's rows need; for equal tokens, scaled by the rows' mean length."""
         steps = self.recipe.steps_for(len(reference.rows(0)))
         if equal == "steps":
@@ -150,13 +152,13 @@ class _Comparing:
         mean = np.mean([lengths[reference.rows(s)].mean() for s in range(len(reference.draws))])
         return max(1, round(steps * float(mean) / float(lengths[choice.rows(seed)].mean())))
 
-    def trial(self, choice: Choice, number: int, equal: str, reference: Choice) -> Trial:
+    def trial(self, choice: ArmRows, number: int, equal: str, reference: ArmRows) -> Trial:
         steps = self.steps(choice, number, equal, reference)
         recipe = self.recipe.model_copy(update={"seed": self.arms.seeds[number], "steps": steps})
         return Trial(choice.rows(number), recipe, choice.weights)
 
     def measure(
-        self, choices: Sequence[Choice], tests: Sequence[Test], command: Command | None, equal: Sequence[str], level: float
+        self, choices: Sequence[ArmRows], tests: Sequence[Test], command: Command | None, equal: Sequence[str], level: float
     ) -> Comparison:
         trials, reference = Trials(self.pipeline), next(choice for choice in choices if choice.name == CONTROL)
         every: list[Test | Command] = [*tests, *([command] if command else [])]
@@ -174,7 +176,7 @@ class _Comparing:
             by_arm[BASE] = [base]
             for name in dict.fromkeys(measure for test in tests for measure in test.measures):
                 scored = [test for test in tests if name in test.measures]
-                measured = {test.name: {arm: _measured(trials, found, test, name) for arm, found in by_arm.items()} for test in scored}
+                measured = {test.name: {arm: _measured(trials, done, test, name) for arm, done in by_arm.items()} for test in scored}
                 tables += compare_measured(measured, control=CONTROL, level=level, measure=name, equal=way, seed=0)
             if command is not None:
                 tables += _commanded(trials, by_arm, command, way, level)
@@ -194,11 +196,12 @@ class _Comparing:
             notes=self._notes(tests),
         )
 
-    def _arm(self, choice: Choice) -> Arm:
+    def _arm(self, choice: ArmRows) -> Arm:
         rows = choice.rows(0)
         tokens = int(self.pipeline.encoded("pool").supervised[rows].sum())
         marked = None if self.marked is None else round(float(np.isin(rows, self.marked).mean()), 4)
-        return Arm(choice.name, choice.kind, len(rows), tokens, round(choice.seconds, 1), marked)
+        seconds = round(choice.seconds, 1)
+        return Arm(choice.name, choice.kind, len(rows), tokens, seconds, marked, choice.draws, choice.selection)
 
     def _project(self, missing: Sequence[tuple[Trial, Sequence[Any]]], tests: Sequence[Test]) -> None:
         """Says how long the trainings will take, from two steps and a small test."""
@@ -229,7 +232,7 @@ class _Comparing:
         beside = ", besides generating answers" if generated else ""
         self.pipeline.progress.note(f"{len(missing):,} trainings to do: about {max(1, round(seconds / 60)):,} min{beside}")
 
-    def _cost(self, trials: Trials, done: Sequence[Trial], tests: Sequence[Test], reference: Choice) -> dict[str, float]:
+    def _cost(self, trials: Trials, done: Sequence[Trial], tests: Sequence[Test], reference: ArmRows) -> dict[str, float]:
         """Minutes: of a training, on average over all arms; and what training on everything for as many passes would take at their rate."""
         lengths, seconds, tokens, counted = self.pipeline.encoded("pool").lengths, 0.0, 0.0, 0
         for trial in done:
@@ -248,18 +251,18 @@ class _Comparing:
         how = f"{'LoRA' if recipe.mode == 'lora' else 'full'} fine-tuning, learning rate {recipe.rate:g}, batch {recipe.batch_size}"
         how += ", mixed precision" if recipe.bf16 else ""
         rows = ", ".join(f"{test.name} {len(test.rows):,} rows" for test in tests)
-        found = [f"{how}; {len(self.arms.seeds)} seeds; tested on {rows}"]
+        notes = [f"{how}; {len(self.arms.seeds)} seeds; tested on {rows}"]
         if len(self.arms.overlap):
-            found.append(f"{len(self.arms.overlap):,} pool rows share 13 words with a test and were left out of every arm")
+            notes.append(f"{len(self.arms.overlap):,} pool rows share 13 words with a test and were left out of every arm")
         if len(self.arms.seeds) == 1:
-            found.append("one seed: the intervals know nothing of the luck of a training")
-        return tuple(found)
+            notes.append("one seed: the intervals know nothing of the luck of a training")
+        return tuple(notes)
 
 
-def _measured(trials: Trials, found: Sequence[Trial], test: Test, measure: str) -> Measured:
-    scores = [trials.scores(trial, test) for trial in found]
-    steps = found[0].settings.steps or 0
-    if not len(found[0].rows):
+def _measured(trials: Trials, done: Sequence[Trial], test: Test, measure: str) -> Measured:
+    scores = [trials.scores(trial, test) for trial in done]
+    steps = done[0].settings.steps or 0
+    if not len(done[0].rows):
         steps = 0
     if measure == "loss":
         return Measured(np.stack([score.sums for score in scores]), scores[0].tokens, steps)
@@ -270,18 +273,18 @@ def _measured(trials: Trials, found: Sequence[Trial], test: Test, measure: str) 
 
 def _commanded(trials: Trials, by_arm: Mapping[str, Sequence[Trial]], command: Command, way: str, level: float) -> list[Results]:
     """Tables of what the command printed: one number per training, so the interval is over seeds alone."""
-    numbers = {arm: [trials.scores(trial, command).numbers for trial in found] for arm, found in by_arm.items()}
+    numbers = {arm: [trials.scores(trial, command).numbers for trial in done] for arm, done in by_arm.items()}
     results: list[Results] = []
-    for name in dict.fromkeys(key for found in numbers.values() for each in found for key in each):
+    for name in dict.fromkeys(key for printed in numbers.values() for each in printed for key in each):
         measured = {}
-        for arm, found in numbers.items():
-            values = np.array([[each.get(name, np.nan)] for each in found])
+        for arm, printed in numbers.items():
+            values = np.array([[each.get(name, np.nan)] for each in printed])
             measured[arm] = Measured(values, np.ones(1), by_arm[arm][0].settings.steps or 0)
         results += compare_measured({COMMAND: measured}, control=CONTROL, level=level, measure=name, equal=way, seed=0)
     return results
 
 
-def _keep(pipeline: Pipeline, result: Comparison, choices: Sequence[Choice]) -> Comparison:
+def _keep(pipeline: Pipeline, result: Comparison, choices: Sequence[ArmRows]) -> Comparison:
     """Writes the comparison down and into the reports of the selections it is about."""
     inputs = {f"{i:03d}": choice.selection.folder.name for i, choice in enumerate(choices) if choice.selection is not None}
     costs = replace(result, cost={}, arms=tuple(replace(arm, seconds=0.0) for arm in result.arms))

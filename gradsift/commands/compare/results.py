@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gradsift import report
 from gradsift.compute.progress import duration
+
+if TYPE_CHECKING:
+    from gradsift.commands.select.select import Selection
 
 MEAN = "mean of the tests"
 
@@ -19,7 +22,10 @@ MEAN = "mean of the tests"
 class Arm:
     """One way of choosing rows. kind: "method", "control", "full" (the whole pool) or "none" (the base model, untrained). rows, tokens
     (supervised, of one pass): of the first seed's draw; seconds: what choosing took, all stages counted, 0 for what costs nothing;
-    marked: the share of those rows that carry the oracle's mark, None without an oracle."""
+    marked: the share of those rows that carry the oracle's mark, None without an oracle.
+
+    draws: the pool rows of every draw, each ascending, one draw per seed or a single one for all; selection: where the choice of the first
+    draw is written, None for rows that no method chose. Neither is part of a summary."""
 
     name: str
     kind: str
@@ -27,10 +33,12 @@ class Arm:
     tokens: int
     seconds: float
     marked: float | None = None
+    draws: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
+    selection: Selection | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Line:
+class ArmResult:
     """An arm's result. value: mean over seeds; difference: to the control, with its interval [low, high] (None for the control itself).
     draws [DRAWS]: bootstrap draws of the value, for statistics of several arms; not part of a summary."""
 
@@ -56,13 +64,13 @@ class Results:
     test: str
     measure: str
     equal: str
-    lines: tuple[Line, ...]
+    lines: tuple[ArmResult, ...]
 
     @property
     def lower_is_better(self) -> bool:
         return self.measure == "loss"
 
-    def line(self, arm: str) -> Line:
+    def line(self, arm: str) -> ArmResult:
         return next(line for line in self.lines if line.arm == arm)
 
 
@@ -85,9 +93,9 @@ class Comparison:
         KeyError."""
         wanted = test or (MEAN if any(t.test == MEAN for t in self.tables) else self.tables[0].test)
         equal = equal or self.tables[0].equal
-        for found in self.tables:
-            if (found.test, found.measure, found.equal) == (wanted, measure, equal):
-                return found
+        for table in self.tables:
+            if (table.test, table.measure, table.equal) == (wanted, measure, equal):
+                return table
         raise KeyError(f"no table of {wanted}, {measure}, equal {equal}")
 
     @property
@@ -96,18 +104,24 @@ class Comparison:
         return any(arm.marked is not None for arm in self.arms)
 
     def summary(self) -> dict[str, Any]:
-        found = asdict(self)
-        for table in found["tables"]:
+        plain = replace(self, arms=tuple(replace(arm, draws=(), selection=None) for arm in self.arms))
+        summary = asdict(plain)
+        for arm in summary["arms"]:
+            del arm["draws"], arm["selection"]
+        for table in summary["tables"]:
             for line in table["lines"]:
                 del line["draws"]
-        return json.loads(json.dumps(found))
+        return json.loads(json.dumps(summary))
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Comparison:
         """The comparison behind a `summary`."""
         tables = tuple(
             Results(
-                t["test"], t["measure"], t["equal"], tuple(Line(**{**line, "per_seed": tuple(line["per_seed"])}) for line in t["lines"])
+                t["test"],
+                t["measure"],
+                t["equal"],
+                tuple(ArmResult(**{**line, "per_seed": tuple(line["per_seed"])}) for line in t["lines"]),
             )
             for t in data["tables"]
         )
@@ -116,12 +130,12 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """What the terminal shows."""
-        found: list[str] = []
+        lines: list[str] = []
         for table in self.tables:
-            found += [*self._heading(table), *self._body(table), ""]
-        found += [f"cost      {text}" for text in self.spent()]
-        found += [f"note      {text}" for text in ("* = the interval leaves out 0", *self.notes)]
-        return found
+            lines += [*self._heading(table), *self._body(table), ""]
+        lines += [f"cost      {text}" for text in self.spent()]
+        lines += [f"note      {text}" for text in ("* = the interval leaves out 0", *self.notes)]
+        return lines
 
     def spent(self) -> list[str]:
         """What a training takes, on a choice and on everything, and what choosing took: a sentence each, none where no time is kept."""
@@ -158,23 +172,23 @@ class Comparison:
         return body
 
     def markdown(self) -> str:
-        found = []
+        lines = []
         for table in self.tables:
             better = "lower" if table.lower_is_better else "higher"
             same = "steps" if table.equal == "steps" else "tokens, prompts counted"
-            found.append(f"**{table.test}**, {table.measure} ({better} is better), equal {same}\n")
+            lines.append(f"**{table.test}**, {table.measure} ({better} is better), equal {same}\n")
             marked, rule = (" marked |", "---:|") if self.marks else ("", "")
-            found.append(f"| | {table.measure} | against {self.control} ({self.level:.0%} interval) | rows | tokens | steps |{marked}")
-            found.append(f"|---|---:|---:|---:|---:|---:|{rule}")
+            lines.append(f"| | {table.measure} | against {self.control} ({self.level:.0%} interval) | rows | tokens | steps |{marked}")
+            lines.append(f"|---|---:|---:|---:|---:|---:|{rule}")
             arms = {arm.name: arm for arm in self.arms}
             for line in sorted(table.lines, key=lambda line: line.value if table.lower_is_better else -line.value):
                 against = "" if line.difference is None else f"{line.difference:+.4f} ({line.low:+.4f} to {line.high:+.4f})"
                 arm = arms[line.arm]
                 marked = f" {_share(arm)} |" if self.marks else ""
-                found.append(f"| {line.arm} | {line.value:.4f} | {against} | {arm.rows:,} | {arm.tokens:,} | {line.steps:,} |{marked}")
-            found.append("")
-        found += [f"Cost: {text}.\n" for text in self.spent()]
-        return "\n".join(found)
+                lines.append(f"| {line.arm} | {line.value:.4f} | {against} | {arm.rows:,} | {arm.tokens:,} | {line.steps:,} |{marked}")
+            lines.append("")
+        lines += [f"Cost: {text}.\n" for text in self.spent()]
+        return "\n".join(lines)
 
     def panel(self) -> report.Comparison:
         """The report's panel: the first table."""

@@ -19,13 +19,12 @@ import torch
 import xxhash
 
 from gradsift.commands.compare.measures import answers, bleu, chrf, same_answer
-from gradsift.commands.demo import playground
 from gradsift.compute.progress import quiet
 from gradsift.config import FinetuneSettings, ModelSettings
 from gradsift.data.encode import EncodedRows
 from gradsift.errors import DataError
 from gradsift.model.finetune import finetune, heldout_loss
-from gradsift.model.load import load_model, load_tokenizer
+from gradsift.model.load import from_settings, tokenizer_from_settings
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe
 from gradsift.store.artifact import Artifact
@@ -84,7 +83,7 @@ class Command:
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class TrialScores:
     """What one training scored. `sums` [m] nats and `tokens` [m] supervised tokens per test row; `measures`: name -> [m], NaN where a row has
     none; `numbers`: what a Command printed."""
 
@@ -106,13 +105,13 @@ class Trials:
 
     def missing(self, wanted: Iterable[tuple[Trial, Sequence[Test | Command]]]) -> list[tuple[Trial, list[Test | Command]]]:
         """Trainings to be done and the tests that lack their scores; a training wanted twice is done once."""
-        found: dict[str, tuple[Trial, dict[str, Test | Command]]] = {}
+        jobs: dict[str, tuple[Trial, dict[str, Test | Command]]] = {}
         for trial, tests in wanted:
             for test in tests:
                 recipe = self.recipe(trial, test)
                 if self.pipeline.stored(recipe) is None:
-                    found.setdefault(json.dumps(trial.canonical(), sort_keys=True), (trial, {}))[1][recipe.digest] = test
-        return [(trial, list(tests.values())) for trial, tests in found.values()]
+                    jobs.setdefault(json.dumps(trial.canonical(), sort_keys=True), (trial, {}))[1][recipe.digest] = test
+        return [(trial, list(tests.values())) for trial, tests in jobs.values()]
 
     def run(self, wanted: Iterable[tuple[Trial, Sequence[Test | Command]]]) -> int:
         """Trains and tests what is not there yet, in the order given; returns how many trainings that took. Raises Interrupted."""
@@ -130,13 +129,13 @@ class Trials:
         progress.done()
         return len(jobs)
 
-    def scores(self, trial: Trial, test: Test | Command) -> Scores:
+    def scores(self, trial: Trial, test: Test | Command) -> TrialScores:
         """The scores of a training that `run` has done."""
         artifact = self.pipeline.make(self.recipe(trial, test), _not_run)
         if isinstance(test, Command):
-            return Scores(np.zeros(0), np.zeros(0), {}, dict(artifact.manifest["extra"]["numbers"]))
+            return TrialScores(np.zeros(0), np.zeros(0), {}, dict(artifact.manifest["extra"]["numbers"]))
         tensors = {name: value.numpy() for name, value in artifact.tensors(_FILE).items()}
-        return Scores(tensors.pop("sums"), tensors.pop("tokens"), tensors, {})
+        return TrialScores(tensors.pop("sums"), tensors.pop("tokens"), tensors, {})
 
     def seconds(self, trial: Trial, test: Test | Command) -> dict[str, float]:
         """Wall seconds of the training and its test: {"training", "testing"}; empty where stats.json is lost."""
@@ -149,7 +148,7 @@ def _not_run(artifact: Artifact) -> None:
     raise RuntimeError(f"{artifact.path.name} was asked for its scores before it was run")
 
 
-def _keep(scores: Scores, seconds: Mapping[str, float], gpu: str, artifact: Artifact) -> None:
+def _keep(scores: TrialScores, seconds: Mapping[str, float], gpu: str, artifact: Artifact) -> None:
     files = {}
     if len(scores.sums):
         arrays = {"sums": scores.sums, "tokens": scores.tokens, **scores.measures}
@@ -173,23 +172,15 @@ def _job(trial: Trial, tests: Sequence[Test | Command], encoded: EncodedRows) ->
     return _Job([encoded[int(i)] for i in trial.rows], trial.settings, trial.weights, sent)
 
 
-def _worker(model: ModelSettings) -> Callable[[_Job], tuple[list[Scores], dict[str, float]]]:
+def _worker(model: ModelSettings) -> Callable[[_Job], tuple[list[TrialScores], dict[str, float]]]:
     """Made where the work is done, from plain data."""
-    playground.register()
-    tokenizer = load_tokenizer(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    tokenizer = tokenizer_from_settings(model)
 
     def base(mode: str) -> Any:
         # Trained in full, weights of half precision would lose small updates.
-        return load_model(
-            model.name,
-            dtype=model.dtype if mode == "lora" else "float32",
-            device=model.device,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            attention=model.attention,
-        )
+        return from_settings(model, dtype=None if mode == "lora" else "float32")
 
-    def work(job: _Job) -> tuple[list[Scores], dict[str, float]]:
+    def work(job: _Job) -> tuple[list[TrialScores], dict[str, float]]:
         started = time.perf_counter()
         load = functools.partial(base, job.settings.mode)
         net = finetune(load, job.rows, settings=job.settings, weights=job.weights, device=model.device) if job.rows else load()
@@ -200,9 +191,9 @@ def _worker(model: ModelSettings) -> Callable[[_Job], tuple[list[Scores], dict[s
     return work
 
 
-def _score(net: Any, tokenizer: Any, test: Test | Command, token_budget: int) -> Scores:
+def _score(net: Any, tokenizer: Any, test: Test | Command, token_budget: int) -> TrialScores:
     if isinstance(test, Command):
-        return Scores(np.zeros(0), np.zeros(0), {}, _ask(test.text, net, tokenizer))
+        return TrialScores(np.zeros(0), np.zeros(0), {}, _ask(test.text, net, tokenizer))
     held, measures = heldout_loss(net, test.rows, token_budget), {}
     generated = answers(net, test.rows, tokenizer) if set(test.measures) - {"loss"} else []
     if "exact" in test.measures:
@@ -211,7 +202,7 @@ def _score(net: Any, tokenizer: Any, test: Test | Command, token_budget: int) ->
     for name, function in (("bleu", bleu), ("chrf", chrf)):
         if name in test.measures:
             measures[name] = np.array([function(text, said) for text, said in zip(generated, test.references, strict=True)])
-    return Scores(held.sums, held.tokens, measures, {})
+    return TrialScores(held.sums, held.tokens, measures, {})
 
 
 def _ask(command: str, net: Any, tokenizer: Any) -> dict[str, float]:
@@ -234,11 +225,11 @@ def _ask(command: str, net: Any, tokenizer: Any) -> dict[str, float]:
 
 def _numbers(line: str, where: Path) -> dict[str, float]:
     try:
-        found = json.loads(line)
+        printed = json.loads(line)
     except ValueError:
-        found = None
-    found = {"value": found} if isinstance(found, (int, float)) and not isinstance(found, bool) else found
-    if isinstance(found, dict) and found and all(isinstance(v, (int, float)) and math.isfinite(v) for v in found.values()):
-        return {str(name): float(value) for name, value in found.items()}
+        printed = None
+    printed = {"value": printed} if isinstance(printed, (int, float)) and not isinstance(printed, bool) else printed
+    if isinstance(printed, dict) and printed and all(isinstance(v, (int, float)) and math.isfinite(v) for v in printed.values()):
+        return {str(name): float(value) for name, value in printed.items()}
     what = f"--measure-command printed {line[:80]!r} last"
     raise DataError(what, where=where, remedy="Let its last line be a number or a JSON object of numbers.")

@@ -1,73 +1,79 @@
-"""`gradsift demo`: the whole job on a generated pool with a built-in model, offline, and the check that it worked."""
+"""`gradsift demo`: a `compare` over a generated pool with the built-in model, offline, and the check that it worked."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from gradsift import report
-from gradsift.commands.compare.statistics import Compared, Interval, compare_subsets
+from gradsift.commands.compare.arms import CONTROL
+from gradsift.commands.compare.compare import BASE, compare
+from gradsift.commands.compare.results import Arm, Comparison
 from gradsift.commands.demo import playground
-from gradsift.commands.select.select import Selection, select
 from gradsift.compute.progress import Progress, silent
-from gradsift.config import EncodeSettings, FinetuneSettings
-from gradsift.data.encode import encode
-from gradsift.data.pool import read_pool
 from gradsift.model import tiny
-from gradsift.model.finetune import heldout_loss
-from gradsift.model.load import load_model, load_tokenizer
+from gradsift.model.load import TINY
+from gradsift.report import ReportData, write_report
 
-METHODS = ("less", "tagcos", "random")
+TARGETED = "less"
+METHODS = (TARGETED, "tagcos")
 BUDGET = "5%"
-SETTINGS = {"gradients": {"dim": 1024, "shard_rows": 512}, "encode": {"max_length": 256}}
-FINETUNE = FinetuneSettings(mode="full", epochs=4, batch_size=16, lr=1e-3)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gradients": {"dim": 1024, "shard_rows": 512},
+    "encode": {"max_length": 256},
+    "finetune": {"mode": "full", "epochs": 4, "batch_size": 16, "lr": 1e-3},
+}
 
 
 @dataclass(frozen=True)
-class Line:
-    """One method's result on held-out rows of the target's family. `loss` in nats per supervised token, mean over seeds; `against`: its
-    difference to random with a 95 % interval over seeds and test rows, None for random itself."""
+class Shares:
+    """Of an arm's rows, over all its draws: the share of the target's family, and the share of noise."""
 
-    method: str
-    loss: float
-    against: Interval | None
-    family_share: float
-    noise_share: float
-    rows: int
+    family: float
+    noise: float
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo found. `passed`: the targeted method finds its family and avoids noise, and training on its rows beats random."""
+    """The demo's result.
 
-    lines: list[Line]
-    base_loss: float
-    selections: dict[str, Selection]
+    Attributes:
+        comparison: METHODS and random, tested on held-out rows of the target's family.
+        shares: For every arm that chose rows, what those are by the labels of the playground.
+        seconds: Wall seconds of the whole job.
+    """
+
+    comparison: Comparison
+    shares: Mapping[str, Shares]
     seconds: float
 
     @property
     def passed(self) -> bool:
         """Family share at least 3x random's, noise share at most half of it, held-out loss below it."""
-        by = {line.method: line for line in self.lines}
-        less, random = by["less"], by["random"]
-        return less.family_share >= 3 * random.family_share and less.noise_share <= random.noise_share / 2 and less.loss < random.loss
+        less, random, table = self.shares[TARGETED], self.shares[CONTROL], self.comparison.table()
+        pure = less.family >= 3 * random.family and less.noise <= random.noise / 2
+        return pure and table.line(TARGETED).value < table.line(CONTROL).value
 
     def table(self) -> str:
+        """The table, the paths of the selections, and the verdict, for the terminal."""
         head = f"{'':<10}{'held-out loss':>15}{'against random (95 %)':>30}{'target family':>16}{'noise':>8}{'rows':>7}"
-        body = []
-        for line in self.lines:
-            gap = line.against
-            against = "" if gap is None else f"{gap.difference:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})"
-            share = f"{line.family_share:>16.0%}{line.noise_share:>8.0%}{line.rows:>7}"
-            body.append(f"{line.method:<10}{line.loss:>15.3f}{against:>30}{share}")
-        body.append(f"{'untrained':<10}{self.base_loss:>15.3f}")
-        paths = [f"{name:<10}{chosen.subset_path}\n{'':<10}{chosen.report}" for name, chosen in self.selections.items()]
+        body, paths = [], []
+        for arm in self.comparison.arms:
+            result = self.comparison.table().line(arm.name)
+            if arm.name not in self.shares:
+                body.append(f"{arm.name:<10}{result.value:>15.3f}")
+                continue
+            against = ""
+            if result.difference is not None:
+                against = f"{result.difference:+.3f} ({result.low:+.3f} to {result.high:+.3f})"
+            share = self.shares[arm.name]
+            counts = f"{share.family:>16.0%}{share.noise:>8.0%}{arm.rows:>7}"
+            body.append(f"{arm.name:<10}{result.value:>15.3f}{against:>30}{counts}")
+            if arm.selection is not None:
+                paths.append(f"{arm.name:<10}{arm.selection.subset_path}\n{'':<10}{arm.selection.report}")
         verdict = (
             "The targeted method beats random."
             if self.passed
@@ -77,39 +83,45 @@ class Demo:
 
 
 def demo(run: str | Path, *, seed: int = 0, seeds: int = 3, progress: Progress | None = None) -> Demo:
-    """Selects 5 % of the playground's pool with each of METHODS, fine-tunes the built-in model on each choice `seeds` times, and measures.
+    """Compares METHODS and random on the playground: 5 % of its pool, the built-in model, `seeds` trainings of each.
 
-    The methods read neither `family` nor `noise`: those columns only score the choice. Random is drawn anew for every seed.
+    No method reads the labels `family` and `noise`: they only say afterwards which rows were chosen. Random is drawn anew for every seed.
+
+    Args:
+        run: The folder to work in: the generated files under data/, the run under run/.
+        seed: Seed of the generated pool.
+        seeds: Trainings of each arm.
+        progress: Where progress is told; None = nowhere.
+
+    Returns:
+        The result, with its own check of success, `passed`.
+
+    Raises:
+        GradsiftError: As `compare`.
     """
     started, progress = time.perf_counter(), progress or silent()
     root = Path(run)
     files = playground.write_playground(root / "data", seed=seed)
+    tiny.tiny_model(progress=_steps(progress, "steps", "training the built-in model, once"))
+    comparison = compare(
+        METHODS,
+        pool=files.pool,
+        target=files.target,
+        test=files.test,
+        budget=BUDGET,
+        run=root / "run",
+        model=TINY,
+        seeds=seeds,
+        controls=[],
+        equal="steps",
+        settings=SETTINGS,
+        progress=progress,
+    )
     labels = [json.loads(line) for line in files.pool.read_text(encoding="utf-8").splitlines()]
     family = json.loads(files.target.read_text(encoding="utf-8").splitlines()[0])["family"]
-    model = str(tiny.tiny_model(progress=_steps(progress, "steps", "training the built-in model, once")))
-    selections, draws = {}, {}
-    for method in METHODS:
-        target = [files.target] if method == "less" else []
-        draw = [
-            select(
-                method,
-                pool=files.pool,
-                target=target,
-                budget=BUDGET,
-                run=root / "run",
-                model="tiny",
-                seed=s,
-                settings=SETTINGS,
-                progress=progress,
-            )
-            for s in (range(seeds) if method == "random" else [0])
-        ]
-        selections[method], draws[method] = draw[0], draw
-    base_loss, measured = _train(model, files, {m: [d.indices for d in ds] for m, ds in draws.items()}, seeds, progress)
-    lines = [_line(found, draws[found.name], labels, family) for found in measured]
-    result = Demo(lines, base_loss, selections, time.perf_counter() - started)
-    _add_comparison(result)
-    return result
+    shares = {arm.name: _shares(arm, labels, family) for arm in comparison.arms if arm.name != BASE}
+    _add_shares(comparison, shares)
+    return Demo(comparison, shares, time.perf_counter() - started)
 
 
 def _steps(progress: Progress, unit: str, label: str) -> Callable[[int, int], None]:
@@ -127,43 +139,19 @@ def _steps(progress: Progress, unit: str, label: str) -> Callable[[int, int], No
     return step
 
 
-def _train(
-    model: str, files: playground.Paths, chosen: dict[str, list[np.ndarray]], seeds: int, progress: Progress
-) -> tuple[float, list[Compared]]:
-    """Held-out loss of the base, and of every method over the seeds (seed s trains on draw s where a method has several)."""
-    tokenizer, settings = load_tokenizer(model), EncodeSettings.model_validate(SETTINGS["encode"])
-    pool, test = (encode(read_pool([path]), tokenizer, settings) for path in (files.pool, files.test))
-
-    def rows(draws: list[np.ndarray]) -> Callable[[int], list[dict[str, list[int]]]]:
-        return lambda seed: [pool[int(i)] for i in sorted(draws[seed % len(draws)])]
-
-    subsets = {method: rows(draws) for method, draws in chosen.items()}
-    step = _steps(progress, "trainings", "training on each choice")
-    measured = compare_subsets(model, subsets, test, FINETUNE, range(seeds), progress=step)
-    return heldout_loss(load_model(model), test).loss, measured
-
-
-def _line(found: Compared, draws: Sequence[Selection], labels: list[dict[str, Any]], family: str) -> Line:
-    rows = [labels[int(i)] for draw in draws for i in draw.indices]
+def _shares(arm: Arm, labels: Sequence[Mapping[str, Any]], family: str) -> Shares:
+    rows = [labels[int(i)] for draw in arm.draws for i in draw]
     own = sum(row["family"] == family for row in rows) / len(rows)
-    noise = sum(row["noise"] != "none" for row in rows) / len(rows)
-    return Line(found.name, found.loss, found.against, own, noise, len(draws[0]))
+    return Shares(own, sum(row["noise"] != "none" for row in rows) / len(rows))
 
 
-def _add_comparison(found: Demo) -> None:
-    """Puts the measured table into every selection's report."""
-    results = [
-        report.Compared(
-            name=line.method,
-            kind="control" if line.method == "random" else "method",
-            value=line.loss,
-            rows=line.rows,
-            note=f"{line.family_share:.0%} of the target's family, {line.noise_share:.0%} noise",
-        )
-        for line in found.lines
-    ]
-    results.append(report.Compared(name="untrained", kind="none", value=found.base_loss))
-    comparison = report.Comparison(results=tuple(results), note="Mean over seeds, on held-out rows of the target's family.")
-    for chosen in found.selections.values():
-        data = report.ReportData.model_validate_json((chosen.folder / "report.json").read_bytes())
-        report.write_report(data.model_copy(update={"comparison": comparison}), chosen.folder)
+def _add_shares(comparison: Comparison, shares: Mapping[str, Shares]) -> None:
+    """Notes the shares of every arm in the comparison that each selection's report shows."""
+    notes = {name: f"{share.family:.0%} of the target's family, {share.noise:.0%} noise" for name, share in shares.items()}
+    panel = comparison.panel()
+    results = tuple(result.model_copy(update={"note": notes.get(result.name, result.note)}) for result in panel.results)
+    noted = panel.model_copy(update={"results": results})
+    for arm in comparison.arms:
+        if arm.selection is not None:
+            data = ReportData.model_validate_json((arm.selection.folder / "report.json").read_bytes())
+            write_report(data.model_copy(update={"comparison": noted}), arm.selection.folder)

@@ -2,8 +2,7 @@
 
 `generate` makes the pool of `gradsift demo`: eight task families in one chat shape, with exact duplicates, paraphrases and noise, each row
 labelled with what it is. The labels are for measuring afterwards; no method reads them. `write_playground` writes the pool with a dev
-and a test set of the target family. `tiny_model` trains the built-in model `tiny` from scratch on a separate stream of the same families,
-in which the target family is rare, so that there is something left to learn and something to choose by.
+and a test set of the target family. The model that half knows them is the built-in `tiny` (`gradsift.model.tiny`).
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ from random import Random
 from typing import Any, Literal
 
 from gradsift.errors import UserError
-from gradsift.model.load import BUILTIN
-from gradsift.model.tiny import tiny_model
 from gradsift.model.tiny_tasks import FAMILIES, GENERATOR_VERSION, TARGET_FAMILY, Family, Question, Split, clean_row, draw
 from gradsift.rules.topk import apportion
 from gradsift.store.atomic import remove_leftovers, write_atomic
@@ -148,8 +145,3 @@ def _readme(pool: list[dict[str, Any]], seed: int) -> str:
             "",
         ]
     )
-
-
-def register() -> None:
-    """Makes the name `tiny` known to `gradsift.model`; the model is trained the first time it is asked for."""
-    BUILTIN["tiny"] = tiny_model

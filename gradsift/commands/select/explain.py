@@ -16,7 +16,7 @@ from gradsift.commands.select.constraints import Screen
 from gradsift.compute import machine
 from gradsift.data.pool import Pool
 from gradsift.data.records import Dropped
-from gradsift.report.agreement import spearman
+from gradsift.rules.ranks import spearman
 from gradsift.stages.evidence import Evidence
 from gradsift.stages.recipe import Timing
 from gradsift.types import Selector, Subset

@@ -16,6 +16,7 @@ from gradsift.compute.cpu import matmul
 from gradsift.compute.memory import Halving
 from gradsift.errors import ConfigError, DataError, MismatchError, OutOfMemory
 from gradsift.gradients.passes import Modules
+from gradsift.rules.ranks import spearman
 from gradsift.signals.curvature.kfac import Inverse
 from gradsift.signals.curvature.passes import CurvaturePass, Layer, PassRow, pass_row
 from gradsift.types import Encoded
@@ -384,7 +385,8 @@ def rank_agreement(
     seed: int = 0,
 ) -> Tensor:
     """Spearman correlation [m], for each target, of rank-q scores with those of whole matrices, over the given pool rows that have a finite
-    score: pass a sample of both, for all whole matrices are held at once. Errors as `prepare_targets`."""
+    score: pass a sample of both, for all whole matrices are held at once. Equal scores agree (1), also where they are the same for all
+    rows; where only one of the two orders the rows, the agreement is 0. Errors as `prepare_targets`."""
     columns = []
     for q in (rank, None):
         stream = influence_scores(
@@ -395,6 +397,6 @@ def rank_agreement(
         order = torch.from_numpy(np.concatenate([indices for indices, _ in parts]))
         columns.append(torch.cat([scores for _, scores in parts])[order.argsort()])
     fine = torch.isfinite(torch.cat(columns, 1)).all(1)
-    ranks = [scores[fine].double().argsort(0).argsort(0).double() for scores in columns]
-    a, b = (r - r.mean(0) for r in ranks)
-    return ((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0))).float()
+    reduced, whole = (scores[fine].double().numpy().T for scores in columns)
+    agreement = [1.0 if np.array_equal(a, b) else spearman(a, b) for a, b in zip(reduced, whole, strict=True)]
+    return torch.tensor(agreement).nan_to_num(0.0)
