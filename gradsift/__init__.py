@@ -40,11 +40,11 @@ _HOMES = {
     "TrajectoryCallback": "model.warmup",
     "compare": "commands.compare.compare",
     "extract": "gradients.passes",
-    "read_moments": "model.warmup",
+    "read_moments": "model.checkpoints",
     "read_pool": "data.pool",
     "score": "commands.score",
     "select": "commands.select.select",
-    "write_subset": "data.pool",
+    "write_subset": "data.write",
 }
 
 __all__ = [
