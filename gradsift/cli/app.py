@@ -400,18 +400,19 @@ def verify(
 def show(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False) -> None:
     """What a run holds: stages, sizes, times, selections."""
     from gradsift.commands import runs
+    from gradsift.report.text import table
 
     held = runs.show(run)
     if as_json:
         typer.echo(json.dumps(held, indent=2))
         return
-    rows = []
+    rows = [["artifact", "state", "bytes", "seconds", "about"]]
     for line in held["stages"]:
         state = "complete" if line["complete"] else "unfinished"
         about = ", ".join(f"{key} {value}" for key, value in {**line.get("about", {}), **line.get("counts", {})}.items() if value != {})
         seconds = line.get("seconds")
         rows.append([line["folder"], state, f"{line['bytes']:,}", "" if seconds is None else f"{seconds:.1f}", about])
-    _table(["artifact", "state", "bytes", "seconds", "about"], rows)
+    typer.echo("\n".join(table(rows)))
     for command in held["commands"]:
         typer.echo(f"command  {command}")
 
@@ -444,13 +445,6 @@ def diff(
         typer.echo(f"scores    Spearman {found['spearman']:+.2f}")
     for field, (old, new) in found["settings"].items():
         typer.echo(f"{field}: {old} -> {new}")
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> None:
-    """A plain table on stdout, columns as wide as they need: it is data, so no terminal width cuts it."""
-    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-    for row in [columns, *rows]:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _version(wanted: bool) -> None:
