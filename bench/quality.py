@@ -402,7 +402,7 @@ class Bench:
             self.root / "speed", pool=self.pool, model=self.model, settings=self.settings, pool_group="source", keep=False
         ) as pipeline:
             rows = encode(pipeline.sides["pool"].take(range(0, options.rows, 8)), pipeline.tokenizer, pipeline.config.encode)
-            rates, per_row = probe(pipeline, rows, methods.make("less")), float(rows.lengths.mean())
+            rates, per_row = probe(pipeline, rows, methods.make("less").needs()), float(rows.lengths.mean())
             checkpoints, threads = pipeline.checkpoint_count, pipeline.threads
         pool, several, seconds = options.rows * per_row, {"targeted", "several", "agnostic", "defaults"} & set(wanted), 0.0
         # Adam rows at each checkpoint, plain rows, curvature, influence of each target.

@@ -96,7 +96,7 @@ def of_model(parts: dict[str, Any], folder: Path) -> tuple[dict[str, Callable[[]
     tokens, latest = int(encoded.lengths.sum()), []
 
     def ratio() -> float:
-        latest[:] = [probe(pipeline, encoded, selector)]
+        latest[:] = [probe(pipeline, encoded, selector.needs())]
         for name, found in rates.items():
             found.append(getattr(latest[0], name))
         return latest[0].train / latest[0].gradients

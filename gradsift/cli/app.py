@@ -1,6 +1,4 @@
-"""The command line: a thin skin, every command is one library call. Data on stdout, log on stderr.
-
-More than 400 lines because a command names each of its flags, twice."""
+"""The command line: a thin skin, every command is one library call. Data on stdout, log on stderr."""
 
 from __future__ import annotations
 
@@ -12,50 +10,19 @@ from typing import Annotated, Any
 import typer
 
 from gradsift.cli.flags import (
-    TRAINING,
-    Address,
     AsJson,
-    Attention,
     BudgetText,
-    ConfigFile,
-    Decontaminate,
-    Dedup,
-    Device,
-    Dim,
-    Dtype,
-    Engine,
-    ExactDedup,
-    ExcludeIds,
-    Force,
-    Format,
-    GpusPerWorker,
-    IncludeIds,
-    MaxBad,
-    MaxLength,
+    Given,
     Method,
     MethodOptions,
     ModelName,
-    Near,
-    NearBy,
     Out,
-    PerGroup,
     PoolFiles,
-    PoolGroup,
     Quiet,
-    RemoteCode,
-    Revision,
     RunFolder,
     Seed,
-    ShardRows,
-    ShardTimeout,
     TargetFiles,
-    TargetGroup,
-    Threads,
-    WarmupFrom,
-    Workers,
-    constraints_given,
-    gather,
-    options_given,
+    shared_flags,
 )
 
 app = typer.Typer(
@@ -72,6 +39,7 @@ app = typer.Typer(
 @app.command(
     epilog="Example: gradsift select less --pool pool.jsonl --target dev.jsonl --model ./my-model --budget 1000 --run runs/a -o preset=released"
 )
+@shared_flags
 def select(
     method: Method,
     pool: PoolFiles,
@@ -82,37 +50,8 @@ def select(
     out: Out = None,
     seed: Seed = 0,
     option: MethodOptions = None,
-    config: ConfigFile = None,
-    pool_group: PoolGroup = None,
-    target_group: TargetGroup = None,
-    format: Format = None,
-    max_length: MaxLength = None,
-    max_bad_rows: MaxBad = None,
-    dedup: Dedup = None,
-    warmup_from: WarmupFrom = None,
-    dim: Dim = None,
-    shard_rows: ShardRows = None,
-    revision: Revision = None,
-    trust_remote_code: RemoteCode = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attention: Attention = None,
-    threads: Threads = None,
-    executor: Engine = None,
-    address: Address = None,
-    workers: Workers = None,
-    gpus_per_worker: GpusPerWorker = None,
-    shard_timeout: ShardTimeout = None,
-    force: Force = None,
-    allow_short: Annotated[
-        bool, typer.Option("--allow-short", help="Accept fewer rows than the budget when the pool has no more.")
-    ] = False,
-    per_group: PerGroup = None,
-    include_ids: IncludeIds = None,
-    exclude_ids: ExcludeIds = None,
-    decontaminate: Decontaminate = None,
-    near: Near = None,
-    near_by: NearBy = None,
+    *,
+    given: Given,
     add_scores: Annotated[bool, typer.Option("--add-scores", help="Write rank, gain and weight into the chosen rows.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -129,17 +68,20 @@ def select(
         target=target or [],
         out=out,
         seed=seed,
-        options=options_given(option),
-        settings=gather(locals()),
-        pool_group=pool_group,
-        target_group=target_group,
-        warmup_from=warmup_from,
-        allow_short=allow_short,
+        options=_options(option),
+        settings=given.settings,
         add_scores=add_scores,
-        constraints=constraints_given(locals()),
+        constraints=given.constraints,
         progress=_progress(quiet),
+        **given.call,
     )
     _print_selection(result, as_json)
+
+
+def _options(pairs: list[str] | None) -> dict[str, str]:
+    from gradsift import methods
+
+    return methods.options_from(pairs or (), before="-o ", remedy="Write it as -o clusters=50.")
 
 
 def _progress(quiet: bool) -> Any:
@@ -157,6 +99,7 @@ def _print_selection(result: Any, as_json: bool) -> None:
 
 
 @app.command(epilog="Example: gradsift plan tagcos --pool pool.jsonl --model ./my-model --budget 5% --run runs/a")
+@shared_flags
 def plan(
     method: Method,
     pool: PoolFiles,
@@ -164,55 +107,37 @@ def plan(
     run: RunFolder,
     model: ModelName = None,
     target: TargetFiles = None,
+    seed: Seed = 0,
     option: MethodOptions = None,
-    config: ConfigFile = None,
-    pool_group: PoolGroup = None,
-    target_group: TargetGroup = None,
-    format: Format = None,
-    max_length: MaxLength = None,
-    max_bad_rows: MaxBad = None,
-    dedup: Dedup = None,
-    warmup_from: WarmupFrom = None,
-    dim: Dim = None,
-    shard_rows: ShardRows = None,
-    revision: Revision = None,
-    trust_remote_code: RemoteCode = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attention: Attention = None,
-    threads: Threads = None,
-    executor: Engine = None,
-    address: Address = None,
-    workers: Workers = None,
-    gpus_per_worker: GpusPerWorker = None,
-    shard_timeout: ShardTimeout = None,
-    force: Force = None,
+    *,
+    given: Given,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """What `select` would run: stages, rows, tokens, bytes, memory, time. Writes nothing."""
     from gradsift.commands.plan import plan as planning
 
-    found = planning.plan(
+    result = planning.plan(
         method,
         pool=pool,
         budget=budget,
         run=run,
         model=model,
         target=target or [],
-        options=options_given(option),
-        settings=gather(locals()),
-        pool_group=pool_group,
-        target_group=target_group,
-        warmup_from=warmup_from,
+        seed=seed,
+        options=_options(option),
+        settings=given.settings,
+        constraints=given.constraints,
         progress=_progress(quiet),
+        **given.call,
     )
-    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else found.table())
+    typer.echo(json.dumps(result.as_dict(), indent=2) if as_json else result.table())
 
 
 @app.command(
     epilog="Example: gradsift compare less tagcos --pool pool.jsonl --target dev.jsonl --test test.jsonl --model ./my-model --budget 5% --run runs/a"
 )
+@shared_flags
 def compare(
     method: Annotated[
         list[str],
@@ -266,47 +191,15 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    mode: Annotated[
-        str | None,
-        typer.Option("--mode", metavar="lora|full", help="What is trained. (default lora)", rich_help_panel=TRAINING, show_default=False),
-    ] = None,
-    epochs: Annotated[
-        float | None,
-        typer.Option("--epochs", help="Passes over the control's rows. (default 3)", rich_help_panel=TRAINING, show_default=False),
-    ] = None,
-    lr: Annotated[
-        float | None,
-        typer.Option("--lr", help="Learning rate. (default 5e-4, full 2e-5)", rich_help_panel=TRAINING, show_default=False),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Rows of a step. (default 16)", rich_help_panel=TRAINING, show_default=False)
-    ] = None,
-    config: ConfigFile = None,
-    pool_group: PoolGroup = None,
-    target_group: TargetGroup = None,
-    format: Format = None,
-    max_length: MaxLength = None,
-    max_bad_rows: MaxBad = None,
-    warmup_from: WarmupFrom = None,
-    dim: Dim = None,
-    shard_rows: ShardRows = None,
-    revision: Revision = None,
-    trust_remote_code: RemoteCode = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    threads: Threads = None,
-    force: Force = None,
+    level: Annotated[float, typer.Option("--level", metavar="SHARE", min=0, max=1, help="Confidence of the intervals.")] = 0.95,
+    *,
+    given: Given,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Train on what each method chose and on the controls, and say which is better, with intervals."""
     from gradsift.commands.compare import compare
 
-    values = {"dedup": None, **locals()}
-    settings = gather(values)
-    for key in ("mode", "epochs", "lr", "batch_size"):
-        if values[key] is not None:
-            settings.setdefault("finetune", {})[key] = values[key]
     found = compare.compare(
         method,
         pool=pool,
@@ -322,11 +215,10 @@ def compare(
         equal=("steps", "tokens") if equal == "both" else (equal,),
         measure=measure or [],
         measure_command=measure_command,
-        settings=settings,
-        pool_group=pool_group,
-        target_group=target_group,
-        warmup_from=warmup_from,
+        level=level,
+        settings=given.settings,
         progress=_progress(quiet),
+        **given.call,
     )
     if as_json:
         typer.echo(json.dumps(found.summary(), ensure_ascii=False, indent=2))
@@ -338,6 +230,7 @@ def compare(
 @app.command(
     epilog="Example: gradsift score --backend ekfac --pool pool.jsonl --target dev.jsonl --model ./my-model --run runs/a --out scores.parquet"
 )
+@shared_flags
 def score(
     backend: Annotated[
         str,
@@ -366,28 +259,8 @@ def score(
             show_default=False,
         ),
     ] = None,
-    config: ConfigFile = None,
-    pool_group: PoolGroup = None,
-    target_group: TargetGroup = None,
-    format: Format = None,
-    max_length: MaxLength = None,
-    max_bad_rows: MaxBad = None,
-    dedup: ExactDedup = None,
-    warmup_from: WarmupFrom = None,
-    dim: Dim = None,
-    shard_rows: ShardRows = None,
-    revision: Revision = None,
-    trust_remote_code: RemoteCode = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attention: Attention = None,
-    threads: Threads = None,
-    executor: Engine = None,
-    address: Address = None,
-    workers: Workers = None,
-    gpus_per_worker: GpusPerWorker = None,
-    shard_timeout: ShardTimeout = None,
-    force: Force = None,
+    *,
+    given: Given,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -403,16 +276,15 @@ def score(
         out=out,
         columns=columns,  # type: ignore[arg-type]
         checkpoints=checkpoints,  # type: ignore[arg-type]
-        settings=gather(locals()),
-        pool_group=pool_group,
-        target_group=target_group,
-        warmup_from=warmup_from,
+        settings=given.settings,
         progress=_progress(quiet),
+        **given.call,
     )
     typer.echo(json.dumps(found.summary(), ensure_ascii=False, indent=2) if as_json else "\n".join(found.lines()))
 
 
 @app.command(epilog="Example: gradsift doctor --model ./my-model --pool pool.jsonl")
+@shared_flags
 def doctor(
     model: Annotated[str, typer.Option("--model", metavar="NAME|PATH|tiny", help="The model to look at.", show_default=False)],
     pool: PoolFiles,
@@ -427,28 +299,21 @@ def doctor(
             "--dtype", metavar="NAME", help="Number format to try. Repeatable. (default float32 and bfloat16)", show_default=False
         ),
     ] = None,
-    config: ConfigFile = None,
-    format: Format = None,
-    max_length: MaxLength = None,
-    max_bad_rows: MaxBad = None,
-    revision: Revision = None,
-    trust_remote_code: RemoteCode = None,
-    device: Device = None,
-    threads: Threads = None,
+    *,
+    given: Given,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Check that rows are the same alone and in batches, and say which attention and precision keep them so; exit 3 if none does."""
     from gradsift.commands import doctor as surgery
 
-    flags: dict[str, Any] = {name: None for name in ("dedup", "dim", "shard_rows", "force")}
     found = surgery.doctor(
         model,
         pool,
         rows=rows,
         attentions=attention or ("eager", "sdpa"),
         dtypes=dtype or ("float32", "bfloat16"),
-        settings=gather({**locals(), **flags, "attention": None, "dtype": None}),
+        settings=given.settings,
         progress=_progress(quiet),
     )
     typer.echo(json.dumps(found.as_dict(), ensure_ascii=False, indent=2) if as_json else "\n".join(found.lines()))
@@ -475,27 +340,21 @@ def methods(as_json: AsJson = False) -> None:
 
 
 @app.command(epilog="Example: gradsift inspect --pool pool.jsonl --model ./my-model --rows 5")
+@shared_flags
 def inspect(
     pool: PoolFiles,
     model: ModelName = None,
     rows: Annotated[int, typer.Option("--rows", help="How many rows to print.")] = 3,
     start: Annotated[int, typer.Option("--start", help="First row, counted from 0.")] = 0,
-    config: ConfigFile = None,
-    pool_group: PoolGroup = None,
-    format: Format = None,
-    max_length: MaxLength = None,
-    max_bad_rows: MaxBad = None,
-    revision: Revision = None,
-    trust_remote_code: RemoteCode = None,
+    *,
+    given: Given,
 ) -> None:
     """Print rows as the model sees them, the supervised tokens coloured, and the funnel of counts."""
     from rich.console import Console
 
     from gradsift.commands import inspect as inspection
 
-    values = locals()
-    flags = {name: values.get(name) for name in ("dedup", "dim", "shard_rows", "device", "dtype", "threads", "force")}
-    lines = inspection.inspect(pool, model=model, rows=rows, start=start, settings=gather({**flags, **values}), pool_group=pool_group)
+    lines = inspection.inspect(pool, model=model, rows=rows, start=start, settings=given.settings, **given.call)
     console = Console(highlight=False, markup=False)
     for line in lines:
         console.print(line, soft_wrap=True)
@@ -541,18 +400,19 @@ def verify(
 def show(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False) -> None:
     """What a run holds: stages, sizes, times, selections."""
     from gradsift.commands import runs
+    from gradsift.report.text import table
 
     held = runs.show(run)
     if as_json:
         typer.echo(json.dumps(held, indent=2))
         return
-    rows = []
+    rows = [["artifact", "state", "bytes", "seconds", "about"]]
     for line in held["stages"]:
         state = "complete" if line["complete"] else "unfinished"
         about = ", ".join(f"{key} {value}" for key, value in {**line.get("about", {}), **line.get("counts", {})}.items() if value != {})
         seconds = line.get("seconds")
         rows.append([line["folder"], state, f"{line['bytes']:,}", "" if seconds is None else f"{seconds:.1f}", about])
-    _table(["artifact", "state", "bytes", "seconds", "about"], rows)
+    typer.echo("\n".join(table(rows)))
     for command in held["commands"]:
         typer.echo(f"command  {command}")
 
@@ -585,13 +445,6 @@ def diff(
         typer.echo(f"scores    Spearman {found['spearman']:+.2f}")
     for field, (old, new) in found["settings"].items():
         typer.echo(f"{field}: {old} -> {new}")
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> None:
-    """A plain table on stdout, columns as wide as they need: it is data, so no terminal width cuts it."""
-    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-    for row in [columns, *rows]:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _version(wanted: bool) -> None:

@@ -1,7 +1,14 @@
-"""The flags of the command line, each once, and what they come to: the sections of settings, constraints and options of a method."""
+"""The flags of the command line, each once; the table of those that several commands share, and what they come to.
+
+A new settings flag is one row of FLAGS.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -166,6 +173,26 @@ Attention = Annotated[
         show_default=False,
     ),
 ]
+Mode = Annotated[
+    str | None,
+    typer.Option("--mode", metavar="lora|full", help="What is trained. (default lora)", rich_help_panel=TRAINING, show_default=False),
+]
+Epochs = Annotated[
+    float | None,
+    typer.Option("--epochs", help="Passes over the control's rows. (default 3)", rich_help_panel=TRAINING, show_default=False),
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option("--lr", help="Learning rate. (default 5e-4, full 2e-5)", rich_help_panel=TRAINING, show_default=False),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", help="Rows of a step. (default 16)", rich_help_panel=TRAINING, show_default=False),
+]
+AllowShort = Annotated[
+    bool,
+    typer.Option("--allow-short", help="Accept fewer rows than the budget when the pool has no more."),
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", help="CPU threads. (default physical cores)", rich_help_panel=MACHINE, show_default=False)
 ]
@@ -216,72 +243,165 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
 
-def options_given(pairs: list[str] | None) -> dict[str, str]:
+# Where the value of a flag goes that is no setting: to an argument of the library call of the same name, among the constraints, or
+# below the settings, as the file that holds the others.
+CALL = "call"
+CONSTRAINT = "constraint"
+FILE = "file"
+
+CHOOSE = frozenset({"select", "plan"})  # `plan` takes what `select` takes: it says what that would run
+RUN = CHOOSE | {"score", "compare"}  # these open a run: every setting of its stages stands on each
+COMPARE = frozenset({"compare"})  # the one that trains on what was chosen
+# `inspect` reads rows and encodes them, and loads no model: what rows and tokenizer depend on.
+INSPECT = frozenset({"inspect"})
+# `doctor` encodes rows too, and runs the model on a few of them in one process, where repeated rows and groups mean nothing.
+# Which --attention and --dtype to try are lists of its own.
+DOCTOR = frozenset({"doctor"})
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A row of FLAGS.
+
+    Attributes:
+        name: The parameter of the command, and the key in its section.
+        annotation: What typer makes the flag of: a type with its `typer.Option`.
+        section: A section of Config, or CALL, CONSTRAINT, FILE.
+        commands: The commands that take the flag.
+        default: The value of a flag that is not given. None leaves the settings of the run as they are.
+        convert: From what typer read to what Config takes.
+    """
+
+    name: str
+    annotation: Any
+    section: str
+    commands: Collection[str]
+    default: Any = None
+    convert: Callable[[Any], Any] | None = None
+
+
+def number(text: str) -> float | int:
+    """The value of --max-bad-rows: a share with a point in it, a count without. Raises ConfigError."""
     from gradsift.errors import ConfigError
 
-    found = {}
-    for pair in pairs or []:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"-o {pair}: not KEY=VALUE", remedy="Write it as -o clusters=50.")
-        found[key.strip().replace("-", "_")] = value.strip()
-    return found
-
-
-def settings_given(config: Path | None, **flags: Any) -> dict[str, dict[str, Any]]:
-    """Sections with only what the user gave: the TOML file first, flags on top."""
-    from gradsift.config import read_toml
-
-    sections: dict[str, dict[str, Any]] = {name: dict(values) for name, values in (read_toml(config) if config else {}).items()}
-    for path, value in flags.items():
-        if value is not None:
-            section, _, key = path.partition("__")
-            sections.setdefault(section, {})[key] = value
-    return sections
-
-
-def number(text: str | None) -> float | int | None:
-    from gradsift.errors import ConfigError
-
-    if text is None:
-        return None
     try:
         return float(text) if "." in text else int(text)
     except ValueError:
         raise ConfigError(f"--max-bad-rows {text}: not a number", remedy="Give a share like 0.05 or a count like 200.") from None
 
 
-def gather(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The settings sections from a command's arguments."""
-    return settings_given(
-        values["config"],
-        pool__format=values["format"],
-        pool__max_bad_rows=number(values["max_bad_rows"]),
-        pool__dedup=None if values["dedup"] == "near" else values["dedup"],
-        encode__max_length=values["max_length"],
-        gradients__dim=values["dim"],
-        gradients__shard_rows=values["shard_rows"],
-        model__revision=values["revision"],
-        model__trust_remote_code=values["trust_remote_code"],
-        model__device=values["device"],
-        model__dtype=values["dtype"],
-        model__attention=values.get("attention"),
-        machine__threads=values["threads"],
-        machine__executor=values.get("executor"),
-        machine__address=values.get("address"),
-        machine__workers=values.get("workers"),
-        machine__gpus_per_worker=values.get("gpus_per_worker"),
-        machine__shard_timeout=values.get("shard_timeout"),
-        machine__force=values["force"],
-    )
+# In the order of the help.
+FLAGS: tuple[Flag, ...] = (
+    Flag("mode", Mode, "finetune", COMPARE),
+    Flag("epochs", Epochs, "finetune", COMPARE),
+    Flag("lr", LearningRate, "finetune", COMPARE),
+    Flag("batch_size", BatchSize, "finetune", COMPARE),
+    Flag("config", ConfigFile, FILE, RUN | INSPECT | DOCTOR),
+    Flag("pool_group", PoolGroup, CALL, RUN | INSPECT),
+    Flag("target_group", TargetGroup, CALL, RUN),
+    Flag("format", Format, "pool", RUN | INSPECT | DOCTOR),
+    Flag("max_length", MaxLength, "encode", RUN | INSPECT | DOCTOR),
+    Flag("max_bad_rows", MaxBad, "pool", RUN | INSPECT | DOCTOR, convert=number),
+    Flag("dedup", Dedup, "pool", CHOOSE),
+    Flag("dedup", ExactDedup, "pool", RUN - CHOOSE | INSPECT),
+    Flag("warmup_from", WarmupFrom, CALL, RUN),
+    Flag("dim", Dim, "gradients", RUN),
+    Flag("shard_rows", ShardRows, "gradients", RUN),
+    Flag("revision", Revision, "model", RUN | INSPECT | DOCTOR),
+    Flag("trust_remote_code", RemoteCode, "model", RUN | INSPECT | DOCTOR),
+    Flag("device", Device, "model", RUN | DOCTOR),
+    Flag("dtype", Dtype, "model", RUN),
+    Flag("attention", Attention, "model", RUN),
+    Flag("threads", Threads, "machine", RUN | DOCTOR),
+    Flag("executor", Engine, "machine", RUN),
+    Flag("address", Address, "machine", RUN),
+    Flag("workers", Workers, "machine", RUN),
+    Flag("gpus_per_worker", GpusPerWorker, "machine", RUN),
+    Flag("shard_timeout", ShardTimeout, "machine", RUN),
+    Flag("force", Force, "machine", RUN),
+    Flag("allow_short", AllowShort, CALL, CHOOSE, default=False),
+    Flag("per_group", PerGroup, CONSTRAINT, CHOOSE),
+    Flag("include_ids", IncludeIds, CONSTRAINT, CHOOSE),
+    Flag("exclude_ids", ExcludeIds, CONSTRAINT, CHOOSE),
+    Flag("decontaminate", Decontaminate, CONSTRAINT, CHOOSE),
+    Flag("decontaminate", Decontaminate, CALL, COMPARE),  # for every arm, so no constraint of one method
+    Flag("near", Near, CONSTRAINT, CHOOSE),
+    Flag("near_by", NearBy, CONSTRAINT, CHOOSE),
+)
 
 
-def constraints_given(values: dict[str, Any]) -> dict[str, Any]:
-    """Constraints from the arguments of `select`, only what the user gave."""
+@dataclass(frozen=True)
+class Given:
+    """What the shared flags of a command come to, where the user gave them.
+
+    Attributes:
+        settings: Sections of Config: those of the file behind --config, flags on top.
+        call: Further arguments of the library call.
+        constraints: Its argument `constraints`.
+    """
+
+    settings: dict[str, dict[str, Any]]
+    call: dict[str, Any]
+    constraints: dict[str, Any]
+
+
+def shared_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the flags that FLAGS has for its name, in place of its parameter of type Given, which they are handed over in."""
+    signature = inspect.signature(command, eval_str=True)
+    [slot] = [name for name, parameter in signature.parameters.items() if parameter.annotation is Given]
+    flags = [flag for flag in FLAGS if command.__name__ in flag.commands]
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        if name == slot:
+            parameters += [
+                inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=flag.default, annotation=flag.annotation)
+                for flag in flags
+            ]
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def call(**values: Any) -> None:
+        shared = {flag.name: values.pop(flag.name) for flag in flags}
+        command(**values, **{slot: given(flags, shared)})
+
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
+
+
+def given(flags: Iterable[Flag], values: Mapping[str, Any]) -> Given:
+    """The values of `flags`, by name, each at its place. Raises ConfigError."""
+    settings, call, constraints = sections(values["config"]), {}, {}
+    for flag in flags:
+        value = values[flag.name]
+        if value is None or value == [] or flag.section == FILE or (flag.name == "dedup" and value == "near"):
+            continue
+        if flag.section == CONSTRAINT:
+            constraints[flag.name] = value
+        elif flag.section == CALL:
+            call[flag.name] = value
+        else:
+            settings.setdefault(flag.section, {})[flag.name] = value if flag.convert is None else flag.convert(value)
+    return Given(settings, call, _near(values["dedup"] == "near", constraints) if "near" in values else constraints)
+
+
+def sections(config: Path | None) -> dict[str, dict[str, Any]]:
+    """The sections of the file behind --config. Raises ConfigError, also for a key above the first section."""
+    from gradsift.config import read_toml
     from gradsift.errors import ConfigError
 
-    near = values["dedup"] == "near"
-    if not near and (values["near"] is not None or values["near_by"] is not None):
+    found = read_toml(config) if config else {}
+    for name, values in found.items():
+        if not isinstance(values, dict):
+            raise ConfigError(f"the key {name!r} is in no section", where=config, remedy="Put it below a section such as [pool].")
+    return {name: dict(values) for name, values in found.items()}
+
+
+def _near(wanted: bool, constraints: Mapping[str, Any]) -> dict[str, Any]:
+    """The constraints, with the threshold of --dedup near where it is `wanted`. Raises ConfigError."""
+    from gradsift.errors import ConfigError
+
+    if not wanted and ("near" in constraints or "near_by" in constraints):
         raise ConfigError("--near and --near-by say how --dedup near works, which was not asked for", remedy="Add --dedup near.")
-    found = {name: values[name] for name in ("per_group", "include_ids", "exclude_ids", "decontaminate", "near_by") if values[name]}
-    return {**found, **({"near": 0.95 if values["near"] is None else values["near"]} if near else {})}
+    return {"near": 0.95, **constraints} if wanted else dict(constraints)

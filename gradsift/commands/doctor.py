@@ -29,6 +29,7 @@ from gradsift.gradients.projection import Projection, projection_of
 from gradsift.model.layers import coverage
 from gradsift.model.load import from_settings, tokenizer_from_settings
 from gradsift.model.lora import attach_lora
+from gradsift.report.text import table
 
 EQUAL = 0.9999  # least cosine at which two rows of one example count as the same
 SAMPLE = 500  # pool rows that are encoded to choose from
@@ -94,14 +95,8 @@ class Diagnosis:
             f"template   {self.template}",
             f"rows       {self.rows} of {self.tokens[0]} to {self.tokens[1]} tokens, alone and in {self.batches} batches",
             "",
-            "attention  dtype     worst cosine  mean cosine  to the first  tokens/s",
+            *table([["attention", "dtype", "worst cosine", "mean cosine", "to the first", "tokens/s"], *map(_cells, self.attempts)]),
         ]
-        for attempt in self.attempts:
-            if attempt.problem is not None:
-                found.append(f"{attempt.attention:<9}  {attempt.dtype:<8}  {attempt.problem}")
-                continue
-            cosines = f"{attempt.worst:<12.7f}  {attempt.mean:<11.7f}  {attempt.reference or 0.0:<12.7f}"
-            found.append(f"{attempt.attention:<9}  {attempt.dtype:<8}  {cosines}  {attempt.tokens_per_second:,.0f}")
         found += ["", *(f"note       {note}" for note in self.notes)]
         if self.recommended is None:
             found.append(
@@ -164,6 +159,15 @@ def doctor(
         coverage=seen,
         notes=[*notes, *_advice(attempts, seen)],
     )
+
+
+def _cells(attempt: Attempt) -> list[str]:
+    """An attempt as a row of the table that `Diagnosis.lines` prints."""
+    cells = [attempt.attention, attempt.dtype]
+    if attempt.problem is not None:
+        return [*cells, attempt.problem]
+    cosines = (attempt.worst, attempt.mean, attempt.reference or 0.0)
+    return [*cells, *(f"{cosine:.7f}" for cosine in cosines), f"{attempt.tokens_per_second:,.0f}"]
 
 
 def recommend(attempts: Sequence[Attempt], dtypes: Sequence[str]) -> Attempt | None:

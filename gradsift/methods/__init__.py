@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -71,6 +71,26 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Selector:
             else f"options of {name}: {first['msg'].removeprefix('Value error, ')}"
         )
         raise ConfigError(said, remedy="See `gradsift methods`.") from None
+
+
+def options_from(pairs: Iterable[str], *, before: str, remedy: str) -> dict[str, str]:
+    """Options from `KEY=VALUE` texts, for `make`.
+
+    Args:
+        pairs: The texts. A key may be written with hyphens; the later of two equal keys holds.
+        before: The beginning of the error's text, which the faulty pair follows: as the user wrote it.
+        remedy: What the error advises.
+
+    Raises:
+        ConfigError: For a text without `=` or without a key.
+    """
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"{before}{pair}: not KEY=VALUE", remedy=remedy)
+        options[key.strip().replace("-", "_")] = value.strip()
+    return options
 
 
 def options_of(selector: Selector) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""How the report writes numbers, and how it makes text that hides or reorders itself visible."""
+"""How numbers and tables are written as text, and how text that hides or reorders itself is made visible."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 # Line breaks and tabs stay. Format characters are shown because they can reorder or hide text (Boucher and Anderson, "Trojan Source",
@@ -82,3 +83,12 @@ def size(value: int | None) -> str:
             break
         amount /= 1024
     return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a plain table: columns as wide as they need, two spaces apart, for it is data that no terminal width may cut.
+
+    A row may end early; its last cell is then as long as it is, and widens no column.
+    """
+    widths = [max(len(row[i]) for row in rows if len(row) > i + 1) for i in range(max(map(len, rows)) - 1)]
+    return ["  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]]).rstrip() for row in rows]

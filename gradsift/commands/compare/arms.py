@@ -59,12 +59,8 @@ def parse(specs: Sequence[str], targeted: bool) -> dict[str, tuple[str, Selector
 
 def _parse(spec: str) -> tuple[str, Selector]:
     name, _, text = spec.partition(":")
-    options = {}
-    for pair in filter(None, text.split(",")):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"{spec}: {pair!r} is not KEY=VALUE", remedy="Write it as less:aggregate=max,preset=paper.")
-        options[key.strip().replace("-", "_")] = value.strip()
+    pairs = filter(None, text.split(","))
+    options = methods.options_from(pairs, before=f"{name}:", remedy="Write it as less:aggregate=max,preset=paper.")
     return name, methods.make(name, options)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,11 +15,13 @@ from gradsift import methods
 from gradsift.commands import budget as budgets
 from gradsift.commands.plan.costs import Rates, StageCost
 from gradsift.commands.plan.ray import Spread, spread
-from gradsift.commands.session import as_list, check_target, opened
+from gradsift.commands.select.constraints import Constraints
+from gradsift.commands.select.select import limits_of, select_recipe
+from gradsift.commands.session import as_list, check_budget, check_target, opened
 from gradsift.compute import machine
 from gradsift.compute.batches import pad_batch, token_batches
 from gradsift.compute.cpu.matmul import quick_layers
-from gradsift.compute.progress import Progress, duration
+from gradsift.compute.progress import Progress, duration, silent
 from gradsift.config import WarmupSettings
 from gradsift.data.encode import EncodedRows, encode
 from gradsift.gradients.adam import Adam
@@ -41,6 +43,7 @@ from gradsift.types import IGNORE, Selector, Signal
 MATCHING = 16  # a multiply-add of a matrix and one row against one of two matrices (bench/scale.py): the matrix is read for every pick
 SAMPLE = 2000  # rows that are encoded to learn token counts, where the encoding is not there yet
 PROBE = 48  # rows whose gradient is taken to learn the machine's speed
+OVERLAP = 4e-4  # seconds to look for a row of 200 words in test sets
 CHARTS = 100_000_000  # bytes that the renderer of the report's charts takes, however few they show
 # What a stage does with the model.
 TRAINING = {"warmup", "difficulty", "tuned"}
@@ -90,11 +93,14 @@ def plan(
     run: str | Path,
     model: str | None = None,
     target: Sequence[str | Path] | str | Path = (),
+    seed: int = 0,
     options: Mapping[str, Any] | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     pool_group: str | None = None,
     target_group: str | None = None,
     warmup_from: str | Path | None = None,
+    allow_short: bool = False,
+    constraints: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """The cost of `select` with the same arguments. Nothing is written; the model is loaded and run on a few dozen rows.
@@ -111,22 +117,51 @@ def plan(
         run, pool=pool, target=targets, model=model, settings=settings, pool_group=pool_group, target_group=target_group,
         warmup_from=warmup_from, progress=progress, keep=False,
     ) as pipeline:  # fmt: skip
-        return _plan(pipeline, method, selector, wanted)
+        limits = limits_of(constraints or {}, pipeline.config, progress or silent())
+        limits.check(pipeline.sides["pool"])
+        check_budget(wanted, pipeline.sides["pool"], allow_short)
+        *stages, selection = stage_recipes(pipeline, method, selector, wanted, limits, seed)
+        return _plan(pipeline, method, selector, wanted, limits, stages, selection)
 
 
-def _plan(pipeline: Pipeline, method: str, selector: Selector, wanted: budgets.Budget) -> Plan:
+def stage_recipes(
+    pipeline: Pipeline, method: str, selector: Selector, wanted: budgets.Budget, limits: Constraints, seed: int
+) -> list[Recipe]:
+    """Every stage that `select` takes with these arguments, in the order it makes them; the selection itself is the last.
+
+    Computes nothing and loads no model. Raises MismatchError, UserError for settings of the run that the method cannot work with.
+    """
+    stages = pipeline.recipes(selector.needs() | limits.needs())
+    return [*stages, select_recipe(pipeline, method, selector, wanted, limits, seed)]
+
+
+def _plan(
+    pipeline: Pipeline,
+    method: str,
+    selector: Selector,
+    wanted: budgets.Budget,
+    limits: Constraints,
+    recipes: Sequence[Recipe],
+    selection: Recipe,
+) -> Plan:
+    needs = selector.needs() | limits.needs()
     encoded = {side: _encoded(pipeline, side) for side in pipeline.sides}
-    recipes = pipeline.recipes(selector.needs())
     todo = {recipe.stage for recipe in recipes if _left(pipeline, recipe)}
-    rates = probe(pipeline, encoded["pool"][0], selector, todo if pipeline.warmup_from is None else todo - {"warmup"})
+    rates = probe(pipeline, encoded["pool"][0], needs, todo if pipeline.warmup_from is None else todo - {"warmup"})
     tokens = {side: int(rows.lengths.sum() * scale) for side, (rows, scale) in encoded.items()}
     stages = [_cost(pipeline, recipe, tokens, rates) for recipe in recipes]
     candidates = pipeline.sides["pool"]
-    rows = wanted.rows(candidates.funnel["read"])
-    if wanted.unit != "rows":  # at the pool's mean length
+    if wanted.unit == "rows":
+        rows = min(wanted.rows(candidates.funnel["read"]), len(candidates))
+    else:  # at the pool's mean length
         mean = (encoded["pool"][0].lengths if wanted.unit == "tokens" else encoded["pool"][0].supervised).mean()
         rows = min(len(candidates), int(wanted.tokens(int(mean * len(candidates))) / max(mean, 1)))
-    stages.append(_select_cost(pipeline, selector, rows, rates))
+    if pipeline.stored(selection):
+        stages.append(StageCost("select", f"{rows:,} rows", selection.digest[:12], True, len(candidates), 0, 0, 0.0))
+    else:
+        chosen = _select_cost(pipeline, selector, rows, rates)
+        seconds = chosen.seconds + _screening(pipeline, limits, rates)
+        stages.append(replace(chosen, digest=selection.digest[:12], seconds=seconds))
     over = spread(pipeline, stages, rates)
     return Plan(
         method=method,
@@ -138,7 +173,7 @@ def _plan(pipeline: Pipeline, method: str, selector: Selector, wanted: budgets.B
         stages=stages,
         bytes=sum(stage.bytes for stage in stages),
         seconds=sum(stage.seconds for stage in stages) if over is None else over.seconds,
-        peak_bytes=_peak(pipeline, selector, rates),
+        peak_bytes=_peak(pipeline, selector, rates, limits),
         spread=over,
     )
 
@@ -153,15 +188,15 @@ def _encoded(pipeline: Pipeline, side: str) -> tuple[EncodedRows, float]:
     return encode(sample, pipeline.tokenizer, pipeline.config.encode), len(rows) / len(sample)
 
 
-def probe(pipeline: Pipeline, encoded: EncodedRows, selector: Selector, todo: Collection[str] = ANY) -> Rates:
+def probe(pipeline: Pipeline, encoded: EncodedRows, needs: Collection[Signal], todo: Collection[str] = ANY) -> Rates:
     """Runs the model as the stages named in `todo` will (others get a rate of 1), to learn speed and memory on this machine: on rows spread
-    over the pool's lengths, and the batches that are the largest."""
+    over the pool's lengths, and the batches that are the largest. Where `needs` names no signal, the model is not loaded."""
     started = time.perf_counter()
     encode(pipeline.sides["pool"].take(range(min(500, len(pipeline.sides["pool"])))), pipeline.tokenizer, pipeline.config.encode)
     encode_rate = min(500, len(pipeline.sides["pool"])) / (time.perf_counter() - started)
     a, b = torch.randn(1024, 2048), torch.randn(2048, 128)
     multiply = a.numel() * 128 / min(_timed(lambda: a @ b) for _ in range(5))
-    if not selector.needs():
+    if not needs:
         return Rates(1, 1, 1, encode_rate, multiply, machine.peak_bytes(), machine.used_bytes(), 0, 0, 0, 0, 0)
     model = attach_lora(pipeline.load_base(), pipeline.config.warmup.lora)
     settings = pipeline.config.gradients
@@ -335,15 +370,29 @@ def _select_cost(pipeline: Pipeline, selector: Selector, rows: int, rates: Rates
     return StageCost("select", f"{rows:,} rows", "", False, n, 0, int(rows * mean_bytes + 24 * n + 1_200_000), seconds)
 
 
-def _peak(pipeline: Pipeline, selector: Selector, rates: Rates) -> int:
+def _screening(pipeline: Pipeline, limits: Constraints, rates: Rates) -> float:
+    """Seconds that the constraints take before the method chooses: the cosine of every pair of rows, every text against the test sets."""
+    n = len(pipeline.sides["pool"])
+    pairs = 0.0 if limits.near is None else n * n / 2 * _near_width(limits, rates) / rates.multiply
+    return pairs + (0.0 if limits.tests is None else n * OVERLAP)
+
+
+def _near_width(limits: Constraints, rates: Rates) -> int:
+    """Numbers in a row that near duplicates are found by."""
+    return rates.dim if limits.near_by == "rows" else rates.hidden
+
+
+def _peak(pipeline: Pipeline, selector: Selector, rates: Rates, limits: Constraints) -> int:
     """The larger of two: the probe's own peak with a shard being filled and packed; what is used when the stages are done, with what choosing
     holds at once and the drawing of the report's charts, both of which take what the stages have freed before they take more.
 
     Rules read blocks of 2,048 rows as float32. k-means has five of them (the rows, their product, the rows that move), a sketch of its sample,
     and then one cluster's atoms at a time, of which the largest is taken to be four times the mean; others read and normalise a block.
+    Near duplicates hold every row that is kept.
     """
-    if not any(isinstance(s, Signal) and s.name in ("rows", "influence") for s in selector.needs()):
-        return max(rates.peak_bytes, rates.used_bytes + CHARTS)
+    repeats = 0 if limits.near is None else 4 * (len(pipeline.sides["pool"]) + 2 * blocks.BLOCK) * _near_width(limits, rates)
+    if not any(isinstance(s, Signal) and s.name in ("rows", "influence") for s in selector.needs() | limits.needs()):
+        return max(rates.peak_bytes, rates.used_bytes + repeats + CHARTS)
     n, clusters = len(pipeline.sides["pool"]), getattr(selector, "clusters", 0)
     shard = min(pipeline.config.gradients.shard_rows, n) * rates.dim * (4 + 4 + 2)
     block = min(blocks.BLOCK, n) * rates.dim * 4
@@ -352,7 +401,9 @@ def _peak(pipeline: Pipeline, selector: Selector, rates: Rates) -> int:
         sample = min(n, max(min(kmeans.SAMPLE * clusters, kmeans.SAMPLE_MOST), kmeans.SAMPLE_LEAST))
         choosing = 5 * block + sample * kmeans.SKETCH * 4 + min(n, 4 * -(-n // clusters)) * rates.dim * 4
     passing = (rates.peak_bytes + rates.used_bytes) // 2  # a pass of the engine takes less than half of what a training step does
-    return max(rates.peak_bytes + shard, passing + _curved(pipeline, selector, rates), rates.used_bytes + max(shard, choosing) + CHARTS)
+    return max(
+        rates.peak_bytes + shard, passing + _curved(pipeline, selector, rates), rates.used_bytes + max(shard, choosing, repeats) + CHARTS
+    )
 
 
 def _curved(pipeline: Pipeline, selector: Selector, rates: Rates) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from gradsift.compute.ray import Ray
 from gradsift.signals.curvature.exact import MEMORY
+from gradsift.signals.influence import BACKENDS
 
 if TYPE_CHECKING:
     from gradsift.commands.plan.costs import Rates, StageCost
@@ -60,7 +61,7 @@ def spread(pipeline: Pipeline, stages: Sequence[StageCost], rates: Rates) -> Spr
         local = torch.cuda.device_count() // gpus if gpus else (psutil.cpu_count() or 1) // threads
         workers = wanted or max(1, local)
     todo = [stage for stage in stages if not stage.reused]
-    mapped = [stage for stage in todo if stage.stage in MAPPED or (stage.stage == "influence" and stage.label in ("ekfac", "kfac"))]
+    mapped = [stage for stage in todo if stage.stage in MAPPED or _through_curvature(stage)]
     alone = sum(stage.seconds for stage in todo) - sum(stage.seconds for stage in mapped)
     rows = pipeline.config.gradients.shard_rows
     targets = len(pipeline.sides["target"]) if "target" in pipeline.sides else 0
@@ -84,3 +85,8 @@ def spread(pipeline: Pipeline, stages: Sequence[StageCost], rates: Rates) -> Spr
         each=given + max(results),
         memory=rates.peak_bytes + 3 * max(results),
     )
+
+
+def _through_curvature(stage: StageCost) -> bool:
+    """Whether a stage is influence through the curvature, by its backend's line in BACKENDS: workers map that, and no other influence."""
+    return stage.stage == "influence" and BACKENDS[stage.label].curvature is not None

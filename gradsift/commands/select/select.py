@@ -119,14 +119,14 @@ def select(
         run, pool=pool, target=targets, model=model, settings=settings, pool_group=pool_group, target_group=target_group,
         warmup_from=warmup_from, progress=progress,
     ) as pipeline:  # fmt: skip
-        limits = _limits(constraints or {}, pipeline.config, progress or silent())
+        limits = limits_of(constraints or {}, pipeline.config, progress or silent())
         limits.check(pipeline.sides["pool"])
         check_budget(wanted, pipeline.sides["pool"], allow_short)
         return select_in(pipeline, method, selector, wanted, limits, seed, allow_short, add_scores, out)
 
 
-def _limits(given: Mapping[str, Any], config: Config, progress: Progress) -> Constraints:
-    """Constraints as asked for; `decontaminate` names files, read as targets are."""
+def limits_of(given: Mapping[str, Any], config: Config, progress: Progress) -> Constraints:
+    """Constraints as asked for; `decontaminate` names files, read as targets are. Raises ConfigError, UserError, DataError."""
     tests = {str(file): read_side([file], config, None, progress) for file in as_list(given.get("decontaminate") or ())}
     return build_constraints(**{**given, "decontaminate": tests})
 
