@@ -151,4 +151,4 @@ def test_four_bits_are_not_trained_in_full(files: tuple[Path, Path], model_folde
     common = given(files, model_folder, tmp_path / "run")
     common["settings"] = {**common["settings"], "model": {"dtype": "nf4"}}
     with opened(**common) as pipeline, pytest.raises(ConfigError, match=r"cannot be trained in full.*lora"):
-        tuned.recipes(pipeline)
+        tuned.recipes(pipeline, Signal("tuned"))
