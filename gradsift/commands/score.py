@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from gradsift.commands.session import as_list, check_out, deliver, opened
+from gradsift.commands.check import Inputs, check_scores
+from gradsift.commands.session import deliver, opened
 from gradsift.compute.progress import Progress
 from gradsift.compute.stopping import stop_here
 from gradsift.errors import UnknownName, UserError
@@ -103,14 +104,9 @@ def score(
     "mean", except through the curvature, which is fitted at the last one only. Other arguments, resuming and errors as `gradsift.select`.
     """
     signal, columns = _settled(backend, columns, checkpoints)
-    targets = as_list(target)
-    if not targets:
-        raise UserError("scores are influence on a target and none was given", remedy="Add --target FILE.")
-    check_out(out, [*as_list(pool), *targets])
-    with opened(
-        run, pool=pool, target=targets, model=model, settings=settings, pool_group=pool_group, target_group=target_group,
-        warmup_from=warmup_from, progress=progress,
-    ) as pipeline:  # fmt: skip
+    inputs = Inputs(run, pool, target, model, settings, pool_group, target_group, warmup_from)
+    check_scores(inputs, out=out)
+    with opened(inputs, progress=progress) as pipeline:
         return _score(pipeline, signal, columns, out)
 
 

@@ -9,20 +9,23 @@ import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import numpy as np
 import xxhash
 
-from gradsift.data.files import SUFFIXES, Text, open_source
+from gradsift.data.files import SUFFIXES, Text, check_source, open_source
 from gradsift.data.formats import FIELD_NAMES, FORMATS, Fields, convert, detect, parse_row
+from gradsift.data.limits import EXPANSION
 from gradsift.data.reader import NO_GROUP, Progress, Reader, too_many, unique_ids
 from gradsift.data.records import Columns, Dropped, canonical
 from gradsift.data.remote import is_url
-from gradsift.data.tables import EXPANSION, Table
 from gradsift.errors import DataError, UnknownName, UserError
 from gradsift.redaction import redacted
 from gradsift.types import Example
+
+if TYPE_CHECKING:
+    from gradsift.data.tables import Table
 
 MAX_ROW_BYTES = 10_000_000
 
@@ -168,13 +171,7 @@ def read_pool(
     ResourceError (disk full, expansion over the limit).
     """
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    if not sources:
-        raise UserError("no pool file was named", remedy="Name at least one file.")
-    if format != "auto" and format not in FORMATS:
-        raise UnknownName("format", format, [*FORMATS, "auto"])
-    for ours in mapping or {}:
-        if ours not in (*FIELD_NAMES, "id", "group"):
-            raise UnknownName("field of the mapping", ours, (*FIELD_NAMES, "id", "group"))
+    _check_names(sources, format, mapping)
     fields = Fields(mapping)
     id_field, group_field = (mapping or {}).get("id", id_field), (mapping or {}).get("group", group_field)
     reader = Reader(fields, _mapped_format(format, mapping), group_field, id_field, progress)
@@ -201,6 +198,31 @@ def read_pool(
     pool.funnel = _funnel(pool, reader.counts)
     pool.warnings = _warnings(pool, reader, changed)
     return pool
+
+
+def check_pool(
+    sources: Sequence[str | Path],
+    *,
+    format: str = "auto",
+    mapping: Mapping[str, str] | None = None,
+) -> list[Text | None]:
+    """Raises what `read_pool` raises before it reads a row, without unpacking or fetching anything.
+
+    Returns:
+        For each source its text where it is a plain one, else None.
+    """
+    _check_names(sources, format, mapping)
+    return [check_source(split_name(source)[1]) for source in sources]
+
+
+def _check_names(sources: Sequence[str | Path], format: str, mapping: Mapping[str, str] | None) -> None:
+    if not sources:
+        raise UserError("no pool file was named", remedy="Name at least one file.")
+    if format != "auto" and format not in FORMATS:
+        raise UnknownName("format", format, [*FORMATS, "auto"])
+    for ours in mapping or {}:
+        if ours not in (*FIELD_NAMES, "id", "group"):
+            raise UnknownName("field of the mapping", ours, (*FIELD_NAMES, "id", "group"))
 
 
 def _mapped_format(format: str, mapping: Mapping[str, str] | None) -> str:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradsift.errors import IntegrityError
-from gradsift.report import Table
+from gradsift.report.data import Table
 from gradsift.store.artifact import REPAIR, Artifact
 from gradsift.store.run import Run
 from gradsift.store.tensors import read_tensors

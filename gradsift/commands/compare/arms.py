@@ -10,10 +10,10 @@ import numpy as np
 
 from gradsift import methods
 from gradsift.commands import budget as budgets
+from gradsift.commands.check import check_target
 from gradsift.commands.select.constraints import Constraints
 from gradsift.commands.select.constraints import build as build_constraints
 from gradsift.commands.select.select import Selection, select_in
-from gradsift.commands.session import check_target
 from gradsift.errors import ConfigError, UnknownName, UserError
 from gradsift.stages.pipeline import Pipeline
 from gradsift.store.artifact import Artifact

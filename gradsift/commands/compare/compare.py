@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from gradsift.commands import budget as budgets
+from gradsift.commands.check import Inputs, as_list, check_budget, check_comparison, read_side
 from gradsift.commands.compare.arms import CONTROL, Arms, Choice, parse
 from gradsift.commands.compare.arms import controls as controls_of
 from gradsift.commands.compare.measures import MEASURES, check_measures
@@ -23,14 +24,15 @@ from gradsift.commands.compare.results import Arm, Comparison, Results
 from gradsift.commands.compare.statistics import Measured, compare_measured
 from gradsift.commands.compare.trials import COMMAND, Command, Test, Trial, Trials
 from gradsift.commands.select.contamination import TestSets
-from gradsift.commands.session import as_list, check_budget, opened, read_side
+from gradsift.commands.session import opened
 from gradsift.compute.progress import Progress, silent
 from gradsift.config import FinetuneSettings
 from gradsift.data.pool import Pool
 from gradsift.data.records import text_of
 from gradsift.errors import ConfigError, DataError, UnknownName
 from gradsift.model.finetune import finetune, heldout_loss
-from gradsift.report import ReportData, write_report
+from gradsift.report.data import ReportData
+from gradsift.report.write import write_report
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe
 from gradsift.store.artifact import Artifact
@@ -83,10 +85,9 @@ def compare(
     ways = _ways(equal)
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: nothing to train", remedy="Give at least 1, better 5.")
-    with opened(
-        run, pool=pool, target=targets, model=model, settings=settings, pool_group=pool_group, target_group=target_group,
-        warmup_from=warmup_from, progress=progress,
-    ) as pipeline:  # fmt: skip
+    inputs = Inputs(run, pool, target, model, settings, pool_group, target_group, warmup_from)
+    check_comparison(inputs, wanted, test)
+    with opened(inputs, progress=progress) as pipeline:
         check_budget(wanted, pipeline.sides["pool"], False)
         tests = [_test(pipeline, file, asked, progress) for file in as_list(test)]
         if len({test.name for test in tests}) < len(tests):

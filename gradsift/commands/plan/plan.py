@@ -11,11 +11,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from gradsift import methods
 from gradsift.commands import budget as budgets
+from gradsift.commands.check import Inputs, check_plan
 from gradsift.commands.plan.costs import Rates, StageCost
 from gradsift.commands.plan.ray import Spread, spread
-from gradsift.commands.session import as_list, check_target, opened
+from gradsift.commands.session import opened
 from gradsift.compute import machine
 from gradsift.compute.batches import pad_batch, token_batches
 from gradsift.compute.cpu.matmul import quick_layers
@@ -103,14 +103,10 @@ def plan(
 
     Errors as `selection.select`.
     """
-    selector = methods.make(method, options)
-    wanted, targets = budgets.parse(budget), as_list(target)
-    check_target(method, selector, targets)
+    inputs = Inputs(run, pool, target, model, settings, pool_group, target_group, warmup_from)
+    selector, wanted = check_plan(method, inputs, budget=budget, options=options)
     machine.forget_peak()
-    with opened(
-        run, pool=pool, target=targets, model=model, settings=settings, pool_group=pool_group, target_group=target_group,
-        warmup_from=warmup_from, progress=progress, keep=False,
-    ) as pipeline:  # fmt: skip
+    with opened(inputs, progress=progress, keep=False) as pipeline:
         return _plan(pipeline, method, selector, wanted)
 
 
