@@ -118,6 +118,10 @@ def select(
     quiet: Quiet = False,
 ) -> None:
     """Choose the rows worth training on, and write them with a report."""
+    from gradsift.commands.check import Inputs, check_selection
+
+    inputs = Inputs(run, pool, target or [], model, gather(locals()), pool_group, target_group, warmup_from)
+    check_selection(method, inputs, budget=budget, options=options_given(option), out=out, allow_short=allow_short)
     from gradsift.commands.select import select
 
     result = select.select(
@@ -191,6 +195,10 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """What `select` would run: stages, rows, tokens, bytes, memory, time. Writes nothing."""
+    from gradsift.commands.check import Inputs, check_selection
+
+    inputs = Inputs(run, pool, target or [], model, gather(locals()), pool_group, target_group, warmup_from)
+    check_selection(method, inputs, budget=budget, options=options_given(option), allow_short=True)
     from gradsift.commands.plan import plan as planning
 
     found = planning.plan(
@@ -300,13 +308,19 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Train on what each method chose and on the controls, and say which is better, with intervals."""
-    from gradsift.commands.compare import compare
+    from gradsift.commands.check import Inputs
+    from gradsift.commands.compare.request import check_comparison
 
     values = {"dedup": None, **locals()}
     settings = gather(values)
     for key in ("mode", "epochs", "lr", "batch_size"):
         if values[key] is not None:
             settings.setdefault("finetune", {})[key] = values[key]
+    inputs = Inputs(run, pool, target or [], model, settings, pool_group, target_group, warmup_from)
+    ways = ("steps", "tokens") if equal == "both" else (equal,)
+    check_comparison(method, inputs, budget=budget, test=test, seeds=seeds, controls=control, equal=ways, measure=measure or [])
+    from gradsift.commands.compare import compare
+
     found = compare.compare(
         method,
         pool=pool,
@@ -319,7 +333,7 @@ def compare(
         seed=seed,
         controls=control,
         oracle=oracle,
-        equal=("steps", "tokens") if equal == "both" else (equal,),
+        equal=ways,
         measure=measure or [],
         measure_command=measure_command,
         settings=settings,
@@ -392,6 +406,10 @@ def score(
     quiet: Quiet = False,
 ) -> None:
     """Write the influence of every pool row on every target row (or group) as parquet. Positive = training on the row helps."""
+    from gradsift.commands.check import Inputs, check_scores
+
+    inputs = Inputs(run, pool, target, model, gather(locals()), pool_group, target_group, warmup_from)
+    check_scores(backend, inputs, columns=columns, checkpoints=checkpoints, out=out)
     from gradsift.commands import score
 
     found = score.score(
@@ -439,16 +457,20 @@ def doctor(
     quiet: Quiet = False,
 ) -> None:
     """Check that rows are the same alone and in batches, and say which attention and precision keep them so; exit 3 if none does."""
-    from gradsift.commands import doctor as surgery
+    from gradsift.commands.check import check_reading
 
     flags: dict[str, Any] = {name: None for name in ("dedup", "dim", "shard_rows", "force")}
+    settings = gather({**locals(), **flags, "attention": None, "dtype": None})
+    check_reading(pool, settings)
+    from gradsift.commands import doctor as surgery
+
     found = surgery.doctor(
         model,
         pool,
         rows=rows,
         attentions=attention or ("eager", "sdpa"),
         dtypes=dtype or ("float32", "bfloat16"),
-        settings=gather({**locals(), **flags, "attention": None, "dtype": None}),
+        settings=settings,
         progress=_progress(quiet),
     )
     typer.echo(json.dumps(found.as_dict(), ensure_ascii=False, indent=2) if as_json else "\n".join(found.lines()))
@@ -489,13 +511,17 @@ def inspect(
     trust_remote_code: RemoteCode = None,
 ) -> None:
     """Print rows as the model sees them, the supervised tokens coloured, and the funnel of counts."""
+    from gradsift.commands.check import check_reading
+
+    values = locals()
+    flags = {name: values.get(name) for name in ("dedup", "dim", "shard_rows", "device", "dtype", "threads", "force")}
+    settings = gather({**flags, **values})
+    check_reading(pool, settings)
     from rich.console import Console
 
     from gradsift.commands import inspect as inspection
 
-    values = locals()
-    flags = {name: values.get(name) for name in ("dedup", "dim", "shard_rows", "device", "dtype", "threads", "force")}
-    lines = inspection.inspect(pool, model=model, rows=rows, start=start, settings=gather({**flags, **values}), pool_group=pool_group)
+    lines = inspection.inspect(pool, model=model, rows=rows, start=start, settings=settings, pool_group=pool_group)
     console = Console(highlight=False, markup=False)
     for line in lines:
         console.print(line, soft_wrap=True)

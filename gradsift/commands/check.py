@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from gradsift import methods
 from gradsift.commands import budget as budgets
 from gradsift.config import Config, build
 from gradsift.data.pool import Pool, check_pool, read_pool, split_name
 from gradsift.data.remote import place_of
-from gradsift.errors import BudgetError, ConfigError, MismatchError, UserError
+from gradsift.errors import BudgetError, ConfigError, MismatchError, UnknownName, UserError
+from gradsift.signals.backends import backend as backend_of
 from gradsift.store.artifact import read_sealed
 from gradsift.store.run import SETTINGS, Run
+from gradsift.types import Signal
 
 if TYPE_CHECKING:
     from gradsift.compute.progress import Progress
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from gradsift.types import Selector
 
 Files: TypeAlias = Sequence[str | Path] | str | Path
+Columns = Literal["rows", "groups"]
 COUNTED = 64 << 20  # bytes of a pool above which its lines are not counted ahead of the reading
 
 # What a run is made with, besides the number of threads.
@@ -76,7 +79,7 @@ def check_selection(
     out: str | Path | None = None,
     allow_short: bool = False,
 ) -> tuple[Selector, budgets.Budget]:
-    """Checks the arguments of `gradsift.select`, with the errors that it would end with.
+    """Checks the arguments of `gradsift.select`, or of a plan of it, with the errors that it would end with.
 
     Returns:
         The method with its options, and the budget.
@@ -86,45 +89,54 @@ def check_selection(
         DataError: a file whose first bytes cannot be read as rows.
         IntegrityError: the run's settings file is damaged.
     """
-    selector, wanted = _asked(method, inputs, budget, options)
+    selector, wanted = methods.make(method, options), budgets.parse(budget)
+    check_target(method, selector, inputs.target_files)
     check_out(out, [*inputs.pool_files, *inputs.target_files])
-    texts, config = _check_inputs(inputs)
+    config, texts = check_run(inputs)
     if not allow_short:
-        _check_lines(wanted, texts, inputs, config)
+        check_lines(wanted, texts, inputs, config)
     return selector, wanted
 
 
-def check_plan(
-    method: str,
+def check_scores(
+    backend: str,
     inputs: Inputs,
     *,
-    budget: str | int | float,
-    options: Mapping[str, Any] | None = None,
-) -> tuple[Selector, budgets.Budget]:
-    """Checks the arguments of a plan. Like `check_selection`, but a budget over the pool can be planned."""
-    selector, wanted = _asked(method, inputs, budget, options)
-    _check_inputs(inputs)
-    return selector, wanted
+    columns: str | None = None,
+    checkpoints: str | None = None,
+    out: str | Path | None = None,
+) -> tuple[Signal, Columns]:
+    """Checks the arguments of `gradsift.score`. Raises as `check_selection`.
 
-
-def check_scores(inputs: Inputs, *, out: str | Path | None = None) -> None:
-    """Checks the arguments of `gradsift.score` but for the backend. Raises as `check_selection`."""
+    Returns:
+        The signal to compute, and how its columns are cut.
+    """
+    settled = _settled(backend, columns, checkpoints)
     if not inputs.target_files:
         raise UserError("scores are influence on a target and none was given", remedy="Add --target FILE.")
     check_out(out, [*inputs.pool_files, *inputs.target_files])
-    _check_inputs(inputs)
+    check_run(inputs)
+    return settled
 
 
-def check_comparison(inputs: Inputs, wanted: budgets.Budget, test: Files) -> None:
-    """Checks the files, settings and budget of `gradsift.compare`. Raises as `check_selection`."""
-    texts, config = _check_inputs(inputs)
-    _check_lines(wanted, texts, inputs, config)
-    check_pool(as_list(test), format=config.pool.format, mapping=config.pool.mapping)
+def _settled(name: str, columns: str | None, checkpoints: str | None) -> tuple[Signal, Columns]:
+    """The signal to compute and how its columns are cut. Raises UnknownName, or UserError for what the backend cannot do."""
+    chosen = backend_of(name)
+    if columns not in (None, "rows", "groups"):
+        raise UnknownName("kind of columns", columns, ("rows", "groups"))
+    if checkpoints not in (None, "mean", "last"):
+        raise UnknownName("choice of checkpoints", checkpoints, ("mean", "last"))
+    if chosen.merge and columns == "rows":
+        raise UserError(f"{name} averages the target rows of a group before it scores", remedy="Use --columns groups, or another backend.")
+    if chosen.curvature is not None and checkpoints == "mean":
+        raise UserError(f"{name} knows the curvature at the last checkpoint alone", remedy="Use --checkpoints last, or another backend.")
+    at: Any = checkpoints or ("last" if chosen.curvature is not None else "mean")
+    return Signal("influence", transform=chosen.transform, checkpoints=at, backend=name), "groups" if chosen.merge else columns or "rows"  # type: ignore[return-value]
 
 
-def check_reading(pool: Files, settings: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-    """Checks the arguments of a job that reads a pool and opens no run. Raises as `check_selection`."""
-    config = build(settings or {}, "settings")
+def check_reading(pool: Files, settings: Config | Mapping[str, Mapping[str, Any]]) -> None:
+    """Checks files that are read as rows, under a config or its sections. Raises as `check_selection`."""
+    config = settings if isinstance(settings, Config) else build(settings, "settings")
     check_pool(as_list(pool), format=config.pool.format, mapping=config.pool.mapping)
 
 
@@ -136,23 +148,20 @@ def open_run(root: Path) -> Run:
     return run
 
 
-def _asked(method: str, inputs: Inputs, budget: str | int | float, options: Mapping[str, Any] | None) -> tuple[Selector, budgets.Budget]:
-    selector = methods.make(method, options)
-    wanted = budgets.parse(budget)
-    check_target(method, selector, inputs.target_files)
-    return selector, wanted
+def check_run(inputs: Inputs) -> tuple[Config, list[Text | None]]:
+    """Checks run folder, settings and files. Raises as `check_selection`.
 
-
-def _check_inputs(inputs: Inputs) -> tuple[list[Text | None], Config]:
-    """Checks run, settings and files. Returns the pool's files, those that are plain texts, and the settings."""
+    Returns:
+        The settings in force, and of the pool's files the plain texts, None for others.
+    """
     config = inputs.config(Run(Path(inputs.run)))
     texts = check_pool(inputs.pool_files, format=config.pool.format, mapping=config.pool.mapping)
     if inputs.target_files:
-        check_pool(inputs.target_files, format=config.pool.format, mapping=config.pool.mapping)
-    return texts, config
+        check_reading(inputs.target_files, config)
+    return config, texts
 
 
-def _check_lines(wanted: budgets.Budget, texts: Iterable[Text | None], inputs: Inputs, config: Config) -> None:
+def check_lines(wanted: budgets.Budget, texts: Iterable[Text | None], inputs: Inputs, config: Config) -> None:
     """Refuses a number of rows that the pool has not even lines for: then the rows are read, to say how many are usable."""
     if wanted.unit != "rows" or wanted.count is None:
         return

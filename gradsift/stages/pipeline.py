@@ -31,8 +31,8 @@ from gradsift.model.load import load_model, load_tokenizer, model_identity, quan
 from gradsift.model.lora import load_adapter
 from gradsift.model.warmup import warm_up
 from gradsift.rules.blocks import Narrow
+from gradsift.signals.backends import through_curvature
 from gradsift.signals.embeddings import POOLING, TOKEN_BUDGET, hidden_size
-from gradsift.signals.influence import through_curvature
 from gradsift.stages import checks, curvature, influence, per_row, tuned
 from gradsift.stages.checks import check_quarantine
 from gradsift.stages.context import Stages

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from gradsift.commands import budget as budgets
-from gradsift.commands.check import Inputs, check_plan
+from gradsift.commands.check import Inputs, check_selection
 from gradsift.commands.plan.costs import Rates, StageCost
 from gradsift.commands.plan.ray import Spread, spread
 from gradsift.commands.session import opened
@@ -29,9 +29,9 @@ from gradsift.model.lora import attach_lora
 from gradsift.model.losses import row_losses
 from gradsift.model.warmup import plan_warmup
 from gradsift.rules import blocks, kmeans
+from gradsift.signals.backends import through_curvature
 from gradsift.signals.curvature import exact
 from gradsift.signals.embeddings import hidden_size
-from gradsift.signals.influence import through_curvature
 from gradsift.stages import curvature, tuned
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe
@@ -104,7 +104,7 @@ def plan(
     Errors as `selection.select`.
     """
     inputs = Inputs(run, pool, target, model, settings, pool_group, target_group, warmup_from)
-    selector, wanted = check_plan(method, inputs, budget=budget, options=options)
+    selector, wanted = check_selection(method, inputs, budget=budget, options=options, allow_short=True)
     machine.forget_peak()
     with opened(inputs, progress=progress, keep=False) as pipeline:
         return _plan(pipeline, method, selector, wanted)

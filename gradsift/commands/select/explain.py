@@ -17,7 +17,7 @@ from gradsift.compute import machine
 from gradsift.data.records import Dropped
 from gradsift.gradients.objectives import Loss
 from gradsift.report.agreement import matrix, spearman
-from gradsift.signals.influence import backend, pool_transform, through_curvature
+from gradsift.signals.backends import backend, pool_transform, through_curvature
 from gradsift.stages.curvature import curvature_recipe
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe, Timing
