@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from gradsift import methods
 from gradsift.commands import budget as budgets
 from gradsift.config import Config, build
-from gradsift.data.pool import Pool, check_pool, read_pool, split_name
 from gradsift.data.remote import place_of
+from gradsift.data.sources import check_pool, split_name
 from gradsift.errors import BudgetError, ConfigError, MismatchError, UnknownName, UserError
 from gradsift.signals.backends import backend as backend_of
 from gradsift.store.artifact import read_sealed
@@ -25,6 +25,7 @@ from gradsift.types import Signal
 if TYPE_CHECKING:
     from gradsift.compute.progress import Progress
     from gradsift.data.files import Text
+    from gradsift.data.pool import Pool
     from gradsift.types import Selector
 
 Files: TypeAlias = Sequence[str | Path] | str | Path
@@ -240,6 +241,8 @@ def _same(name: str, kept: Any, asked: Any, root: Path) -> None:
 
 def read_side(files: Sequence[str | Path], config: Config, group_field: str | None, progress: Progress | None = None) -> Pool:
     """A pool or target as the settings say, exact duplicates dropped where asked."""
+    from gradsift.data.pool import read_pool
+
     settings = config.pool
     rows = read_pool(
         files,
