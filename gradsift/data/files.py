@@ -234,13 +234,13 @@ class Text:
         return self.size
 
     def most_rows(self, enough: int) -> int:
-        """The most rows that it may hold, by its line ends: exact, or `enough` once so many are certain to be reached."""
+        """The most rows that its lines can hold, or `enough` as soon as it may hold so many; of an array, which has no lines, always `enough`."""
         if self.kind == "array":
             return enough
-        lines, at = 1, self.begin
-        while lines < enough and (chunk := os.pread(self._fd, CHUNK, at)):
-            lines, at = lines + chunk.count(b"\n"), at + len(chunk)
-        return min(lines, enough)
+        ends, at, last = 0, self.begin, b"\n"
+        while ends < enough and (chunk := os.pread(self._fd, CHUNK, at)):
+            ends, at, last = ends + chunk.count(b"\n"), at + len(chunk), chunk[-1:]
+        return min(ends + (last != b"\n"), enough)
 
     def rows(self) -> Iterator[Place]:
         """Every row that is not blank, in file order; `blank` counts the others."""
