@@ -80,7 +80,7 @@ class Signal:
 
     modules       of rows and influence: "lora" = the modules that the run's gradients are of, LoRA's unless its settings say otherwise; "linear"
                   = all linear layers, and a run of others is refused
-    dim           of rows: wider ones come projected once more, to this many numbers (`methods.reading.Narrow`); None = as they are stored
+    dim           of rows: wider ones come projected once more, to this many numbers (`rules.blocks.Narrow`); None = as they are stored
 
     Raises ValueError for `modules` or `dim` of a signal that has none.
     """
