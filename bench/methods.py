@@ -29,6 +29,7 @@ from quality import general_pool
 
 from gradsift import methods
 from gradsift.commands import budget
+from gradsift.commands.check import Inputs
 from gradsift.commands.select.constraints import Constraints
 from gradsift.commands.select.select import select_in
 from gradsift.commands.session import opened
@@ -63,16 +64,15 @@ class Bench:
 
     def opened(self, arm: str, **more: Any) -> Any:
         targeted = selector_of(arm).target != "none"
-        return opened(
+        inputs = Inputs(
             self.root / "run",
             pool=self.pool,
             target=[self.shared / "data" / "targets" / "gsm8k" / "dev.jsonl.gz"] if targeted else [],
             model=str(self.shared / "models" / "tiny-lm"),
             pool_group="source",
             settings={"model": {"dtype": self.options.dtype}, "machine": {"threads": self.options.threads}},
-            progress=auto(),
-            **more,
         )
+        return opened(inputs, progress=auto(), **more)
 
     def signals(self, arm: str) -> dict[str, Any]:
         """In a process of its own: every stage that the method reads."""

@@ -28,8 +28,9 @@ from scipy.stats import rankdata
 
 import gradsift
 from gradsift import methods
-from gradsift.commands.compare.arms import CONTROL
+from gradsift.commands.check import Inputs
 from gradsift.commands.compare.compare import BASE, compare
+from gradsift.commands.compare.request import CONTROL
 from gradsift.commands.compare.results import ArmResult, Comparison
 from gradsift.commands.compare.trials import Test, Trial, Trials
 from gradsift.commands.plan.plan import probe
@@ -40,7 +41,7 @@ from gradsift.data.encode import encode
 from gradsift.model.layers import tracked_modules
 from gradsift.model.lora import load_adapter
 from gradsift.rules.topk import apportion
-from gradsift.signals.influence import BACKENDS
+from gradsift.signals.backends import BACKENDS
 
 TARGETS = ("gsm8k", "code_alpaca", "ni_title", "mt_de_en", "bbh_logical_deduction_five_objects")
 ALL_TARGETS = (*TARGETS, "mt_zh_en", "ni_sentiment", "bbh_date_understanding", "bbh_boolean_expressions", "mmlu")
@@ -336,7 +337,7 @@ class Bench:
             "settings": {**self.settings, "model": {"dtype": "float32"}},  # as the other libraries
             "run": self.root / "lds",
         }
-        with opened(**given, progress=auto()) as pipeline:
+        with opened(Inputs(**given), progress=auto()) as pipeline:
             encoded = pipeline.encoded("target")
             test, trials = Test("targets", encoded, pipeline.encode_recipe("target").digest), Trials(pipeline)
             halves = [
@@ -371,7 +372,7 @@ class Bench:
         import curvature
         import peers
 
-        with opened(**given, progress=auto()) as pipeline:
+        with opened(Inputs(**given), progress=auto()) as pipeline:
             encoded = {side: pipeline.encoded(side) for side in ("pool", "target")}
             usable = {side: np.flatnonzero(rows.codes == 0) for side, rows in encoded.items()}
             pool, target = ([{k: list(v) for k, v in encoded[side][int(i)].items()} for i in places] for side, places in usable.items())
@@ -398,9 +399,8 @@ class Bench:
     def projected(self) -> float:
         """CPU-hours of what is asked for, from an empty folder: passes over the pool and trainings, at the speed of a few rows."""
         options, wanted = self.options, self.options.tables.split(",")
-        with opened(
-            self.root / "speed", pool=self.pool, model=self.model, settings=self.settings, pool_group="source", keep=False
-        ) as pipeline:
+        inputs = Inputs(self.root / "speed", self.pool, model=self.model, settings=self.settings, pool_group="source")
+        with opened(inputs, keep=False) as pipeline:
             rows = encode(pipeline.sides["pool"].take(range(0, options.rows, 8)), pipeline.tokenizer, pipeline.config.encode)
             rates, per_row = probe(pipeline, rows, methods.make("less").needs()), float(rows.lengths.mean())
             checkpoints, threads = pipeline.checkpoint_count, pipeline.threads

@@ -33,6 +33,7 @@ import torch
 from scaling import Assumed, Measured, report
 
 from gradsift import methods
+from gradsift.commands.check import Inputs
 from gradsift.commands.demo.playground import write_playground
 from gradsift.commands.plan.plan import probe
 from gradsift.commands.session import opened
@@ -88,9 +89,8 @@ def of_model(parts: dict[str, Any], folder: Path) -> tuple[dict[str, Callable[[]
     """What the plan's probe finds, and encoding; the second: its rates, as they come."""
     rates: dict[str, list[float]] = {"train": [], "gradients": [], "forward": []}
     settings = {"encode": {"max_length": 256}, "gradients": {"dim": WIDE}, "machine": {"threads": 1}}
-    with opened(
-        folder / "never-made", pool=parts["pool"], target=parts["target"], model=parts["model"], settings=settings, keep=False
-    ) as pipeline:
+    inputs = Inputs(folder / "never-made", parts["pool"], parts["target"], parts["model"], settings)
+    with opened(inputs, keep=False) as pipeline:
         pool, selector = pipeline.sides["pool"], methods.make("less", {})
         encoded = encode(pool, pipeline.tokenizer, pipeline.config.encode)
     tokens, latest = int(encoded.lengths.sum()), []

@@ -26,6 +26,7 @@ import steady  # noqa: F401
 from overheads import prepare
 
 # isort: split
+from gradsift.commands.check import Inputs
 from gradsift.commands.session import opened
 from gradsift.stages.rows import gradients, recipe
 
@@ -33,7 +34,7 @@ from gradsift.stages.rows import gradients, recipe
 def arm(run: Path, parts: dict[str, Any], settings: dict[str, Any], workers: int) -> tuple[float, str]:
     """(seconds, content digest) of the pool's rows; workers 0 = this process."""
     how = {"executor": "ray", "workers": workers} if workers else {"executor": "serial"}
-    with opened(run, **parts, settings={**settings, "machine": {"threads": 1, **how}}) as pipeline:
+    with opened(Inputs(run, **parts, settings={**settings, "machine": {"threads": 1, **how}})) as pipeline:
         last = pipeline.checkpoint_count - 1
         shutil.rmtree(gradients(pipeline, "pool", last, "adam").path)
         started = time.perf_counter()
@@ -65,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="gradsift-workers-") as name:
         folder = Path(name)
         parts = prepare(folder, args.rows)
-        with opened(folder / "base", **parts, settings={**settings, "machine": {"threads": 1}}) as pipeline:
+        with opened(Inputs(folder / "base", **parts, settings={**settings, "machine": {"threads": 1}})) as pipeline:
             pipeline.checkpoints()
         for number in range(args.rounds):
             for workers in arms if number % 2 else reversed(arms):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gradsift.types import lazy_face
 
 if TYPE_CHECKING:
     from gradsift.commands.compare.compare import compare
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from gradsift.store.rows import RowStore
     from gradsift.types import Checkpoint, Example, Message, Signal, Signals, Subset
 
-# Rooms are imported on first use, so that `gradsift --help` does not wait for torch.
+# Wings are imported on first use, so that `gradsift --help` does not wait for torch.
 _HOMES = {
     "Adam": "gradients.adam",
     "Checkpoint": "types",
@@ -73,12 +74,4 @@ __all__ = [
     "write_subset",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"gradsift.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'gradsift' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_face(__name__, _HOMES)

@@ -5,13 +5,16 @@ Shape letters: n pool rows, m target rows, k budget, d projected dimension, b ba
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
-import numpy as np
-from torch import Tensor
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from torch import Tensor
 
 Role = str  # "system", "user", "assistant", "tool"; or "text", "prompt", "completion" for raw strings that no template touches
 
@@ -92,7 +95,7 @@ class Signal:
 
     modules       of rows and influence: "lora" = the modules that the run's gradients are of, LoRA's unless its settings say otherwise; "linear"
                   = all linear layers, and a run of others is refused
-    dim           of rows: wider ones come projected once more, to this many numbers (`methods.reading.Narrow`); None = as they are stored
+    dim           of rows: wider ones come projected once more, to this many numbers (`rules.blocks.Narrow`); None = as they are stored
 
     Raises ValueError for `modules` or `dim` of a signal that has none.
     """
@@ -181,3 +184,25 @@ class Encoded(Protocol):
     """A tokenised example: {"input_ids": list[int], "labels": list[int]}, label -100 = not supervised."""
 
     def __getitem__(self, key: Literal["input_ids", "labels"], /) -> list[int]: ...
+
+
+def lazy_face(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """The `__getattr__` and `__dir__` of a package whose names are imported on first use (PEP 562).
+
+    It stands here, on the lowest floor: a wing that imported it from the root would import, through
+    the root's own face, every other wing.
+
+    Args:
+        package: the package's `__name__`.
+        homes: public name -> the module that holds it, relative to `package`.
+
+    Returns:
+        Two functions to assign to the package's `__getattr__` and `__dir__`.
+    """
+
+    def find(name: str) -> Any:
+        if name in homes:
+            return getattr(importlib.import_module(f".{homes[name]}", package), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find, lambda: sorted(homes)

@@ -57,6 +57,10 @@ def select(
     quiet: Quiet = False,
 ) -> None:
     """Choose the rows worth training on, and write them with a report."""
+    from gradsift.commands.check import check_selection
+
+    inputs, options, allow_short = _inputs(run, pool, target, model, given), _options(option), given.call["allow_short"]
+    check_selection(method, inputs, budget=budget, options=options, out=out, allow_short=allow_short)
     from gradsift.commands.select import select
 
     result = select.select(
@@ -68,7 +72,7 @@ def select(
         target=target or [],
         out=out,
         seed=seed,
-        options=_options(option),
+        options=options,
         settings=given.settings,
         add_scores=add_scores,
         constraints=given.constraints,
@@ -76,6 +80,15 @@ def select(
         **given.call,
     )
     _print_selection(result, as_json)
+
+
+def _inputs(run: Path, pool: list[str], target: list[str] | None, model: str | None, given: Any) -> Any:
+    """What the command reads and where it works, for the checks that come before anything heavy is loaded."""
+    from gradsift.commands.check import Inputs
+
+    return Inputs(
+        run, pool, target or [], model, given.settings, **{n: given.call.get(n) for n in ("pool_group", "target_group", "warmup_from")}
+    )
 
 
 def _options(pairs: list[str] | None) -> dict[str, str]:
@@ -115,6 +128,10 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """What `select` would run: stages, rows, tokens, bytes, memory, time. Writes nothing."""
+    from gradsift.commands.check import check_selection
+
+    inputs, options, allow_short = _inputs(run, pool, target, model, given), _options(option), given.call["allow_short"]
+    check_selection(method, inputs, budget=budget, options=options, allow_short=allow_short)
     from gradsift.commands.plan import plan as planning
 
     result = planning.plan(
@@ -125,7 +142,7 @@ def plan(
         model=model,
         target=target or [],
         seed=seed,
-        options=_options(option),
+        options=options,
         settings=given.settings,
         constraints=given.constraints,
         progress=_progress(quiet),
@@ -198,6 +215,11 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Train on what each method chose and on the controls, and say which is better, with intervals."""
+    from gradsift.commands.compare.request import check_comparison
+
+    ways = ("steps", "tokens") if equal == "both" else (equal,)
+    checked = {"controls": control, "equal": ways, "measure": measure or [], "seeds": seeds, "level": level}
+    check_comparison(method, _inputs(run, pool, target, model, given), budget=budget, test=test, **checked)
     from gradsift.commands.compare import compare
 
     found = compare.compare(
@@ -208,16 +230,12 @@ def compare(
         run=run,
         model=model,
         target=target or [],
-        seeds=seeds,
         seed=seed,
-        controls=control,
         oracle=oracle,
-        equal=("steps", "tokens") if equal == "both" else (equal,),
-        measure=measure or [],
         measure_command=measure_command,
-        level=level,
         settings=given.settings,
         progress=_progress(quiet),
+        **checked,
         **given.call,
     )
     if as_json:
@@ -265,6 +283,9 @@ def score(
     quiet: Quiet = False,
 ) -> None:
     """Write the influence of every pool row on every target row (or group) as parquet. Positive = training on the row helps."""
+    from gradsift.commands.check import check_scores
+
+    check_scores(backend, _inputs(run, pool, target, model, given), columns=columns, checkpoints=checkpoints, out=out)
     from gradsift.commands import score
 
     found = score.score(
@@ -305,6 +326,9 @@ def doctor(
     quiet: Quiet = False,
 ) -> None:
     """Check that rows are the same alone and in batches, and say which attention and precision keep them so; exit 3 if none does."""
+    from gradsift.commands.check import check_reading
+
+    check_reading(pool, given.settings)
     from gradsift.commands import doctor as surgery
 
     found = surgery.doctor(
@@ -352,6 +376,9 @@ def inspect(
     """Print rows as the model sees them, the supervised tokens coloured, and the funnel of counts."""
     from rich.console import Console
 
+    from gradsift.commands.check import check_reading
+
+    check_reading(pool, given.settings)
     from gradsift.commands import inspect as inspection
 
     lines = inspection.inspect(pool, model=model, rows=rows, start=start, settings=given.settings, **given.call)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from gradsift.commands.session import as_list, read_side
+from gradsift.commands.check import as_list, read_side
 from gradsift.compute.progress import silent
 from gradsift.config import build
 from gradsift.data.encode import encode

@@ -6,25 +6,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradsift.errors import DataError, IntegrityError, MismatchError, ResourceError, UserError
-from gradsift.report import ReportData, write_report
-from gradsift.report.agreement import correlation, indices, matrix, overlaps, same_pool
+from gradsift.commands.check import open_run
+from gradsift.errors import DataError, IntegrityError, MismatchError, ResourceError
 from gradsift.store.artifact import Artifact
 from gradsift.store.canonical import differences
 from gradsift.store.run import SETTINGS, Run
 from gradsift.store.verify import Problem
 
 
-def _open(root: Path) -> Run:
-    run = Run(root)
-    if not run.exists:
-        raise UserError("is not a run folder", where=root, remedy="Give the folder that --run named.")
-    return run
-
-
 def show(root: Path) -> dict[str, Any]:
     """Stages, sizes in bytes, seconds, counts and the last command of a run, as plain data."""
-    run = _open(root)
+    run = open_run(root)
     stages = []
     for artifact in run.artifacts():
         size = sum(path.stat().st_size for path in artifact.path.rglob("*") if path.is_file())
@@ -45,7 +37,7 @@ def verify(root: Path, *, repair: bool = False, note: Callable[[str], None] = la
     The run remembers what was found: the next command that works in it sets these files aside, says so, and makes them anew. `repair` deletes
     them now, and a damaged settings file too.
     """
-    run = _open(root)
+    run = open_run(root)
     problems = run.verify()
     own = [problem for problem in problems if not problem.remedy]
     if repair and own:
@@ -74,10 +66,14 @@ def _remember(root: Path, run: Run, problems: Sequence[Problem], note: Callable[
 def report(root: Path) -> list[Path]:
     """Writes report.html and report.md of every finished selection anew from its report.json, with what the run's other selections have in
     common with it; returns the pages."""
-    run = _open(root)
+    run = open_run(root)
     selections = [artifact for artifact in run.artifacts() if artifact.stage == "select" and artifact.complete]
     if not selections:
         raise DataError("holds no finished selection", where=root, remedy="Run `gradsift select` first.")
+    from gradsift.report.agreement import matrix
+    from gradsift.report.data import ReportData
+    from gradsift.report.write import write_report
+
     pages = []
     for selection in selections:
         folder = selection.path
@@ -100,6 +96,8 @@ def diff(a: Path, b: Path) -> dict[str, Any]:
     Raises MismatchError for selections of different pools: their rows have nothing to do with each other.
     """
     first, second = _selection(a), _selection(b)
+    from gradsift.report.agreement import correlation, indices, overlaps, same_pool
+
     if not same_pool(first, second):
         raise MismatchError("selections of different pools cannot be compared", where=b, remedy="Give two selections of the same rows.")
     picked = [indices(s) for s in (first, second)]
@@ -122,7 +120,7 @@ def _selection(path: Path) -> Artifact:
         artifact = Artifact.load(path)
         if artifact is not None and artifact.complete:
             return artifact
-    newest = _open(path).latest("select")
+    newest = open_run(path).latest("select")
     if newest is None:
         raise DataError("holds no finished selection", where=path, remedy="Run `gradsift select` first.")
     return newest

@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from gradsift.commands.session import as_list, check_out, deliver, opened
+from gradsift.commands.check import Columns, Inputs, check_scores
+from gradsift.commands.session import deliver, opened
 from gradsift.compute.progress import Progress
 from gradsift.compute.stopping import stop_here
-from gradsift.errors import UnknownName, UserError
 from gradsift.rules import topk
 from gradsift.rules.blocks import BLOCK
-from gradsift.signals.influence import backend as backend_of
-from gradsift.signals.influence import through_curvature
+from gradsift.signals.backends import backend as backend_of
+from gradsift.signals.backends import through_curvature
 from gradsift.stages import curvature, influence
 from gradsift.stages.pipeline import Pipeline, signal_recipe
 from gradsift.stages.recipe import Recipe, Timing
@@ -30,7 +30,6 @@ from gradsift.store.atomic import replacing, require_space
 from gradsift.store.tensors import file_hash
 from gradsift.types import Signal, checkpoint_weights
 
-Columns = Literal["rows", "groups"]
 FILE = "scores.parquet"
 PREFIX = "score:"  # of a column's name, so that no id or group of the user's is mistaken for the columns id and group
 _GROUP_BYTES = 64 << 20  # of numbers in a row group of the file
@@ -102,31 +101,10 @@ def score(
     groups gives in any case). checkpoints: "mean" sums over all checkpoints with weights mean_lr, "last" takes the last one; by default
     "mean", except through the curvature, which is fitted at the last one only. Other arguments, resuming and errors as `gradsift.select`.
     """
-    signal, columns = _settled(backend, columns, checkpoints)
-    targets = as_list(target)
-    if not targets:
-        raise UserError("scores are influence on a target and none was given", remedy="Add --target FILE.")
-    check_out(out, [*as_list(pool), *targets])
-    with opened(
-        run, pool=pool, target=targets, model=model, settings=settings, pool_group=pool_group, target_group=target_group,
-        warmup_from=warmup_from, progress=progress,
-    ) as pipeline:  # fmt: skip
-        return _score(pipeline, signal, columns, out)
-
-
-def _settled(name: str, columns: str | None, checkpoints: str | None) -> tuple[Signal, Columns]:
-    """The signal to compute and how its columns are cut. Raises UnknownName, or UserError for what the backend cannot do."""
-    chosen = backend_of(name)
-    if columns not in (None, "rows", "groups"):
-        raise UnknownName("kind of columns", columns, ("rows", "groups"))
-    if checkpoints not in (None, "mean", "last"):
-        raise UnknownName("choice of checkpoints", checkpoints, ("mean", "last"))
-    if chosen.merge and columns == "rows":
-        raise UserError(f"{name} averages the target rows of a group before it scores", remedy="Use --columns groups, or another backend.")
-    if chosen.curvature is not None and checkpoints == "mean":
-        raise UserError(f"{name} knows the curvature at the last checkpoint alone", remedy="Use --checkpoints last, or another backend.")
-    at: Any = checkpoints or ("last" if chosen.curvature is not None else "mean")
-    return Signal("influence", transform=chosen.transform, checkpoints=at, backend=name), "groups" if chosen.merge else columns or "rows"  # type: ignore[return-value]
+    inputs = Inputs(run, pool, target, model, settings, pool_group, target_group, warmup_from)
+    signal, kind = check_scores(backend, inputs, columns=columns, checkpoints=checkpoints, out=out)
+    with opened(inputs, progress=progress) as pipeline:
+        return _score(pipeline, signal, kind, out)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ gives an error here, and would kill the process there.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import json
@@ -19,15 +20,19 @@ import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import zstandard
 
+from gradsift.data.limits import AGAIN, ROOM, expanded
 from gradsift.data.records import Place
 from gradsift.data.remote import fetched, is_url
-from gradsift.data.tables import AGAIN, ROOM, Table, arrow, expanded, hub, parquet, saved_folder
+from gradsift.data.saved import saved_files
 from gradsift.errors import DataError, DiskFull, ResourceError, UserError
 from gradsift.redaction import redacted
+
+if TYPE_CHECKING:
+    from gradsift.data.tables import Table
 
 TEXTS = (".jsonl", ".ndjson", ".json")
 PACKED = (".gz", ".zst", ".zstd")
@@ -37,13 +42,60 @@ CHUNK = 1 << 22  # bytes read at a time
 _SAVE_AS = "Save the rows as jsonl or parquet."
 
 
+class _Kind(NamedTuple):
+    """What a path turned out to be: `of` is folder, parquet, arrow, gz, zst or text. `file`: it, open; `name`: for messages."""
+
+    of: str
+    path: Path
+    name: str
+    file: IO[bytes] | None
+
+
 def open_source(name: str, *, max_row_bytes: int, max_expansion: float) -> Text | Table:
     """The container behind a path, a URL that fsspec knows, or `hf:NAME[:CONFIG][@REVISION]`.
 
     Raises UserError (missing, a pickle, an unknown kind), DataError (damaged), ResourceError (disk full, expands beyond the limit).
     """
-    if name.startswith("hf:") and len(name) > 3:
+    if _is_hub(name):
+        from gradsift.data.tables import hub
+
         return hub(name)
+    with _looked_at(name) as kind:
+        if kind.file is None or kind.of in ("parquet", "arrow"):
+            from gradsift.data.tables import arrow, parquet, saved_folder
+
+            if kind.file is None:
+                return saved_folder(kind.path)
+            return parquet(kind.file, kind.name, max_expansion) if kind.of == "parquet" else arrow([kind.path], kind.name, max_expansion)
+        if kind.of == "text":
+            return Text(os.dup(kind.file.fileno()), kind.name, max_row_bytes)
+        return _unpack(kind.file, kind.of, kind.name, max_row_bytes, max_expansion)
+
+
+def check_source(name: str) -> Text | None:
+    """Raises what `open_source` raises before it unpacks or fetches anything: a look at the first bytes.
+
+    Args:
+        name: as `open_source` takes it. A URL or a hub dataset is not looked at.
+
+    Returns:
+        The text where the name is that of a plain one, to count its lines; else None.
+    """
+    if _is_hub(name) or is_url(name):
+        return None
+    with _looked_at(name) as kind:
+        if kind.file is None:
+            saved_files(kind.path)
+        return Text(os.dup(kind.file.fileno()), kind.name, 0) if kind.file is not None and kind.of == "text" else None
+
+
+def _is_hub(name: str) -> bool:
+    return name.startswith("hf:") and len(name) > 3
+
+
+@contextlib.contextmanager
+def _looked_at(name: str) -> Iterator[_Kind]:
+    """The kind of a file or folder, open meanwhile; what the system says of it, within too, as an error of ours."""
     if name in ("", "hf:") or "\0" in name:
         raise UserError("names nothing that could be read", where=name.replace("\0", "?"), remedy="Name a file, or hf:NAME.")
     path = fetched(name) if is_url(name) else Path(name)
@@ -52,34 +104,37 @@ def open_source(name: str, *, max_row_bytes: int, max_expansion: float) -> Text 
         raise UserError("pickles and tensor files are not read: they can run code when loaded", where=name, remedy=_SAVE_AS)
     try:
         if path.is_dir():
-            return saved_folder(path)
+            yield _Kind("folder", path, name, None)
+            return
         if path.exists() and not path.is_file():
             raise UserError("is a pipe or a device, and rows are read more than once", where=name, remedy="Write it to a file first.")
         with open(path, "rb") as file:
-            return _open_file(file, path, redacted(name) if is_url(name) else name, max_row_bytes, max_expansion)
+            shown = redacted(name) if is_url(name) else name
+            yield _Kind(_kind(file, path, shown), path, shown, file)
     except FileNotFoundError:
         raise UserError("there is no such file", where=name, remedy=_nearest(path)) from None
     except OSError as error:
         raise ResourceError(f"cannot be read: {error.strerror}", where=name, remedy="Check the path and its permissions.") from error
 
 
-def _open_file(file: IO[bytes], path: Path, name: str, max_row_bytes: int, max_expansion: float) -> Text | Table:
+def _kind(file: IO[bytes], path: Path, name: str) -> str:
+    """Of a file by its first bytes and, where they leave it open, its name. Raises UserError, DataError."""
     head = file.read(8)
     file.seek(0)
     _refuse_pickle(head, name)
     if head[:4] == b"PAR1" or path.suffix.lower() == ".parquet":
-        return parquet(file, name, max_expansion)
+        return "parquet"
     if head[:6] == b"ARROW1" or path.suffix.lower() == ".arrow":
-        return arrow([path], name, max_expansion)
+        return "arrow"
     packed = _packing(head)
     if packed:
-        return _unpack(file, packed, name, max_row_bytes, max_expansion)
+        return packed
     if path.suffix.lower() in PACKED and head:
         raise DataError(f"is not a {path.suffix} file, whatever its name says", where=name, remedy=AGAIN)
     if path.suffix.lower() not in (*TEXTS, *PACKED, "") and head.lstrip(b"\xef\xbb\xbf" + _BLANK)[:1] not in (b"{", b"["):
         known = ", ".join((*TEXTS, *PACKED, ".parquet", ".arrow"))
         raise UserError(f"{path.suffix} is not a kind of file gradsift reads", where=name, remedy=f"It reads {known}.")
-    return Text(os.dup(file.fileno()), name, max_row_bytes)
+    return "text"
 
 
 def _packing(head: bytes) -> str | None:
@@ -177,6 +232,15 @@ class Text:
 
     def __len__(self) -> int:
         return self.size
+
+    def most_rows(self, enough: int) -> int:
+        """The most rows that its lines can hold, or `enough` as soon as it may hold so many; of an array, which has no lines, always `enough`."""
+        if self.kind == "array":
+            return enough
+        ends, at, last = 0, self.begin, b"\n"
+        while ends < enough and (chunk := os.pread(self._fd, CHUNK, at)):
+            ends, at, last = ends + chunk.count(b"\n"), at + len(chunk), chunk[-1:]
+        return min(ends + (last != b"\n"), enough)
 
     def rows(self) -> Iterator[Place]:
         """Every row that is not blank, in file order; `blank` counts the others."""

@@ -9,20 +9,24 @@ import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import numpy as np
 import xxhash
 
-from gradsift.data.files import SUFFIXES, Text, open_source
-from gradsift.data.formats import FIELD_NAMES, FORMATS, Fields, convert, detect, parse_row
+from gradsift.data.files import Text, open_source
+from gradsift.data.formats import Fields, convert, detect, parse_row
+from gradsift.data.limits import EXPANSION
 from gradsift.data.reader import NO_GROUP, Progress, Reader, too_many, unique_ids
 from gradsift.data.records import Columns, Dropped, canonical
 from gradsift.data.remote import is_url
-from gradsift.data.tables import EXPANSION, Table
-from gradsift.errors import DataError, UnknownName, UserError
+from gradsift.data.sources import check_names, default_name, split_name
+from gradsift.errors import DataError
 from gradsift.redaction import redacted
 from gradsift.types import Example
+
+if TYPE_CHECKING:
+    from gradsift.data.tables import Table
 
 MAX_ROW_BYTES = 10_000_000
 
@@ -118,25 +122,6 @@ class Pool(Sequence[Example]):
         return {row: int(first[k]) for row, k in enumerate(kind.ravel()) if first[k] != row}
 
 
-def split_name(source: str | Path) -> tuple[str | None, str]:
-    """`[NAME=]FILE` -> (NAME, FILE). A file whose own name has an equals sign wins."""
-    text = str(source)
-    name, equals, file = text.partition("=")
-    if isinstance(source, Path) or not equals or not name or "/" in name or name.startswith("hf:") or is_url(text) or Path(text).exists():
-        return None, text
-    return name, file
-
-
-def _default_name(file: str) -> str:
-    """The file's name without the suffixes of containers: its group."""
-    if file.startswith("hf:"):
-        return file[3:].split("@")[0].rstrip("/").rsplit("/", 1)[-1]
-    path = Path(file.partition("?")[0] if is_url(file) else file)
-    while path.suffix.lower() in SUFFIXES and path.stem:
-        path = path.with_suffix("")
-    return path.name or str(path)
-
-
 def read_pool(
     sources: Sequence[str | Path] | str | Path,
     *,
@@ -161,13 +146,7 @@ def read_pool(
     ResourceError (disk full, expansion over the limit).
     """
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    if not sources:
-        raise UserError("no pool file was named", remedy="Name at least one file.")
-    if format != "auto" and format not in FORMATS:
-        raise UnknownName("format", format, [*FORMATS, "auto"])
-    for ours in mapping or {}:
-        if ours not in (*FIELD_NAMES, "id", "group"):
-            raise UnknownName("field of the mapping", ours, (*FIELD_NAMES, "id", "group"))
+    check_names(sources, format, mapping)
     fields = Fields(mapping)
     id_field, group_field = (mapping or {}).get("id", id_field), (mapping or {}).get("group", group_field)
     reader = Reader(fields, _mapped_format(format, mapping), group_field, id_field, progress)
@@ -176,7 +155,7 @@ def read_pool(
         name, file = split_name(source)
         files.append(open_source(file, max_row_bytes=max_row_bytes, max_expansion=max_expansion))
         names.append(redacted(file) if is_url(file) else file)
-        reader.read(files[-1], name or _default_name(file))
+        reader.read(files[-1], name or default_name(file))
     changed = unique_ids(reader.ids, reader.named)
     pool = Pool(reader.columns(), files, names, reader.formats, fields)
     pool.dropped = reader.dropped

@@ -9,7 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import xxhash
@@ -17,8 +17,10 @@ import xxhash
 from gradsift.data.files import Text
 from gradsift.data.formats import FAULTS, FORMATS, Content, Fields, RowFault, check_strings, convert, parse_row, vote
 from gradsift.data.records import Columns, Dropped, Place, canonical
-from gradsift.data.tables import Table
 from gradsift.errors import DataError, TooManyBadRows
+
+if TYPE_CHECKING:
+    from gradsift.data.tables import Table
 
 VOTERS = 1000  # rows of a file that decide its format
 NO_GROUP = "?"

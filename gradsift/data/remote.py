@@ -9,7 +9,6 @@ from typing import Any
 
 import xxhash
 
-from gradsift.compute.machine import cache_folder
 from gradsift.errors import ResourceError, UserError
 from gradsift.store.atomic import make_folder, remove_leftovers, replacing, require_space, resource_error
 
@@ -39,6 +38,8 @@ def fetched(url: str, cache: Path | None = None) -> Path:
     Copies lie in `cache` (default: `cache_folder()` / "remote") by URL and state; deleting them is safe while nothing runs. Raises UserError
     (no such file, an unknown kind of URL, a missing package for it), DiskFull, ResourceError (the storage does not answer).
     """
+    from gradsift.compute.machine import cache_folder
+
     system, path = _system(url)
     if _is_local(system):
         return Path(path)

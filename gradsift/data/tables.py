@@ -7,7 +7,6 @@ the file states them, and a file may lie.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -18,22 +17,13 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
+from gradsift.data.limits import AGAIN, EXPANSION, ROOM, expanded
 from gradsift.data.records import Place
-from gradsift.errors import DataError, DiskFull, OutOfMemory, ResourceError, UserError
+from gradsift.data.saved import saved_files
+from gradsift.errors import DataError, DiskFull, OutOfMemory, UserError
 
-EXPANSION = 1000.0  # unpacked over packed bytes: gzip's own limit is 1032, text rarely passes 20
-EXPANSION_FROM = 1 << 30  # bytes; smaller files may expand as they like
-AGAIN = "Copy or download the file again."
-ROOM = "Set TMPDIR to a roomier disk."
 _STEP, _BATCH_ROWS, _BATCH_BYTES = 256, 1 << 14, 1 << 26  # rows decoded at once; rows and bytes of a batch that is kept
 _UNREADABLE = (ValueError, LookupError, ArithmeticError, TypeError, pa.ArrowException)  # what a value without a Python value raises
-
-
-def expanded(written: int, read: int, limit: float, name: str) -> None:
-    """Raises ResourceError when `written` bytes unpacked from `read` are more than a file may become."""
-    if written > EXPANSION_FROM and written > read * limit:
-        what = f"expands beyond {limit:g} times its size ({written:,} bytes from {read:,})"
-        raise ResourceError(what, where=name, remedy="Unpack it by hand, or raise max_expansion, if you trust it.")
 
 
 class Table:
@@ -164,40 +154,8 @@ def _short(error: Exception) -> str:
 
 def saved_folder(path: Path) -> Table:
     """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk` (its train split, or its only one)."""
-    if (path / "dataset_dict.json").is_file():
-        names = _names(path / "dataset_dict.json", _described(path / "dataset_dict.json").get("splits"))
-        if "train" not in names and len(names) != 1:
-            raise UserError(f"holds the splits {', '.join(names)}", where=path, remedy=f"Name one, such as {path / names[0]}.")
-        path = path / ("train" if "train" in names else names[0])
-    state = path / "state.json"
-    if not state.is_file():
-        raise UserError("is a folder, but not one that `datasets` saved", where=path, remedy="Name the files in it.")
-    described = _described(state)
-    if described.get("_indices_data_files"):
-        raise UserError("holds a shuffled or filtered view", where=path, remedy="Call flatten_indices() before save_to_disk().")
-    files = described.get("_data_files")
-    names = _names(state, [file.get("filename") if isinstance(file, dict) else None for file in files] if isinstance(files, list) else None)
-    return arrow([path / name for name in names], str(path), EXPANSION)
-
-
-def _described(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise DataError("is damaged: it holds no JSON object", where=path, remedy="Save the data set again.")
-    return found
-
-
-def _names(path: Path, names: Any) -> list[str]:
-    """The names of files or folders beside `path` that it lists. Raises DataError for what is none, and for one that leads elsewhere."""
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise DataError("is damaged: it does not list its parts", where=path, remedy="Save the data set again.")
-    for name in names:
-        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise DataError(f"the name {name!r} in it points outside its folder", where=path, remedy="Save the data set again.")
-    return names
+    folder, files = saved_files(path)
+    return arrow(files, str(folder), EXPANSION)
 
 
 def hub(name: str) -> Table:

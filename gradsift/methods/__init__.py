@@ -8,7 +8,6 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -39,14 +38,17 @@ METHODS: dict[str, str] = {
 @cache
 def table() -> dict[str, str]:
     """METHODS and what installed packages register; a built-in name cannot be taken over."""
+    from importlib.metadata import entry_points
+
     return {**{entry.name: entry.value for entry in entry_points(group="gradsift.methods")}, **METHODS}
 
 
 def load(name: str) -> type[Any]:
     """The class behind a method's name. Raises UnknownName with the nearest one."""
-    if name not in table():
+    home = METHODS.get(name) or table().get(name)  # the table asks every installed package
+    if home is None:
         raise UnknownName("method", name, table())
-    module, _, attribute = table()[name].partition(":")
+    module, _, attribute = home.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 
-from gradsift.methods.reading import finite
-from gradsift.rules import balance
+from gradsift import rules
 from gradsift.types import Signal, Signals, Subset
 
 
@@ -53,11 +51,15 @@ class Bids:
         )
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        import torch
+
+        from gradsift.methods.reading import finite
+
         scores = finite(signals, self.influence).float()
         if bool((scores == scores[:1]).all()):
             note = "every pool row has the same influence on every target row: the first rows were taken"
             return Subset(indices=np.arange(budget), notes={"note": note})
-        picks = balance.greedy(scores, budget, standardise=self.standardise)
+        picks = rules.balance.greedy(scores, budget, standardise=self.standardise)
         indices = picks.indices.numpy()
         columns = torch.nonzero(scores.amin(dim=0) < scores.amax(dim=0))[:, 0]
         values = scores[:, columns].double()

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 
-from gradsift.methods.reading import by_turns, finite
-from gradsift.rules import topk
+from gradsift import rules
 from gradsift.types import Signal, Signals, Subset
 
 LOSS, TUNED = Signal("loss"), Signal("tuned")
@@ -41,6 +39,10 @@ class Contrast:
         return frozenset({LOSS, TUNED})
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        import torch
+
+        from gradsift.methods.reading import by_turns, finite
+
         groups = list(dict.fromkeys(signals.target_groups))
         tuned, loss = finite(signals, TUNED).double(), finite(signals, LOSS).double()
         if tuned.shape != (signals.n, len(groups)) or signals.tokens is None:
@@ -50,7 +52,7 @@ class Contrast:
         best, which = fall.max(dim=1)
         score, why = best.numpy(), np.array([groups[g] for g in which.tolist()], dtype=object)
         if self.aggregate == "max":
-            indices = topk.top(best, budget).numpy()
+            indices = rules.topk.top(best, budget).numpy()
             return Subset(indices=indices, gains=score[indices], notes={"score": score, "nearest_group": why})
         indices, gains, turn = by_turns(fall, budget)
         why[indices] = [groups[g] for g in turn]

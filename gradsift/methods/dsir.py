@@ -8,8 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import PositiveFloat
 
-from gradsift.methods.reading import finite
-from gradsift.rules import sample, topk
+from gradsift import rules
 from gradsift.types import Signal, Signals, Subset
 
 NGRAMS = Signal("ngrams")
@@ -36,8 +35,12 @@ class Dsir:
         return frozenset({NGRAMS})
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        from gradsift.methods.reading import finite
+
         drawn = self.draw == "gumbel"
         weights = finite(signals, NGRAMS, below=drawn).double()
-        indices = (sample.gumbel_topk(weights / self.temperature, budget, rng=rng) if drawn else topk.top(weights, budget)).numpy()
+        indices = (
+            rules.sample.gumbel_topk(weights / self.temperature, budget, rng=rng) if drawn else rules.topk.top(weights, budget)
+        ).numpy()
         gain = weights.numpy()
         return Subset(indices, gains=gain[indices], notes={"score": gain})

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 
 import numpy as np
-import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
-from torch import Tensor
 
-from gradsift.methods.reading import Centred, Unit, group_means, products, whole
-from gradsift.rules import components, knn, topk, walk
-from gradsift.rules.blocks import Raw
+from gradsift import rules
 from gradsift.types import Rows, Signal, Signals, Subset
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FLAT = 1e-6  # length of a mean of unit rows below which it is rounding
 T = TypeVar("T")
@@ -82,15 +81,19 @@ class G2is:
         return Signal("rows", side="target", checkpoints=self.checkpoints)
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        import torch
+
+        from gradsift.methods.reading import Centred, products
+
         rows: Rows = signals[self.pool_rows]
         rows = Centred(rows) if _set(self.remove_mean, self.preset == "paper") else rows
         core = self._core(signals)
         n = rows.shape[0]
-        seats = topk.apportion(budget, core.weights.tolist())
+        seats = rules.topk.apportion(budget, core.weights.tolist())
         k = min(self.neighbours, n - 1)
-        graph = knn.graph(rows, k, exact=self.exact, map=signals.map)[0] if k > 0 else torch.empty(n, 0, dtype=torch.int64)
+        graph = rules.knn.graph(rows, k, exact=self.exact, map=signals.map)[0] if k > 0 else torch.empty(n, 0, dtype=torch.int64)
         redistribute = _set(self.redistribute, self.preset != "released")
-        found = walk.gradient_walk(rows, core.directions, seats, graph, consistency=self.consistency, redistribute=redistribute)
+        found = rules.walk.gradient_walk(rows, core.directions, seats, graph, consistency=self.consistency, redistribute=redistribute)
         along = products(rows, core.directions).double()
         score = along.amax(dim=1) if self._by_mean else along @ core.weights
         walked, component = found.indices.numpy(), found.component.numpy()
@@ -100,26 +103,30 @@ class G2is:
         origin[walked] = component
         notes = {"score": score.numpy(), "component": origin, "component_weights": core.weights.numpy(), "walked": len(found)}
         if not self.exact and k > 0:
-            notes["neighbour_recall"] = knn.recall(rows, graph, rng=np.random.default_rng(0))
+            notes["neighbour_recall"] = rules.knn.recall(rows, graph, rng=np.random.default_rng(0))
         if len(found) < budget:
             notes["note"] = f"the walks ended after {len(found):,} rows; the other {budget - len(found):,} are those of highest " + (
                 "cosine with the mean of a target group" if self._by_mean else "weighted product with the target's directions"
             )
         return Subset(indices=indices, gains=score.numpy()[indices], notes=notes)
 
-    def _core(self, signals: Signals) -> components.Components:
+    def _core(self, signals: Signals) -> rules.components.Components:
         """The directions to walk along, and their shares of the seats."""
+        import torch
+
+        from gradsift.methods.reading import Unit, group_means, whole
+
         rows: Rows = signals[self.target_rows]
         if not self._by_mean:
             centred, orient = _set(self.centred, self.preset == "released"), _set(self.orient, self.preset != "released")
-            return components.principal(Raw(rows), _set(self.keep, 0.5), centred=centred, orient=orient)
+            return rules.components.principal(rules.blocks.Raw(rows), _set(self.keep, 0.5), centred=centred, orient=orient)
         means, names = group_means(whole(Unit(rows)), signals.target_groups)
         lengths = means.norm(dim=1, keepdim=True)
         if not bool(torch.isfinite(lengths).all()):
             raise ValueError("target rows are NaN or infinite")
         if flat := [name for name, length in zip(names, lengths.flatten().tolist(), strict=True) if not length > FLAT]:
             raise ValueError(f"the rows of target group {flat[0]!r} are zero or cancel: their mean has no direction; try core=principal")
-        return components.Components(means / lengths, torch.full((len(names),), 1 / len(names), dtype=torch.float64))
+        return rules.components.Components(means / lengths, torch.full((len(names),), 1 / len(names), dtype=torch.float64))
 
 
 def _set(given: T | None, preset: T) -> T:
@@ -128,8 +135,10 @@ def _set(given: T | None, preset: T) -> T:
 
 def _highest(score: Tensor, walked: np.ndarray, budget: int) -> np.ndarray:
     """The rows of highest score [n] that fill what the walks left of the budget."""
+    import torch
+
     open_ = np.setdiff1d(np.arange(len(score)), walked)
-    return open_[topk.top(score[torch.as_tensor(open_)], budget - len(walked)).numpy()]
+    return open_[rules.topk.top(score[torch.as_tensor(open_)], budget - len(walked)).numpy()]
 
 
 def _by_fewest(along: Tensor, walked: np.ndarray, component: np.ndarray, budget: int) -> np.ndarray:

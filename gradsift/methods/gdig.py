@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import NonNegativeInt, PositiveInt
-from torch import Tensor
 
-from gradsift.methods.reading import finite
-from gradsift.rules import kmeans, topk
-from gradsift.rules.blocks import Raw, gather, signs
+from gradsift import rules
 from gradsift.types import Rows, Signal, Signals, Subset
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,12 @@ class Gdig:
         return Signal("influence", transform="backend", backend=backend)
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        from gradsift.methods.reading import finite
+
         scores = finite(signals, self.influence).float().cpu()
         mean = scores.double().mean(dim=1).numpy()
         if self.preset == "released":
-            indices = topk.top(mean, budget).numpy()
+            indices = rules.topk.top(mean, budget).numpy()
             return Subset(indices, gains=mean[indices], notes={"score": mean, "influence": mean})
         helped = (scores > 0).sum(dim=1).numpy()
         least = scores.shape[1] if self.fill == "none" else threshold(helped, scores.shape[1], budget)
@@ -73,7 +74,7 @@ class Gdig:
         notes = self._counts(helped, least, scores.shape[1])
         labels = np.full(signals.n, -1, dtype=np.int64)
         rows = _Part(signals[Signal("rows")], good, raw=not self.cosine, dim=self.dim)
-        labels[good] = kmeans.fit(
+        labels[good] = rules.kmeans.fit(
             rows, min(self.clusters, len(good)), rng=rng, cosine=self.cosine, iterations=self.iterations, restarts=self.restarts
         ).labels.numpy()
         picks = resample(labels, min(budget, len(good)), rng)
@@ -100,7 +101,7 @@ def threshold(helped: np.ndarray, m: int, budget: int) -> int:
 def resample(labels: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
     """`budget` rows, the same number from each cluster as far as it goes, drawn at random within; clusters take turns. -1 = in none."""
     sizes = np.bincount(labels[labels >= 0])
-    seats = topk.apportion(budget, [1] * len(sizes), capacity=sizes)
+    seats = rules.topk.apportion(budget, [1] * len(sizes), capacity=sizes)
     drawn = [rng.permutation(np.flatnonzero(labels == c))[: seats[c]] for c in range(len(sizes))]
     order = sorted((rank, c) for c, rows in enumerate(drawn) for rank in range(len(rows)))
     return np.array([drawn[c][rank] for rank, c in order], dtype=np.int64)
@@ -111,10 +112,12 @@ class _Part:
     dense signs over sqrt(dim), the same for every run."""
 
     def __init__(self, rows: Rows, indices: np.ndarray, *, raw: bool, dim: int) -> None:
-        self.rows, d = Raw(rows) if raw else rows, rows.shape[1]
-        self.signs = signs(d, dim) if 0 < dim < d else None
+        import torch
+
+        self.rows, d = rules.blocks.Raw(rows) if raw else rows, rows.shape[1]
+        self.signs = rules.blocks.signs(d, dim) if 0 < dim < d else None
         self.indices, self.shape = torch.as_tensor(indices), (len(indices), d if self.signs is None else self.signs.shape[1])
 
     def __getitem__(self, where: slice) -> Tensor:
-        rows = gather(self.rows, self.indices[where])
+        rows = rules.blocks.gather(self.rows, self.indices[where])
         return rows if self.signs is None else rows.float() @ self.signs.to(rows.device)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import Field, PositiveInt
-from torch import Tensor
 
-from gradsift.methods.reading import blocks, group_means, whole
-from gradsift.rules import components, topk
-from gradsift.rules.blocks import Raw
+from gradsift import rules
 from gradsift.types import Rows, Signal, Signals, Subset
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 POOL, TARGET = Signal("rows"), Signal("rows", side="target")
 
@@ -43,13 +42,17 @@ class Gist:
         return frozenset({POOL, TARGET})
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
-        target = whole(Raw(signals[TARGET]))
+        import torch
+
+        from gradsift.methods.reading import group_means, whole
+
+        target = whole(rules.blocks.Raw(signals[TARGET]))
         basis = self._basis(target)
         means, names = group_means(target.double(), signals.target_groups)
         inside = torch.nn.functional.normalize(means @ basis.double().T, dim=1).float()
         scores, share = _cosines(signals[POOL], basis, inside)
         best, which = (scores * share[:, None] if self.energy else scores).max(dim=1)
-        indices = topk.top(best, budget).numpy()
+        indices = rules.topk.top(best, budget).numpy()
         gain = best.numpy()
         why = np.array([names[g] for g in which.tolist()], dtype=object)
         notes = {"score": gain, "influence": gain, "nearest_group": why, "energy": share.numpy(), "rank": len(basis)}
@@ -60,14 +63,18 @@ class Gist:
     def _basis(self, target: Tensor) -> Tensor:
         """Orthonormal directions fp32 [r, d], strongest first."""
         if self.variance is not None:
-            return components.principal(target, self.variance, centred=False, orient=False).directions
+            return rules.components.principal(target, self.variance, centred=False, orient=False).directions
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
-        return components.principal(target, 1.0, by="count", centred=False, orient=False).directions[: self.rank]
+        return rules.components.principal(target, 1.0, by="count", centred=False, orient=False).directions[: self.rank]
 
 
 def _cosines(rows: Rows, basis: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines [n, g] of the rows' parts inside the basis with `inside` [g, r], and those parts' shares [n] of the squared lengths."""
+    import torch
+
+    from gradsift.methods.reading import blocks
+
     scores, share = torch.zeros(rows.shape[0], len(inside)), torch.zeros(rows.shape[0])
     for start, block in blocks(rows):
         parts = (block @ basis.T.to(block.device)).cpu()

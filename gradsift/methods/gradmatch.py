@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import NonNegativeFloat
 
-from gradsift.methods.reading import Unit, blocks, mean
-from gradsift.rules import omp, topk
-from gradsift.rules.blocks import Raw
+from gradsift import rules
 from gradsift.types import Rows, Signal, Signals, Subset
 
 TARGET = Signal("rows", side="target")
@@ -53,20 +50,26 @@ class Gradmatch:
         return Signal("rows", transform=self.transform)
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        import torch
+
+        from gradsift.methods.reading import Unit, blocks, mean
+
         unit = self.normalise if self.normalise is not None else self.preset == "paper"
-        form = Unit if unit else Raw
+        form = Unit if unit else rules.blocks.Raw
         atoms: Rows = form(signals[self.rows])
         goal = mean(form(signals[TARGET]) if TARGET in signals.values else atoms)
         n = atoms.shape[0]
         refill = self.refill or ("random" if self.preset == "released" else "repeat")
         on_repeat = "stop" if self.preset == "released" else "mask"
-        found = omp.match(atoms, goal, budget, ridge=self.ridge, on_repeat=on_repeat, tol=self.tol)
+        found = rules.omp.match(atoms, goal, budget, ridge=self.ridge, on_repeat=on_repeat, tol=self.tol)
         indices = found.indices.numpy()
         score = torch.cat([(block.double() @ goal.to(block.device)).cpu() for _, block in blocks(atoms)]).numpy()
         if len(found) < budget:
-            filled = omp.fill(atoms, goal, budget, refill=refill, rng=rng, found=found, ridge=self.ridge, on_repeat=on_repeat, tol=self.tol)
+            filled = rules.omp.fill(
+                atoms, goal, budget, refill=refill, rng=rng, found=found, ridge=self.ridge, on_repeat=on_repeat, tol=self.tol
+            )
             left = np.setdiff1d(np.arange(n), filled.numpy())
-            last = left[topk.top(score[left], budget - len(filled)).numpy()]
+            last = left[rules.topk.top(score[left], budget - len(filled)).numpy()]
             indices = np.concatenate([filled.numpy(), last])
         weights = np.concatenate([found.coefficients.numpy(), np.full(budget - len(found), 1 / n)])
         error = float(found.residual_norms[-1] / goal.norm()) if len(found.residual_norms) else 1.0

@@ -8,8 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import PositiveFloat
 
-from gradsift.methods.reading import finite
-from gradsift.rules import topk
+from gradsift import rules
 from gradsift.types import Signal, Signals, Subset
 
 IFD = Signal("ifd")
@@ -37,6 +36,8 @@ class Ifd:
         return frozenset({IFD})
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        from gradsift.methods.reading import finite
+
         value = finite(signals, IFD).double().numpy()
         fine = value < self.most
         if self.fill == "none" and not fine.any():
@@ -44,7 +45,7 @@ class Ifd:
         # Rows to be discarded rank after all others, the least bad first.
         rank = np.where(fine, value - value.min(), -1 - (value - value.min()))
         seats = budget if self.fill == "rest" else min(budget, int(fine.sum()))
-        indices = topk.top(rank, seats).numpy()
+        indices = rules.topk.top(rank, seats).numpy()
         notes: dict[str, Any] = {"score": value, "below_most": int(fine.sum())}
         if fine.sum() < seats:
             notes["note"] = f"{int(fine.sum()):,} rows have a difficulty below {self.most:g}; the budget was filled with rows above"

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from gradsift.rules import kcenter
+from gradsift import rules
 from gradsift.types import Signal, Signals, Subset
 
 
@@ -31,4 +31,4 @@ class Kcenter:
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         (signal,) = self.needs()
-        return Subset(indices=kcenter.farthest_first(signals[signal], budget, rng=rng).numpy())
+        return Subset(indices=rules.kcenter.farthest_first(signals[signal], budget, rng=rng).numpy())

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from gradsift.rules import topk
+from gradsift import rules
 from gradsift.types import Signal, Signals, Subset
 
 
@@ -29,5 +29,5 @@ class Length:
         if signals.tokens is None:
             raise ValueError("length reads Signals.tokens, the supervised tokens of each row, and none were given")
         gain = signals.tokens.astype(np.float64) * (1 if self.order == "longest" else -1)
-        indices = topk.top(gain, budget).numpy()
+        indices = rules.topk.top(gain, budget).numpy()
         return Subset(indices=indices, gains=gain[indices], notes={"score": gain})

@@ -7,8 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from gradsift.methods.reading import by_turns, finite
-from gradsift.rules import topk
+from gradsift import rules
 from gradsift.types import Signal, Signals, Subset
 
 
@@ -61,15 +60,17 @@ class Less:
         return Signal("influence", transform=self.transform or "backend", checkpoints=self.checkpoints, backend=backend)
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        from gradsift.methods.reading import by_turns, finite
+
         scores = finite(signals, self.influence).float()
         of = list(signals.target_groups)
         groups = list(dict.fromkeys(of))
-        by_group = scores if self._merged else topk.group_scores(scores, of)
+        by_group = scores if self._merged else rules.topk.group_scores(scores, of)
         best, which = by_group.max(dim=1)
         aggregate = self.aggregate or ("max" if self.preset == "released" else "groups")
         score, why = best.numpy(), np.array([groups[g] for g in which.tolist()], dtype=object)
         if aggregate == "max":
-            indices = topk.top(best, budget).numpy()
+            indices = rules.topk.top(best, budget).numpy()
             gains = score[indices]
         else:
             indices, gains, turn = by_turns(by_group if aggregate == "groups" else scores, budget)

@@ -7,8 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from gradsift.methods.reading import finite
-from gradsift.rules import topk
+from gradsift import rules
 from gradsift.types import Signal, Signals, Subset
 
 LOSS = Signal("loss")
@@ -30,6 +29,8 @@ class Perplexity:
         return frozenset({LOSS})
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        from gradsift.methods.reading import finite
+
         loss = finite(signals, LOSS).double().numpy()
         if self.band == "middle":
             rank = np.empty(len(loss))
@@ -37,5 +38,5 @@ class Perplexity:
             gain = -np.abs(rank - (len(loss) - 1) / 2 + 0.25)  # a quarter below the median: no two ranks are equally near
         else:
             gain = loss if self.band == "high" else -loss
-        indices = topk.top(gain, budget).numpy()
+        indices = rules.topk.top(gain, budget).numpy()
         return Subset(indices=indices, gains=gain[indices], notes={"score": gain})

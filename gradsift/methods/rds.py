@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 
-from gradsift.methods.reading import by_turns, products, whole
-from gradsift.rules import topk
+from gradsift import rules
 from gradsift.types import Signal, Signals, Subset
 
 POOL, TARGET = Signal("embeddings"), Signal("embeddings", side="target")
@@ -35,6 +33,10 @@ class Rds:
         return frozenset({POOL, TARGET})
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        import torch
+
+        from gradsift.methods.reading import by_turns, products, whole
+
         scores = products(signals[POOL], whole(signals[TARGET]))
         columns = list(signals.target_groups) or ["target"] * scores.shape[1]
         groups = list(dict.fromkeys(columns))
@@ -43,7 +45,7 @@ class Rds:
         best, which = by_group.max(dim=1)
         score, why = best.numpy(), np.array([groups[g] for g in which.tolist()], dtype=object)
         if self.aggregate == "max":
-            indices = topk.top(best, budget).numpy()
+            indices = rules.topk.top(best, budget).numpy()
             return Subset(indices=indices, gains=score[indices], notes={"score": score, "nearest_group": why})
         by_row = self.aggregate == "rows"
         indices, gains, turn = by_turns(scores if by_row else by_group, budget)

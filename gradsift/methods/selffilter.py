@@ -8,8 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import NonNegativeFloat, NonNegativeInt
 
-from gradsift.methods.reading import finite
-from gradsift.rules import penalty
+from gradsift import rules
 from gradsift.types import Signal, Signals, Subset
 
 
@@ -54,7 +53,9 @@ class Selffilter:
         return frozenset({Signal("difficulty", fields=self.fields), self.rows})
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
+        from gradsift.methods.reading import finite
+
         difficulty = finite(signals, Signal("difficulty", fields=self.fields)).double()
         difficulty = difficulty.clamp(min=0) if self.clamp else difficulty
-        found = penalty.diverse(difficulty, signals[self.rows], budget, neighbours=self.neighbours, gamma=self.gamma)
+        found = rules.penalty.diverse(difficulty, signals[self.rows], budget, neighbours=self.neighbours, gamma=self.gamma)
         return Subset(found.indices.numpy(), gains=found.gains.numpy(), notes={"score": difficulty.numpy()})

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import NonNegativeFloat, PositiveInt
-from torch import Tensor
 
-from gradsift.methods.reading import blocks
-from gradsift.rules import kmeans, omp, topk
-from gradsift.rules.blocks import gather
+from gradsift import rules
 from gradsift.types import Rows, Signal, Signals, Subset
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,13 @@ class Tagcos:
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         rows: Rows = signals[self.rows]
         n = rows.shape[0]
-        found = kmeans.fit(
+        found = rules.kmeans.fit(
             rows, min(self.clusters, n), rng=rng, cosine=self.cosine, iterations=self.iterations, restarts=self.restarts, map=signals.map
         )
         labels = np.asarray(found.labels)
         sizes = np.bincount(labels, minlength=len(found.centres))
         floors = np.floor(budget / n * sizes + 1e-9).astype(int)
-        seats = np.asarray(topk.apportion(budget, sizes, capacity=sizes)) if self.exact else floors
+        seats = np.asarray(rules.topk.apportion(budget, sizes, capacity=sizes)) if self.exact else floors
         draws = rng if self.refill == "random" else None
 
         def match(c: int) -> _ClusterPicks:
@@ -110,6 +109,10 @@ class Tagcos:
 
     def _agreement(self, rows: Rows, labels: np.ndarray, centres: Tensor) -> np.ndarray:
         """[n], product of every row with its own centroid: what the report draws; matching decides by more than this."""
+        import torch
+
+        from gradsift.methods.reading import blocks
+
         score = np.empty(rows.shape[0])
         for start, block in blocks(rows):
             block = torch.nn.functional.normalize(block, dim=1) if self.cosine else block
@@ -121,7 +124,9 @@ class Tagcos:
         """One cluster's picks. Its rows are read once, and no other."""
         if seats == 0:
             return _ClusterPicks(np.empty(0, dtype=np.int64), np.empty(0), np.empty(0), len(members))
-        atoms = gather(rows, torch.as_tensor(members)).float()
+        import torch
+
+        atoms = rules.blocks.gather(rows, torch.as_tensor(members)).float()
         atoms = torch.nn.functional.normalize(atoms, dim=1) if self.cosine else atoms
         centre = centre.to(atoms.device)
         options: dict[str, Any] = {
@@ -129,15 +134,15 @@ class Tagcos:
             "on_repeat": self.on_repeat or ("stop" if self.preset == "released" else "mask"),
             "tol": self.tol,
         }
-        found = omp.match(atoms, centre, seats, **options)
+        found = rules.omp.match(atoms, centre, seats, **options)
         chosen = found.indices.numpy()
         if 0 < len(found) < seats or (self.refill == "random" and not len(found)):
-            chosen = omp.fill(atoms, centre, seats, refill=self.refill, rng=rng, found=found, **options).numpy()
+            chosen = rules.omp.fill(atoms, centre, seats, refill=self.refill, rng=rng, found=found, **options).numpy()
         if len(chosen) < seats and self.exact:
             # Rows that point away from the centroid are never matched; the closest of them complete the cluster's share.
             left = np.setdiff1d(np.arange(len(members)), chosen)
             agreement = (atoms[torch.as_tensor(left, device=atoms.device)] @ centre).cpu().numpy()
-            chosen = np.concatenate([chosen, left[topk.top(agreement, seats - len(chosen)).numpy()]])
+            chosen = np.concatenate([chosen, left[rules.topk.top(agreement, seats - len(chosen)).numpy()]])
         gains = (atoms[torch.as_tensor(chosen, device=atoms.device)] @ centre).cpu().numpy()
         return _ClusterPicks(members[chosen], gains, found.coefficients.numpy(), len(members))
 

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gradsift.report.data import (
-    Cluster,
-    Compared,
-    Comparison,
-    Group,
-    Histogram,
-    Method,
-    ReportData,
-    Reproduce,
-    Row,
-    Step,
-    Table,
-    Timing,
-    Turn,
-    Verdict,
-    histogram,
-    row_card,
-)
-from gradsift.report.markdown import render as render_markdown
-from gradsift.report.page import render as render_page
-from gradsift.store.artifact import SUMS
-from gradsift.store.atomic import make_folder, write_atomic
-from gradsift.store.canonical import canonical_json, sealed
-from gradsift.store.tensors import file_hash
+from gradsift.types import lazy_face
+
+if TYPE_CHECKING:
+    from gradsift.report.data import (
+        Cluster,
+        Compared,
+        Comparison,
+        Group,
+        Histogram,
+        Method,
+        ReportData,
+        Reproduce,
+        Row,
+        Step,
+        Table,
+        Timing,
+        Turn,
+        Verdict,
+        histogram,
+        row_card,
+    )
+    from gradsift.report.write import write_report
 
 __all__ = [
     "Cluster",
@@ -48,21 +46,4 @@ __all__ = [
     "row_card",
     "write_report",
 ]
-
-
-def write_report(data: ReportData, folder: Path) -> Path:
-    """Write report.json, report.md and report.html into `folder` (made if missing), and their digests beside them; returns the path of the page.
-
-    The same data gives the same bytes. Each file is replaced whole or not at all; raises DiskFull or ResourceError.
-    """
-    folder = Path(folder)
-    make_folder(folder)
-    pages = {
-        "report.json": (data.model_dump_json(indent=1) + "\n").encode(),
-        "report.md": render_markdown(data).encode(),
-        "report.html": render_page(data).encode(),
-    }
-    for name, content in pages.items():
-        write_atomic(folder / name, content)
-    write_atomic(folder / SUMS, canonical_json(sealed({"files": {name: file_hash(folder / name) for name in pages}})) + b"\n")
-    return folder / "report.html"
+__getattr__, __dir__ = lazy_face(__name__, {**dict.fromkeys(__all__, "data"), "write_report": "write"})

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradsift.errors import IntegrityError, MismatchError
-from gradsift.report import Table
+from gradsift.report.data import Table
 from gradsift.rules.ranks import spearman
 from gradsift.store.artifact import REPAIR, Artifact
 from gradsift.store.run import Run

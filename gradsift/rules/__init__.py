@@ -10,6 +10,49 @@ Conventions that hold in every rule:
 - A bad argument is a ValueError. Randomness comes only from the `rng` that is passed in.
 """
 
-from . import balance, components, kcenter, kmeans, knn, omp, penalty, sample, topk, walk
+from __future__ import annotations
 
-__all__ = ["balance", "components", "kcenter", "kmeans", "knn", "omp", "penalty", "sample", "topk", "walk"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradsift.rules import (
+        balance,
+        blocks,
+        components,
+        duplicates,
+        kcenter,
+        kmeans,
+        knn,
+        omp,
+        penalty,
+        sample,
+        topk,
+        walk,
+    )
+
+__all__ = [
+    "balance",
+    "blocks",
+    "components",
+    "duplicates",
+    "kcenter",
+    "kmeans",
+    "knn",
+    "omp",
+    "penalty",
+    "sample",
+    "topk",
+    "walk",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """A rule's module, imported on first use: what only names a rule need not wait for torch."""
+    if name in __all__:
+        return importlib.import_module(f"gradsift.rules.{name}")
+    raise AttributeError(f"module 'gradsift.rules' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from gradsift.compute.stopping import Stopping
 from gradsift.errors import UserError
+from gradsift.signals.backends import backend
 from gradsift.signals.curvature.exact import MEMORY, Targets, prepare_targets, rank_agreement
 from gradsift.signals.curvature.fit import Fitting
 from gradsift.signals.curvature.fitted import Curvature
 from gradsift.signals.curvature.kfac import Inverse
-from gradsift.signals.influence import backend
 from gradsift.stages.checks import check_values
 from gradsift.stages.context import Context
 from gradsift.stages.recipe import Recipe

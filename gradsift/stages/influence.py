@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gradsift.errors import MismatchError, UserError
-from gradsift.signals.influence import backend, pool_transform, score_blocks
+from gradsift.signals.backends import backend, pool_transform
+from gradsift.signals.influence import score_blocks
 from gradsift.stages import checks, rows
 from gradsift.stages.context import Context
 from gradsift.stages.recipe import Recipe

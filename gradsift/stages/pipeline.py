@@ -18,7 +18,7 @@ from gradsift.compute.progress import Told
 from gradsift.errors import DataError, IntegrityError, MismatchError
 from gradsift.gradients.objectives import Loss
 from gradsift.rules.blocks import Narrow
-from gradsift.signals.influence import backend, pool_transform, through_curvature
+from gradsift.signals.backends import backend, pool_transform, through_curvature
 from gradsift.stages import checks, curvature, influence, per_row, rows, tuned
 from gradsift.stages.context import Context
 from gradsift.stages.evidence import CurvatureEvidence, Evidence

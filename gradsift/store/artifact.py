@@ -10,14 +10,15 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from gradsift.errors import IntegrityError, MismatchError
 from gradsift.store.atomic import TEMP, inside, make_folder, read_json, remove_leftovers, write_atomic
 from gradsift.store.canonical import canonical_json, recipe_digest, seal_fault, sealed
 from gradsift.store.tensors import TensorFile, file_hash
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA = 1  # of every JSON file in a run folder
 MANIFEST, STATS, RECIPE = "manifest.json", "stats.json", "recipe.json"
@@ -202,6 +203,7 @@ class Artifact:
         or paths; `stats` goes into stats.json.
         Raises IntegrityError when a named file is not there, DiskFull, ResourceError.
         """
+
         files = dict(sorted((file_hashes(self.path) if files is None else files).items()))
         for name in files:
             if not inside(self.path, name).is_file():

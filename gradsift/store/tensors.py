@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import mmap
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import xxhash
-from torch import Tensor
 
 from gradsift.errors import GradsiftError, IntegrityError, ResourceError
 from gradsift.store.atomic import chunks_from, damaged, file_chunks, open_plain, write_buffers
 from gradsift.store.canonical import canonical_json, recipe_digest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def file_hash(path: Path) -> str:
@@ -50,20 +53,29 @@ def folder_hash(folder: Path) -> str:
 _NO_DIGEST = "0" * 32
 
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+# Number formats of the file and the bytes of a number: a header is read, and a file hashed, without torch.
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+@functools.cache
+def _dtypes() -> dict[str, torch.dtype]:
+    import torch
+
+    return {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+        "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    }  # fmt: skip
 
 
 class _Entry(NamedTuple):
-    dtype: torch.dtype
+    kind: str  # a key of _SIZES
     shape: tuple[int, ...]
     start: int  # byte offset in the file
     size: int  # bytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _dtypes()[self.kind]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], meta: Mapping[str, str]) -> str:
@@ -74,7 +86,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], 
     The digest is xxh3-128 of the whole file with the 32 digits of the digest itself read as zeros, so it covers names, shapes, metadata and
     values. The bytes depend on the arguments alone. Errors as `write_atomic`.
     """
-    arrays = {name: [_plain(t) for t in ([value] if isinstance(value, Tensor) else value)] for name, value in tensors.items()}
+    import torch
+
+    kinds = {dtype: kind for kind, dtype in _dtypes().items()}
+    arrays = {name: [_plain(t) for t in ([value] if isinstance(value, torch.Tensor) else value)] for name, value in tensors.items()}
     header: dict[str, Any] = {"__metadata__": {**meta, "xxh3": _NO_DIGEST}}
     order = sorted(arrays, key=lambda name: (-arrays[name][0].element_size(), name))  # keeps every tensor aligned to its element
     offset = 0
@@ -82,7 +97,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], 
         parts = arrays[name]
         end = offset + sum(part.numel() for part in parts) * parts[0].element_size()
         shape = [sum(len(part) for part in parts), *parts[0].shape[1:]] if parts[0].ndim else []
-        header[name] = {"dtype": _DTYPE_NAMES[parts[0].dtype], "shape": shape, "data_offsets": [offset, end]}
+        header[name] = {"dtype": kinds[parts[0].dtype], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = canonical_json(header)
     text += b" " * (-(8 + len(text)) % 64)
@@ -156,10 +171,10 @@ class TensorFile:
         end = 8 + length
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = entry["data_offsets"]
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-            if 8 + length + start != end or stop - start != math.prod(shape) * dtype.itemsize:
+            kind, shape = entry["dtype"], tuple(entry["shape"])
+            if 8 + length + start != end or stop - start != math.prod(shape) * _SIZES[kind]:
                 raise damaged(f"its header is damaged at {name!r}", self.path)
-            self.entries[name] = _Entry(dtype, shape, end, stop - start)
+            self.entries[name] = _Entry(kind, shape, end, stop - start)
             end += stop - start
         if end != self.size:
             raise damaged(f"has {self.size:,} bytes where its header says {end:,}", self.path)
@@ -183,7 +198,10 @@ class TensorFile:
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a tensor (default: all), mapped, not copied. Each call maps anew: writing to it changes nothing else."""
-        dtype, shape, place, size = self.entries[name]
+        import torch
+
+        entry = self.entries[name]
+        dtype, shape, place, size = entry.dtype, entry.shape, entry.start, entry.size
         if shape and (start or stop is not None):
             stop = shape[0] if stop is None else stop
             each = size // shape[0] if shape[0] else 0

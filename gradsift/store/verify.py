@@ -11,8 +11,6 @@ from gradsift.errors import GradsiftError, IntegrityError, MismatchError
 from gradsift.store.artifact import MANIFEST, RECIPE, STATS, SUMS, Artifact, recipe_file
 from gradsift.store.atomic import inside, read_json
 from gradsift.store.canonical import seal_fault
-from gradsift.store.partial import FOLDER
-from gradsift.store.rows import HEADER, RowStore
 from gradsift.store.tensors import TensorFile, file_hash
 
 BY_NAME = "Give the folder its name back, or delete it."
@@ -59,6 +57,8 @@ def check_folder(folder: Path, only: Collection[str] | None = None) -> list[Prob
         return [Problem(folder.name, RECIPE, "is damaged")]
     if artifact.complete:
         return _check_files(artifact, only)
+    from gradsift.store.rows import HEADER  # and with it torch: only work that is not complete is read as rows
+
     problems = [Problem(folder.name, MANIFEST, "is damaged")] if (folder / MANIFEST).exists() else []
     if (folder / HEADER).exists():
         problems += _check_shards(folder)
@@ -124,6 +124,8 @@ def _recipe_fault(artifact: Artifact) -> str | None:
 
 def _check_shards(folder: Path) -> list[Problem]:
     """Damaged shards of a store that is being filled; absent ones are no problem."""
+    from gradsift.store.rows import HEADER, RowStore
+
     try:
         store = RowStore.partial(folder)
     except GradsiftError as error:
@@ -134,6 +136,8 @@ def _check_shards(folder: Path) -> list[Problem]:
 
 def _check_parts(folder: Path) -> list[Problem]:
     """Damaged parts of an artifact that is being made: what is kept of its shards until all are done."""
+    from gradsift.store.partial import FOLDER
+
     problems = []
     for path in sorted((folder / FOLDER).glob("*.*")):
         try:

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from gradsift import methods
+from gradsift.commands.check import Inputs
 from gradsift.commands.plan.costs import Rates
 from gradsift.commands.plan.plan import MATCHING, _cost, _select_cost
 from gradsift.commands.session import opened
@@ -47,7 +48,7 @@ def test_bytes_and_seconds_are_those_of_the_plan(
     """One GPU that makes as many tokens a second as the plan's machine, a disk and a network that cost nothing."""
     n, per_row, flops = 72, 30, 4e12
     target = {"target": target_file} if method == "less" else {}
-    with opened(tmp_path / "r", pool=pool_file, model=str(model_folder), settings=SETTINGS, keep=False, **target) as pipeline:
+    with opened(Inputs(tmp_path / "r", pool=pool_file, model=str(model_folder), settings=SETTINGS, **target), keep=False) as pipeline:
         rates = Rates(1000.0, 800.0, 3000.0, 500.0, 2e9, peak_bytes(), peak_bytes(), 64, 5000, 32, 0, 0)
         tokens = {side: per_row * len(rows) for side, rows in pipeline.sides.items()}
         selector = methods.make(method, {"clusters": 4} if method == "tagcos" else {})

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from gradsift.cli.app import app
 from gradsift.cli.flags import CALL, CONSTRAINT, FILE, FLAGS, RUN
-from gradsift.commands.session import settle_config
+from gradsift.commands.check import settle_config
 from gradsift.config import Config
 from gradsift.errors import ConfigError
 from gradsift.store.run import Run
@@ -192,7 +192,7 @@ def test_a_comparison_takes_test_sets_to_leave_out_and_a_level(monkeypatch: pyte
 
 
 def test_options_of_a_method_are_read_by_one_parser() -> None:
-    from gradsift.commands.compare.arms import parse
+    from gradsift.commands.compare.request import parse
     from gradsift.methods import options_from
 
     assert options_from(["a-b = 1", "c=x=y"], before="-o ", remedy="") == {"a_b": "1", "c": "x=y"}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gradsift.commands.budget import parse
+from gradsift.commands.check import Inputs
 from gradsift.commands.compare import trials
 from gradsift.commands.compare.arms import Arms
 from gradsift.commands.compare.compare import BASE, compare
@@ -220,7 +221,7 @@ def test_ways_of_equal_training_are_checked(files: dict[str, Path], model: str, 
 
 
 def test_an_oracle_of_few_rows_takes_them_all_and_random_others(files: dict[str, Path], model: str, tmp_path: Path) -> None:
-    with opened(tmp_path / "run", pool=files["pool"], model=model, settings=SETTINGS) as pipeline:
+    with opened(Inputs(tmp_path / "run", pool=files["pool"], model=model, settings=SETTINGS)) as pipeline:
         pool = pipeline.sides["pool"]
         marked = {row for row in range(len(pool)) if pool.record(row).get("family") == "translate"}
         arms = Arms(pipeline, parse(10), np.array([min(marked)]), [0, 1])

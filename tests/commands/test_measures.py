@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from gradsift.commands.compare.measures import answers, check_measures, chrf, same_answer, split_answer
+from gradsift.commands.compare.measures import answers, chrf, same_answer, split_answer
+from gradsift.commands.compare.request import check_measures
 from gradsift.commands.demo.playground import generate
 from gradsift.data.encode import encode
 from gradsift.errors import UnknownName

@@ -12,6 +12,7 @@ import pytest
 import gradsift
 from gradsift import methods
 from gradsift.commands import budget as budgets
+from gradsift.commands.check import Inputs
 from gradsift.commands.plan.plan import plan, stage_recipes
 from gradsift.commands.select.select import limits_of, select_in
 from gradsift.commands.session import opened
@@ -59,11 +60,11 @@ def inputs(folder: Path, model: Path, method: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def pipelines(folder: Path, model_folder: Path) -> Iterator[dict[bool, Pipeline]]:
     """Of a run that is never made: with a target (True) and without."""
-    shared = {"model": str(model_folder), "settings": SETTINGS, "pool_group": "kind", "keep": False}
+    shared = {"model": str(model_folder), "settings": SETTINGS, "pool_group": "kind"}
     pool, target = folder / "pool.jsonl", folder / "dev.jsonl"
     with (
-        opened(folder / "never", pool=pool, target=target, **shared) as targeted,
-        opened(folder / "never", pool=pool, **shared) as plain,
+        opened(Inputs(folder / "never", pool, target, **shared), keep=False) as targeted,
+        opened(Inputs(folder / "never", pool, **shared), keep=False) as plain,
     ):
         yield {True: targeted, False: plain}
 

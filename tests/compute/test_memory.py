@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from gradsift.commands.check import Inputs
 from gradsift.commands.score import score
 from gradsift.commands.select.select import select
 from gradsift.commands.session import opened
@@ -68,7 +69,7 @@ def test_every_signal_leaves_out_the_row_that_never_fits_and_says_so(
     files: tuple[Path, Path], model_folder: Path, tmp_path: Path, scarce: list[int]
 ) -> None:
     others = [i for i in range(40) if i != LONG]
-    with opened(**given(files, model_folder, tmp_path / "run")) as pipeline:
+    with opened(Inputs(**given(files, model_folder, tmp_path / "run"))) as pipeline:
         for name, signal in SIGNALS.items():
             signals, kept = pipeline.signals(frozenset({signal}))
             assert kept.tolist() == others, name
@@ -104,7 +105,7 @@ def test_where_too_many_rows_do_not_fit_the_stage_stops(
 ) -> None:
     monkeypatch.setattr("tests.compute.test_memory.MOST", 30)
     with (
-        opened(**given(files, model_folder, tmp_path / "run")) as pipeline,
+        opened(Inputs(**given(files, model_folder, tmp_path / "run"))) as pipeline,
         pytest.raises(DataError, match=r"have no usable loss .* out of memory"),
     ):
         pipeline.signals(frozenset({Signal("loss")}))

@@ -86,7 +86,7 @@ def test_the_kind_of_compression_is_read_from_the_bytes(tmp_path: Path) -> None:
 
 
 def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradsift.data.tables.EXPANSION_FROM", 1 << 22)
+    monkeypatch.setattr("gradsift.data.limits.EXPANSION_FROM", 1 << 22)
     bomb = b" " * (1 << 25)
     for name, packed in (("b.jsonl.gz", gzip.compress(bomb)), ("b.jsonl.zst", zstandard.compress(bomb))):
         with pytest.raises(ResourceError, match="expands beyond 100 times"):

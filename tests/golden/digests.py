@@ -17,13 +17,14 @@ import numpy as np
 
 from gradsift import methods
 from gradsift.commands import budget as budgets
+from gradsift.commands.check import Inputs
 from gradsift.commands.compare.trials import Command, Test, Trial, Trials
 from gradsift.commands.score import scores_recipe
 from gradsift.commands.select.constraints import Constraints, build
 from gradsift.commands.select.select import select_recipe
 from gradsift.commands.session import opened
 from gradsift.compute import machine
-from gradsift.signals.influence import BACKENDS
+from gradsift.signals.backends import BACKENDS
 from gradsift.stages.pipeline import Pipeline
 from gradsift.types import Example, Message, Signal
 from tests.conftest import SETTINGS, TEMPLATE, rows, write_rows
@@ -81,7 +82,7 @@ def digests(folder: Path) -> dict[str, Any]:
             for modules in ("lora", "linear"):
                 settings = {**SETTINGS, "gradients": {**SETTINGS["gradients"], "modules": modules}}
                 arguments = {"pool": pool, "target": targets, "model": str(model), "settings": settings, "pool_group": "kind"}
-                with opened(folder / "run", **arguments, keep=False) as pipeline:
+                with opened(Inputs(folder / "run", **arguments), keep=False) as pipeline:
                     pipeline.model_identity = {"kind": "golden"}
                     where = f"{modules}, {'with' if targets else 'without'} a target"
                     found[where] = dict(_entries(pipeline, bool(targets), modules))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gradsift.errors import UnknownName, UserError
 from gradsift.rules import topk
-from gradsift.signals.influence import BACKENDS, score
+from gradsift.signals.backends import BACKENDS
+from gradsift.signals.influence import score
 from gradsift.store.rows import RowView
 from gradsift.types import checkpoint_weights
 

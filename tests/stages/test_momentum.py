@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from gradsift.commands.check import Inputs
 from gradsift.commands.session import opened
 from gradsift.config import GradientSettings
 from gradsift.model.checkpoints import read_adam_state
@@ -47,7 +48,7 @@ def naive(pipeline: Pipeline, checkpoint: int, form: str, rows: range) -> torch.
 @FORMS
 def test_stored_rows_are_the_plain_loops(form: Any, pool_file: Path, model_folder: Path, tmp_path: Path) -> None:
     given = common(tmp_path / "run", pool_file, model_folder, adam_form=form, adam_momentum=False)
-    with opened(**given) as pipeline:
+    with opened(Inputs(**given)) as pipeline:
         rows = gradients(pipeline, "pool", 1, "adam")
         wanted = naive(pipeline, 1, form, range(12))
         made = Artifact.load(rows.path)
@@ -60,7 +61,7 @@ def test_rows_without_momentum_share_less_and_runs_before_the_choice_are_read_as
 ) -> None:
     cosines = {}
     for momentum in (True, False):
-        with opened(**common(tmp_path / f"{momentum}", pool_file, model_folder, adam_momentum=momentum)) as pipeline:
+        with opened(Inputs(**common(tmp_path / f"{momentum}", pool_file, model_folder, adam_momentum=momentum))) as pipeline:
             artifact = Artifact.load(gradients(pipeline, "pool", 2, "adam").path)
             assert artifact is not None
             cosines[momentum] = artifact.manifest["extra"]["mean_pairwise_cosine"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from gradsift.commands.check import Inputs
 from gradsift.commands.session import opened
 from gradsift.errors import MismatchError
 from gradsift.rules.blocks import Narrow, Raw
@@ -25,7 +26,7 @@ def common(tmp_path_factory: pytest.TempPathFactory, pool_file: Path, target_fil
 @pytest.mark.parametrize("side", ["pool", "target"])
 def test_rows_come_in_the_declared_width(side: Any, checkpoints: Any, common: dict[str, Any]) -> None:
     stored, narrow, wide = (Signal("rows", side=side, checkpoints=checkpoints, dim=dim) for dim in (None, 16, 400))
-    with opened(**common) as pipeline:
+    with opened(Inputs(**common)) as pipeline:
         signals, _ = pipeline.signals(frozenset({stored, narrow, wide}))
     for whole, part, same in zip(*(v if isinstance(v := signals[s], list) else [v] for s in (stored, narrow, wide)), strict=True):
         assert whole.shape[1] == same.shape[1] == 64 and part.shape == (whole.shape[0], 16)
@@ -43,10 +44,10 @@ def test_narrow_rows_keep_products_and_are_the_same_for_every_run() -> None:
 
 @pytest.mark.parametrize("signal", [Signal("rows", modules="linear"), Signal("influence", backend="cosine", modules="linear")])
 def test_a_run_of_other_modules_is_refused_by_name(signal: Signal, common: dict[str, Any], tmp_path: Path) -> None:
-    with opened(**common) as pipeline, pytest.raises(MismatchError, match=r"modules = 'lora'.*\[gradients\] modules = \"linear\""):
+    with opened(Inputs(**common)) as pipeline, pytest.raises(MismatchError, match=r"modules = 'lora'.*\[gradients\] modules = \"linear\""):
         pipeline.recipes(frozenset({signal}))
     linear = {**SETTINGS, "gradients": {**SETTINGS["gradients"], "modules": "linear"}}
-    with opened(**{**common, "run": tmp_path / "run", "settings": linear}) as pipeline:
+    with opened(Inputs(**{**common, "run": tmp_path / "run", "settings": linear})) as pipeline:
         assert [recipe.stage for recipe in pipeline.recipes(frozenset({signal}))][-1] in ("gradients", "influence")
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import gradsift
 from gradsift import methods
+from gradsift.commands.check import Inputs
 from gradsift.commands.session import opened
 from gradsift.errors import DataError
 from gradsift.stages import rows as stored
@@ -84,7 +85,7 @@ def test_a_group_whose_gradients_are_unusable_is_named(
 
     monkeypatch.setattr(stored, "gradients", with_a_zero_row)
     with (
-        opened(**common, target_group="kind") as pipeline,
+        opened(Inputs(**common, target_group="kind")) as pipeline,
         pytest.raises(DataError, match=r"dev\.jsonl:6: no row of the target group 'law' can be used; .*gradient is zero"),
     ):
         pipeline.signals(methods.make(method).needs())
@@ -94,6 +95,6 @@ def test_a_group_that_keeps_one_row_goes_on(pool_file: Path, model_folder: Path,
     items = [{**item, "kind": "law" if i in (5, 6) else "rest"} for i, item in enumerate(rows(40, seed=4))]
     items[5]["messages"][0]["content"] = "too long " * 20
     common = given(tmp_path / "run", pool_file, write_rows(tmp_path / "dev.jsonl", items), model_folder)
-    with opened(**common, target_group="kind") as pipeline:
+    with opened(Inputs(**common, target_group="kind")) as pipeline:
         signals, _ = pipeline.signals(methods.make("rds").needs())
     assert list(signals.target_groups).count("law") == 1

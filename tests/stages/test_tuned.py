@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gradsift import methods
+from gradsift.commands.check import Inputs
 from gradsift.commands.plan.plan import plan
 from gradsift.commands.select.select import select
 from gradsift.commands.session import opened
@@ -41,7 +42,7 @@ def given(files: tuple[Path, Path], model: Path, run: Path, **tuning: Any) -> di
 def test_it_is_the_loss_under_a_model_trained_on_each_group(
     mode: str, files: tuple[Path, Path], model_folder: Path, tmp_path: Path
 ) -> None:
-    with opened(**given(files, model_folder, tmp_path / "run", mode=mode)) as pipeline:
+    with opened(Inputs(**given(files, model_folder, tmp_path / "run", mode=mode))) as pipeline:
         signals, indices = pipeline.signals(frozenset({LOSS, TUNED}))
         pool, target = list(pipeline.encoded("pool")), pipeline.encoded("target")
         groups = list(pipeline.sides["target"].groups)
@@ -77,14 +78,14 @@ def test_another_group_costs_one_training(files: tuple[Path, Path], model_folder
 
 def test_a_stage_that_was_cut_off_goes_on(files: tuple[Path, Path], model_folder: Path, tmp_path: Path) -> None:
     common = {**given(files, model_folder, tmp_path / "run"), "settings": {**SETTINGS, "tuning": TUNING, "gradients": {"shard_rows": 16}}}
-    with opened(**common) as pipeline:
+    with opened(Inputs(**common)) as pipeline:
         whole = pipeline.signals(frozenset({TUNED}))[0][TUNED]
 
     class Tired(Exception):
         pass
 
     common["run"] = tmp_path / "other"
-    with opened(**common) as pipeline:
+    with opened(Inputs(**common)) as pipeline:
         kept = pipeline.executor.map
 
         def one_shard(*args: Any) -> Any:
@@ -97,7 +98,7 @@ def test_a_stage_that_was_cut_off_goes_on(files: tuple[Path, Path], model_folder
     parts = sorted((tmp_path / "other").glob("tuned-*/parts/*.safetensors"))
     assert len(parts) == 1
     before = parts[0].stat().st_mtime_ns
-    with opened(**common) as pipeline:
+    with opened(Inputs(**common)) as pipeline:
         kept = pipeline.executor.map
         seen: list[list[int]] = []
 
@@ -150,5 +151,5 @@ def test_groups_take_turns_or_the_best_one_counts() -> None:
 def test_four_bits_are_not_trained_in_full(files: tuple[Path, Path], model_folder: Path, tmp_path: Path) -> None:
     common = given(files, model_folder, tmp_path / "run")
     common["settings"] = {**common["settings"], "model": {"dtype": "nf4"}}
-    with opened(**common) as pipeline, pytest.raises(ConfigError, match=r"cannot be trained in full.*lora"):
+    with opened(Inputs(**common)) as pipeline, pytest.raises(ConfigError, match=r"cannot be trained in full.*lora"):
         tuned.recipes(pipeline, Signal("tuned"))

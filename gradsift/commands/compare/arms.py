@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from gradsift import methods
 from gradsift.commands import budget as budgets
+from gradsift.commands.compare.request import CONTROL
 from gradsift.commands.select.constraints import Constraints
 from gradsift.commands.select.constraints import build as build_constraints
 from gradsift.commands.select.select import Selection, select_in
-from gradsift.commands.session import check_target
-from gradsift.errors import ConfigError, UnknownName, UserError
+from gradsift.errors import ConfigError, UserError
 from gradsift.stages.pipeline import Pipeline
 from gradsift.store.artifact import Artifact
 from gradsift.store.tensors import read_tensors
 from gradsift.types import Selector
-
-CONTROLS = {
-    "random": "rows drawn at random, anew for every seed",
-    "length": "the longest answers",
-    "length-matched": "random rows whose answers are as long as those of the first method's choice, drawn anew for every seed",
-    "perplexity": "the method of that name",
-    "rds": "pooled hidden states, where there is a target",
-    "full": "rows of the whole pool in random order, for as many steps as the others: more different rows, seen less often",
-}
-CONTROL = "random"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,35 +33,6 @@ class ArmRows:
 
     def rows(self, seed: int) -> np.ndarray:
         return self.draws[seed % len(self.draws)]
-
-
-def parse(specs: Sequence[str], targeted: bool) -> dict[str, tuple[str, Selector]]:
-    """spec -> (method, selector), each spec once, without random, which is always among the controls. Raises ConfigError, UserError,
-    UnknownName."""
-    selectors = {spec: _parse(spec) for spec in dict.fromkeys(specs) if spec != CONTROL}
-    for spec, (_, selector) in selectors.items():
-        check_target(spec, selector, ("given",) if targeted and selector.target != "none" else ())
-    if not selectors:
-        raise UserError("no method was named to beat random, which is always there", remedy="Name at least one, such as less.")
-    return selectors
-
-
-def _parse(spec: str) -> tuple[str, Selector]:
-    name, _, text = spec.partition(":")
-    pairs = filter(None, text.split(","))
-    options = methods.options_from(pairs, before=f"{name}:", remedy="Write it as less:aggregate=max,preset=paper.")
-    return name, methods.make(name, options)
-
-
-def controls(names: Sequence[str] | None, targeted: bool, specs: Mapping[str, Any]) -> list[str]:
-    """The controls beside `specs`: those named and random, or all that fit. Raises UnknownName, UserError."""
-    for name in names or ():
-        if name not in CONTROLS:
-            raise UnknownName("control", name, CONTROLS)
-    if names is not None and "rds" in names and not targeted:
-        raise UserError("the control rds selects toward a target and none was given", remedy="Add --target FILE, or drop it.")
-    wanted = [name for name in CONTROLS if targeted or name != "rds"] if names is None else [CONTROL, *names]
-    return [name for name in dict.fromkeys(wanted) if name not in specs]
 
 
 @dataclass(frozen=True, eq=False)

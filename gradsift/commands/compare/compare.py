@@ -15,22 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from gradsift.commands import budget as budgets
-from gradsift.commands.compare.arms import CONTROL, ArmRows, Arms, parse
-from gradsift.commands.compare.arms import controls as controls_of
-from gradsift.commands.compare.measures import MEASURES, check_measures
+from gradsift.commands.check import Inputs, as_list, check_budget, read_side
+from gradsift.commands.compare.arms import ArmRows, Arms
+from gradsift.commands.compare.request import CONTROL, MEASURES, check_comparison
 from gradsift.commands.compare.results import Arm, Comparison, Results
 from gradsift.commands.compare.statistics import Measured, compare_measured
 from gradsift.commands.compare.trials import COMMAND, Command, Test, Trial, Trials
 from gradsift.commands.select.contamination import TestSets
-from gradsift.commands.session import as_list, check_budget, opened, read_side
+from gradsift.commands.session import opened
 from gradsift.compute.progress import Progress, silent
 from gradsift.config import FinetuneSettings
 from gradsift.data.pool import Pool
 from gradsift.data.records import text_of
-from gradsift.errors import ConfigError, DataError, UnknownName
+from gradsift.errors import ConfigError, DataError
 from gradsift.model.finetune import finetune, heldout_loss
-from gradsift.report import ReportData, write_report
+from gradsift.report.data import ReportData
+from gradsift.report.write import write_report
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe
 from gradsift.store.artifact import Artifact
@@ -77,41 +77,27 @@ def compare(
 
     Raises what `select` raises; DataError for a test without a supervised token.
     """
-    wanted, targets, progress = budgets.parse(budget), as_list(target), progress or silent()
-    specs = parse(arms, bool(targets))
-    chosen_controls, asked = controls_of(controls, bool(targets), specs), check_measures(measure)
-    ways = _ways(equal)
-    if seeds < 1:
-        raise ConfigError(f"--seeds {seeds}: nothing to train", remedy="Give at least 1, better 5.")
-    if not 0 < level < 1:
-        raise ConfigError(f"level {level}: no share of the draws", remedy="Give a number between 0 and 1, such as 0.95.")
-    with opened(
-        run, pool=pool, target=targets, model=model, settings=settings, pool_group=pool_group, target_group=target_group,
-        warmup_from=warmup_from, progress=progress,
-    ) as pipeline:  # fmt: skip
-        check_budget(wanted, pipeline.sides["pool"], False)
-        tests = [_test(pipeline, file, asked, progress) for file in as_list(test)]
+    progress = progress or silent()
+    inputs = Inputs(run, pool, target, model, settings, pool_group, target_group, warmup_from)
+    request = check_comparison(
+        arms, inputs, budget=budget, test=test, seeds=seeds, level=level, controls=controls, equal=equal, measure=measure
+    )
+    with opened(inputs, progress=progress) as pipeline:
+        check_budget(request.budget, pipeline.sides["pool"], False)
+        tests = [_test(pipeline, file, request.measures, progress) for file in as_list(test)]
         if len({test.name for test in tests}) < len(tests):
             raise ConfigError("two tests have the same name", remedy="Tell them apart as --test NAME=FILE.")
         others = [read_side([file], pipeline.config, None, progress) for file in decontaminate]
         overlap = _overlapping(pipeline.sides["pool"], [*(test.examples for test in tests), *others])
-        make = Arms(pipeline, wanted, overlap, list(range(seed, seed + seeds)))
+        make = Arms(pipeline, request.budget, overlap, list(range(seed, seed + seeds)))
         marked = None if oracle is None else make.marked(oracle)
-        choices = [choice for name, (method, selector) in specs.items() for choice in make.selected(name, method, selector)]
-        choices += [choice for name in chosen_controls for choice in make.control(name, choices[0])]
+        choices = [choice for name, (method, selector) in request.methods.items() for choice in make.selected(name, method, selector)]
+        choices += [choice for name in request.controls for choice in make.control(name, choices[0])]
         if marked is not None:
             choices.append(make.oracle(f"oracle {oracle}", marked, len(choices[0].rows(0))))
         command = None if measure_command is None else Command(measure_command)
-        result = _Comparing(make, pipeline.config.finetune, marked).measure(choices, tests, command, ways, level)
+        result = _Comparing(make, pipeline.config.finetune, marked).measure(choices, tests, command, request.ways, level)
         return _keep(pipeline, result, choices)
-
-
-def _ways(equal: Sequence[str] | str) -> tuple[str, ...]:
-    ways = tuple(dict.fromkeys([equal] if isinstance(equal, str) else equal))
-    for name in ways or ("",):
-        if name not in ("steps", "tokens"):
-            raise UnknownName("way of equal training", name, ["steps", "tokens"])
-    return ways
 
 
 def _test(pipeline: Pipeline, file: str | Path, measures: tuple[str, ...], progress: Progress) -> Test:

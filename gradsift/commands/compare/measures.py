@@ -5,7 +5,6 @@ Every measure is a number per test row, so that a difference has an interval ove
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -14,27 +13,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from gradsift.errors import UnknownName, UserError
 from gradsift.types import IGNORE
 
-MEASURES: Mapping[str, str] = {
-    "loss": "nats per supervised token, lower is better",
-    "exact": "share of rows whose answer equals the row's `answer`",
-    "bleu": "mean over rows of sentence BLEU (sacrebleu), 0 to 100",
-    "chrf": "mean over rows of chrF (sacrebleu), 0 to 100",
-}
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _LETTER = re.compile(r"\(?([A-Za-z])(?:[).:]|\s|$)")
-
-
-def check_measures(names: Sequence[str]) -> tuple[str, ...]:
-    """The names in the order of MEASURES. Raises UnknownName, and UserError where sacrebleu is needed and missing."""
-    for name in names:
-        if name not in MEASURES:
-            raise UnknownName("measure", name, MEASURES)
-    if {"bleu", "chrf"} & set(names) and importlib.util.find_spec("sacrebleu") is None:
-        raise UserError("BLEU and chrF need sacrebleu, which is not installed", remedy='Run: pip install "gradsift[measure]"')
-    return tuple(name for name in MEASURES if name in names)
 
 
 def same_answer(text: str, answer: str) -> bool:

@@ -11,13 +11,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from gradsift import methods
 from gradsift.commands import budget as budgets
+from gradsift.commands.check import Inputs, check_budget, check_selection
 from gradsift.commands.plan.costs import Rates, StageCost
 from gradsift.commands.plan.ray import Spread, spread
 from gradsift.commands.select.constraints import Constraints
 from gradsift.commands.select.select import limits_of, select_recipe
-from gradsift.commands.session import as_list, check_budget, check_target, opened
+from gradsift.commands.session import opened
 from gradsift.compute import machine
 from gradsift.compute.batches import pad_batch, token_batches
 from gradsift.compute.cpu.matmul import quick_layers
@@ -31,9 +31,9 @@ from gradsift.model.lora import attach_lora
 from gradsift.model.losses import row_losses
 from gradsift.model.warmup import plan_warmup
 from gradsift.rules import blocks, kmeans
+from gradsift.signals.backends import through_curvature
 from gradsift.signals.curvature import exact
 from gradsift.signals.embeddings import hidden_size
-from gradsift.signals.influence import through_curvature
 from gradsift.stages import curvature, tuned
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe
@@ -109,14 +109,10 @@ def plan(
 
     Errors as `selection.select`.
     """
-    selector = methods.make(method, options)
-    wanted, targets = budgets.parse(budget), as_list(target)
-    check_target(method, selector, targets)
+    inputs = Inputs(run, pool, target, model, settings, pool_group, target_group, warmup_from)
+    selector, wanted = check_selection(method, inputs, budget=budget, options=options, allow_short=allow_short)
     machine.forget_peak()
-    with opened(
-        run, pool=pool, target=targets, model=model, settings=settings, pool_group=pool_group, target_group=target_group,
-        warmup_from=warmup_from, progress=progress, keep=False,
-    ) as pipeline:  # fmt: skip
+    with opened(inputs, progress=progress, keep=False) as pipeline:
         limits = limits_of(constraints or {}, pipeline.config, progress or silent())
         limits.check(pipeline.sides["pool"])
         check_budget(wanted, pipeline.sides["pool"], allow_short)

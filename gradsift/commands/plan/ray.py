@@ -10,8 +10,8 @@ import psutil
 import torch
 
 from gradsift.compute.ray import Ray
+from gradsift.signals.backends import BACKENDS
 from gradsift.signals.curvature.exact import MEMORY
-from gradsift.signals.influence import BACKENDS
 
 if TYPE_CHECKING:
     from gradsift.commands.plan.costs import Rates, StageCost

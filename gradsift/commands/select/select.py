@@ -12,16 +12,17 @@ import torch
 
 from gradsift import methods
 from gradsift.commands import budget as budgets
+from gradsift.commands.check import Inputs, as_list, check_budget, check_selection, read_side
 from gradsift.commands.select import outputs
 from gradsift.commands.select.choose import choose
 from gradsift.commands.select.constraints import Constraints, screen
 from gradsift.commands.select.constraints import build as build_constraints
 from gradsift.commands.select.explain import Chosen, report_data
-from gradsift.commands.session import as_list, check_budget, check_out, check_target, deliver, opened, read_side
+from gradsift.commands.session import deliver, opened
 from gradsift.compute.progress import Progress, silent
 from gradsift.config import Config
-from gradsift.report import write_report
 from gradsift.report.agreement import matrix
+from gradsift.report.write import write_report
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe, Timing
 from gradsift.store.artifact import Artifact
@@ -110,15 +111,9 @@ def select(
     Raises UserError (a wrong name, option, budget or combination), DataError (unusable input), ResourceError (disk, memory),
     IntegrityError (damaged work in `run`), Interrupted (a signal; resumable).
     """
-    selector = methods.make(method, options)
-    wanted = budgets.parse(budget)
-    targets = as_list(target)
-    check_target(method, selector, targets)
-    check_out(out, [*as_list(pool), *targets])
-    with opened(
-        run, pool=pool, target=targets, model=model, settings=settings, pool_group=pool_group, target_group=target_group,
-        warmup_from=warmup_from, progress=progress,
-    ) as pipeline:  # fmt: skip
+    inputs = Inputs(run, pool, target, model, settings, pool_group, target_group, warmup_from)
+    selector, wanted = check_selection(method, inputs, budget=budget, options=options, out=out, allow_short=allow_short)
+    with opened(inputs, progress=progress) as pipeline:
         limits = limits_of(constraints or {}, pipeline.config, progress or silent())
         limits.check(pipeline.sides["pool"])
         check_budget(wanted, pipeline.sides["pool"], allow_short)

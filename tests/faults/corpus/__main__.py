@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from gradsift.data import tables
+from gradsift.data import limits, tables  # noqa: F401 - tables: its libraries are loaded before memory is bounded
 from gradsift.data.pool import read_pool
 from gradsift.errors import GradsiftError
 from tests.faults.corpus import CORPUS, SENTINEL
@@ -46,7 +46,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
 
 def main(root: Path, names: list[str]) -> None:
-    tables.EXPANSION_FROM = EXPANSION_FROM
+    limits.EXPANSION_FROM = EXPANSION_FROM
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     for name in names or CORPUS:

@@ -1,0 +1,17 @@
+"""How far a packed file may grow when it is unpacked, and what to do about one that cannot be unpacked."""
+
+from __future__ import annotations
+
+from gradsift.errors import ResourceError
+
+EXPANSION = 1000.0  # unpacked over packed bytes: gzip's own limit is 1032, text rarely passes 20
+EXPANSION_FROM = 1 << 30  # bytes; smaller files may expand as they like
+AGAIN = "Copy or download the file again."
+ROOM = "Set TMPDIR to a roomier disk."
+
+
+def expanded(written: int, read: int, limit: float, name: str) -> None:
+    """Raises ResourceError when `written` bytes unpacked from `read` are more than a file may become."""
+    if written > EXPANSION_FROM and written > read * limit:
+        what = f"expands beyond {limit:g} times its size ({written:,} bytes from {read:,})"
+        raise ResourceError(what, where=name, remedy="Unpack it by hand, or raise max_expansion, if you trust it.")
