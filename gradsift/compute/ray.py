@@ -58,7 +58,7 @@ class Ray:
         self.expect = dict(fingerprint(threads, cpu=not gpus) if expect is None else expect)
         self._note = note or (lambda _: None)
         self._wanted = workers
-        self._slots: list[Slot] = []
+        self.slots: list[Slot] = []
         self._ray: Any = None
         self.gpu = ""
 
@@ -69,14 +69,15 @@ class Ray:
         if not len(shards):
             return
         with interruptible():
-            self._connect()
+            self.connect()
             try:
-                yield from Round(self, self._put(make_worker), shards, part or (lambda shard: shard)).run()
+                yield from Round(self, self.put(make_worker), shards, part or (lambda shard: shard)).run()
             finally:
-                for slot in self._slots:
+                for slot in self.slots:
                     slot.rest()
 
-    def _put(self, thing: Any) -> Any:
+    def put(self, thing: Any) -> Any:
+        """A reference to `thing` in the cluster's object store. Raises ResourceError where it is full."""
         from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
         try:
@@ -156,8 +157,9 @@ class Ray:
     def _cpus(self) -> int:
         return 1 if self.gpus else self.threads
 
-    def _connect(self) -> None:
-        if not self._slots:
+    def connect(self) -> None:
+        """Joins the cluster and makes the slots of workers, once."""
+        if not self.slots:
             room = self.room()
             if not room and not self._wanted:
                 raise ResourceError(
@@ -166,13 +168,13 @@ class Ray:
                 )
             if self._wanted > room:
                 self._note(f"{self._wanted} workers asked for, room for {room} now: the others begin when there is more")
-            self._slots = [Slot(self, number) for number in range(self._wanted or room)]
+            self.slots = [Slot(self, number) for number in range(self._wanted or room)]
 
     def close(self) -> None:
         """As Executor.close."""
-        for slot in self._slots:
+        for slot in self.slots:
             slot.end()
-        self._slots = []
+        self.slots = []
 
 
 _SHARE = "to spread them too, put the run on a file system that every machine has under the same path"

@@ -178,7 +178,7 @@ class Round:
     """One map: shards to do, and what has gone wrong so far."""
 
     def __init__(self, executor: Ray, maker: Any, shards: Sequence[int], part: Callable[[int], Any]) -> None:
-        self.executor, self.maker, self.part, self.slots = executor, maker, part, executor._slots
+        self.executor, self.maker, self.part, self.slots = executor, maker, part, executor.slots
         self.todo = deque(shards)
         self.lost: Counter[int] = Counter()
         self.stillborn = 0  # workers in a row that were lost before they did a shard

@@ -13,7 +13,7 @@ import pytest
 
 from gradsift import methods
 from gradsift.commands.plan.costs import Rates
-from gradsift.commands.plan.plan import MATCHING, _cost, _select_cost
+from gradsift.commands.plan.plan import MATCHING, select_cost, stage_cost
 from gradsift.commands.session import opened
 from gradsift.compute.machine import peak_bytes
 from gradsift.config import LoraSettings
@@ -51,8 +51,8 @@ def test_bytes_and_seconds_are_those_of_the_plan(
         rates = Rates(1000.0, 800.0, 3000.0, 500.0, 2e9, peak_bytes(), peak_bytes(), 64, 5000, 32, 0, 0)
         tokens = {side: per_row * len(rows) for side, rows in pipeline.sides.items()}
         selector = methods.make(method, {"clusters": 4} if method == "tagcos" else {})
-        planned = [_cost(pipeline, recipe, tokens, rates) for recipe in pipeline.recipes(selector.needs())]
-        chosen = _select_cost(pipeline, selector, 18, rates)
+        planned = [stage_cost(pipeline, recipe, tokens, rates) for recipe in pipeline.recipes(selector.needs())]
+        chosen = select_cost(pipeline, selector, 18, rates)
         ids = sum(len(i.encode()) for i in pipeline.sides["pool"].ids) / n
         m = len(pipeline.sides["target"]) if target else 0
     a = scaling.Assumed(

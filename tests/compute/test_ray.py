@@ -191,10 +191,10 @@ def test_a_worker_hangs_until_its_answer_is_there_whoever_takes_it_late(two: Ray
 
     executor = Ray(threads=1, workers=1, address=two.address, shard_timeout=900)
     try:
-        executor._connect()
-        (slot,) = executor._slots
+        executor.connect()
+        (slot,) = executor.slots
         slot.start()
-        for kind, given, hangs in (("hello", (), False), ("build", (executor._put(make),), False), ("work", (7,), True)):
+        for kind, given, hangs in (("hello", (), False), ("build", (executor.put(make),), False), ("work", (7,), True)):
             if kind != "hello":
                 slot.ask(kind, *given)
             assert slot.task is not None and not slot.overdue()
@@ -214,7 +214,7 @@ def test_answers_that_waited_for_a_busy_caller_are_taken_and_no_worker_is_lost(t
     try:
         for shard, value in executor.map(squares, range(6)):
             found[shard] = value
-            for slot in executor._slots:  # as after hours in which this process did something else
+            for slot in executor.slots:  # as after hours in which this process did something else
                 if slot.task is not None and slot.task.kind == "work":
                     ray.wait([slot.task.ref])
                     slot.task.since -= 10_000
@@ -354,7 +354,7 @@ def test_workers_of_gpus_get_those_they_ask_for_and_the_plan_counts_them(
                 assert resources == {"CPU": 1.0, "GPU": 1.0} and place[1:] == (shown,)
                 seen[place] = pid
         assert set(seen) == {(nodes[0].node_id, "0"), (nodes[0].node_id, "1"), (nodes[1].node_id, "0")}
-        for slot in made[1]._slots:  # as if each had told of another kind
+        for slot in made[1].slots:  # as if each had told of another kind
             slot.gpu = f"kind {ray.get(slot.actor.work.remote(0))[-1]}"
         for _, (*_, pid) in made[1].map(gpus_given, range(6)):
             assert made[1].gpu == f"kind {pid}"

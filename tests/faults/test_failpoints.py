@@ -99,7 +99,7 @@ def test_a_crash_before_or_after_any_rename_or_sync_loses_nothing(server: Server
     renames = {tuple(line.split(" ", 2)[1:]) for line in struck if not line.startswith("fsync")}
     assert renames == {(when, site) for when in ("before", "after") for site in failpoints.sites()}
     assert {line for line in struck if line.startswith("fsync")} == {
-        f"fsync {when} {place}" for when in ("before", "after") for place in ("replacing", "making", "_sync_folder")
+        f"fsync {when} {place}" for when in ("before", "after") for place in ("replacing", "making", "sync_folder")
     }
 
     shutil.copy(record, nothing_new)

@@ -89,7 +89,7 @@ def test_different_seeds_give_unrelated_rows() -> None:
 @pytest.mark.parametrize("d", [16, 300, 1024])
 def test_the_two_ways_to_apply_a_sketch_agree(d: int) -> None:
     bound = Projection(d).bind({"w": (7, 43)})
-    buckets, signs = bound._sketch_map("w")
+    buckets, signs = bound.sketch_map("w")
     assert torch.equal(buckets.sort(1).values, torch.arange(d).expand(buckets.shape))
     flat = torch.randn(3, 301)
     one, other = torch.zeros(3, d), torch.zeros(3, d)
@@ -121,7 +121,7 @@ def test_maps_that_do_not_fit_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -
             patch.setattr(module, "CACHE_BYTES", 0)
             assert torch.equal(project(projection, grads), kept)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_DENSE_BLOCK", 64 * 7)
+            patch.setattr(module, "DENSE_BLOCK", 64 * 7)
             bound = projection.bind(SHAPES)
             assert bound.width == kept.shape[1]
 

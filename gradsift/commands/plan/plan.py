@@ -120,13 +120,13 @@ def _plan(pipeline: Pipeline, method: str, selector: Selector, wanted: budgets.B
     todo = {recipe.stage for recipe in recipes if _left(pipeline, recipe)}
     rates = probe(pipeline, encoded["pool"][0], selector, todo if pipeline.warmup_from is None else todo - {"warmup"})
     tokens = {side: int(rows.lengths.sum() * scale) for side, (rows, scale) in encoded.items()}
-    stages = [_cost(pipeline, recipe, tokens, rates) for recipe in recipes]
+    stages = [stage_cost(pipeline, recipe, tokens, rates) for recipe in recipes]
     candidates = pipeline.sides["pool"]
     rows = wanted.rows(candidates.funnel["read"])
     if wanted.unit != "rows":  # at the pool's mean length
         mean = (encoded["pool"][0].lengths if wanted.unit == "tokens" else encoded["pool"][0].supervised).mean()
         rows = min(len(candidates), int(wanted.tokens(int(mean * len(candidates))) / max(mean, 1)))
-    stages.append(_select_cost(pipeline, selector, rows, rates))
+    stages.append(select_cost(pipeline, selector, rows, rates))
     over = spread(pipeline, stages, rates)
     return Plan(
         method=method,
@@ -240,7 +240,8 @@ def _pass(model: Any, encoded: EncodedRows, batches: list[list[int]], pad_id: in
     model.zero_grad(set_to_none=True)
 
 
-def _cost(pipeline: Pipeline, recipe: Recipe, tokens: Mapping[str, int], rates: Rates) -> StageCost:
+def stage_cost(pipeline: Pipeline, recipe: Recipe, tokens: Mapping[str, int], rates: Rates) -> StageCost:
+    """The cost of what is left to make of a stage."""
     side = _side(pipeline, recipe)
     rows, n, label = len(pipeline.sides[side]), tokens[side], ""
     ids = sum(len(i.encode()) + 4 for i in pipeline.sides[side].ids)
@@ -321,7 +322,7 @@ def _side(pipeline: Pipeline, recipe: Recipe) -> str:
     return "pool"
 
 
-def _select_cost(pipeline: Pipeline, selector: Selector, rows: int, rates: Rates) -> StageCost:
+def select_cost(pipeline: Pipeline, selector: Selector, rows: int, rates: Rates) -> StageCost:
     """k-means, the graph of neighbours, or matching (a row of products for every pick, inside its cluster) dominates where a method does it;
     elsewhere selecting is reading the signals once."""
     n, clusters = len(pipeline.sides["pool"]), getattr(selector, "clusters", 0)
