@@ -577,7 +577,7 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(two: Ray, tmp_path: Path, 
     over = [*arguments, "--run", str(tmp_path / "ray"), "--executor", "ray", "--workers", "1", "--shard-timeout", "300"]
     over += ["--address", two.address or ""]
     two.close()
-    first = subprocess.Popen([sys.executable, "-m", "gradsift.cli.app", *over], stderr=subprocess.PIPE)
+    first = subprocess.Popen([sys.executable, "-m", "gradsift.cli", *over], stderr=subprocess.PIPE)
     until = time.monotonic() + 240
     while not list((tmp_path / "ray").glob("gradients-*/rows-*.safetensors")):
         assert time.monotonic() < until and first.poll() is None, first.communicate()[1].decode()
