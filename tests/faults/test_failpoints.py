@@ -17,6 +17,8 @@ from tests.faults import failpoints
 from tests.faults.forks import Server
 from tests.faults.killed import digests, finished, prepare, strays
 
+pytestmark = pytest.mark.slow
+
 # Together they come by every place that writes into a run; further methods write at the same ones.
 COMMANDS = {
     "less": ["select", "less"],
