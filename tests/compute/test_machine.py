@@ -11,13 +11,13 @@ from gradsift.compute import machine
 
 BOUND = (
     "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\n"
-    "import torch; from gradsift import machine\n"
+    "import torch; from gradsift.compute import machine\n"
     "print(machine.settle(0), torch.get_num_threads(), machine.settle(2))"
 )
 
 # Blocks that came by mmap of 8 MB asked for once settled: glibc's own threshold is 128 kB, ours 32 MB.
 MAPPED = (
-    "import ctypes; from gradsift import machine\n"
+    "import ctypes; from gradsift.compute import machine\n"
     "class Info(ctypes.Structure): _fields_ = [(n, ctypes.c_size_t) for n in 'arena ordblks smblks hblks hblkhd usmblks'.split()]\n"
     "class Whole(Info): _fields_ = [(n, ctypes.c_size_t) for n in 'fsmblks uordblks fordblks keepcost'.split()]\n"
     "libc = ctypes.CDLL(None); libc.mallinfo2.restype = Whole; libc.malloc.restype = ctypes.c_void_p\n"

@@ -52,7 +52,7 @@ def test_canonical_json_refuses_numbers_that_are_none(value: float) -> None:
 
 def test_digests_and_files_depend_on_no_hash_seed_or_locale(tmp_path: Path) -> None:
     code = (
-        "import sys, torch\nfrom gradsift.store.atomic import recipe_digest, write_tensors\n"
+        "import sys, torch\nfrom gradsift.store.canonical import recipe_digest\nfrom gradsift.store.tensors import write_tensors\n"
         "names = {'\\xe4', 'b', '\\xc7', 'i', 'I', '\\u0131'}\n"  # iterated in hash order
         "print(recipe_digest({name: [0.1, 1e22, name.upper()] for name in names}).encode())\n"
         "write_tensors(sys.argv[1], {name: torch.arange(3) for name in names}, {name: name for name in names})\n"
