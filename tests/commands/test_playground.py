@@ -262,6 +262,7 @@ def _build(cache: str) -> None:
     tiny_model(Path(cache), settings=SMALL)
 
 
+@pytest.mark.slow
 def test_two_processes_may_build_at_once(small: Path, tmp_path: Path) -> None:
     workers = [multiprocessing.get_context("spawn").Process(target=_build, args=(str(tmp_path),)) for _ in range(2)]
     for worker in workers:

@@ -67,6 +67,7 @@ def test_inner_products_are_kept_without_bias_and_within_the_bound(projection: P
     assert (estimates.var(0) < tol.VARIANCE_SLACK * bound).all()
 
 
+@pytest.mark.slow
 def test_cosines_of_rows_at_right_angles_spread_as_one_over_the_root_of_the_width() -> None:  # T6.5
     shapes = {"model.a": (64, 512), "model.b": (512, 64)}  # more numbers than columns: of fewer, less collide, and the spread is smaller
     x, y = torch.randn(2, sum(o * i for o, i in shapes.values()), generator=torch.Generator().manual_seed(3))

@@ -189,6 +189,7 @@ def test_same_seed_same_bytes_and_another_seed_other_rows(run: tuple[Path, list[
     assert plans[0] == plans[1] != plans[2]
 
 
+@pytest.mark.slow
 def test_another_process_and_hash_seed_give_the_same_bytes(run: tuple[Path, list[Checkpoint]], tmp_path: Path) -> None:
     out, _ = run
     code = (
