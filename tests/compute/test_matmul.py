@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not machine.has_onednn_linear(), reason="this bu
 def preferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both ways, whatever processor the tests run on, for smaller products than otherwise."""
     monkeypatch.setattr(matmul, "prefers_onednn", lambda: request.param)
-    monkeypatch.setattr(matmul, "_LEAST", 1 << 20)
+    monkeypatch.setattr(matmul, "LEAST", 1 << 20)
     return request.param
 
 
@@ -119,9 +119,9 @@ def test_what_does_not_apply_is_left_to_torch(preferred: bool, monkeypatch: pyte
 def products(preferred: bool, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Products are worth the way however small they are; the list grows by one for each that takes it."""
     found: list[int] = []
-    own = matmul._contiguous
-    monkeypatch.setattr(matmul, "_LEAST", 1)
-    monkeypatch.setattr(matmul, "_contiguous", lambda a: (found.append(1), own(a))[1])
+    own = matmul.contiguous
+    monkeypatch.setattr(matmul, "LEAST", 1)
+    monkeypatch.setattr(matmul, "contiguous", lambda a: (found.append(1), own(a))[1])
     return found
 
 

@@ -20,7 +20,10 @@ from gradsift.store.run import Run
 from tests.conftest import SETTINGS
 from tests.faults.killed import digests, finished
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"),
+]
 
 
 @pytest.fixture(scope="module")

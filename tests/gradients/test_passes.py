@@ -204,6 +204,7 @@ def test_faults_of_the_call_come_before_any_work() -> None:
         extract(model, rows, projection=SKETCH, norms="none")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factored", [False, True])
 def test_sketched_norms_are_right_on_average_and_rows_are_the_same(factored: bool) -> None:
     model, rows = build("llama", lora=False), make_rows()

@@ -86,14 +86,14 @@ def test_halvings_of_scores_through_the_curvature_are_counted_too(
 ) -> None:
     from gradsift.signals.curvature import exact
 
-    add = exact._Scorer.add
+    add = exact.Scorer.add
 
     def refuse(self: Any, indices: Any, rows: Any) -> None:
         if len(rows) > 2:
             raise MemoryError
         add(self, indices, rows)
 
-    monkeypatch.setattr(exact._Scorer, "add", refuse)
+    monkeypatch.setattr(exact.Scorer, "add", refuse)
     found = select(tmp_path / "run", pool_file, target_file, model_folder, backend="ekfac")
     (told,) = [made["batch_halvings"] for made in extra(tmp_path / "run", "influence")]
     assert told["times"] >= told["shards"] >= 2

@@ -137,8 +137,8 @@ def test_low_rank_scores_agree_both_ways(by_tokens: bool, monkeypatch: pytest.Mo
     inverse = fit(model, pool, modules="linear").inverse()
     prepared = prepare_targets(model, target, inverse, modules="linear", rank=3)
     expected = gather(score_pool(model, pool, prepared, modules="linear"), 8)
-    monkeypatch.setattr(exact, "_by_tokens", lambda *sizes: by_tokens)
-    monkeypatch.setattr(exact, "_CHUNK", {"cpu": 1000})
+    monkeypatch.setattr(exact, "cheaper_by_tokens", lambda *sizes: by_tokens)
+    monkeypatch.setattr(exact, "CHUNK", {"cpu": 1000})
     assert close(gather(score_pool(model, pool, prepared, modules="linear"), 8), expected, 1e-5)
 
 
