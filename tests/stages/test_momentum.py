@@ -15,7 +15,7 @@ from gradsift.model.layers import tracked_modules
 from gradsift.stages.pipeline import Pipeline
 from gradsift.store.artifact import Artifact
 from tests.conftest import SETTINGS
-from tests.gradients.parts import one_by_one
+from tests.gradients.one_by_one import one_by_one
 
 FORMS: Any = pytest.mark.parametrize("form", ["paper", "released"])
 

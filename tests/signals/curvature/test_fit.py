@@ -17,7 +17,7 @@ from gradsift.signals.curvature.exact import influence_scores
 from gradsift.signals.curvature.fit import Fitting
 from gradsift.signals.curvature.fitted import Curvature
 from gradsift.signals.curvature.passes import sample, uniforms
-from tests.signals.curvature.parts import MODELS, Naive, base, close, gather, lora, make_rows, naive_scores, sampled
+from tests.signals.curvature.naive import MODELS, Naive, base, close, gather, lora, make_rows, naive_scores, sampled
 
 
 @pytest.mark.parametrize("kind", MODELS)
