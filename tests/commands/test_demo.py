@@ -12,9 +12,8 @@ from gradsift.commands.compare.results import Arm, ArmResult, Comparison, Result
 from gradsift.commands.demo.demo import Demo, Shares
 from gradsift.report import ReportData
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_demo_passes_its_own_check(tmp_path: Path) -> None:
     gradsift = str(Path(sys.executable).parent / "gradsift")

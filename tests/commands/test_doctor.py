@@ -15,7 +15,7 @@ from gradsift.commands import doctor as room
 from gradsift.commands.doctor import EQUAL, Attempt, doctor, recommend
 from gradsift.errors import ConfigError, DataError, UserError
 from tests.conftest import rows, write_rows
-from tests.model.parts import mixtral, tokenizer
+from tests.model.small_models import mixtral, tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")
 SETTINGS: dict[str, Any] = {"encode": {"max_length": 64}, "gradients": {"dim": 64, "token_budget": 128}, "machine": {"threads": 1}}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.faults.fuzz import ARRAY, KINDS, TEXT, read
+from tests.faults.fuzz import ARRAY, KINDS, TEXT, check_read
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = int(os.environ.get("GRADSIFT_FUZZ", "150"))
@@ -41,11 +41,11 @@ def test_any_bytes_put_anywhere(tmp_path: Path, base: bytes, changes: list[tuple
         data = data[:at] + put + data[at + gone :]
     path = tmp_path / ("p.json" if base is ARRAY else "p.jsonl")
     path.write_bytes(data)
-    assert read(path) or changes
+    assert check_read(path) or changes
 
 
 @settings(max_examples=COUNT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200), st.sampled_from([".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", "", ".txt"]))
 def test_any_bytes_under_any_name(tmp_path: Path, data: bytes, suffix: str) -> None:
     (tmp_path / f"p{suffix}").write_bytes(data)
-    read(tmp_path / f"p{suffix}")
+    check_read(tmp_path / f"p{suffix}")

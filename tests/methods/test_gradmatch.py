@@ -9,7 +9,7 @@ import torch
 from gradsift.methods import make
 from gradsift.rules import omp
 from gradsift.types import Subset
-from tests.methods.parts import Stored, choose, random_rows
+from tests.methods.vectors import Stored, choose, random_rows
 
 RAW = {"normalise": "false"}
 GOAL = torch.tensor([[3.0, 0.0, 2.0, 0.0]])

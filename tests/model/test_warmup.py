@@ -28,7 +28,7 @@ from gradsift.model.lora import adapter_state, attach_lora, load_adapter
 from gradsift.model.warmup import cheapest_cuts, fewest_pieces, plan_warmup, warm_up
 from gradsift.stages.rows import adam_transform
 from gradsift.types import Checkpoint
-from tests.model.parts import gpt2, llama, token_rows
+from tests.model.small_models import gpt2, llama, token_rows
 
 PAD = 256
 SMALL = WarmupSettings(batch_size=6, min_rows=20, epochs=2, lora=LoraSettings(r=4))

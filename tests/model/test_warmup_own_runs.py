@@ -28,7 +28,7 @@ from gradsift.model.layers import tracked_modules
 from gradsift.model.load import load_model
 from gradsift.model.lora import load_adapter, remove_lora
 from gradsift.model.warmup import TrajectoryCallback
-from tests.model.parts import llama, saved, token_rows, tokenizer
+from tests.model.small_models import llama, saved, token_rows, tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -63,6 +63,7 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return tried
 
 
+@pytest.mark.slow
 def test_batches_that_were_halved_are_told_by_manifest_result_and_report(
     tmp_path: Path, pool_file: Path, target_file: Path, model_folder: Path, little_memory: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +82,7 @@ def test_batches_that_were_halved_are_told_by_manifest_result_and_report(
     assert plenty.warnings == [text for text in scarce.warnings if text not in said]
 
 
+@pytest.mark.slow
 def test_halvings_of_scores_through_the_curvature_are_counted_too(
     tmp_path: Path, pool_file: Path, target_file: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

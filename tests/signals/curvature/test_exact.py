@@ -19,7 +19,7 @@ from gradsift.signals.curvature.passes import pass_row
 from gradsift.signals.influence import trak_target
 from gradsift.store.rows import RowStore
 from gradsift.types import IGNORE
-from tests.signals.curvature.parts import MODELS, Naive, base, close, gather, make_rows, naive_scores
+from tests.signals.curvature.naive import MODELS, Naive, base, close, gather, make_rows, naive_scores
 
 
 @pytest.mark.parametrize("kind", MODELS)

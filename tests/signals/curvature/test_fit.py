@@ -19,7 +19,7 @@ from gradsift.signals.curvature.fitted import Curvature
 from gradsift.signals.curvature.passes import sample, uniforms
 from gradsift.store.partial import Pieces
 from gradsift.store.tensors import TensorFile
-from tests.signals.curvature.parts import MODELS, Naive, base, close, gather, lora, make_rows, naive_scores, sampled
+from tests.signals.curvature.naive import MODELS, Naive, base, close, gather, lora, make_rows, naive_scores, sampled
 
 
 @pytest.mark.parametrize("kind", MODELS)
