@@ -17,7 +17,7 @@ from gradsift.gradients.passes import extract
 from gradsift.gradients.projection import Projection
 from gradsift.model.finetune import finetune
 from gradsift.model.losses import row_losses
-from gradsift.signals.curvature import fit
+from gradsift.signals.curvature.fit import fit
 from gradsift.signals.embeddings import embed
 from tests import tolerances as tol
 from tests.gradients.one_by_one import build, make_rows

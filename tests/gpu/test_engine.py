@@ -21,8 +21,8 @@ from gradsift.model.layers import tracked_modules
 from gradsift.model.load import load_model
 from gradsift.model.lora import attach_lora, load_adapter
 from gradsift.model.losses import row_losses
-from gradsift.signals.curvature import fit
 from gradsift.signals.curvature.exact import influence_scores
+from gradsift.signals.curvature.fit import fit
 from gradsift.store.rows import RowStore
 from gradsift.types import Signals
 from tests import tolerances as tol

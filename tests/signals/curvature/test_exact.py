@@ -13,8 +13,9 @@ from torch import Tensor
 from gradsift.errors import ConfigError, DataError, MismatchError, UserError
 from gradsift.gradients.passes import extract
 from gradsift.gradients.projection import Projection
-from gradsift.signals.curvature import exact, fit
+from gradsift.signals.curvature import exact
 from gradsift.signals.curvature.exact import influence_scores, prepare_targets, rank_agreement, score_pool
+from gradsift.signals.curvature.fit import fit
 from gradsift.signals.curvature.passes import pass_row
 from gradsift.signals.influence import trak_target
 from gradsift.store.rows import RowStore
