@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import RenderableType
 from rich.text import Text
 
 from gradsift.commands.check import as_list, read_side
@@ -15,6 +14,9 @@ from gradsift.config import build
 from gradsift.data.encode import encode
 from gradsift.model.load import tokenizer_from_settings
 from gradsift.types import IGNORE, Encoded
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def inspect(

@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -39,6 +38,9 @@ from gradsift.model.lora import attach_lora, remove_lora
 from gradsift.store.atomic import write_atomic
 from gradsift.store.canonical import canonical_json
 from gradsift.types import IGNORE, Checkpoint
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 RECORD = "warmup.json"
 _MICRO_ROWS, _MICRO_TOKENS = 4, 2048

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .blocks import Rows, check_budget, check_finite, check_rng, gather, sizes, stream
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PENDING = 64  # chosen rows whose distances are brought up to date in one pass
 # Squared distances below this share of |x|^2 + |c|^2 are rounding of the arithmetic (float16 rows in float32: 2.5e-7): zero.

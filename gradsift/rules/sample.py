@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .blocks import best, check_budget, check_rng
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def gumbel_topk(log_weights: Any, budget: int, *, rng: np.random.Generator) -> Tensor:

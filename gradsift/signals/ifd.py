@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from gradsift.compute.memory import Halving
 from gradsift.model.losses import row_losses
 from gradsift.types import IGNORE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def alone(row: Any) -> dict[str, list[int]]:

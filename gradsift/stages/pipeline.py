@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +27,9 @@ from gradsift.store.artifact import REPAIR
 from gradsift.store.atomic import marker
 from gradsift.store.rows import RowStore, RowView
 from gradsift.types import Signal, Signals
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Signal name -> the module whose `recipes(context, signal)` and `value(context, signal)` make it.
 STAGES: dict[str, ModuleType] = {

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from torch import Tensor
 
 from gradsift.compute.executor import Executor
 from gradsift.data.encode import EncodedRows
 from gradsift.stages.context import Context
 from gradsift.stages.work import ShardResult
 from gradsift.store.provenance import made_on
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Keeper(Protocol):

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from gradsift import report
 from gradsift.compute.progress import duration
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from gradsift.commands.select.select import Selection
 
 MEAN = "mean of the tests"
