@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,6 +19,7 @@ def snippets(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs(tmp_path: Path, model_folder: Path) -> None:
     write_rows(tmp_path / "pool.jsonl", rows(300))
     write_rows(tmp_path / "dev.jsonl", [row for row in rows(20, seed=5) if row["kind"] == "back"])

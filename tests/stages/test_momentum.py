@@ -56,6 +56,7 @@ def test_stored_rows_are_the_plain_loops(form: Any, pool_file: Path, model_folde
     assert torch.nn.functional.cosine_similarity(rows[0:12].float(), wanted).min() > 0.9999
 
 
+@pytest.mark.slow
 def test_rows_without_momentum_share_less_and_runs_before_the_choice_are_read_as_before(
     pool_file: Path, model_folder: Path, tmp_path: Path
 ) -> None:

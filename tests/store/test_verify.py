@@ -73,6 +73,7 @@ def spots(data: bytes, name: str) -> list[int]:
     return sorted({0, max(len(data) - 1, 0), *range(step // 2, len(data), step)})
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_in_every_kind_of_file_is_named(run: Path) -> None:
     assert verify(run) == []
     every = kinds(run)
