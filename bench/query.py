@@ -25,7 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import engine  # noqa: F401  # isort: skip  (sets the allocator and one thread for the whole process, by starting it again)
+# Sets the allocator and one thread for the whole process, by starting it again.
+import engine  # noqa: F401  # isort: skip
 import torch
 
 from gradsift.signals.influence import score_blocks

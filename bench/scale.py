@@ -59,7 +59,8 @@ from pathlib import Path
 from gradsift.data.pool import read_pool
 
 def held():
-    return 1024 * int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
 
 read_pool([sys.argv[2]])
 before = held()

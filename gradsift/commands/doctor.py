@@ -84,11 +84,12 @@ class Diagnosis:
     def lines(self) -> list[str]:
         facts, seen = self.machine, self.coverage
         gb = 1e9
+        allocator = ", ".join(f"{key}={value}" for key, value in facts["allocator"].items())
         found = [
             f"machine    {facts['cpu']}, {facts['threads']} threads of {facts['physical_cores']} cores, torch {facts['torch']}",
             f"           {facts['memory_free'] / gb:.1f} GB of memory free, {facts['disk_free'] / gb:.1f} GB of disk free"
             + "".join(f", {name}" for name in facts["gpus"]),
-            f"allocator  {', '.join(f'{k}={v}' for k, v in facts['allocator'].items()) or 'as the system has it; a run sets glibc up for itself'}",
+            f"allocator  {allocator or 'as the system has it; a run sets glibc up for itself'}",
             f"model      {self.model}: {seen['parameters']:,} parameters",
             f"coverage   {seen['modules']} modules, {seen['share']:.1%} of the trainable parameters",
             f"experts    {len(seen['experts'])} mixture-of-experts layers" if seen["experts"] else "experts    none",

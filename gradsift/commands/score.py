@@ -69,9 +69,10 @@ class Scores:
         made = [f"{timing.stage} {timing.seconds:.1f} s" for timing in self.timings if not timing.reused]
         reused = sum(timing.reused for timing in self.timings)
         steps = ", ".join(f"{step} ({weight:.2f})" for step, weight in self.checkpoints)
+        lost = f"; {len(self.left_out):,} target rows have no gradient" if self.left_out else ""
         return [
             f"rows        {self.rows:,}, {self.usable:,} with scores",
-            f"columns     {len(self.columns):,}{f'; {len(self.left_out):,} target rows have no gradient' if self.left_out else ''}",
+            f"columns     {len(self.columns):,}{lost}",
             f"backend     {self.backend}, positive = training on the row helps",
             f"checkpoints {steps} (step and weight)",
             f"stages      {', '.join(made) or 'nothing to make'}{f'; {reused} reused' if reused else ''}",

@@ -118,7 +118,8 @@ def gpu_kind(devices: Iterable[str | int]) -> str:
 
 def cpu_kind() -> str:
     """The kind of CPU that decides which kernels run: part of the identity of trained and gradient artifacts."""
-    return f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}{'-oneDNN' if prefers_onednn() else ''}"
+    kind = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
+    return f"{kind}-oneDNN" if prefers_onednn() else kind
 
 
 def cache_folder() -> Path:

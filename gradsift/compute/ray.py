@@ -115,7 +115,8 @@ class Ray:
                 if isinstance(answer, self._ray.exceptions.TaskUnschedulableError | self._ray.exceptions.NodeDiedError):
                     continue  # it has left since: what it would read matters to nobody
                 if answer != text:
-                    return f"{name}: {answer if isinstance(answer, Exception) else 'another folder has that name there'}"
+                    why = answer if isinstance(answer, Exception) else "another folder has that name there"
+                    return f"{name}: {why}"
         return None
 
     def _answer(self, ref: Any) -> Any:

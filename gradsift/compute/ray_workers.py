@@ -79,7 +79,7 @@ def full(error: Exception) -> ResourceError:
     return ResourceError(f"Ray's object store is full ({' '.join(str(error).split())[:120]})", remedy=remedy)
 
 
-# --- tensors on the way: raw bytes, outside the pickle, and into torch's own aligned memory at the other end
+# --- tensors on the way: raw bytes, outside the pickle; torch's own aligned memory at the end
 
 
 def plain_tensors() -> None:

@@ -123,7 +123,8 @@ def save_checkpoint(
         )
     make_folder(folder)
     (folder / STATE).unlink(missing_ok=True)
-    files = {  # moments first: moments without a state mark a half-written folder, an adapter alone could be anyone's
+    # Moments first: moments without a state mark a half-written folder, an adapter alone could be anyone's.
+    files = {
         MOMENTS: write_tensors(folder / MOMENTS, tensors, {"format": "pt", "step": str(step)}),
         ADAPTER_WEIGHTS: write_tensors(folder / ADAPTER_WEIGHTS, weights, {"format": "pt"}),
     }

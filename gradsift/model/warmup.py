@@ -292,7 +292,8 @@ class _Report(TrainerCallback):
 @contextmanager
 def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """Puts back the random state of the process, and what training changes on the base model besides its layers."""
-    python, legacy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    python, cpu = random.getstate(), torch.get_rng_state()
+    legacy = np.random.get_state()  # noqa: NPY002
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     modes = {name: m.training for name, m in model.named_modules()}

@@ -10,7 +10,9 @@ import torch
 import gradsift
 from gradsift.commands.plan.plan import plan
 from gradsift.compute import machine
-from gradsift.model.warmup import warm_up  # noqa: F401  # imported here, so that what it takes is held before
+
+# Imported here, so that what it takes is held before.
+from gradsift.model.warmup import warm_up  # noqa: F401
 from tests.faults.forks import serve
 
 

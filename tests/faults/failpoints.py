@@ -42,7 +42,8 @@ def sites() -> set[str]:
 
     def visit(node: ast.AST, path: Path, function: str) -> None:
         if isinstance(node, ast.FunctionDef):
-            function = f"{path.relative_to(PACKAGE)}:{min([node.lineno, *(d.lineno for d in node.decorator_list)])} {node.name}"
+            line = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            function = f"{path.relative_to(PACKAGE)}:{line} {node.name}"
         called = node.func if isinstance(node, ast.Call) else None
         if getattr(called, "id", getattr(called, "attr", "")) in WRITERS and not function.endswith(PROBES):
             found.add(function)

@@ -235,7 +235,8 @@ def test_it_leaves_no_trace(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     modules, values = {n: id(m) for n, m in base.named_modules()}, {n: p.clone() for n, p in base.named_parameters()}
     wanted, config = {n: p.requires_grad for n, p in base.named_parameters()}, base.config.to_dict()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    legacy = np.random.get_state()[1].tolist()  # noqa: NPY002
+    before = random.getstate(), legacy, torch.get_rng_state()
     warm_up(base, token_rows(40), SMALL, tmp_path / "w", pad_id=PAD)
     assert random.getstate() == before[0]
     assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002

@@ -153,9 +153,8 @@ class Comparison:
         same = "the same optimiser steps" if table.equal == "steps" else "the same number of tokens, prompts counted"
         width = max(len(arm.name) for arm in self.arms) + 2
         wide = max(9, len(table.measure) + 2)
-        head = (
-            f"{'':<{width}}{table.measure:>{wide}}{f'against {self.control} ({self.level:.0%})':>34}{'rows':>9}{'tokens':>10}{'steps':>7}"
-        )
+        against = f"against {self.control} ({self.level:.0%})"
+        head = f"{'':<{width}}{table.measure:>{wide}}{against:>34}{'rows':>9}{'tokens':>10}{'steps':>7}"
         head += f"{'marked':>9}" if self.marks else ""
         return [f"{table.test}: {table.measure} ({better}), {same}", head]
 

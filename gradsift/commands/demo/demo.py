@@ -59,7 +59,8 @@ class Demo:
 
     def table(self) -> str:
         """The table, the paths of the selections, and the verdict, for the terminal."""
-        head = f"{'':<10}{'held-out loss':>15}{'against random (95 %)':>30}{'target family':>16}{'noise':>8}{'rows':>7}"
+        head = f"{'':<10}{'held-out loss':>15}{'against random (95 %)':>30}"
+        head += f"{'target family':>16}{'noise':>8}{'rows':>7}"
         body, paths = [], []
         for arm in self.comparison.arms:
             result = self.comparison.table().line(arm.name)

@@ -16,7 +16,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from gradsift.data import limits, tables  # noqa: F401 - tables: its libraries are loaded before memory is bounded
+# Of `tables`, its libraries are loaded before memory is bounded.
+from gradsift.data import limits, tables  # noqa: F401
 from gradsift.data.pool import read_pool
 from gradsift.errors import GradsiftError
 from tests.faults.corpus import CORPUS, SENTINEL
