@@ -5,14 +5,20 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_TOP_PAD_ ?= 268435456
 
-.PHONY: demo test faults lint setup clean
+.PHONY: demo test quick faults lint setup clean
 
 demo: setup
 	$(BIN)/gradsift demo
 
 # A file of tests goes to one process as a whole, and each process has one thread: threads of two that share a core wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+# Everything that is not marked slow: under 3 minutes on two cores.
+quick: setup
+	$(PYTEST) -m "not slow"
 
 # 200 SIGKILLs over real runs (about 6 minutes on two cores), then long fuzzing.
 faults: setup
@@ -21,7 +27,9 @@ faults: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check gradsift tests bench docs
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 setup: .venv/.ready
 

@@ -49,9 +49,8 @@ from torch import Tensor, nn
 
 from gradsift.compute import machine
 from gradsift.model.layers import tracked_modules
-from gradsift.signals.curvature import fit
 from gradsift.signals.curvature.exact import influence_scores, prepare_targets, rank_agreement, score_pool
-from gradsift.signals.curvature.fit import Fitting
+from gradsift.signals.curvature.fit import Fitting, fit
 
 GOALS = {"fit": 2.0, "scores-8": 1.2, "scores-64": 1.5, "scores-256": 3.0}
 

@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import gradsift
 from gradsift.commands.demo.playground import write_playground
 from tests.conftest import TEMPLATE
-from tests.model.parts import VOCAB, tokenizer
+from tests.model.small_models import VOCAB, tokenizer
 
 GOAL = 2.0  # percent
 

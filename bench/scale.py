@@ -56,7 +56,7 @@ def seconds(call: Callable[[], Any]) -> float:
 MEMORY = """
 import sys
 from pathlib import Path
-from gradsift.pool import read_pool
+from gradsift.data.pool import read_pool
 
 def held():
     return 1024 * int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")))

@@ -207,8 +207,8 @@ def _measure(
         covered = coverage(model, modules).summary() | {
             "parameters": sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
         }
-        alone, _ = _taken(model, encoded, projection, modules, 1)
-        batched, seconds = _taken(model, encoded, projection, modules, budget)
+        alone, _ = timed_rows(model, encoded, projection, modules, 1)
+        batched, seconds = timed_rows(model, encoded, projection, modules, budget)
     except (GradsiftError, ImportError, RuntimeError, MemoryError, TypeError, ValueError) as error:
         what = "does not fit in memory" if out_of_memory(error) else " ".join(str(error).split())
         return Attempt(attention, dtype, problem=what[:200]), None, {}
@@ -240,7 +240,9 @@ def _model(config: Config) -> Any:
     return model.eval()
 
 
-def _taken(model: Any, encoded: list[dict[str, list[int]]], projection: Projection, modules: Modules, budget: int) -> tuple[Tensor, float]:
+def timed_rows(
+    model: Any, encoded: list[dict[str, list[int]]], projection: Projection, modules: Modules, budget: int
+) -> tuple[Tensor, float]:
     """Rows [n, d] in the order given, and the seconds they took."""
     started, parts = time.perf_counter(), []
     for batch in extract(model, encoded, projection=projection, modules=modules, token_budget=budget):

@@ -32,7 +32,7 @@ from gradsift.types import Signal, checkpoint_weights
 
 FILE = "scores.parquet"
 PREFIX = "score:"  # of a column's name, so that no id or group of the user's is mistaken for the columns id and group
-_GROUP_BYTES = 64 << 20  # of numbers in a row group of the file
+GROUP_BYTES = 64 << 20  # of numbers in a row group of the file
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def write_matrix(
     fields = [pa.field("id", pa.string(), nullable=False), pa.field("group", pa.string(), nullable=False)]
     fields += [pa.field(name, pa.float32()) for name in names]
     schema = pa.schema(fields, metadata={"gradsift": json.dumps(about, sort_keys=True)})
-    most = max(BLOCK, _GROUP_BYTES // (4 * max(len(names), 1)) // BLOCK * BLOCK)
+    most = max(BLOCK, GROUP_BYTES // (4 * max(len(names), 1)) // BLOCK * BLOCK)
     usable, done = 0, 0
     # No dictionaries: scores hardly repeat, and a column of a thousand would each keep its own.
     with replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer:

@@ -71,14 +71,15 @@ class Ray:
         with interruptible():
             self.connect()
             try:
-                for shard, value, gpu in Round(self.workers, self.slots, self._put(make_worker), shards, part or int).run():
+                for shard, value, gpu in Round(self.workers, self.slots, self.put(make_worker), shards, part or int).run():
                     self.gpu = gpu
                     yield shard, value
             finally:
                 for slot in self.slots:
                     slot.rest()
 
-    def _put(self, thing: Any) -> Any:
+    def put(self, thing: Any) -> Any:
+        """A reference to `thing` in the cluster's object store. Raises ResourceError where it is full."""
         from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
         try:

@@ -32,7 +32,7 @@ from gradsift.config import GradientSettings
 from gradsift.errors import ConfigError, MismatchError
 
 CACHE_BYTES = 2 << 30  # of maps, per bound projection and device
-_DENSE_BLOCK = 1 << 24  # entries of a dense map that are drawn at once
+DENSE_BLOCK = 1 << 24  # entries of a dense map that are drawn at once
 
 Shape = tuple[int, int]
 
@@ -163,9 +163,9 @@ class BoundProjection:
     def _sketch(self, out: Tensor, name: str, flat: Tensor) -> None:
         # scatter_add_ is the fastest on a CPU, where its order is fixed; a GPU adds in any order, so there each bucket collects instead
         add = add_scattered if out.device.type == "cpu" else add_collected
-        add(out, flat, *self._sketch_map(name))
+        add(out, flat, *self.sketch_map(name))
 
-    def _sketch_map(self, name: str) -> tuple[Tensor, Tensor]:
+    def sketch_map(self, name: str) -> tuple[Tensor, Tensor]:
         """(buckets int64 [blocks, d], signs [blocks, d]): flat coordinate k*d + j goes to bucket buckets[k, j] with signs[k, j]."""
         kept = self._cache.get(name)
         if kept is None:
@@ -180,7 +180,7 @@ class BoundProjection:
 
     def _dense(self, out: Tensor, name: str, flat: Tensor) -> None:
         d = out.shape[1]
-        step = max(1, _DENSE_BLOCK // d)
+        step = max(1, DENSE_BLOCK // d)
         for k, start in enumerate(range(0, flat.shape[1], step)):
             rows = min(step, flat.shape[1] - start)
             kept = self._cache.get(f"{name}#{k}")

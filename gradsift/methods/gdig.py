@@ -73,7 +73,7 @@ class Gdig:
             )
         notes = self._counts(helped, least, scores.shape[1])
         labels = np.full(signals.n, -1, dtype=np.int64)
-        rows = _Part(signals[Signal("rows")], good, raw=not self.cosine, dim=self.dim)
+        rows = PickedRows(signals[Signal("rows")], good, raw=not self.cosine, dim=self.dim)
         labels[good] = rules.kmeans.fit(
             rows, min(self.clusters, len(good)), rng=rng, cosine=self.cosine, iterations=self.iterations, restarts=self.restarts
         ).labels.numpy()
@@ -107,7 +107,7 @@ def resample(labels: np.ndarray, budget: int, rng: np.random.Generator) -> np.nd
     return np.array([drawn[c][rank] for rank, c in order], dtype=np.int64)
 
 
-class _Part:
+class PickedRows:
     """Some of the rows, at the length their gradients have or as they are stored, projected once more to `dim` numbers where they have more: by
     dense signs over sqrt(dim), the same for every run."""
 

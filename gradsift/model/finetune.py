@@ -72,8 +72,8 @@ def finetune(
         # not only around the forward pass: a checkpointed block runs again on the way back
         stack.enter_context(quick_layers(net.modules()))
         stack.enter_context(short_rows(settings.bf16 and torch.device(device).type == "cpu"))
-        for step, chosen in enumerate(_steps(len(given), steps, settings), start=1):
-            optimizer.param_groups[0]["lr"] = settings.rate * _schedule(step, steps, settings.warmup_ratio)
+        for step, chosen in enumerate(step_rows(len(given), steps, settings), start=1):
+            optimizer.param_groups[0]["lr"] = settings.rate * rate_factor(step, steps, settings.warmup_ratio)
             loss = _accumulate(net, [given[i] for i in chosen], factors[chosen], settings, device)
             if not math.isfinite(loss):
                 raise DataError(f"the training diverged at step {step}", remedy="Lower the learning rate.")
@@ -95,7 +95,7 @@ def _usable(rows: EncodedSequence, weights: np.ndarray | None) -> tuple[list[Any
     return [rows[i] for i in kept], factors[kept]
 
 
-def _steps(rows: int, steps: int, settings: FinetuneSettings) -> Iterator[np.ndarray]:
+def step_rows(rows: int, steps: int, settings: FinetuneSettings) -> Iterator[np.ndarray]:
     """Row positions of each step: passes over the rows follow each other without a gap, each a fresh permutation."""
     rng = np.random.default_rng(settings.seed)
     size = settings.batch_size
@@ -104,7 +104,7 @@ def _steps(rows: int, steps: int, settings: FinetuneSettings) -> Iterator[np.nda
         yield order[step * size : (step + 1) * size]
 
 
-def _schedule(step: int, steps: int, warmup_ratio: float) -> float:
+def rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
     """Share of the top rate at step 1..steps; the last step still moves."""
     rising = math.ceil(warmup_ratio * steps)
     return step / rising if step < rising else (steps - step + 1) / (steps - rising + 1)

@@ -112,7 +112,7 @@ def _filled(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     return batches
 
 
-def _batches(tokenizer: Any, settings: TinySettings, weights: Mapping[str, float]) -> Iterator[tuple[Tensor, Tensor]]:
+def training_batches(tokenizer: Any, settings: TinySettings, weights: Mapping[str, float]) -> Iterator[tuple[Tensor, Tensor]]:
     """Without end: ids [b, t], right-padded, and the loss weight [b, t] of each. Rows of about one length share a batch."""
     source, rng, pad = stream(settings.seed, weights), Random(settings.seed), tokenizer.pad_token_id
     while True:
@@ -155,7 +155,7 @@ def _train(
         muon, adam = _Muon(matrices, settings.weight_decay), torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.98))
         try:
             machine.settle(_THREADS)
-            for step, (ids, weight) in zip(range(1, settings.steps + 1), _batches(tokenizer, settings, weights), strict=False):
+            for step, (ids, weight) in zip(range(1, settings.steps + 1), training_batches(tokenizer, settings, weights), strict=False):
                 logits = model(input_ids=ids, attention_mask=(weight > 0).long()).logits[:, :-1]
                 losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
                 (losses @ weight[:, 1:].flatten() / weight[:, 1:].sum()).backward()
@@ -200,7 +200,7 @@ class _Muon:
                     raise ValueError("a matrix without gradient")
                 mean.lerp_(p.grad, 1 - self.momentum)
                 updates.append(_wide(p.grad.lerp(mean, self.momentum)))
-            for p, update in zip(group, _orthogonal(torch.stack(updates)), strict=True):
+            for p, update in zip(group, orthogonal(torch.stack(updates)), strict=True):
                 p.mul_(1 - lr * self.weight_decay)
                 p.add_(update if update.shape == p.shape else update.mT, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
 
@@ -209,7 +209,7 @@ def _wide(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
 
 
-def _orthogonal(matrices: Tensor) -> Tensor:
+def orthogonal(matrices: Tensor) -> Tensor:
     """[k, o, i] with o <= i -> the same singular vectors, singular values near 1 (0.7 to 1.2): five Newton-Schulz steps of degree 5."""
     x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
     for _ in range(5):

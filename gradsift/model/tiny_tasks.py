@@ -37,7 +37,7 @@ _UNITS = (("hours", "minutes", 60), ("minutes", "seconds", 60), ("days", "hours"
           ("feet", "inches", 12), ("dozens", "pieces", 12), ("years", "months", 12))  # fmt: skip
 
 # Velu, the invented language of the target family: word for word, except that the adjective follows its noun.
-_NOUNS = {
+NOUNS = {
     "dog": "kavo",
     "cat": "mirru",
     "bird": "tseli",
@@ -51,7 +51,7 @@ _NOUNS = {
     "tree": "fyndo",
     "bread": "hamut",
 }
-_ADJECTIVES = {
+ADJECTIVES = {
     "red": "ixo",
     "old": "wemba",
     "small": "tik",
@@ -61,7 +61,7 @@ _ADJECTIVES = {
     "green": "nolvi",
     "brave": "quend",
 }
-_VERBS = {
+VERBS = {
     "sees": "ruma",
     "finds": "epto",
     "follows": "vashti",
@@ -71,7 +71,7 @@ _VERBS = {
     "paints": "cibra",
     "wants": "onti",
 }
-_ARTICLES = {"the": "ka", "a": "u"}
+ARTICLES = {"the": "ka", "a": "u"}
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,15 @@ def _lookup(rng: Random) -> Question:
 
 def _translate(rng: Random) -> Question:
     english, velu = [], []
-    verb = rng.choice(sorted(_VERBS))
+    verb = rng.choice(sorted(VERBS))
     for role in ("subject", "object"):
-        article, noun = rng.choice(sorted(_ARTICLES)), rng.choice(sorted(_NOUNS))
-        adjective = rng.choice(sorted(_ADJECTIVES)) if rng.random() < 0.6 else None
+        article, noun = rng.choice(sorted(ARTICLES)), rng.choice(sorted(NOUNS))
+        adjective = rng.choice(sorted(ADJECTIVES)) if rng.random() < 0.6 else None
         english += [article, *([adjective] if adjective else []), noun]
-        velu += [_ARTICLES[article], _NOUNS[noun], *([_ADJECTIVES[adjective]] if adjective else [])]
+        velu += [ARTICLES[article], NOUNS[noun], *([ADJECTIVES[adjective]] if adjective else [])]
         if role == "subject":
             english.append(verb)
-            velu.append(_VERBS[verb])
+            velu.append(VERBS[verb])
     return Question({"english": " ".join(english)}, " ".join(velu))
 
 

@@ -136,12 +136,12 @@ def plan_warmup(encoded: Sequence[Any], settings: WarmupSettings) -> Plan:
     batches = [order[step * batch : (step + 1) * batch] for step in range(steps)]
     batches = [mates[np.argsort(lengths[mates], kind="stable")] for mates in batches]
     # Every step has the same number of micro-batches, because Trainer counts its steps in them.
-    pieces = max(math.ceil(batch / _MICRO_ROWS), *(_fewest(lengths[mates]) for mates in batches))
-    cuts = [_cheapest_cuts(lengths[mates], pieces) for mates in batches]
+    pieces = max(math.ceil(batch / _MICRO_ROWS), *(fewest_pieces(lengths[mates]) for mates in batches))
+    cuts = [cheapest_cuts(lengths[mates], pieces) for mates in batches]
     return Plan(rows, batch, [[piece.tolist() for piece in np.split(m, c)] for m, c in zip(batches, cuts, strict=True)])
 
 
-def _fewest(lengths: np.ndarray) -> int:
+def fewest_pieces(lengths: np.ndarray) -> int:
     """The fewest contiguous pieces of ascending `lengths` that each hold one row or at most 2,048 padded tokens."""
     count, size = 1, 0
     for length in lengths:
@@ -151,7 +151,7 @@ def _fewest(lengths: np.ndarray) -> int:
     return count
 
 
-def _cheapest_cuts(lengths: np.ndarray, pieces: int) -> list[int]:
+def cheapest_cuts(lengths: np.ndarray, pieces: int) -> list[int]:
     """Where to cut ascending `lengths` [b] into `pieces` non-empty parts with the fewest padded tokens, none over 2,048 but a single row.
 
     Dynamic programme over (parts so far, rows so far); `pieces` must allow a cut.

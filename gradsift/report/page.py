@@ -24,10 +24,10 @@ HERE = Path(__file__).parent
 def _bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed in one script without imports, offering `vegaEmbed` (about 0.9 MB)."""
     script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("\r\n", "\n")
-    return _inline(script)
+    return inline_script(script)
 
 
-def _inline(script: str) -> str:
+def inline_script(script: str) -> str:
     """A script that may stand between script tags: what would end or re-open them there is refused, not patched."""
     lowered = script.lower()
     for token in ("</script", "<!--", "\r", "\0"):
@@ -58,7 +58,7 @@ def _option(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _script_json(value: Any) -> str:
+def script_json(value: Any) -> str:
     """JSON that may stand inside a script element: ASCII, and no character that the HTML parser reads."""
     body = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return body.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
@@ -75,7 +75,7 @@ def render(data: ReportData) -> str:
     """
     specs = charts(data)
     style = (HERE / "style.css").read_text(encoding="utf-8")
-    script = _inline((HERE / "charts.js.j2").read_text(encoding="utf-8"))
+    script = inline_script((HERE / "charts.js.j2").read_text(encoding="utf-8"))
     bundle = _bundle() if specs else ""
     scripts = f"{_digest(bundle)} {_digest(script)}" if specs else "'none'"
     policy = (
@@ -90,7 +90,7 @@ def render(data: ReportData) -> str:
             charts=set(specs),
             policy=Markup(policy),
             style=Markup(style),
-            specs=Markup(_script_json(specs)),
+            specs=Markup(script_json(specs)),
             bundle=Markup(bundle),
             script=Markup(script),
             groups=by_size(data.groups),

@@ -62,7 +62,7 @@ def principal(
     count = max(1, int(keep * solid + 1e-9)) if by == "count" else 1 + int((shares.cumsum(0) < keep - 1e-12).sum())
     count = min(count, solid)
     directions, shares = directions(count), shares[:count]
-    return Components(_signed(directions, mean if orient else None).float(), shares / shares.sum())
+    return Components(oriented(directions, mean if orient else None).float(), shares / shares.sum())
 
 
 def _eigen(rows: Rows, m: int, d: int, shift: Tensor):
@@ -96,7 +96,8 @@ def _gram(rows: Rows, m: int, shift: Tensor) -> Tensor:
     return gram
 
 
-def _signed(directions: Tensor, mean: Tensor | None) -> Tensor:
+def oriented(directions: Tensor, mean: Tensor | None) -> Tensor:
+    """Directions [c, d], each with the sign of its product with `mean` [d], or of its largest entry without one."""
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True)).flatten()
     sign = torch.sign(largest)
     if mean is not None:

@@ -68,7 +68,7 @@ def match(
     Returns fewer than `budget` atoms then. Raises ValueError for bad shapes, values that are not finite, ridge or tol < 0, and an unknown
     `on_repeat`.
     """
-    search = _Search(atoms, target, ridge=ridge, nonnegative=nonnegative, on_repeat=on_repeat, tol=tol)
+    search = Search(atoms, target, ridge=ridge, nonnegative=nonnegative, on_repeat=on_repeat, tol=tol)
     return search.run(check_budget(budget, search.n))
 
 
@@ -95,7 +95,7 @@ def fill(
         raise ValueError(f'refill must be "repeat", "random" or "none", got {refill!r}')
     if refill == "random":
         rng = check_rng(rng)
-    search = _Search(atoms, target, ridge=ridge, **options)
+    search = Search(atoms, target, ridge=ridge, **options)
     budget = check_budget(budget, search.n)
     chosen = (found or search.run(budget)).indices
     while refill == "repeat" and len(chosen) < budget:
@@ -110,7 +110,7 @@ def fill(
     return chosen
 
 
-class _Search:
+class Search:
     """The atoms, the target and the options of one matching problem; `run` may be called again with fewer atoms."""
 
     def __init__(

@@ -80,7 +80,7 @@ def make_folder(path: Path) -> None:
             return
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise resource_error(error, path) from error
 
@@ -124,12 +124,13 @@ def replacing(path: Path, needed: int = 0) -> Iterator[IO[bytes]]:
             with contextlib.suppress(OSError):
                 os.unlink(temp)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise resource_error(error, path, needed) from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on disk."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -143,7 +144,7 @@ def _sync_folder(folder: Path) -> None:
 def rename(path: Path, target: Path) -> None:
     """Gives a file or a folder another name, durably. Raises OSError."""
     os.rename(path, target)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 @contextlib.contextmanager

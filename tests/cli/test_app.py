@@ -22,7 +22,7 @@ def gradsift(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
-def refused(code: int, what: str, *arguments: str | Path) -> None:
+def check_refused(code: int, what: str, *arguments: str | Path) -> None:
     """The process ends with this code, nothing on stdout, and one last line on stderr that says what; before it, at most what was read."""
     found = gradsift(*arguments)
     *before, last = found.stderr.strip().splitlines()
@@ -75,21 +75,23 @@ def test_errors_are_one_line_with_a_remedy_and_the_right_code(
     pool_file: Path, target_file: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     base = ("--pool", pool_file, "--model", model_folder, "--run", tmp_path / "r", "--budget")
-    refused(2, r"unknown method 'tagcoss'.*'tagcos'", "select", "tagcoss", *base, "5%")
-    refused(2, r"unknown option of tagcos 'cluster'.*'clusters'", "select", "tagcos", *base, "5%", "-o", "cluster=3")
-    refused(2, r"not KEY=VALUE", "select", "tagcos", *base, "5%", "-o", "clusters")
-    refused(2, r"nothing to choose", "select", "random", *base, "0")
-    refused(2, r"72 are usable", "select", "random", *base, "500")
-    refused(2, r"less selects toward a target.*--target", "select", "less", *base, "5%")
-    refused(2, r"takes no target.*Drop --target", "select", "tagcos", *base, "5%", "--target", target_file)
-    refused(
+    check_refused(2, r"unknown method 'tagcoss'.*'tagcos'", "select", "tagcoss", *base, "5%")
+    check_refused(2, r"unknown option of tagcos 'cluster'.*'clusters'", "select", "tagcos", *base, "5%", "-o", "cluster=3")
+    check_refused(2, r"not KEY=VALUE", "select", "tagcos", *base, "5%", "-o", "clusters")
+    check_refused(2, r"nothing to choose", "select", "random", *base, "0")
+    check_refused(2, r"72 are usable", "select", "random", *base, "500")
+    check_refused(2, r"less selects toward a target.*--target", "select", "less", *base, "5%")
+    check_refused(2, r"takes no target.*Drop --target", "select", "tagcos", *base, "5%", "--target", target_file)
+    check_refused(
         2, r"pool\.json.*(no such|not there|does not exist)", "select", "random", "--pool", pool_file.with_suffix(".json"), *base[2:], "5%"
     )
-    refused(2, r"unknown setting 'warmup\.epoch'", "select", "random", *base, "5%", "--config", toml(tmp_path, "[warmup]\nepoch = 3\n"))
+    check_refused(
+        2, r"unknown setting 'warmup\.epoch'", "select", "random", *base, "5%", "--config", toml(tmp_path, "[warmup]\nepoch = 3\n")
+    )
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{\n" * 30)
-    refused(3, r"broken\.jsonl", "select", "random", "--pool", broken, *base[2:], "5%")
-    refused(2, r"not a run folder", "show", tmp_path / "none")
+    check_refused(3, r"broken\.jsonl", "select", "random", "--pool", broken, *base[2:], "5%")
+    check_refused(2, r"not a run folder", "show", tmp_path / "none")
 
 
 def toml(folder: Path, text: str) -> Path:

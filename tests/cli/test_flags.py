@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +32,11 @@ CALLS = {
     "inspect": "gradsift.commands.inspect",
     "doctor": "gradsift.commands.doctor",
 }
-_CHOICE = ["less", "--pool", "p.jsonl", "--budget", "5%", "--run", "r"]
+_CHOICE = ["less", "--pool", "p.jsonl", "--target", "t.jsonl", "--budget", "5%", "--run", "r", "--model", "tiny"]
 LEAST = {
     "select": _CHOICE,
     "plan": _CHOICE,
-    "score": ["--backend", "dot", "--pool", "p.jsonl", "--target", "t.jsonl", "--run", "r"],
+    "score": ["--backend", "dot", "--pool", "p.jsonl", "--target", "t.jsonl", "--run", "r", "--model", "tiny"],
     "compare": [*_CHOICE, "--test", "t.jsonl"],
     "inspect": ["--pool", "p.jsonl"],
     "doctor": ["--pool", "p.jsonl", "--model", "tiny"],
@@ -65,6 +66,15 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "shard_timeout": (["9.5"], 9.5),
     "force": ([], True),
 }
+
+
+@pytest.fixture(autouse=True)
+def files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The files that the lines of LEAST name, in the folder where they run: they are checked before the library is called."""
+    rows = [{"instruction": f"question {i}", "input": "", "output": f"answer {i}"} for i in range(40)]
+    for name in ("p.jsonl", "t.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
 
 
 class Reached(Exception):
@@ -123,7 +133,7 @@ def test_every_settings_flag_stands_on_every_command_that_opens_a_run(command: s
 def test_a_settings_flag_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, flag: Any) -> None:
     typed, value = VALUES[flag.name]
     given = arguments(monkeypatch, command, options(command)[flag.name], *typed)
-    config = settle_config(Run(tmp_path), "tiny", given["settings"], given.get("pool_group"))
+    config = settle_config(Run(tmp_path / "r"), "tiny", given["settings"], given.get("pool_group"))
     assert getattr(getattr(config, flag.section), flag.name) == value
     # And nothing else.
     assert config == Config().with_values(flag.section, **{flag.name: value})

@@ -28,6 +28,8 @@ from gradsift.model.finetune import finetune, heldout_loss
 from gradsift.model.load import load_tokenizer
 from gradsift.model.tiny import TinySettings, tiny_model
 
+pytestmark = pytest.mark.slow
+
 LONG = " " + " ".join(f"word{i}" for i in range(20))
 SETTINGS: dict[str, dict[str, Any]] = {
     "encode": {"max_length": 256},

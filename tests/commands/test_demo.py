@@ -13,6 +13,7 @@ from gradsift.commands.demo.demo import Demo, Shares
 from gradsift.report import ReportData
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_demo_passes_its_own_check(tmp_path: Path) -> None:
     gradsift = str(Path(sys.executable).parent / "gradsift")

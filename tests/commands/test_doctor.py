@@ -15,7 +15,7 @@ from gradsift.commands import doctor as room
 from gradsift.commands.doctor import EQUAL, Attempt, doctor, recommend
 from gradsift.errors import ConfigError, DataError, UserError
 from tests.conftest import rows, write_rows
-from tests.model.parts import mixtral, tokenizer
+from tests.model.small_models import mixtral, tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")
 SETTINGS: dict[str, Any] = {"encode": {"max_length": 64}, "gradients": {"dim": 64, "token_budget": 128}, "machine": {"threads": 1}}
@@ -49,7 +49,7 @@ def test_it_reports_the_machine_the_template_and_the_coverage(found: room.Diagno
 
 def test_the_measured_cosine_is_that_of_rows_that_differ(model_folder: Path, pool_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine whose rows depend on their batch is found out, and nothing is recommended."""
-    real = room._taken
+    real = room.timed_rows
 
     def leaning(model: Any, encoded: Any, projection: Any, modules: Any, budget: int) -> tuple[Tensor, float]:
         taken, seconds = real(model, encoded, projection, modules, budget)
@@ -57,7 +57,7 @@ def test_the_measured_cosine_is_that_of_rows_that_differ(model_folder: Path, poo
             (taken, seconds) if budget == 1 else (taken + 0.1 * taken.norm(dim=1, keepdim=True).mean() * taken.roll(1, 0).sign(), seconds)
         )
 
-    monkeypatch.setattr(room, "_taken", leaning)
+    monkeypatch.setattr(room, "timed_rows", leaning)
     found = doctor(str(model_folder), pool_file, rows=4, dtypes=["float32"], settings=SETTINGS)
     assert found.recommended is None and found.flags is None and not any(t.equal for t in found.attempts)
     assert "token_budget = 1" in found.lines()[-1] and any(str(found.attempts[0].row) in note for note in found.notes)

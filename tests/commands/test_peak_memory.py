@@ -12,9 +12,9 @@ import pytest
 
 from tests.conftest import TEMPLATE, write_rows
 from tests.faults.forks import Server
-from tests.model.parts import llama, tokenizer
+from tests.model.small_models import llama, tokenizer
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory can only be started anew on Linux")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="peak memory can only be started anew on Linux")]
 WARMUP = {"min_rows": 16, "min_steps": 12, "epochs": 1, "batch_size": 4, "checkpoints": 1}
 LORA = {"dim": 8192}
 LINEAR = {"modules": "linear", "projection": "rademacher", "dim": (16, 16)}

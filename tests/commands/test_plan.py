@@ -41,6 +41,7 @@ def test_a_plan_writes_nothing_and_names_the_stages_to_come(run: Path, pool_file
     assert "72 read" in found.table() and "total" in found.table()
 
 
+@pytest.mark.slow
 def test_the_run_makes_those_stages_in_as_many_bytes(run: Path, pool_file: Path, target_file: Path, model_folder: Path) -> None:
     before = plan("less", pool=pool_file, target=target_file, model=str(model_folder), run=run, **ARGUMENTS)
     made = chosen(run, pool_file, target_file, model_folder)

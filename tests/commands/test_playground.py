@@ -28,7 +28,7 @@ from gradsift.types import Example, Message
 
 SMALL = TinySettings(hidden=32, layers=2, heads=2, intermediate=64, steps=4, tokens=256)
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-VELU = tiny_tasks._NOUNS | tiny_tasks._ADJECTIVES | tiny_tasks._VERBS | tiny_tasks._ARTICLES
+VELU = tiny_tasks.NOUNS | tiny_tasks.ADJECTIVES | tiny_tasks.VERBS | tiny_tasks.ARTICLES
 
 
 def texts(row: dict[str, Any]) -> tuple[str, str]:
@@ -68,9 +68,9 @@ def solve_boolean(text: str) -> str:
 def solve_translate(text: str) -> str:
     """By rewriting: word for word, then adjective and noun change places."""
     words = [VELU[word] for word in english(text).split()]
-    adjectives = set(tiny_tasks._ADJECTIVES.values())
+    adjectives = set(tiny_tasks.ADJECTIVES.values())
     for i in range(len(words) - 1):
-        if words[i] in adjectives and words[i - 1] in tiny_tasks._ARTICLES.values():
+        if words[i] in adjectives and words[i - 1] in tiny_tasks.ARTICLES.values():
             words[i], words[i + 1] = words[i + 1], words[i]
     return " ".join(words)
 
@@ -223,7 +223,7 @@ def test_training_weights_agree_with_the_encoder(small: Path) -> None:
     """An answer token weighs 1 where the encoder supervises, a prompt token 0.2, a padded one 0."""
     tokenizer = AutoTokenizer.from_pretrained(small)
     weights = {family.name: family.share for family in tiny_tasks.FAMILIES}
-    for ids, weight in islice(tiny._batches(tokenizer, SMALL, weights), 6):
+    for ids, weight in islice(tiny.training_batches(tokenizer, SMALL, weights), 6):
         assert ids.numel() <= SMALL.tokens
         for row, factor in zip(ids, weight, strict=True):
             length = int((row != tokenizer.pad_token_id).sum())
@@ -239,7 +239,7 @@ def test_training_weights_agree_with_the_encoder(small: Path) -> None:
 def test_the_muon_update_keeps_the_singular_vectors() -> None:
     matrices = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
     u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
-    core = u.mT @ tiny._orthogonal(matrices) @ vt.mT
+    core = u.mT @ tiny.orthogonal(matrices) @ vt.mT
     values = core.diagonal(dim1=1, dim2=2)
     assert torch.allclose(core, torch.diag_embed(values), atol=1e-4)
     assert float(values.min()) > 0.6
@@ -262,6 +262,7 @@ def _build(cache: str) -> None:
     tiny_model(Path(cache), settings=SMALL)
 
 
+@pytest.mark.slow
 def test_two_processes_may_build_at_once(small: Path, tmp_path: Path) -> None:
     workers = [multiprocessing.get_context("spawn").Process(target=_build, args=(str(tmp_path),)) for _ in range(2)]
     for worker in workers:

@@ -160,7 +160,7 @@ def test_what_a_backend_cannot_do_is_refused_before_anything_runs(files: tuple[P
 
 
 def test_a_long_matrix_is_written_in_row_groups_and_reads_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score, "_GROUP_BYTES", 3 * BLOCK * 4 * 2)
+    monkeypatch.setattr("gradsift.commands.score.GROUP_BYTES", 3 * BLOCK * 4 * 2)
     n, m = 4 * BLOCK + 5, 3
     whole = torch.randn(n, m, generator=torch.Generator().manual_seed(0))
     whole[[3, n - 1]] = torch.nan

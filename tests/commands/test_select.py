@@ -151,6 +151,7 @@ def test_work_lost_in_the_middle_is_made_again_with_the_same_bytes(
     assert set(again.indices.tolist()) <= set(less.indices.tolist())
 
 
+@pytest.mark.slow
 def test_two_runs_from_nothing_are_byte_identical(
     tmp_path: Path, less: Selection, pool_file: Path, target_file: Path, model_folder: Path
 ) -> None:
@@ -161,6 +162,7 @@ def test_two_runs_from_nothing_are_byte_identical(
     assert first.manifest == second.manifest
 
 
+@pytest.mark.slow
 def test_shard_size_changes_no_row_beyond_rounding(
     tmp_path: Path, tagcos: Selection, run: Path, pool_file: Path, model_folder: Path
 ) -> None:
@@ -348,6 +350,7 @@ def test_a_flipped_bit_is_found_and_mended(tmp_path: Path, pool_file: Path, mode
     assert runs.verify(run) == []
 
 
+@pytest.mark.slow
 def test_a_run_of_ones_own_serves_as_the_warm_up(
     tmp_path: Path, tagcos: Selection, run: Path, pool_file: Path, target_file: Path, model_folder: Path
 ) -> None:
@@ -382,6 +385,7 @@ def test_what_happens_is_said_aloud(tmp_path: Path, pool_file: Path, model_folde
     assert re.search(r"checkpoint \d+: \d+ modules, 100.0% of the trainable parameters; mean pairwise cosine", said)
 
 
+@pytest.mark.slow
 def test_any_backend_under_a_methods_rule_reads_the_rows_that_backend_takes(
     run: Path, pool_file: Path, target_file: Path, model_folder: Path, less: Selection
 ) -> None:
@@ -408,6 +412,7 @@ def reads(chosen: Selection) -> set[str]:
     return {str(artifact.recipe["config"]["transform"]) for artifact in gradients_of(chosen)}
 
 
+@pytest.mark.slow
 def test_all_linear_layers_by_two_sided_products(tmp_path: Path, pool_file: Path, target_file: Path, model_folder: Path) -> None:
     gradients = {**SETTINGS["gradients"], "modules": "linear", "projection": "rademacher", "dim": [4, 4], "norms": "sketched"}
     settings = {**SETTINGS, "gradients": gradients}

@@ -30,7 +30,10 @@ TEMPLATE = (
     "{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +238,7 @@ def test_the_script_runs_from_the_command_line(model_folder: Path, tmp_path: Pat
         "HOME": str(tmp_path),
         "CUDA_VISIBLE_DEVICES": "",
     }
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "trained" / "model.safetensors").exists()
 

@@ -19,7 +19,7 @@ from gradsift.gradients.projection import Projection
 from gradsift.model.layers import tracked_modules
 from gradsift.model.losses import token_nats
 from tests import tolerances as tol
-from tests.gradients.parts import build
+from tests.gradients.one_by_one import build
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -70,15 +70,13 @@ def test_a_signal_during_the_last_shard_is_not_lost() -> None:
 
 
 def test_a_second_signal_stops_at_once() -> None:
-    started = time.monotonic()
     with pytest.raises(Interrupted), interruptible():
         os.kill(os.getpid(), signal.SIGINT)
         stopped = True
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
+        time.sleep(60)
         stopped = False
     assert stopped
-    assert time.monotonic() - started < 4
 
 
 def test_the_error_tells_the_command_that_resumes() -> None:

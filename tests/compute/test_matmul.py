@@ -17,10 +17,10 @@ from gradsift.gradients.passes import extract
 from gradsift.gradients.projection import Projection
 from gradsift.model.finetune import finetune
 from gradsift.model.losses import row_losses
-from gradsift.signals.curvature import fit
+from gradsift.signals.curvature.fit import fit
 from gradsift.signals.embeddings import embed
 from tests import tolerances as tol
-from tests.gradients.parts import build, make_rows
+from tests.gradients.one_by_one import build, make_rows
 
 pytestmark = pytest.mark.skipif(not machine.has_onednn_linear(), reason="this build of torch has no oneDNN")
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not machine.has_onednn_linear(), reason="this bu
 def preferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both ways, whatever processor the tests run on, for smaller products than otherwise."""
     monkeypatch.setattr(matmul, "prefers_onednn", lambda: request.param)
-    monkeypatch.setattr(matmul, "_LEAST", 1 << 20)
+    monkeypatch.setattr(matmul, "LEAST", 1 << 20)
     return request.param
 
 
@@ -37,7 +37,7 @@ def numbers(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def check_close(found: Tensor, expected: Tensor) -> None:
     scale = float(expected.abs().max())
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=tol.GRADIENT_RTOL * scale)
 
@@ -55,11 +55,11 @@ LAID: dict[str, Callable[[int, int], Tensor]] = {
 def test_products_are_those_of_float64_however_operands_lie(left: str, right: str) -> None:
     a, b = LAID[left](192, 160), LAID[right](160, 224)
     expected = a.double() @ b.double()
-    close(matmul.matmul(a, b), expected)
-    close(matmul.linear(a, b.t(), numbers(224)), expected + numbers(224).double())
+    check_close(matmul.matmul(a, b), expected)
+    check_close(matmul.linear(a, b.t(), numbers(224)), expected + numbers(224).double())
     total = numbers(192, 224)
     matmul.add_matmul(total, a, b, 0.5)
-    close(total, numbers(192, 224).double() + 0.5 * expected)
+    check_close(total, numbers(192, 224).double() + 0.5 * expected)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])
@@ -70,7 +70,7 @@ def test_a_batch_of_products_is_one_by_one(rows: int) -> None:
     for found in (matmul.bmm(a, b), out):
         assert found.shape == expected.shape
         if rows:
-            close(found, expected)
+            check_close(found, expected)
 
 
 def test_a_layer_gives_the_gradients_of_its_own_forward(preferred: bool) -> None:
@@ -83,7 +83,7 @@ def test_a_layer_gives_the_gradients_of_its_own_forward(preferred: bool) -> None
     assert ("_Linear" in type(out.grad_fn).__name__) == preferred
     out.add_(1)  # as models do with a residual: the output is no view
     for found, right in zip(torch.autograd.grad(out, inputs, wanted), expected, strict=True):
-        close(found, right.double())
+        check_close(found, right.double())
     assert "forward" not in layer.__dict__
 
 
@@ -91,12 +91,12 @@ def test_direct_products_do_not_lose_a_gradient() -> None:
     a, b, bias = numbers(192, 160).requires_grad_(True), numbers(160, 224), torch.zeros(224, requires_grad=True)
     matmul.matmul(a, b).sum().backward()
     assert a.grad is not None
-    close(a.grad, b.double().sum(1).expand(192, 160))
+    check_close(a.grad, b.double().sum(1).expand(192, 160))
     matmul.linear(a.detach(), b.t(), bias).sum().backward()
-    close(bias.grad, torch.full((224,), 192.0, dtype=torch.float64))  # type: ignore[arg-type]
+    check_close(bias.grad, torch.full((224,), 192.0, dtype=torch.float64))  # type: ignore[arg-type]
     left = numbers(2, 160, 128).requires_grad_(True)
     matmul.bmm(left, numbers(2, 128, 96)).sum().backward()
-    close(left.grad, numbers(2, 128, 96).double().sum(2)[:, None].expand(2, 160, 128))  # type: ignore[arg-type]
+    check_close(left.grad, numbers(2, 128, 96).double().sum(2)[:, None].expand(2, 160, 128))  # type: ignore[arg-type]
 
 
 def test_what_does_not_apply_is_left_to_torch(preferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,9 +119,9 @@ def test_what_does_not_apply_is_left_to_torch(preferred: bool, monkeypatch: pyte
 def products(preferred: bool, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Products are worth the way however small they are; the list grows by one for each that takes it."""
     found: list[int] = []
-    own = matmul._contiguous
-    monkeypatch.setattr(matmul, "_LEAST", 1)
-    monkeypatch.setattr(matmul, "_contiguous", lambda a: (found.append(1), own(a))[1])
+    own = matmul.contiguous
+    monkeypatch.setattr(matmul, "LEAST", 1)
+    monkeypatch.setattr(matmul, "contiguous", lambda a: (found.append(1), own(a))[1])
     return found
 
 

@@ -65,6 +65,7 @@ SIGNALS = {
 }
 
 
+@pytest.mark.slow
 def test_every_signal_leaves_out_the_row_that_never_fits_and_says_so(
     files: tuple[Path, Path], model_folder: Path, tmp_path: Path, scarce: list[int]
 ) -> None:
@@ -91,6 +92,7 @@ def test_every_signal_leaves_out_the_row_that_never_fits_and_says_so(
     assert fitted["extra"]["batch_halvings"]["times"] > 0
 
 
+@pytest.mark.slow
 def test_a_selection_and_scores_go_on_without_it(files: tuple[Path, Path], model_folder: Path, tmp_path: Path, scarce: list[int]) -> None:
     options = given(files, model_folder, tmp_path / "run")
     assert LONG not in select("perplexity", budget="100%", allow_short=True, **{**options, "target": ()}).indices

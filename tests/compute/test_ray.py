@@ -1,8 +1,5 @@
 # ruff: noqa: PT012 - what a signal or a lost worker stops is more than one statement
-"""The map on a real Ray cluster of three nodes on this machine: the bytes of Serial, whatever dies, hangs or is interrupted.
-
-Over 400 lines because all of it shares the clusters that take long to start.
-"""
+"""The map on a real Ray cluster of three nodes on this machine: the bytes of Serial, whatever dies, hangs or is interrupted."""
 
 from __future__ import annotations
 
@@ -48,7 +45,7 @@ from tests.conftest import SETTINGS, rows, write_rows
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 pytestmark = [
-    pytest.mark.timeout(600),
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"),
     # Ray leaves the pipes and logs of its own processes to the garbage collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -173,12 +170,12 @@ def test_a_worker_that_dies_and_one_that_hangs_are_replaced(two: Ray, tmp_path: 
         return work
 
     notes: list[str] = []
-    executor = Ray(threads=1, workers=1, address=two.address, shard_timeout=4, note=notes.append)
+    executor = Ray(threads=1, workers=1, address=two.address, shard_timeout=15, note=notes.append)
     try:
         assert dict(executor.map(make, range(6))) == {k: k * k for k in range(6)}
     finally:
         executor.close()
-    assert "lost at shard 2" in notes[0] and "lost at shard 4 (no answer within 4 s)" in notes[1] and len(notes) == 2
+    assert "lost at shard 2" in notes[0] and "lost at shard 4 (no answer within 15 s)" in notes[1] and len(notes) == 2
 
 
 def test_a_worker_hangs_until_its_answer_is_there_whoever_takes_it_late(two: Ray, tmp_path: Path) -> None:
@@ -195,7 +192,7 @@ def test_a_worker_hangs_until_its_answer_is_there_whoever_takes_it_late(two: Ray
         executor.connect()
         (slot,) = executor.slots
         slot.start()
-        for kind, given, hangs in (("hello", (), False), ("build", (executor._put(make),), False), ("work", (7,), True)):
+        for kind, given, hangs in (("hello", (), False), ("build", (executor.put(make),), False), ("work", (7,), True)):
             if kind != "hello":
                 slot.ask(kind, *given)
             assert slot.task is not None and not slot.overdue()
@@ -581,15 +578,17 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(two: Ray, tmp_path: Path, 
     over = [*arguments, "--run", str(tmp_path / "ray"), "--executor", "ray", "--workers", "1", "--shard-timeout", "300"]
     over += ["--address", two.address or ""]
     two.close()
-    first = subprocess.Popen([sys.executable, "-m", "gradsift.cli.app", *over], stderr=subprocess.PIPE)
-    until = time.monotonic() + 240
-    while not list((tmp_path / "ray").glob("gradients-*/rows-*.safetensors")):
-        assert time.monotonic() < until and first.poll() is None, first.communicate()[1].decode()
-        time.sleep(0.005)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "ray").glob("gradients-*/rows-*.safetensors")}
-    assert 1 <= len(kept) < 5, "killed too late to show anything"
+    kept: dict[Path, int] = {}
+    until = time.monotonic() + 600
+    while not 1 <= len(kept) < 5:  # on a busy machine the kill may come when all shards are there: then once more, from the start
+        shutil.rmtree(tmp_path / "ray", ignore_errors=True)
+        first = subprocess.Popen([sys.executable, "-m", "gradsift.cli", *over], stderr=subprocess.PIPE)
+        while not list((tmp_path / "ray").glob("gradients-*/rows-*.safetensors")):
+            assert time.monotonic() < until and first.poll() is None, first.communicate()[1].decode()
+            time.sleep(0.005)
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+        kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "ray").glob("gradients-*/rows-*.safetensors")}
     assert CliRunner().invoke(app, over, catch_exceptions=False).exit_code == 0
     assert CliRunner().invoke(app, [*arguments, "--run", str(tmp_path / "serial")], catch_exceptions=False).exit_code == 0
     found = manifests(tmp_path / "ray")

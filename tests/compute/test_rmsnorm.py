@@ -24,7 +24,7 @@ def seeded(norm: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [lambda: LlamaRMSNorm(24), lambda: Qwen3RMSNorm(24, eps=1e-2), lambda: nn.RMSNorm(24, eps=1e-6)])
 def test_outputs_and_gradients_are_the_layers_own(make: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rmsnorm, "_CHUNK", 24 * 4)  # chunks of four rows, the last of two
+    monkeypatch.setattr(rmsnorm, "CHUNK", 24 * 4)  # chunks of four rows, the last of two
     norm = seeded(make(), dtype)
     assert rms_norms([norm]) == [norm]
     x, grad = torch.randn(2, 3, 5, 24).to(dtype).transpose(1, 2), torch.randn(2, 5, 3, 24).to(dtype)

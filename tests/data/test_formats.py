@@ -76,6 +76,7 @@ def parsed(line: bytes) -> object:
 LEAVES = st.none() | st.booleans() | st.integers() | st.text()
 
 
+@pytest.mark.slow
 @given(st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_json_comes_back_as_the_standard_reader_has_it(value: object) -> None:
     assert parsed(json.dumps({"v": value}).encode()) in ({"v": value}, "nul", "surrogate")

@@ -220,6 +220,7 @@ def test_duplicates_are_of_content_not_of_bytes(tmp_path: Path) -> None:
     assert pool.exact_duplicates() == {1: 0, 4: 0}
 
 
+@pytest.mark.slow
 def test_the_order_of_a_set_or_a_locale_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "p\u00e9.jsonl").write_bytes(lines(ROWS["alpaca"]) * 2)
     code = "import sys; from gradsift.data.pool import read_pool; p = read_pool([sys.argv[1]]); print(p.digest, p.ids[-1])"

@@ -2,8 +2,8 @@
 
 An order is a job of job.py, or {"call": name of a function here, "folder"}, with "record", a file. The child kills itself, by SIGKILL, at the
 first point that the record does not hold, and writes it down there before. A point is (call, "before" | "after", site): the site of a rename is
-the function of the package that asked `durable` for it; of syncs there is one in a file and one in a folder, for what a dead process leaves
-is the same before and after either.
+the function of the package that asked `store.atomic` or `store.tensors` for it; of syncs there is one in a file and one in a folder, for what
+a dead process leaves is the same before and after either.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from typing import Any
 
 import torch
 
+import gradsift
 from gradsift.commands.demo import playground
 from gradsift.data import remote
 from gradsift.model import tiny
-from gradsift.store import atomic
+from gradsift.store import atomic, tensors
 from gradsift.store.run import Run
 from gradsift.store.verify import Problem
 from tests.faults import job
 from tests.faults.forks import serve
 
-PACKAGE = Path(atomic.__file__).parent
-WRITERS = ("write_atomic", "write_tensors", "replacing", "rename", "making")  # what `durable` offers to those who write
+PACKAGE = Path(gradsift.__file__).parent
+DURABLE = {Path(module.__file__ or "") for module in (atomic, tensors)}
+WRITERS = ("write_atomic", "write_tensors", "replacing", "rename", "making")  # what these offer to those who write
 PROBES = ("blind",)  # functions that write a temporary file for others to look at, which is no work and is gone with the dead writers' own
 CALLS = ("replace", "rename", "fsync")
 SMALL = tiny.TinySettings(hidden=16, layers=1, heads=1, intermediate=16, steps=1, tokens=64)
@@ -48,17 +50,17 @@ def sites() -> set[str]:
             visit(child, path, function)
 
     for path in PACKAGE.rglob("*.py"):
-        if path.name != "durable.py":
+        if path not in DURABLE:
             visit(ast.parse(path.read_text()), path, str(path.relative_to(PACKAGE)))
     return found
 
 
 def elsewhere() -> list[str]:
-    """Places outside `durable` that rename or sync by themselves."""
+    """Places outside DURABLE that rename or sync by themselves."""
     found = []
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if path.name != "durable.py" and isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if path not in DURABLE and isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
                 own = {"os": (*CALLS, "renames", "link", "symlink", "fdatasync", "sync"), "shutil": ("move",)}
                 if node.func.attr in own.get(owner, ("rename", "symlink_to", "hardlink_to")):
@@ -67,11 +69,11 @@ def elsewhere() -> list[str]:
 
 
 def _site() -> str:
-    """The innermost function of the package below this call that is not of `durable`, as in `sites`."""
+    """The innermost function of the package below this call that is not of DURABLE, as in `sites`."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PACKAGE) and path.name != "durable.py" and not frame.f_code.co_name.startswith("<"):
+        if path.is_relative_to(PACKAGE) and path not in DURABLE and not frame.f_code.co_name.startswith("<"):
             return f"{path.relative_to(PACKAGE)}:{frame.f_code.co_firstlineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "elsewhere"

@@ -62,7 +62,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     return bytes(out)
 
 
-def read(path: Path) -> bool:
+def check_read(path: Path) -> bool:
     """Whether the file is read; then what is read adds up, and written out it is read as the same again."""
     try:
         pool = read_pool([path], max_bad_rows=1000)
@@ -88,7 +88,7 @@ def main(kind: str, first: int, count: int, folder: Path) -> None:
     for number in range(first, first + count):
         (folder / "at").write_text(f"{kind} {number}")
         path.write_bytes(damaged(data, random.Random(f"{kind} {number}")))
-        good += read(path)
+        good += check_read(path)
     print(f"{kind}: {good} of {count} read, the others refused")
 
 

@@ -27,7 +27,7 @@ from typing import Any
 from gradsift.store.run import Run
 from tests.conftest import TEMPLATE
 from tests.faults.forks import Server
-from tests.model.parts import llama, tokenizer
+from tests.model.small_models import llama, tokenizer
 
 METHODS = ("less", "gdig", "g2is", "tagcos")
 MOST = 5  # kills of a method in one run: it shall also end

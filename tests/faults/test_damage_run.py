@@ -20,7 +20,10 @@ from gradsift.store.run import Run
 from tests.conftest import SETTINGS
 from tests.faults.killed import digests, finished
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,7 @@ def told(run: Path) -> list[str]:
     return [line for line in found.output.splitlines() if line.strip()]
 
 
-def mend(run: Path) -> None:
+def check_mended(run: Path) -> None:
     assert CliRunner().invoke(app, ["verify", str(run), "--repair"]).exit_code == 5
     assert CliRunner().invoke(app, ["verify", str(run)]).exit_code == 0
 
@@ -223,7 +226,7 @@ def test_the_runs_own_files_are_checked_too(run: Path, select: Callable[..., Sel
     if name == "settings.json":
         with pytest.raises(IntegrityError, match=r"settings\.json: is damaged"):
             select(run)
-    mend(run)
+    check_mended(run)
     select(run)
     assert digests(run) == contents
     assert verify(run) == []

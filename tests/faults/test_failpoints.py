@@ -17,6 +17,8 @@ from tests.faults import failpoints
 from tests.faults.forks import Server
 from tests.faults.killed import digests, finished, prepare, strays
 
+pytestmark = pytest.mark.slow
+
 # Together they come by every place that writes into a run; further methods write at the same ones.
 COMMANDS = {
     "less": ["select", "less"],
@@ -99,7 +101,7 @@ def test_a_crash_before_or_after_any_rename_or_sync_loses_nothing(server: Server
     renames = {tuple(line.split(" ", 2)[1:]) for line in struck if not line.startswith("fsync")}
     assert renames == {(when, site) for when in ("before", "after") for site in failpoints.sites()}
     assert {line for line in struck if line.startswith("fsync")} == {
-        f"fsync {when} {place}" for when in ("before", "after") for place in ("replacing", "making", "_sync_folder")
+        f"fsync {when} {place}" for when in ("before", "after") for place in ("replacing", "making", "sync_folder")
     }
 
     shutil.copy(record, nothing_new)

@@ -9,6 +9,8 @@ import pytest
 
 from tests.faults.killed import kill
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.timeout(1200)  # many real runs, on whatever machine
 def test_a_run_killed_at_random_instants_ends_as_if_left_alone(tmp_path: Path) -> None:

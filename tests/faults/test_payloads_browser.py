@@ -16,6 +16,7 @@ from tests.conftest import SETTINGS, rows, write_rows
 from tests.report.test_report_browser import Page, page  # noqa: F401  (a fixture)
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.browser,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"),
 ]

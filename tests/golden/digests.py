@@ -28,7 +28,7 @@ from gradsift.signals.backends import BACKENDS
 from gradsift.stages.pipeline import Pipeline
 from gradsift.types import Example, Message, Signal
 from tests.conftest import SETTINGS, TEMPLATE, rows, write_rows
-from tests.model.parts import llama, tokenizer
+from tests.model.small_models import llama, tokenizer
 
 FILE = Path(__file__).parent / "digests.json"
 TEST_SET = [Example("t", (Message("user", "one two three four five six seven"), Message("assistant", "a b c d e f g")), "test")]

@@ -21,14 +21,14 @@ from gradsift.model.layers import tracked_modules
 from gradsift.model.load import load_model
 from gradsift.model.lora import attach_lora, load_adapter
 from gradsift.model.losses import row_losses
-from gradsift.signals.curvature import fit
 from gradsift.signals.curvature.exact import influence_scores
+from gradsift.signals.curvature.fit import fit
 from gradsift.store.rows import RowStore
 from gradsift.types import Signals
 from tests import tolerances as tol
 from tests.conftest import SETTINGS
-from tests.gradients.parts import build, collect, make_rows
-from tests.model.parts import llama, token_rows
+from tests.gradients.one_by_one import build, collect, make_rows
+from tests.model.small_models import llama, token_rows
 
 DEVICE = "cuda"
 pytestmark = [
@@ -39,7 +39,7 @@ pytestmark = [
 TWO_SIDED = Projection((4, 4), kind="rademacher", per_module=True)
 
 
-def close(a: torch.Tensor, b: torch.Tensor) -> None:
+def check_close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a.cpu(), b.cpu(), rtol=tol.GPU_RTOL, atol=tol.GPU_ATOL * float(b.abs().max()))
 
 
@@ -72,7 +72,7 @@ def test_rows_on_a_gpu_are_those_of_the_cpu(family: str, kind: str) -> None:
     assert got.rows.device.type == got.norms.device.type == "cpu"
     assert torch.equal(got.tokens, expected.tokens)
     for field in ("rows", "norms", "losses"):
-        close(getattr(got, field), getattr(expected, field))
+        check_close(getattr(got, field), getattr(expected, field))
 
 
 @pytest.mark.parametrize("kind", ["lora", "linear"])
@@ -121,7 +121,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same_rows(memory_limi
     cut, _ = run(16 * 512)
     assert cut.halvings > 0
     assert not cut.failed
-    close(cut.rows, one.rows)
+    check_close(cut.rows, one.rows)
     memory_limit(torch.cuda.memory_allocated() + (2 << 20))
     none, _ = run(512)
     assert len(none.failed) == 16
@@ -139,14 +139,14 @@ def test_curvature_and_scores_on_a_gpu_are_those_of_the_cpu() -> None:
     (factors, scores), (others, on_gpu) = found
     for name, pair in factors.items():
         for a, b in zip(others[name], pair, strict=True):
-            close(a, b)
+            check_close(a, b)
     torch.testing.assert_close(on_gpu, scores, rtol=0.02, atol=0.02 * float(scores.abs().max()))  # eigenvectors of equal values may turn
 
 
 def test_losses_on_a_gpu_are_those_of_the_cpu() -> None:
     model, rows = build("llama", lora=False), make_rows()
     expected = row_losses(model, rows).mean
-    close(row_losses(copy.deepcopy(model).to(DEVICE), rows).mean, expected)
+    check_close(row_losses(copy.deepcopy(model).to(DEVICE), rows).mean, expected)
 
 
 @pytest.mark.parametrize("method", ["less", "tagcos"])
@@ -185,4 +185,4 @@ def test_an_adapter_and_a_model_are_loaded_on_to_the_device(tmp_path: Path, mode
     loaded, rows = load_adapter(load_model(str(model_folder), device=DEVICE), tmp_path), token_rows(4)
     assert {p.device.type for p in loaded.parameters()} == {DEVICE}
     made = [collect(extract(one, rows, projection=Projection(64)), len(rows)) for one in (model, loaded)]
-    close(made[1].rows, made[0].rows)
+    check_close(made[1].rows, made[0].rows)

@@ -15,7 +15,7 @@ from gradsift.model.load import load_model
 from gradsift.model.lora import attach_lora
 from gradsift.model.losses import row_losses
 from gradsift.signals.embeddings import embed
-from tests.model.parts import llama
+from tests.model.small_models import llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

@@ -15,7 +15,7 @@ from gradsift.gradients.projection import Projection
 from gradsift.model.layers import tracked_modules
 from gradsift.types import Transform
 from tests import tolerances as tol
-from tests.gradients.parts import build, collect, make_rows
+from tests.gradients.one_by_one import build, collect, make_rows
 
 M, V, G = torch.tensor([[0.0, 0.1]]), torch.tensor([[0.0, 0.01]]), torch.tensor([[[1.0, -1.0]]])
 

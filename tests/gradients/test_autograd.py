@@ -12,13 +12,13 @@ from gradsift.gradients.passes import extract
 from gradsift.gradients.projection import Projection
 from gradsift.model.layers import coverage, tracked_modules
 from tests import tolerances as tol
-from tests.gradients.parts import FAMILIES, VOCAB, build, collect, make_rows, one_by_one, stretched
+from tests.gradients.one_by_one import FAMILIES, VOCAB, build, collect, make_rows, one_by_one, stretched
 
 IDENTITY = Projection(None, kind="identity")
 TWO_SIDED = Projection((5, 7), kind="rademacher", per_module=True)
 
 
-def check(model: nn.Module, modules: object, *, token_budget: int = 60) -> None:
+def check_gradients(model: nn.Module, modules: object, *, token_budget: int = 60) -> None:
     rows = make_rows()
     tracked = tracked_modules(model, modules)  # type: ignore[arg-type]
     weights = list({id(m.weight): m.weight for m in tracked.values()}.values())
@@ -47,12 +47,12 @@ def check(model: nn.Module, modules: object, *, token_budget: int = 60) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_gradients_equal_autograd(family: str) -> None:
-    check(build(family, lora=True), None)
+    check_gradients(build(family, lora=True), None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_linear_gradients_equal_autograd(family: str) -> None:
-    check(build(family, lora=False), "linear")
+    check_gradients(build(family, lora=False), "linear")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
@@ -60,16 +60,16 @@ def test_linear_gradients_equal_autograd(family: str) -> None:
 def test_gradient_checkpointing_changes_nothing(family: str, lora: bool) -> None:
     model = build(family, lora=lora)
     model.gradient_checkpointing_enable()  # type: ignore[operator]
-    check(model, None if lora else "linear")
+    check_gradients(model, None if lora else "linear")
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
 def test_gradients_of_upper_modules_alone_equal_autograd() -> None:
-    check(build("llama", lora=False), ["*layers.2.self_attn.v_proj", "*layers.2.mlp.down_proj"])
+    check_gradients(build("llama", lora=False), ["*layers.2.self_attn.v_proj", "*layers.2.mlp.down_proj"])
 
 
 def test_an_untied_head_can_be_tracked() -> None:
-    check(build("llama", lora=False), ["*layers.1.mlp.*", "lm_head"])
+    check_gradients(build("llama", lora=False), ["*layers.1.mlp.*", "lm_head"])
 
 
 @pytest.mark.parametrize(("family", "reads"), [("mixtral", {"self_attn"}), ("qwen2-moe", {"self_attn", "shared_expert", "mlp"})])
@@ -127,4 +127,4 @@ class Recurrent(nn.Module):
 
 def test_modules_called_again_and_shared_weights_accumulate() -> None:
     torch.manual_seed(0)
-    check(Recurrent().eval(), ["block", "first", "second"])
+    check_gradients(Recurrent().eval(), ["block", "first", "second"])

@@ -13,7 +13,7 @@ from gradsift.gradients.passes import extract
 from gradsift.gradients.projection import Projection
 from gradsift.gradients.weight_grads import product
 from tests import tolerances as tol
-from tests.gradients.parts import build, collect, make_rows
+from tests.gradients.one_by_one import build, collect, make_rows
 
 
 class Whole:

@@ -12,7 +12,7 @@ from gradsift.gradients.passes import extract
 from gradsift.gradients.projection import Projection
 from gradsift.model.layers import tracked_modules
 from tests import tolerances as tol
-from tests.gradients.parts import build, collect, make_rows
+from tests.gradients.one_by_one import build, collect, make_rows
 
 IDENTITY = Projection(None, kind="identity")
 

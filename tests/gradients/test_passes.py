@@ -21,14 +21,14 @@ from gradsift.gradients.passes import extract, output_dim
 from gradsift.gradients.projection import Projection
 from gradsift.model.layers import tracked_modules
 from tests import tolerances as tol
-from tests.gradients.parts import build, collect, make_rows, one_by_one
-from tests.model.parts import mixtral
+from tests.gradients.one_by_one import build, collect, make_rows, one_by_one
+from tests.model.small_models import mixtral
 
 SKETCH = Projection(64)
 TWO_SIDED = Projection((4, 4), kind="rademacher", per_module=True)
 
 
-def close(one: Tensor, other: Tensor) -> None:
+def check_close(one: Tensor, other: Tensor) -> None:
     assert torch.nn.functional.cosine_similarity(one, other).min() > tol.ROW_COSINE
     torch.testing.assert_close(one.norm(dim=1), other.norm(dim=1), rtol=tol.NORM_RTOL, atol=0)
 
@@ -48,13 +48,13 @@ def test_batch_size_padding_and_order_do_not_matter(lora: bool) -> None:
     alone = collect(extract(model, rows, token_budget=1, **options), len(rows))
     for budget in (50, 200, 5000):
         batched = collect(extract(model, rows, token_budget=budget, **options), len(rows))
-        close(batched.rows, alone.rows)
+        check_close(batched.rows, alone.rows)
         torch.testing.assert_close(batched.norms, alone.norms, rtol=tol.NORM_RTOL, atol=0)
         torch.testing.assert_close(batched.losses, alone.losses, rtol=tol.LOSS_RTOL, atol=0)
         assert torch.equal(batched.tokens, alone.tokens)
     order = np.random.default_rng(0).permutation(len(rows))
     shuffled = collect(extract(model, [rows[k] for k in order], token_budget=200, **options), len(rows))
-    close(shuffled.rows, alone.rows[torch.from_numpy(order)])
+    check_close(shuffled.rows, alone.rows[torch.from_numpy(order)])
 
 
 def test_the_same_call_gives_the_same_bytes() -> None:
@@ -101,7 +101,7 @@ def test_a_transform_that_factors_gives_the_same_rows_either_way(family: str, mo
     factored = collect(extract(model, rows, projection=TWO_SIDED, transform=transform, modules="linear"), len(rows))
     monkeypatch.setattr(RankOne, "factors", lambda self, name: None)
     formed = collect(extract(model, rows, projection=TWO_SIDED, transform=transform, modules="linear"), len(rows))
-    close(factored.rows, formed.rows)
+    check_close(factored.rows, formed.rows)
     torch.testing.assert_close(factored.norms, formed.norms, rtol=tol.NORM_RTOL, atol=0)
 
 
@@ -204,6 +204,7 @@ def test_faults_of_the_call_come_before_any_work() -> None:
         extract(model, rows, projection=SKETCH, norms="none")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factored", [False, True])
 def test_sketched_norms_are_right_on_average_and_rows_are_the_same(factored: bool) -> None:
     model, rows = build("llama", lora=False), make_rows()
@@ -272,7 +273,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(error: Callable[[], Exceptio
     assert plenty.halvings == 0
     with caplog.at_level(logging.WARNING, "gradsift"), memory_for(model, 60, error) as tried:
         scarce = collect(extract(model, rows, projection=SKETCH, token_budget=500), len(rows))
-    close(scarce.rows, plenty.rows)
+    check_close(scarce.rows, plenty.rows)
     assert scarce.halvings >= 1
     assert scarce.failed == ()
     assert "halved" in caplog.text
@@ -292,7 +293,7 @@ def test_a_row_that_never_fits_is_nan_and_the_others_go_on(caplog: pytest.LogCap
     assert got.tokens[3] == 39
     assert "row 3 (39 tokens) does not fit" in caplog.text
     others = torch.tensor([0, 1, 2, 4, 5, 6, 7])
-    close(got.rows[others], expected.rows[others])
+    check_close(got.rows[others], expected.rows[others])
 
 
 def test_other_errors_are_not_taken_for_memory() -> None:

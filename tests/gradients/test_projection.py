@@ -67,6 +67,7 @@ def test_inner_products_are_kept_without_bias_and_within_the_bound(projection: P
     assert (estimates.var(0) < tol.VARIANCE_SLACK * bound).all()
 
 
+@pytest.mark.slow
 def test_cosines_of_rows_at_right_angles_spread_as_one_over_the_root_of_the_width() -> None:  # T6.5
     shapes = {"model.a": (64, 512), "model.b": (512, 64)}  # more numbers than columns: of fewer, less collide, and the spread is smaller
     x, y = torch.randn(2, sum(o * i for o, i in shapes.values()), generator=torch.Generator().manual_seed(3))
@@ -89,7 +90,7 @@ def test_different_seeds_give_unrelated_rows() -> None:
 @pytest.mark.parametrize("d", [16, 300, 1024])
 def test_the_two_ways_to_apply_a_sketch_agree(d: int) -> None:
     bound = Projection(d).bind({"w": (7, 43)})
-    buckets, signs = bound._sketch_map("w")
+    buckets, signs = bound.sketch_map("w")
     assert torch.equal(buckets.sort(1).values, torch.arange(d).expand(buckets.shape))
     flat = torch.randn(3, 301)
     one, other = torch.zeros(3, d), torch.zeros(3, d)
@@ -121,7 +122,7 @@ def test_maps_that_do_not_fit_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -
             patch.setattr(module, "CACHE_BYTES", 0)
             assert torch.equal(project(projection, grads), kept)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_DENSE_BLOCK", 64 * 7)
+            patch.setattr(module, "DENSE_BLOCK", 64 * 7)
             bound = projection.bind(SHAPES)
             assert bound.width == kept.shape[1]
 

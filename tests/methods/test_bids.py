@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradsift.methods import make
 from gradsift.types import Signal, Subset
-from tests.methods.parts import choose, random_rows
+from tests.methods.vectors import choose, random_rows
 
 SMALL = torch.tensor([[10, 0, 0], [9, 0, 0.1], [0, 1, 0], [0, 0, 0.5], [1, 0.2, 0.1]])
 

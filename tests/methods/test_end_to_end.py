@@ -18,7 +18,10 @@ from gradsift.store.artifact import Artifact
 from gradsift.store.rows import RowStore
 from tests.conftest import SETTINGS, rows, write_rows
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"),
+]
 
 SHORT = {**SETTINGS, "warmup": {**SETTINGS["warmup"], "checkpoints": 1}}
 

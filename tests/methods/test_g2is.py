@@ -12,7 +12,7 @@ from gradsift.errors import ConfigError
 from gradsift.methods import make
 from gradsift.rules import components, walk
 from gradsift.types import Signal
-from tests.methods.parts import Stored, at_angles, choose, random_rows
+from tests.methods.vectors import Stored, at_angles, choose, random_rows
 
 AS_IT_IS = {"preset": "paper", "remove_mean": False}
 EAST = torch.tensor([[1.0, 0.0]])

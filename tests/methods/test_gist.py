@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsift.methods import make
 from gradsift.methods.gist import Gist
-from tests.methods.parts import Stored, choose, random_rows
+from tests.methods.vectors import Stored, choose, random_rows
 
 GROUPS = ["a", "a", "b", "b", "b", "c"]
 

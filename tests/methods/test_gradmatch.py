@@ -9,7 +9,7 @@ import torch
 from gradsift.methods import make
 from gradsift.rules import omp
 from gradsift.types import Subset
-from tests.methods.parts import Stored, choose, random_rows
+from tests.methods.vectors import Stored, choose, random_rows
 
 RAW = {"normalise": "false"}
 GOAL = torch.tensor([[3.0, 0.0, 2.0, 0.0]])
@@ -83,11 +83,11 @@ def test_gains_are_products_with_the_mean() -> None:
 def test_a_first_matching_that_ended_early_is_not_made_again(monkeypatch: pytest.MonkeyPatch, options: dict[str, str]) -> None:
     firsts: list[int] = []
 
-    class Counted(omp._Search):
+    class Counted(omp.Search):
         def run(self, budget: int, without: torch.Tensor | None = None) -> omp.Match:
             if without is None:
                 firsts.append(budget)
             return super().run(budget, without)
 
-    monkeypatch.setattr(omp, "_Search", Counted)
+    monkeypatch.setattr(omp, "Search", Counted)
     assert len(choose(make("gradmatch", options), torch.eye(4), GOAL, 4)) == 4 and firsts == [4]

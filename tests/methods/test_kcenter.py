@@ -7,7 +7,7 @@ import torch
 
 from gradsift.methods import make
 from gradsift.types import Signal
-from tests.methods.parts import choose, random_rows
+from tests.methods.vectors import choose, random_rows
 
 
 def test_each_pick_is_the_row_farthest_from_those_before() -> None:

@@ -80,6 +80,7 @@ def test_t51_and_t52_self_filter_lowers_its_neighbours() -> None:
     assert choose("selffilter", values, 2, gamma=0.0).indices.tolist() == [0, 1]
 
 
+@pytest.mark.slow
 def test_dsir_draws_by_weight_and_takes_the_heaviest_where_asked() -> None:
     weights = torch.tensor([0.0, 3, -2, 1, 40])
     assert choose("dsir", {"ngrams": weights}, 3, draw="top").indices.tolist() == [4, 1, 3]

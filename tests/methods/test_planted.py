@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from gradsift.methods import make
 from gradsift.types import Selector, Signals, Subset
-from tests.methods.parts import choose, random_rows
+from tests.methods.vectors import choose, random_rows
 
 SEEDS = range(4)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gradsift.methods import make
-from tests.methods.parts import at_angles, choose, random_rows
+from tests.methods.vectors import at_angles, choose, random_rows
 
 POOL, TARGET = at_angles(10, 12, 20, 91, 100, 180), at_angles(0, 90, 14)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsift.errors import ConfigError
 from gradsift.methods import make
-from gradsift.methods.gdig import _Part
+from gradsift.methods.gdig import PickedRows
 from gradsift.rules import kmeans, omp, topk
 from gradsift.types import Selector, Signal, Signals, Subset
 
@@ -242,8 +242,8 @@ def test_gdig_clusters_rows_that_were_projected_once_more() -> None:
         labels[dim] = found.notes["cluster"]
         assert per_cluster(found, sizes) == [3, 3, 3]
     assert all(len(set(labels[0][labels[400] == c])) == 1 for c in range(3))
-    part = _Part(rows, np.arange(60), raw=False, dim=400)
-    assert part.shape == (60, 400) and torch.equal(part[0:60], _Part(rows, np.arange(60), raw=False, dim=400)[0:60])
+    part = PickedRows(rows, np.arange(60), raw=False, dim=400)
+    assert part.shape == (60, 400) and torch.equal(part[0:60], PickedRows(rows, np.arange(60), raw=False, dim=400)[0:60])
     near, far = part[0:2] @ part[0:2].T, rows[0:2] @ rows[0:2].T
     assert (near - far).abs().max() < 6 / 400**0.5  # inner products are kept, as far as 400 signs keep them
-    assert _Part(rows, np.arange(60), raw=False, dim=900).signs is None
+    assert PickedRows(rows, np.arange(60), raw=False, dim=900).signs is None

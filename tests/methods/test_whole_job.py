@@ -26,6 +26,8 @@ from gradsift.store.artifact import Artifact
 from gradsift.store.run import Run
 from tests.conftest import SETTINGS, rows, write_rows
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:

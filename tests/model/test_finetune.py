@@ -14,7 +14,7 @@ from gradsift.config import FinetuneSettings, LoraSettings
 from gradsift.data.encode import encode
 from gradsift.errors import ConfigError, DataError
 from gradsift.model import finetune as finetuning
-from gradsift.model.finetune import HeldOut, _schedule, _steps, finetune, heldout_loss
+from gradsift.model.finetune import HeldOut, finetune, heldout_loss, rate_factor, step_rows
 from gradsift.model.load import load_model, load_tokenizer
 from gradsift.model.losses import token_nats
 from gradsift.model.tiny import TinySettings, tiny_model
@@ -89,7 +89,7 @@ def test_full_training_is_a_plain_adamw_loop(tiny: str, pool: Rows) -> None:
 
     plain = load_model(tiny).train().requires_grad_(True)
     adam = torch.optim.AdamW(plain.parameters(), lr=1.0, weight_decay=0.1)
-    for rate, chosen in zip((1e-3, 2e-3, 4e-3 / 3, 2e-3 / 3), _steps(10, 4, settings), strict=True):
+    for rate, chosen in zip((1e-3, 2e-3, 4e-3 / 3, 2e-3 / 3), step_rows(10, 4, settings), strict=True):
         adam.param_groups[0]["lr"] = rate
         total = sum(factors[i] * supervised(rows[i]) for i in chosen)
         loss = torch.stack([factors[i] / total * nats(plain, rows[i]) for i in chosen]).sum()
@@ -113,7 +113,7 @@ def test_mixed_precision_is_a_plain_loop_under_autocast(tiny: str, pool: Rows, m
 
     plain = load_model(tiny).train().requires_grad_(True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, _ = token_nats(plain, [pool[i] for i in next(_steps(6, 1, settings))])
+        found, _ = token_nats(plain, [pool[i] for i in next(step_rows(6, 1, settings))])
     found.mean().backward()
     adam = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0)  # half of the top rate: the schedule of a single step
     adam.step()
@@ -132,14 +132,14 @@ def test_a_recipe_without_mixed_precision_keeps_its_digest() -> None:
 
 
 def test_the_schedule_rises_falls_and_never_stops() -> None:
-    assert [_schedule(step, 5, 0.4) for step in range(1, 6)] == pytest.approx([0.5, 1.0, 0.75, 0.5, 0.25])
-    assert [_schedule(step, 2, 0.0) for step in (1, 2)] == pytest.approx([2 / 3, 1 / 3])
+    assert [rate_factor(step, 5, 0.4) for step in range(1, 6)] == pytest.approx([0.5, 1.0, 0.75, 0.5, 0.25])
+    assert [rate_factor(step, 2, 0.0) for step in (1, 2)] == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_every_row_is_seen_once_a_pass() -> None:
     settings = FinetuneSettings(epochs=2, batch_size=4, seed=1)
     assert settings.steps_for(10) == 5
-    order = np.concatenate(list(_steps(10, 5, settings)))
+    order = np.concatenate(list(step_rows(10, 5, settings)))
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
     assert order[:10].tolist() != order[10:].tolist()
     assert FinetuneSettings(steps=7).steps_for(10) == 7

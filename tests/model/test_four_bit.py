@@ -22,7 +22,7 @@ from gradsift.model.lora import attach_lora
 from gradsift.model.losses import row_losses
 from gradsift.store.rows import RowStore
 from tests.conftest import SETTINGS
-from tests.model.parts import llama, token_rows
+from tests.model.small_models import llama, token_rows
 from tests.tolerances import BF16_COSINE, BF16_NORM_RTOL, GPU_ATOL, GPU_RTOL, GRADIENT_ATOL, GRADIENT_RTOL
 
 installed = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

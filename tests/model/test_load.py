@@ -19,7 +19,7 @@ from gradsift.errors import ConfigError, DataError, IntegrityError, MismatchErro
 from gradsift.model.layers import coverage, tracked_modules
 from gradsift.model.load import load_model, load_tokenizer, model_identity
 from gradsift.model.lora import adapter_state, attach_lora, load_adapter, remove_lora
-from tests.model.parts import gpt2, llama, mixtral, saved, tokenizer
+from tests.model.small_models import gpt2, llama, mixtral, saved, tokenizer
 
 
 @pytest.fixture(scope="module")

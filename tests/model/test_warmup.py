@@ -25,10 +25,10 @@ from gradsift.errors import ConfigError, DataError, MismatchError, UnknownName
 from gradsift.model.checkpoints import load_checkpoints, read_adam_state, read_moments
 from gradsift.model.layers import tracked_modules
 from gradsift.model.lora import adapter_state, attach_lora, load_adapter
-from gradsift.model.warmup import _cheapest_cuts, _fewest, plan_warmup, warm_up
+from gradsift.model.warmup import cheapest_cuts, fewest_pieces, plan_warmup, warm_up
 from gradsift.stages.rows import adam_transform
 from gradsift.types import Checkpoint
-from tests.model.parts import gpt2, llama, token_rows
+from tests.model.small_models import gpt2, llama, token_rows
 
 PAD = 256
 SMALL = WarmupSettings(batch_size=6, min_rows=20, epochs=2, lora=LoraSettings(r=4))
@@ -83,14 +83,14 @@ def test_micro_batches_are_cut_where_padding_is_least() -> None:
     for _ in range(30):
         n, limit = int(rng.integers(1, 10)), 2048
         lengths = np.sort(rng.integers(5, int(rng.choice([40, 6000])), size=n))
-        k = max(_fewest(lengths), int(rng.integers(1, n + 1)))
+        k = max(fewest_pieces(lengths), int(rng.integers(1, n + 1)))
 
         def padded(cuts: tuple[int, ...] | list[int], lengths: np.ndarray = lengths, limit: int = limit) -> float:
             parts = np.split(lengths, cuts)
             costs = [len(p) * int(p[-1]) for p in parts]
             return math.inf if any(c > limit and len(p) > 1 for c, p in zip(costs, parts, strict=True)) else sum(costs)
 
-        cuts = _cheapest_cuts(lengths, k)
+        cuts = cheapest_cuts(lengths, k)
         assert len(cuts) == k - 1
         assert padded(cuts) == min(padded(c) for c in itertools.combinations(range(1, n), k - 1)) < math.inf
 
@@ -189,6 +189,7 @@ def test_same_seed_same_bytes_and_another_seed_other_rows(run: tuple[Path, list[
     assert plans[0] == plans[1] != plans[2]
 
 
+@pytest.mark.slow
 def test_another_process_and_hash_seed_give_the_same_bytes(run: tuple[Path, list[Checkpoint]], tmp_path: Path) -> None:
     out, _ = run
     code = (

@@ -28,7 +28,9 @@ from gradsift.model.layers import tracked_modules
 from gradsift.model.load import load_model
 from gradsift.model.lora import load_adapter, remove_lora
 from gradsift.model.warmup import TrajectoryCallback
-from tests.model.parts import llama, saved, token_rows, tokenizer
+from tests.model.small_models import llama, saved, token_rows, tokenizer
+
+pytestmark = pytest.mark.slow
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 BIASED = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], bias="all", task_type="CAUSAL_LM")  # biases: a second, undecayed group

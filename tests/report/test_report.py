@@ -38,7 +38,7 @@ from gradsift.report import (
 from gradsift.report.charts import charts
 from gradsift.report.data import MAX_CHARACTERS, MAX_TURNS
 from gradsift.report.markdown import fenced, plain
-from gradsift.report.page import _inline, _script_json
+from gradsift.report.page import inline_script, script_json
 from gradsift.report.text import excerpt, number, seconds, size, visible
 from gradsift.types import Example, Message
 
@@ -300,12 +300,12 @@ def test_the_policy_names_the_scripts_by_hash(folder: Path) -> None:
 
 def test_json_inside_a_script_cannot_end_it() -> None:
     value = {"x": "</script><!--<script>&\u2028", "y": [1, None]}
-    text = _script_json(value)
+    text = script_json(value)
     assert not set("<>&\u2028") & set(text)
     assert json.loads(text) == value
     for bad in ("a</SCRIPT b", "<!-- x", "a\rb"):
         with pytest.raises(ValueError, match="cannot be inlined"):
-            _inline(bad)
+            inline_script(bad)
 
 
 def test_charts_carry_the_numbers() -> None:

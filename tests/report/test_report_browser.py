@@ -18,7 +18,7 @@ import websocket
 from gradsift.report import ReportData, write_report
 from tests.report.test_report import EVIL, full
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),

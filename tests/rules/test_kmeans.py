@@ -87,6 +87,7 @@ def test_separated_clusters_are_found_and_labels_are_the_nearest_centres():
     assert len({(a, b) for a, b in zip(far.labels.tolist(), truth.tolist(), strict=True)}) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [1.0, 2.5])
 def test_no_worse_than_scikit_learn(noise):
     """Wider than the sketch, so that the rehearsal is tested too."""

@@ -172,7 +172,7 @@ def test_oriented_components_give_the_same_walk_whatever_their_sign():
     rows, _, graph = problem(5, 30, 6, 1, 8)
     target = torch.randn(12, 6, generator=torch.Generator().manual_seed(2)) + 0.5
     found = components.principal(target)
-    flipped = components._signed(-found.directions.double(), target.double().mean(0))
+    flipped = components.oriented(-found.directions.double(), target.double().mean(0))
     assert torch.allclose(flipped.float(), found.directions)
     assert ((target.mean(0) @ found.directions.T) >= 0).all()
     budgets = [4] * len(found)

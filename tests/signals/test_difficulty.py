@@ -6,7 +6,7 @@ import torch
 
 from gradsift.model.losses import token_nats
 from gradsift.signals.difficulty import learned_difficulty, train_score_net, weighted_loss, weights
-from tests.model.parts import llama
+from tests.model.small_models import llama
 
 ROWS = [
     {"input_ids": [3, 5, 7, 9, 11], "labels": [-100, -100, 7, 9, 11]},

@@ -15,7 +15,7 @@ from gradsift.signals.embeddings import embed, hidden_size
 from gradsift.stages.work import EmbeddingWork
 from gradsift.store.packing import NO_TOKEN
 from gradsift.store.rows import RowStore
-from tests.gradients.parts import gpt2, llama
+from tests.gradients.one_by_one import gpt2, llama
 
 LENGTHS = (5, 17, 1, 9, 30, 17, 2)
 

@@ -13,7 +13,7 @@ import xxhash
 from gradsift.model.losses import row_losses
 from gradsift.signals.ifd import alone, perplexity_ratio
 from gradsift.signals.ngrams import buckets, importance
-from tests.model.parts import llama
+from tests.model.small_models import llama
 
 POOL = ["the cat sat on the mat", "def add(a, b): return a + b", "", "integral of x", "the dog"]
 TARGET = ["def sub(a, b): return a - b", "return a"]

@@ -17,7 +17,7 @@ from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.rows import gradients, recipe
 from gradsift.store.artifact import Artifact
 from tests.conftest import SETTINGS
-from tests.gradients.parts import one_by_one
+from tests.gradients.one_by_one import one_by_one
 
 FORMS: Any = pytest.mark.parametrize("form", ["paper", "released"])
 

@@ -62,6 +62,7 @@ def test_scores_are_refused_too(backend: str, pool_file: Path, target: Path, mod
         gradsift.score(backend, target_group="kind", **given(tmp_path / "run", pool_file, target, model_folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["less", "g2is", "gist"])
 def test_a_group_whose_gradients_are_unusable_is_named(
     method: str, pool_file: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -50,6 +50,7 @@ def test_canonical_json_refuses_numbers_that_are_none(value: float) -> None:
         canonical_json({"a": [0.0, value]})
 
 
+@pytest.mark.slow
 def test_digests_and_files_depend_on_no_hash_seed_or_locale(tmp_path: Path) -> None:
     code = (
         "import sys, torch\nfrom gradsift.store.canonical import recipe_digest\nfrom gradsift.store.tensors import write_tensors\n"

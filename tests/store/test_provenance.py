@@ -63,6 +63,7 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return tried
 
 
+@pytest.mark.slow
 def test_batches_that_were_halved_are_told_by_manifest_result_and_report(
     tmp_path: Path, pool_file: Path, target_file: Path, model_folder: Path, little_memory: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,19 +82,20 @@ def test_batches_that_were_halved_are_told_by_manifest_result_and_report(
     assert plenty.warnings == [text for text in scarce.warnings if text not in said]
 
 
+@pytest.mark.slow
 def test_halvings_of_scores_through_the_curvature_are_counted_too(
     tmp_path: Path, pool_file: Path, target_file: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gradsift.signals.curvature import exact
 
-    add = exact._Scorer.add
+    add = exact.Scorer.add
 
     def refuse(self: Any, indices: Any, rows: Any) -> None:
         if len(rows) > 2:
             raise MemoryError
         add(self, indices, rows)
 
-    monkeypatch.setattr(exact._Scorer, "add", refuse)
+    monkeypatch.setattr(exact.Scorer, "add", refuse)
     found = select(tmp_path / "run", pool_file, target_file, model_folder, backend="ekfac")
     (told,) = [made["batch_halvings"] for made in extra(tmp_path / "run", "influence")]
     assert told["times"] >= told["shards"] >= 2

@@ -145,7 +145,7 @@ def _plan(
     todo = {recipe.stage for recipe in recipes if _left(pipeline, recipe)}
     rates = probe(pipeline, encoded["pool"][0], needs, todo if pipeline.warmup_from is None else todo - {"warmup"})
     tokens = {side: int(rows.lengths.sum() * scale) for side, (rows, scale) in encoded.items()}
-    stages = [_cost(pipeline, recipe, tokens, rates) for recipe in recipes]
+    stages = [stage_cost(pipeline, recipe, tokens, rates) for recipe in recipes]
     candidates = pipeline.sides["pool"]
     if wanted.unit == "rows":
         rows = min(wanted.rows(candidates.funnel["read"]), len(candidates))
@@ -155,7 +155,7 @@ def _plan(
     if pipeline.stored(selection):
         stages.append(StageCost("select", f"{rows:,} rows", selection.digest[:12], True, len(candidates), 0, 0, 0.0))
     else:
-        chosen = _select_cost(pipeline, selector, rows, rates)
+        chosen = select_cost(pipeline, selector, rows, rates)
         seconds = chosen.seconds + _screening(pipeline, limits, rates)
         stages.append(replace(chosen, digest=selection.digest[:12], seconds=seconds))
     over = spread(pipeline, stages, rates)
@@ -271,7 +271,8 @@ def _pass(model: Any, encoded: EncodedRows, batches: list[list[int]], pad_id: in
     model.zero_grad(set_to_none=True)
 
 
-def _cost(pipeline: Pipeline, recipe: Recipe, tokens: Mapping[str, int], rates: Rates) -> StageCost:
+def stage_cost(pipeline: Pipeline, recipe: Recipe, tokens: Mapping[str, int], rates: Rates) -> StageCost:
+    """The cost of what is left to make of a stage."""
     side = _side(pipeline, recipe)
     rows, n, label = len(pipeline.sides[side]), tokens[side], ""
     ids = sum(len(i.encode()) + 4 for i in pipeline.sides[side].ids)
@@ -352,7 +353,7 @@ def _side(pipeline: Pipeline, recipe: Recipe) -> str:
     return "pool"
 
 
-def _select_cost(pipeline: Pipeline, selector: Selector, rows: int, rates: Rates) -> StageCost:
+def select_cost(pipeline: Pipeline, selector: Selector, rows: int, rates: Rates) -> StageCost:
     """k-means, the graph of neighbours, or matching (a row of products for every pick, inside its cluster) dominates where a method does it;
     elsewhere selecting is reading the signals once."""
     n, clusters = len(pipeline.sides["pool"]), getattr(selector, "clusters", 0)

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from gradsift.compute.cpu.swap import swapped
 from gradsift.compute.machine import prefers_onednn
 
-_LEAST = 1 << 23  # multiply-adds below which the detour, and a kernel compiled for a new shape, costs more than it saves
+LEAST = 1 << 23  # multiply-adds below which the detour, and a kernel compiled for a new shape, costs more than it saves
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., k] times weight [n, k], transposed, plus bias [n]: torch's own where a gradient is wanted, see `quick_layers`."""
     if not _applies(x, weight) or _wants_gradient(x, weight, bias):
         return nn.functional.linear(x, weight, bias)
-    out = torch.ops.mkldnn._linear_pointwise(_contiguous(x.flatten(0, -2)), _contiguous(weight), bias, "none", [], "")
+    out = torch.ops.mkldnn._linear_pointwise(contiguous(x.flatten(0, -2)), contiguous(weight), bias, "none", [], "")
     return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))  # no view, as what torch's own gives: it may be changed in place
 
 
@@ -91,7 +91,7 @@ def _applies(x: Any, weight: Tensor) -> bool:
         and x.device.type == weight.device.type == "cpu"
         and x.dim() > 1
         and weight.dim() == 2
-        and x.numel() * weight.shape[0] >= _LEAST
+        and x.numel() * weight.shape[0] >= LEAST
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -100,7 +100,7 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _contiguous(a: Tensor) -> Tensor:
+def contiguous(a: Tensor) -> Tensor:
     """A matrix that is contiguous, by rows or by columns: with part of a larger one oneDNN takes a thousand times as long."""
     if a.is_contiguous() or a.t().is_contiguous():
         return a

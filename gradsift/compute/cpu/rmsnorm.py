@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_CHUNK = 1 << 22  # numbers at a time, which bounds what is held besides; smaller chunks than a cache's cost more in calls than they save
+CHUNK = 1 << 22  # numbers at a time, which bounds what is held besides; smaller chunks than a cache's cost more in calls than they save
 
 
 def rms_norms(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -87,5 +87,5 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _parts(n: int, d: int) -> list[slice]:
-    step = max(1, _CHUNK // d)
+    step = max(1, CHUNK // d)
     return [slice(start, start + step) for start in range(0, n, step)]

@@ -28,8 +28,8 @@ MEMORY = 4 << 30
 _OVERSAMPLE = 8
 MANY = 32  # targets from which on holding gradients back pays
 HELD = 192 << 20  # bytes of pool gradients held back
-_CHUNK = {"cpu": 1 << 22}  # numbers a contraction forms at once
-_GPU_CHUNK = 1 << 28
+CHUNK = {"cpu": 1 << 22}  # numbers a contraction forms at once
+GPU_CHUNK = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def _stream(
     silent = np.flatnonzero(supervised == 0)
     if len(silent):
         yield silent, torch.zeros(len(silent), len(targets))
-    scorer = _Scorer(passes, targets)
+    scorer = Scorer(passes, targets)
 
     def work(batch: np.ndarray) -> Tensor:
         return scorer.add(batch, [pass_row(encoded, int(i), int(lengths[i])) for i in batch])
@@ -277,7 +277,7 @@ def _stream(
     yield from scorer.flush()
 
 
-class _Scorer:
+class Scorer:
     """Scores batches of pool rows against targets.
 
     With many targets the product with them is a matter of reading them from memory: gradients of as many rows as `HELD` bytes take are then
@@ -308,7 +308,7 @@ class _Scorer:
             left, right = layer.sides(x.float(), d.float())
             low = self.targets.low.get(layer.name)
             choice = self.by_tokens if hold else {}
-            if low is not None and choice.setdefault(layer.name, _by_tokens(left, right, low[1], self.capacity if hold else b)):
+            if low is not None and choice.setdefault(layer.name, cheaper_by_tokens(left, right, low[1], self.capacity if hold else b)):
                 _add_tokens(scores, left, right, *low)
             elif hold:
                 if layer.name not in self.held:
@@ -339,7 +339,7 @@ class _Scorer:
 
 
 def _chunk(device: torch.device) -> int:
-    return _CHUNK.get(device.type, _GPU_CHUNK)
+    return CHUNK.get(device.type, GPU_CHUNK)
 
 
 def _add_product(scores: Tensor, grads: Tensor, targets: Targets, name: str) -> None:
@@ -355,7 +355,7 @@ def _add_product(scores: Tensor, grads: Tensor, targets: Targets, name: str) -> 
         matmul.add_matmul(scores[:, part], flat, torch.bmm(left[part], right[part].transpose(1, 2)).flatten(1).t())
 
 
-def _by_tokens(left: Tensor, right: Tensor, low: Tensor, rows: int) -> bool:
+def cheaper_by_tokens(left: Tensor, right: Tensor, low: Tensor, rows: int) -> bool:
     """True when the products left_t p_m and right_t q_m cost less than gradients and targets multiplied out, the latter once for `rows`
     rows."""
     (b, t, r), (m, c, q) = left.shape, low.shape

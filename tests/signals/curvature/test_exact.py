@@ -13,13 +13,14 @@ from torch import Tensor
 from gradsift.errors import ConfigError, DataError, MismatchError, UserError
 from gradsift.gradients.passes import extract
 from gradsift.gradients.projection import Projection
-from gradsift.signals.curvature import exact, fit
+from gradsift.signals.curvature import exact
 from gradsift.signals.curvature.exact import influence_scores, prepare_targets, rank_agreement, score_pool
+from gradsift.signals.curvature.fit import fit
 from gradsift.signals.curvature.passes import pass_row
 from gradsift.signals.influence import trak_target
 from gradsift.store.rows import RowStore
 from gradsift.types import IGNORE
-from tests.signals.curvature.parts import MODELS, Naive, base, close, gather, make_rows, naive_scores
+from tests.signals.curvature.naive import MODELS, Naive, base, close, gather, make_rows, naive_scores
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -137,8 +138,8 @@ def test_low_rank_scores_agree_both_ways(by_tokens: bool, monkeypatch: pytest.Mo
     inverse = fit(model, pool, modules="linear").inverse()
     prepared = prepare_targets(model, target, inverse, modules="linear", rank=3)
     expected = gather(score_pool(model, pool, prepared, modules="linear"), 8)
-    monkeypatch.setattr(exact, "_by_tokens", lambda *sizes: by_tokens)
-    monkeypatch.setattr(exact, "_CHUNK", {"cpu": 1000})
+    monkeypatch.setattr(exact, "cheaper_by_tokens", lambda *sizes: by_tokens)
+    monkeypatch.setattr(exact, "CHUNK", {"cpu": 1000})
     assert close(gather(score_pool(model, pool, prepared, modules="linear"), 8), expected, 1e-5)
 
 

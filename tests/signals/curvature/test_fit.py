@@ -12,14 +12,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from gradsift.errors import ConfigError, DataError, IntegrityError, MismatchError
-from gradsift.signals.curvature import fit
 from gradsift.signals.curvature.exact import influence_scores
-from gradsift.signals.curvature.fit import Fitting
+from gradsift.signals.curvature.fit import Fitting, fit
 from gradsift.signals.curvature.fitted import Curvature
 from gradsift.signals.curvature.passes import sample, uniforms
 from gradsift.store.partial import Pieces
 from gradsift.store.tensors import TensorFile
-from tests.signals.curvature.parts import MODELS, Naive, base, close, gather, lora, make_rows, naive_scores, sampled
+from tests.signals.curvature.naive import MODELS, Naive, base, close, gather, lora, make_rows, naive_scores, sampled
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from gradsift.errors import OutOfMemory
-from gradsift.signals.curvature import fit
 from gradsift.signals.curvature.exact import prepare_targets, score_pool
+from gradsift.signals.curvature.fit import fit
 from gradsift.signals.curvature.passes import CurvaturePass, Layer
-from tests.signals.curvature.parts import base, close, gather, make_rows
+from tests.signals.curvature.naive import base, close, gather, make_rows
 
 LONG = {"input_ids": list(range(3, 43)), "labels": list(range(3, 43))}
 
