@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,9 @@ from gradsift.cli.flags import (
     TargetFiles,
     shared_flags,
 )
+
+if TYPE_CHECKING:
+    from gradsift.commands.check import Inputs
 
 app = typer.Typer(
     name="gradsift",
@@ -82,7 +85,7 @@ def select(
     _print_selection(result, as_json)
 
 
-def _inputs(run: Path, pool: list[str], target: list[str] | None, model: str | None, given: Any) -> Any:
+def _inputs(run: Path, pool: list[str], target: list[str] | None, model: str | None, given: Given) -> Inputs:
     """What the command reads and where it works, for the checks that come before anything heavy is loaded."""
     from gradsift.commands.check import Inputs
 
@@ -374,11 +377,11 @@ def inspect(
     given: Given,
 ) -> None:
     """Print rows as the model sees them, the supervised tokens coloured, and the funnel of counts."""
-    from rich.console import Console
-
     from gradsift.commands.check import check_reading
 
     check_reading(pool, given.settings)
+    from rich.console import Console
+
     from gradsift.commands import inspect as inspection
 
     lines = inspection.inspect(pool, model=model, rows=rows, start=start, settings=given.settings, **given.call)
