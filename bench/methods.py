@@ -1,15 +1,20 @@
-"""Every method on 8,000 rows of the real pool: what it costs, what it takes, and what its score follows.
+"""Every method on 8,000 rows of the real pool: what it costs, what it takes, and what its score
+follows.
 
-    python bench/methods.py                     every method and preset, in one run that they share: hours of one core
+    python bench/methods.py                     every method and preset, in one run that they share:
+    hours of one core
     python bench/methods.py --only rds,less     some of them
-    python bench/methods.py --read less         twenty picks of a finished one, prompt and answer, to be read
+    python bench/methods.py --read less         twenty picks of a finished one, prompt and answer,
+    to be read
 
-Needs the folder of pools, targets and the small model that the tests use (`--shared`, default ../shared). 5 % of a part of the general pool that
-keeps the share of every source; the target, where a method takes one, is gsm8k's dev file. Everything is kept in `--run` and resumes; each method
-is written into the JSON file (`--out`) as soon as it is there.
+Needs the folder of pools, targets and the small model that the tests use (`--shared`, default
+../shared). 5 % of a part of the general pool that keeps the share of every source; the target,
+where a method takes one, is gsm8k's dev file. Everything is kept in `--run` and resumes; each
+method is written into the JSON file (`--out`) as soon as it is there.
 
-A method's signals are made in one process and its subset chosen in a second one, so that `peak_gb` of choosing is that of choosing. Seconds are CPU
-seconds, which other work on the machine does not change much; those of a stage that several methods read stand in the row of each.
+A method's signals are made in one process and its subset chosen in a second one, so that `peak_gb`
+of choosing is that of choosing. Seconds are CPU seconds, which other work on the machine does not
+change much; those of a stage that several methods read stand in the row of each.
 """
 
 from __future__ import annotations
@@ -40,12 +45,31 @@ from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe
 from gradsift.store.artifact import Artifact
 
-# Those that read least come first, then those that share rows: a run that is stopped early has measured most.
+# Those that read least come first, then those that share rows: a run that is stopped early has
+# measured most.
 ARMS = (
-    "random", "length", "dsir", "rds", "kcenter", "perplexity", "ifd", "selffilter",
-    "less", "bids", "bids:preset=paper", "tagcos", "tagcos:preset=released", "g2is", "g2is:preset=paper", "g2is:preset=released",
-    "gist", "gradmatch", "gdig", "gdig:preset=released", "contrast",
-)  # fmt: skip
+    "random",
+    "length",
+    "dsir",
+    "rds",
+    "kcenter",
+    "perplexity",
+    "ifd",
+    "selffilter",
+    "less",
+    "bids",
+    "bids:preset=paper",
+    "tagcos",
+    "tagcos:preset=released",
+    "g2is",
+    "g2is:preset=paper",
+    "g2is:preset=released",
+    "gist",
+    "gradmatch",
+    "gdig",
+    "gdig:preset=released",
+    "contrast",
+)
 BUDGET = "5%"
 READ, CUT = 20, 300  # picks to be read, and characters of each text
 
@@ -56,7 +80,9 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.root, self.out = options, Path(options.run), Path(options.out)
         self.shared = Path(options.shared)
-        self.results: dict[str, Any] = json.loads(self.out.read_text()) if self.out.exists() else {"stages": {}, "methods": {}}
+        self.results: dict[str, Any] = (
+            json.loads(self.out.read_text()) if self.out.exists() else {"stages": {}, "methods": {}}
+        )
 
     @property
     def pool(self) -> Path:
@@ -67,10 +93,15 @@ class Bench:
         inputs = Inputs(
             self.root / "run",
             pool=self.pool,
-            target=[self.shared / "data" / "targets" / "gsm8k" / "dev.jsonl.gz"] if targeted else [],
+            target=(
+                [self.shared / "data" / "targets" / "gsm8k" / "dev.jsonl.gz"] if targeted else []
+            ),
             model=str(self.shared / "models" / "tiny-lm"),
             pool_group="source",
-            settings={"model": {"dtype": self.options.dtype}, "machine": {"threads": self.options.threads}},
+            settings={
+                "model": {"dtype": self.options.dtype},
+                "machine": {"threads": self.options.threads},
+            },
         )
         return opened(inputs, progress=auto(), **more)
 
@@ -86,7 +117,14 @@ class Bench:
         """In a process of its own: the subset and its files, every signal being there."""
         with self.opened(arm) as pipeline:
             spent = counted(pipeline)
-            found = select_in(pipeline, arm.partition(":")[0], selector_of(arm), budget.parse(BUDGET), Constraints(), seed=0)
+            found = select_in(
+                pipeline,
+                arm.partition(":")[0],
+                selector_of(arm),
+                budget.parse(BUDGET),
+                Constraints(),
+                seed=0,
+            )
             chosen = next((value for value in spent.values() if value["stage"] == "select"), None)
         return {"spent": chosen, "folder": found.folder.name, "warnings": found.warnings}
 
@@ -98,36 +136,58 @@ class Bench:
     @property
     def arms(self) -> list[str]:
         """What is asked for."""
-        return [arm for arm in self.every if not self.options.only or arm.partition(":")[0] in self.options.only.split(",")]
+        return [
+            arm
+            for arm in self.every
+            if not self.options.only or arm.partition(":")[0] in self.options.only.split(",")
+        ]
 
     def run(self) -> None:
         for arm in self.arms:
             if "seconds" not in self.results["methods"].get(arm, {}):
                 made = self._apart("signals", arm)
-                self.results["stages"] |= {self.key(digest): spent for digest, spent in made["spent"].items()}
+                self.results["stages"] |= {
+                    self.key(digest): spent for digest, spent in made["spent"].items()
+                }
                 chosen = self._apart("choose", arm)
                 keys = [self.key(digest) for digest in made["needs"]]
-                line = {"stages": keys, "folder": chosen["folder"], "warnings": chosen["warnings"], "on": self.machine}
+                line = {
+                    "stages": keys,
+                    "folder": chosen["folder"],
+                    "warnings": chosen["warnings"],
+                    "on": self.machine,
+                }
                 self.results["methods"][arm] = line | (
-                    {"seconds": chosen["spent"], "peak_gb": chosen["peak_gb"]} if chosen["spent"] else {}
+                    {"seconds": chosen["spent"], "peak_gb": chosen["peak_gb"]}
+                    if chosen["spent"]
+                    else {}
                 )
                 self.save()
         for arm, line in self.results["methods"].items():
-            if (self.root / "run" / line["folder"]).is_dir():  # else it was chosen in another folder, perhaps on another machine
+            if (self.root / "run" / line["folder"]).is_dir():
+                # else it was chosen in another folder, perhaps on another machine
                 line |= self.described(arm)
         self.save()
 
     def key(self, digest: str) -> str:
-        """Of a stage and where it was made: encoding, for one, has the same digest everywhere and not the same cost."""
+        """Of a stage and where it was made: encoding, for one, has the same digest everywhere and
+        not the same cost.
+        """
         return " ".join([digest, *self.machine.values()])
 
     @property
     def machine(self) -> dict[str, str]:
-        """What a method's seconds depend on; it stands beside each, for a file may be continued elsewhere."""
+        """What a method's seconds depend on; it stands beside each, for a file may be continued
+        elsewhere.
+        """
         return {"cpu": machine.cpu_kind(), "dtype": self.options.dtype}
 
     def _apart(self, part: str, arm: str) -> dict[str, Any]:
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--part", part, "--arm", arm], stdout=subprocess.PIPE, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--part", part, "--arm", arm],
+            stdout=subprocess.PIPE,
+            check=True,
+        )
         return json.loads(done.stdout)
 
     def save(self) -> None:
@@ -150,7 +210,8 @@ class Bench:
             (
                 column
                 for line in self.results["methods"].values()
-                if (path := self.root / "run" / line["folder"]).is_dir() and np.isfinite(column := numbers(table_in(path), "norm")).any()
+                if (path := self.root / "run" / line["folder"]).is_dir()
+                and np.isfinite(column := numbers(table_in(path), "norm")).any()
             ),
             None,
         )
@@ -162,13 +223,22 @@ class Bench:
             "picked": len(picks),
             "sources": shares(table["group"], picks),
             "mean_tokens": round(float(lengths[picks].mean()), 1),
-            "spearman": {name: rounded(spearman(score, column)) for name, column in follows.items()},
-            "notes": {name: value for name, value in manifest.manifest["extra"]["notes"].items() if np.isfinite(value)},
+            "spearman": {
+                name: rounded(spearman(score, column)) for name, column in follows.items()
+            },
+            "notes": {
+                name: value
+                for name, value in manifest.manifest["extra"]["notes"].items()
+                if np.isfinite(value)
+            },
             "read": [table["id"][i] for i in to_read(picks)],
         }
 
     def show(self, arm: str) -> str:
-        rows = {row["id"]: row for row in map(json.loads, self.pool.read_text(encoding="utf-8").splitlines())}
+        rows = {
+            row["id"]: row
+            for row in map(json.loads, self.pool.read_text(encoding="utf-8").splitlines())
+        }
         table = table_in(self.root / "run" / self.results["methods"][arm]["folder"])
         parts = []
         for rank in to_read(np.arange(len(picks := order(table)))):
@@ -177,8 +247,20 @@ class Bench:
             head = f"{rank + 1}. {row['id']} ({row['task']}), {table['tokens'][at]} tokens" + (
                 "" if score is None else f", score {score:.4g}"
             )
-            texts = [" / ".join(message["content"][:CUT].split("\n")) for message in row["messages"]]
-            parts.append("\n".join([head, *(f"   {mark} {text}" for mark, text in zip("?!?!?!?!", texts, strict=False))]))
+            texts = [
+                " / ".join(message["content"][:CUT].split("\n")) for message in row["messages"]
+            ]
+            parts.append(
+                "\n".join(
+                    [
+                        head,
+                        *(
+                            f"   {mark} {text}"
+                            for mark, text in zip("?!?!?!?!", texts, strict=False)
+                        ),
+                    ]
+                )
+            )
         return "\n".join(parts)
 
 
@@ -187,7 +269,9 @@ def table_in(selection: Path) -> dict[str, list[Any]]:
 
 
 def counted(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
-    """Stages that `pipeline` makes from now on, by digest, with their CPU and wall seconds: those of stages asked for on the way count there."""
+    """Stages that `pipeline` makes from now on, by digest, with their CPU and wall seconds: those
+    of stages asked for on the way count there.
+    """
     spent: dict[str, dict[str, Any]] = {}
     inside = pipeline.make
 
@@ -199,9 +283,22 @@ def counted(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
         cpu, wall = time.process_time() - total("cpu_s"), time.perf_counter() - total("wall_s")
         artifact = inside(recipe, fill)
         if not known:
-            cpu, wall = time.process_time() - total("cpu_s") - cpu, time.perf_counter() - total("wall_s") - wall
-            kind = {key: recipe.config[key] for key in ("transform", "checkpoint", "backend") if key in recipe.config}
-            spent[recipe.digest] = {"stage": recipe.stage, **kind, "cpu_s": round(cpu, 2), "wall_s": round(wall, 2), "peak_gb": peak_gb()}
+            cpu, wall = (
+                time.process_time() - total("cpu_s") - cpu,
+                time.perf_counter() - total("wall_s") - wall,
+            )
+            kind = {
+                key: recipe.config[key]
+                for key in ("transform", "checkpoint", "backend")
+                if key in recipe.config
+            }
+            spent[recipe.digest] = {
+                "stage": recipe.stage,
+                **kind,
+                "cpu_s": round(cpu, 2),
+                "wall_s": round(wall, 2),
+                "peak_gb": peak_gb(),
+            }
         return artifact
 
     pipeline.make = make  # type: ignore[method-assign]
@@ -241,7 +338,10 @@ def shares(groups: list[str], picks: np.ndarray) -> dict[str, list[float]]:
     column = np.array(groups)
     every = {group: float((column == group).mean()) for group in dict.fromkeys(groups)}
     taken = {group: float((column[picks] == group).mean()) for group in every}
-    return {group: [round(every[group], 4), round(taken[group], 4)] for group in sorted(every, key=lambda g: -taken[g])}
+    return {
+        group: [round(every[group], 4), round(taken[group], 4)]
+        for group in sorted(every, key=lambda g: -taken[g])
+    }
 
 
 def rounded(value: float) -> float | None:
@@ -249,9 +349,13 @@ def rounded(value: float) -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="methods, separated by commas")
-    parser.add_argument("--read", default="", metavar="METHOD", help="prints picks of a finished one")
+    parser.add_argument(
+        "--read", default="", metavar="METHOD", help="prints picks of a finished one"
+    )
     parser.add_argument("--rows", type=int, default=8000)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=0)

@@ -1,13 +1,16 @@
 """What safety costs: the share of a run that goes into hashing, syncing and writing.
 
-    python bench/overheads.py [--rounds 5] [--rows 400] [--dim 8192] [--shard-rows 128] [--folder DIR] [--json FILE]
+    python bench/overheads.py [--rounds 5] [--rows 400] [--dim 8192] [--shard-rows 128] [--folder
+    DIR] [--json FILE]
 
-Job: `gradsift select less` on the playground with a random Llama of hidden size 256, from an empty folder. Two arms take turns within a round:
-"safe" is gradsift as it is, every call to the hash, to fsync and to write being timed; "bare" does the same with an fsync that does
-nothing, and checks the sum from outside. Then, in the safe run's folder, another budget is chosen: every stage is reused, so what it
-hashes is what a later command pays for reading stored rows. Printed: medians over the rounds (min, max), in percent of the run's seconds.
-`goal` is the bound the project set itself (2 %, hashing and fsync together); nothing fails when it is missed. --folder: on which disk;
-the default is that of temporary files, which in memory would make syncing free.
+Job: `gradsift select less` on the playground with a random Llama of hidden size 256, from an empty
+folder. Two arms take turns within a round: "safe" is gradsift as it is, every call to the hash, to
+fsync and to write being timed; "bare" does the same with an fsync that does nothing, and checks the
+sum from outside. Then, in the safe run's folder, another budget is chosen: every stage is reused,
+so what it hashes is what a later command pays for reading stored rows. Printed: medians over the
+rounds (min, max), in percent of the run's seconds. `goal` is the bound the project set itself (2 %,
+hashing and fsync together); nothing fails when it is missed. --folder: on which disk; the default
+is that of temporary files, which in memory would make syncing free.
 """
 
 from __future__ import annotations
@@ -81,7 +84,13 @@ class Clock:
 def prepare(folder: Path, rows: int) -> dict[str, Any]:
     files = write_playground(folder / "playground", rows=rows, dev=32, test=8)
     torch.manual_seed(0)
-    shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": VOCAB}
+    shape = {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "vocab_size": VOCAB,
+    }
     LlamaForCausalLM(LlamaConfig(**shape, pad_token_id=256)).save_pretrained(folder / "model")
     made = tokenizer()
     made.chat_template = TEMPLATE
@@ -89,7 +98,9 @@ def prepare(folder: Path, rows: int) -> dict[str, Any]:
     return {"pool": files.pool, "target": files.target, "model": str(folder / "model")}
 
 
-def job(run: Path, budget: str, parts: dict[str, Any], settings: dict[str, Any], *, sync: bool) -> dict[str, Any]:
+def job(
+    run: Path, budget: str, parts: dict[str, Any], settings: dict[str, Any], *, sync: bool
+) -> dict[str, Any]:
     started = time.perf_counter()
     with Clock(sync=sync) as clock:
         chosen = gradsift.select("less", run=run, budget=budget, settings=settings, **parts)
@@ -102,7 +113,9 @@ def summary(values: list[float]) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--dim", type=int, default=8192)
@@ -120,7 +133,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="gradsift-overheads-") as name:
         folder = Path(name)
         parts = prepare(folder, args.rows)
-        job(folder / "warm", "5%", parts, settings, sync=True)  # imports and caches belong to no arm
+        # imports and caches belong to no arm
+        job(folder / "warm", "5%", parts, settings, sync=True)
         stored = sum(path.stat().st_size for path in (folder / "warm").rglob("*") if path.is_file())
         shutil.rmtree(folder / "warm")
         for number in range(args.rounds):
@@ -133,7 +147,9 @@ def main() -> None:
         sys.exit("the runs chose different rows")
 
     def share(arm: str, *kinds: str) -> list[float]:
-        return summary([100 * sum(one[kind] for kind in kinds) / one["seconds"] for one in found[arm]])
+        return summary(
+            [100 * sum(one[kind] for kind in kinds) / one["seconds"] for one in found[arm]]
+        )
 
     report = {
         "goal_percent": GOAL,
@@ -141,7 +157,9 @@ def main() -> None:
         "hash_percent": share("safe", "hash"),
         "fsync_percent": share("safe", "fsync"),
         "write_percent": share("safe", "write"),
-        "safe_over_bare": summary([a["seconds"] / b["seconds"] for a, b in zip(found["safe"], found["bare"], strict=True)]),
+        "safe_over_bare": summary(
+            [a["seconds"] / b["seconds"] for a, b in zip(found["safe"], found["bare"], strict=True)]
+        ),
         "seconds": summary([one["seconds"] for one in found["safe"]]),
         "reused_seconds": summary([one["seconds"] for one in found["reused"]]),
         "reused_hash_seconds": summary([one["hash"] for one in found["reused"]]),

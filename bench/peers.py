@@ -1,16 +1,24 @@
-"""The same work done by other libraries and by plain loops: arms of bench/engine.py, each left out, aloud, where it cannot run.
+"""The same work done by other libraries and by plain loops: arms of bench/engine.py, each left out,
+aloud, where it cannot run.
 
-Every arm sees the rows and models of the bench and the batches of its floor (length-sorted, padded, at most 2048 tokens), and differentiates
-the mean loss over a row's supervised tokens. What each does, and what it is spared:
+Every arm sees the rows and models of the bench and the batches of its floor (length-sorted, padded,
+at most 2048 tokens), and differentiates the mean loss over a row's supervised tokens. What each
+does, and what it is spared:
 
-    vmap     torch.func.vmap(grad) over each batch (eager attention), then a dense projection kept in memory, or P_out G P_in per module
+    vmap     torch.func.vmap(grad) over each batch (eager attention), then a dense projection kept
+    in memory, or P_out G P_in per module
     opacus   GradSampleModule (hooks), then the same projections
-    dattri   its hooks and LoGra compressors on each batch; without its attributor's store and metadata, which want batches of one size
-    bergson  collect_gradients into an index on disk: 8 x 8 or 16 x 16 per module, or one row of 1024 for all (`global`)
-    logix    per-example gradients of the LoRA weights whole (it has no projection for them), or its own rank-16 bypass on each linear;
+    dattri   its hooks and LoGra compressors on each batch; without its attributor's store and
+    metadata, which want batches of one size
+    bergson  collect_gradients into an index on disk: 8 x 8 or 16 x 16 per module, or one row of
+        1024 for all (`global`)
+    logix    per-example gradients of the LoRA weights whole (it has no projection for them), or its
+             own rank-16 bypass on each linear;
              written to disk at the end of a pass
-    less     the loop of LESS (arXiv 2402.04333): one row at a time, Adam's direction, a dense map of signs. At 1024 the map is kept in
-             memory; at 8192 it is drawn again, 128 columns at a time, for every 16 rows, as a map that does not fit in memory must be
+    less     the loop of LESS (arXiv 2402.04333): one row at a time, Adam's direction, a dense map
+             of signs. At 1024 the map is kept in
+             memory; at 8192 it is drawn again, 128 columns at a time, for every 16 rows, as a map
+             that does not fit in memory must be
 
 A library's own progress bars and log lines are silenced; nothing else of it is changed.
 """
@@ -35,13 +43,21 @@ from torch import Tensor, nn
 
 Arm = Callable[[], None]
 Rows = Sequence[dict[str, list[int]]]
-PACKAGES = {"vmap": "torch", "less": "torch", "opacus": "opacus", "dattri": "dattri", "bergson": "bergson", "logix": "logix-ai"}
+PACKAGES = {
+    "vmap": "torch",
+    "less": "torch",
+    "opacus": "opacus",
+    "dattri": "dattri",
+    "bergson": "bergson",
+    "logix": "logix-ai",
+}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What an arm is made from. `lora` and `linear` return a new model at each call, because some libraries change theirs. `batches` holds
-    positions in `rows`; `folder` is empty and its own."""
+    """What an arm is made from. `lora` and `linear` return a new model at each call, because some
+    libraries change theirs. `batches` holds positions in `rows`; `folder` is empty and its own.
+    """
 
     rows: Rows
     batches: Sequence[np.ndarray]
@@ -61,19 +77,28 @@ def pad(rows: Rows, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]
     ids, labels = torch.zeros(len(rows), t, dtype=torch.long), torch.full((len(rows), t), -100)
     for k, row in enumerate(rows):
         length = len(row["input_ids"])
-        ids[k, :length], labels[k, :length] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+        ids[k, :length], labels[k, :length] = (
+            torch.tensor(row["input_ids"]),
+            torch.tensor(row["labels"]),
+        )
     return ids.to(device), labels.to(device)
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean negative log-likelihood over the supervised tokens of each row [b]."""
     targets = labels[:, 1:]
-    each = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    each = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none"
+    ).view_as(targets)
     return each.sum(1) / (targets != -100).sum(1)
 
 
-def make_arms(work: Work, only: Sequence[str] | None = None) -> tuple[dict[str, Arm], dict[str, str]]:
-    """(arms by name, why others are left out). An arm has run once before it is returned, so what it holds is known to work."""
+def make_arms(
+    work: Work, only: Sequence[str] | None = None
+) -> tuple[dict[str, Arm], dict[str, str]]:
+    """(arms by name, why others are left out). An arm has run once before it is returned, so what
+    it holds is known to work.
+    """
     arms: dict[str, Arm] = {}
     left_out: dict[str, str] = {}
     logging.disable(logging.WARNING)
@@ -86,7 +111,9 @@ def make_arms(work: Work, only: Sequence[str] | None = None) -> tuple[dict[str, 
             folder = work.folder / name
             folder.mkdir(parents=True)
             with contextlib.redirect_stdout(io.StringIO()):
-                run = make(Work(work.rows, work.batches, work.lora, work.linear, work.device, folder))
+                run = make(
+                    Work(work.rows, work.batches, work.lora, work.linear, work.device, folder)
+                )
                 run()
         except importlib.metadata.PackageNotFoundError:
             left_out[name] = f"{PACKAGES[peer]} is not installed"
@@ -120,7 +147,13 @@ def _quiet(run: Arm) -> Arm:
 
 def _signs(p: int, d: int, device: torch.device, seed: int = 0) -> Tensor:
     generator = torch.Generator(device).manual_seed(seed)
-    return torch.empty(p, d, device=device).bernoulli_(0.5, generator=generator).mul_(2).sub_(1).div_(d**0.5)
+    return (
+        torch.empty(p, d, device=device)
+        .bernoulli_(0.5, generator=generator)
+        .mul_(2)
+        .sub_(1)
+        .div_(d**0.5)
+    )
 
 
 class _Dense:
@@ -137,21 +170,34 @@ class _TwoSided:
     """P_out G P_in, k x k numbers for each parameter."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], k: int, device: torch.device) -> None:
-        self.maps = {n: (_signs(p.shape[0], k, device, 1), _signs(p.shape[1], k, device, 2)) for n, p in parameters.items()}
+        self.maps = {
+            n: (_signs(p.shape[0], k, device, 1), _signs(p.shape[1], k, device, 2))
+            for n, p in parameters.items()
+        }
 
     def __call__(self, grads: dict[str, Tensor]) -> Tensor:
-        return torch.cat([(self.maps[n][0].T @ g @ self.maps[n][1]).flatten(1) for n, g in grads.items()], 1)
+        return torch.cat(
+            [(self.maps[n][0].T @ g @ self.maps[n][1]).flatten(1) for n, g in grads.items()], 1
+        )
 
 
 def _tracked(work: Work, kind: str) -> tuple[nn.Module, dict[str, nn.Parameter], Any]:
     """(model, its tracked parameters alone trainable, their projection)."""
     model = work.lora() if kind == "lora" else work.linear()
-    wanted = {n: p for n, p in model.named_parameters() if ("lora_" in n if kind == "lora" else n.endswith("_proj.weight"))}
+    wanted = {
+        n: p
+        for n, p in model.named_parameters()
+        if ("lora_" in n if kind == "lora" else n.endswith("_proj.weight"))
+    }
     for p in model.parameters():
         p.requires_grad_(False)
     for p in wanted.values():
         p.requires_grad_(True)
-    return model, wanted, _Dense(wanted, 1024, work.device) if kind == "lora" else _TwoSided(wanted, 16, work.device)
+    return (
+        model,
+        wanted,
+        _Dense(wanted, 1024, work.device) if kind == "lora" else _TwoSided(wanted, 16, work.device),
+    )
 
 
 # ---- the arms
@@ -162,10 +208,14 @@ def vmap_grad(work: Work, kind: str) -> Arm:
     config: Any = model.config
     config._attn_implementation = "eager"
     chosen = {n: p.detach() for n, p in wanted.items()}
-    rest = {n: p.detach() for n, p in model.named_parameters() if n not in wanted} | dict(model.named_buffers())
+    rest = {n: p.detach() for n, p in model.named_parameters() if n not in wanted} | dict(
+        model.named_buffers()
+    )
 
     def loss(parameters: dict[str, Tensor], ids: Tensor, labels: Tensor) -> Tensor:
-        out: Any = torch.func.functional_call(model, parameters | rest, (), {"input_ids": ids[None], "use_cache": False})
+        out: Any = torch.func.functional_call(
+            model, parameters | rest, (), {"input_ids": ids[None], "use_cache": False}
+        )
         return losses(out.logits, labels[None])[0]
 
     gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
@@ -201,12 +251,20 @@ def dattri(work: Work, kind: str) -> Arm:
     from dattri.algorithm.block_projected_if.core.hook import HookManager  # type: ignore[import-not-found]
 
     model = work.lora() if kind == "lora" else work.linear()
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ("lora_" in n if kind == "lora" else n.endswith("_proj"))]
+    names = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and ("lora_" in n if kind == "lora" else n.endswith("_proj"))
+    ]
     shared = {"device": str(work.device), "proj_max_batch_size": 64}
     compressors = setup_model_compressors(
         model,
         names,
-        sparsifier_kwargs={**shared, "proj_dim": 8 if kind == "lora" else 16, "proj_type": "normal"},
+        sparsifier_kwargs={
+            **shared,
+            "proj_dim": 8 if kind == "lora" else 16,
+            "proj_type": "normal",
+        },
         projector_kwargs={**shared, "proj_dim": -1, "proj_type": "identity"},
         sample_inputs={"input_ids": next(work.padded())[1]},
         device=str(work.device),
@@ -226,22 +284,46 @@ def dattri(work: Work, kind: str) -> Arm:
 
 def bergson(work: Work, kind: str, dim: int, target: str = "per_module") -> Arm:
     model: Any = work.lora() if kind == "lora" else work.linear()
-    names = {n for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear) and "lora_" in n} if kind == "lora" else None
+    names = (
+        {
+            n
+            for n, m in model.base_model.named_modules()
+            if isinstance(m, nn.Linear) and "lora_" in n
+        }
+        if kind == "lora"
+        else None
+    )
     return bergson_index(model, work.rows, work.batches, work.folder / "index", dim, target, names)
 
 
 def bergson_index(
-    model: Any, rows: Rows, batches: Sequence[np.ndarray], folder: Path, dim: int, target: str = "per_module", names: set[str] | None = None
+    model: Any,
+    rows: Rows,
+    batches: Sequence[np.ndarray],
+    folder: Path,
+    dim: int,
+    target: str = "per_module",
+    names: set[str] | None = None,
 ) -> Arm:
-    """Writes its index of the rows' gradients, projected to dim x dim per module, under `folder` plus ".part"."""
+    """Writes its index of the rows' gradients, projected to dim x dim per module, under `folder`
+    plus ".part".
+    """
     from bergson import GradientProcessor, IndexConfig, collect_gradients  # type: ignore[import-not-found]
     from datasets import Dataset  # type: ignore[import-not-found]
 
     model.requires_grad_(False)
     model.get_input_embeddings().requires_grad_(True)
-    data = Dataset.from_list([{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows])
+    data = Dataset.from_list(
+        [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows]
+    )
     places = [[int(i) for i in batch] for batch in batches]
-    config = IndexConfig(run_path=str(folder), projection_dim=dim, projection_target=target, loss_reduction="mean", token_batch_size=2048)
+    config = IndexConfig(
+        run_path=str(folder),
+        projection_dim=dim,
+        projection_target=target,
+        loss_reduction="mean",
+        token_batch_size=2048,
+    )
 
     def run() -> None:
         shutil.rmtree(config.partial_run_path, ignore_errors=True)
@@ -252,15 +334,30 @@ def bergson_index(
     return run
 
 
-def bergson_scores(model: Any, rows: Rows, targets: Rows, batches: Callable[[Rows], Sequence[np.ndarray]]) -> dict[str, Tensor]:
-    """Products and cosines [n, m] of its rows, 16 x 16 for each linear layer of the blocks, all side by side."""
+def bergson_scores(
+    model: Any, rows: Rows, targets: Rows, batches: Callable[[Rows], Sequence[np.ndarray]]
+) -> dict[str, Tensor]:
+    """Products and cosines [n, m] of its rows, 16 x 16 for each linear layer of the blocks, all
+    side by side.
+    """
     from bergson.data import load_gradients  # type: ignore[import-not-found]
 
-    found, names = [], {name for name, module in model.base_model.named_modules() if isinstance(module, nn.Linear)}
+    found, names = (
+        [],
+        {
+            name
+            for name, module in model.base_model.named_modules()
+            if isinstance(module, nn.Linear)
+        },
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name, side in (("pool", rows), ("target", targets)):
             bergson_index(model, side, batches(side), Path(folder) / name, 16, names=names)()
-            found.append(torch.from_numpy(np.array(load_gradients(f"{folder}/{name}.part"), dtype=np.float32)))
+            found.append(
+                torch.from_numpy(
+                    np.array(load_gradients(f"{folder}/{name}.part"), dtype=np.float32)
+                )
+            )
     unit = [nn.functional.normalize(side, dim=1) for side in found]
     return {"dot": found[0] @ found[1].T, "cosine": unit[0] @ unit[1].T}
 
@@ -274,7 +371,11 @@ def logix(work: Work, kind: str) -> Arm:
     settings = work.folder / "config.yaml"
     settings.write_text(yaml.safe_dump({"root_dir": str(work.folder)}))
     log = LogIX("bench", config=str(settings))
-    log.watch(model, type_filter=[nn.Linear], name_filter=["lora_"] if kind == "lora" else ["self_attn", "mlp"])
+    log.watch(
+        model,
+        type_filter=[nn.Linear],
+        name_filter=["lora_"] if kind == "lora" else ["self_attn", "mlp"],
+    )
     if kind != "lora":
         log.add_lora(lora_config=LoRAConfig(rank=16))
     log.setup({"grad": ["log"]})
@@ -305,7 +406,9 @@ def less(work: Work, d: int) -> Arm:
     def project(rows: Tensor) -> Tensor:
         if kept is not None:
             return rows @ kept
-        return torch.cat([rows @ _signs(size, block, work.device, column) for column in range(0, d, block)], 1)
+        return torch.cat(
+            [rows @ _signs(size, block, work.device, column) for column in range(0, d, block)], 1
+        )
 
     def run() -> None:
         held: list[Tensor] = []
@@ -336,4 +439,4 @@ MAKERS: dict[str, Callable[[Work], Arm]] = {
     "linear-dattri-16x16": lambda work: dattri(work, "linear"),
     "linear-bergson-16x16": lambda work: bergson(work, "linear", 16),
     "linear-logix-16x16": lambda work: logix(work, "linear"),
-}  # fmt: skip
+}

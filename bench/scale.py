@@ -1,11 +1,14 @@
-"""Cost per row and per byte of every stage, measured here on one thread, and from it a selection of 1M, 10M and 100M rows on paper.
+"""Cost per row and per byte of every stage, measured here on one thread, and from it a selection of
+1M, 10M and 100M rows on paper.
 
     python bench/scale.py [--rounds 5] [--rows 400] [--folder DIR] [--json bench/results/scale.json]
 
-Measured: reading and encoding a pool (seconds and memory per row), a plain training step and gradient rows by `gradsift plan`'s own probe
-(random Llama of hidden size 256), writing a store of 8,192 fp16 numbers a row, an influence product over it, k-means, matching, neighbours.
-Each is the median of the rounds, with the least and the most. What the paper part takes for granted (GPUs, disk, network, an 8B model) stands under
-"assumed": see bench/scaling.py. `python docs/generate_scale.py` writes docs/scale.md from the JSON.
+Measured: reading and encoding a pool (seconds and memory per row), a plain training step and
+gradient rows by `gradsift plan`'s own probe (random Llama of hidden size 256), writing a store of
+8,192 fp16 numbers a row, an influence product over it, k-means, matching, neighbours. Each is the
+median of the rounds, with the least and the most. What the paper part takes for granted (GPUs,
+disk, network, an 8B model) stands under "assumed": see bench/scaling.py. `python
+docs/generate_scale.py` writes docs/scale.md from the JSON.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ from gradsift.rules import blocks, kmeans, knn, omp
 from gradsift.signals.influence import score_blocks
 from gradsift.store.rows import RowStore
 
-WIDE, NARROW = 8192, 1024  # dimensions of a store, and of rows for rules that are measured per dimension
+# dimensions of a store, and of rows for rules that are measured per dimension
+WIDE, NARROW = 8192, 1024
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -81,15 +85,35 @@ def of_pool(folder: Path, rows: int) -> dict[str, Callable[[], float]]:
     def memory() -> float:
         """In a process of its own: this one has freed memory to put it in."""
         command = [sys.executable, "-c", MEMORY, str(pool), str(small)]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout) / rows
+        return (
+            int(
+                subprocess.run(
+                    command,
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                    cwd=Path(__file__).parents[1],
+                ).stdout
+            )
+            / rows
+        )
 
-    return {"read_row": lambda: seconds(lambda: read_pool([pool])) / rows, "pool_memory_row": memory}
+    return {
+        "read_row": lambda: seconds(lambda: read_pool([pool])) / rows,
+        "pool_memory_row": memory,
+    }
 
 
-def of_model(parts: dict[str, Any], folder: Path) -> tuple[dict[str, Callable[[], float]], dict[str, list[float]]]:
+def of_model(
+    parts: dict[str, Any], folder: Path
+) -> tuple[dict[str, Callable[[], float]], dict[str, list[float]]]:
     """What the plan's probe finds, and encoding; the second: its rates, as they come."""
     rates: dict[str, list[float]] = {"train": [], "gradients": [], "forward": []}
-    settings = {"encode": {"max_length": 256}, "gradients": {"dim": WIDE}, "machine": {"threads": 1}}
+    settings = {
+        "encode": {"max_length": 256},
+        "gradients": {"dim": WIDE},
+        "machine": {"threads": 1},
+    }
     inputs = Inputs(folder / "never-made", parts["pool"], parts["target"], parts["model"], settings)
     with opened(inputs, keep=False) as pipeline:
         pool, selector = pipeline.sides["pool"], methods.make("less", {})
@@ -105,7 +129,9 @@ def of_model(parts: dict[str, Any], folder: Path) -> tuple[dict[str, Callable[[]
     return {
         "gradient_over_training": ratio,
         "multiply": lambda: latest[0].multiply,
-        "encode_token": lambda: seconds(lambda: encode(pool, pipeline.tokenizer, pipeline.config.encode)) / tokens,
+        "encode_token": lambda: (
+            seconds(lambda: encode(pool, pipeline.tokenizer, pipeline.config.encode)) / tokens
+        ),
     }, rates
 
 
@@ -126,12 +152,23 @@ def of_store(folder: Path, rows: int) -> tuple[dict[str, Callable[[], float]], d
         with Clock(sync=True) as clock:
             for shard, where in enumerate(store.shards):
                 count = where.stop - where.start
-                store.write(shard, given[:count], norms=column[:count], losses=column[:count], tokens=column[:count])
+                store.write(
+                    shard,
+                    given[:count],
+                    norms=column[:count],
+                    losses=column[:count],
+                    tokens=column[:count],
+                )
         clocks[:], latest[:] = [clock], [store]
         return (clock.seconds["hash"] + clock.seconds["fsync"]) / (rows * WIDE * 2)
 
     def product() -> float:
-        return rows * 64 * WIDE / seconds(lambda: [None for _ in score_blocks([latest[0]], [target], [1.0], "cosine")])
+        return (
+            rows
+            * 64
+            * WIDE
+            / seconds(lambda: [None for _ in score_blocks([latest[0]], [target], [1.0], "cosine")])
+        )
 
     write()
     size = sum(path.stat().st_size for path in latest[0].path.iterdir())
@@ -152,24 +189,38 @@ def of_rules(rows: int) -> dict[str, Callable[[], float]]:
 
     return {
         # greedy k-means++ costs about eight steps, as the plan has it
-        "kmeans": lambda: seconds(lambda: kmeans.fit(units, 50, rng=np.random.default_rng(0), iterations=10)) / (rows * 50 * 18 * NARROW),
+        "kmeans": lambda: (
+            seconds(lambda: kmeans.fit(units, 50, rng=np.random.default_rng(0), iterations=10))
+            / (rows * 50 * 18 * NARROW)
+        ),
         "omp": matching,
         "knn": lambda: seconds(lambda: knn.graph(units, 10)) / (rows * rows / 2 * NARROW),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--rows", type=int, default=400, help="of the pool whose gradients are taken; stores and rules take twenty times as many"
+        "--rows",
+        type=int,
+        default=400,
+        help="of the pool whose gradients are taken; stores and rules take twenty times as many",
     )
-    parser.add_argument("--folder", type=Path, help="on which disk; the default is that of temporary files")
+    parser.add_argument(
+        "--folder", type=Path, help="on which disk; the default is that of temporary files"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     machine.settle(1)
     others = os.getloadavg()[0]
-    load = f", other work on the machine (load {others:.1f} of {os.cpu_count()})" if others > 0.5 else ""
+    load = (
+        f", other work on the machine (load {others:.1f} of {os.cpu_count()})"
+        if others > 0.5
+        else ""
+    )
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="gradsift-scale-") as name:
         folder = Path(name)
         parts = prepare(folder, args.rows)
@@ -180,7 +231,9 @@ def main() -> None:
         for _ in range(args.rounds):
             for name, call in calls.items():
                 found[name].append(call())
-    measured = Measured(**{field.name: statistics.median(found[field.name]) for field in fields(Measured)})
+    measured = Measured(
+        **{field.name: statistics.median(found[field.name]) for field in fields(Measured)}
+    )
     spread = {name: [min(values), max(values)] for name, values in found.items()}
     conditions = {
         "rounds": args.rounds,
@@ -190,8 +243,14 @@ def main() -> None:
         "threads": 1,
         "load": load,
     }
-    rows = {"tokens_per_second": {name: statistics.median(values) for name, values in rates.items()}, **stored}
-    text = json.dumps({"conditions": conditions, "rates": rows, "spread": spread, **report(Assumed(), measured)}, indent=1)
+    rows = {
+        "tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
+        **stored,
+    }
+    text = json.dumps(
+        {"conditions": conditions, "rates": rows, "spread": spread, **report(Assumed(), measured)},
+        indent=1,
+    )
     print(text)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """Imported first by a bench: one thread, and an allocator that keeps freed tensors.
 
-glibc hands every large tensor back to the kernel otherwise: page faults are then up to half of what is measured. Both are read when a process
-starts, so the process starts itself again where they are not set.
+glibc hands every large tensor back to the kernel otherwise: page faults are then up to half of what
+is measured. Both are read when a process starts, so the process starts itself again where they are
+not set.
 """
 
 from __future__ import annotations

@@ -32,7 +32,9 @@ BEGIN, END = "<!-- from `gradsift methods` -->\n", "<!-- end -->\n"
 def main() -> None:
     guide = ROOT / "methods.md"
     guide.write_text(guided(guide.read_text(encoding="utf-8")), encoding="utf-8")
-    results = json.loads((ROOT.parent / "bench" / "results" / "methods.json").read_text(encoding="utf-8"))
+    results = json.loads(
+        (ROOT.parent / "bench" / "results" / "methods.json").read_text(encoding="utf-8")
+    )
     (ROOT / "methods-measured.md").write_text(page(results), encoding="utf-8")
 
 
@@ -41,7 +43,13 @@ def guided(text: str) -> str:
     before, _, rest = text.partition(BEGIN)
     lines = ["| method | from | target | reads | cost beyond encoding |", "|---|---|---|---|---|"]
     for method in methods.describe():
-        cells = [f"`{method['name']}`", method["source"], method["target"], ", ".join(method["needs"]) or "nothing", method["cost"]]
+        cells = [
+            f"`{method['name']}`",
+            method["source"],
+            method["target"],
+            ", ".join(method["needs"]) or "nothing",
+            method["cost"],
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return before + BEGIN + "\n".join(lines) + "\n" + END + rest.partition(END)[2]
 

@@ -53,8 +53,14 @@ DEFAULTS = """## What the defaults rest on
 # Table -> its title, and what its words mean.
 TITLES = {
     "targeted": ("One target at a time", ""),
-    "several": ("Several targets at once", "worst_gain and the lines of single tests are of the same trainings."),
-    "agnostic": ("Without a target", "Nothing guides; the first table is the mean over the tests of all targets."),
+    "several": (
+        "Several targets at once",
+        "worst_gain and the lines of single tests are of the same trainings.",
+    ),
+    "agnostic": (
+        "Without a target",
+        "Nothing guides; the first table is the mean over the tests of all targets.",
+    ),
     "noise": (
         "Noise in a translation pool",
         "A tenth is picked from 8,000 translations of six directions, of which a known part was spoilt. Guides: 64 clean rows of all six, or where "
@@ -77,7 +83,9 @@ TITLES = {
         "No test file is read: the even dev rows of a target guide, the odd ones test.",
     ),
 }
-EQUAL_TOKENS = ", equal tokens"  # after a table's name: that of trainings with the same number of tokens
+EQUAL_TOKENS = (
+    ", equal tokens"  # after a table's name: that of trainings with the same number of tokens
+)
 
 
 FULL = "full: rows of the whole pool in random order for as many steps, so more different rows, seen less often."
@@ -85,11 +93,15 @@ BEGIN, END = "<!-- from bench/results/quality.json -->\n", "<!-- end -->\n"
 
 
 def main() -> None:
-    results = json.loads((ROOT.parent / "bench" / "results" / "quality.json").read_text(encoding="utf-8"))
+    results = json.loads(
+        (ROOT.parent / "bench" / "results" / "quality.json").read_text(encoding="utf-8")
+    )
     (ROOT / "quality.md").write_text(page(results), encoding="utf-8")
     readme = ROOT.parent / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    readme.write_text(before + BEGIN + summary(results) + END + rest.partition(END)[2], encoding="utf-8")
+    readme.write_text(
+        before + BEGIN + summary(results) + END + rest.partition(END)[2], encoding="utf-8"
+    )
 
 
 def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -105,23 +117,40 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
                 order = len(value["targets"]), _number(run, "seeds"), _number(run, "rows")
                 found.setdefault(float(key.partition("%")[0]), []).append((*order, run, value))
             if kind == "agnostic":
-                unguided.append((_number(run, "seeds"), _number(run, "rows"), f"{run}; {key} picked", _comparison(value)))
+                unguided.append(
+                    (
+                        _number(run, "seeds"),
+                        _number(run, "rows"),
+                        f"{run}; {key} picked",
+                        _comparison(value),
+                    )
+                )
     tables = [_best(budget, found[budget]) for budget in sorted(found, reverse=True)]
-    return "\n".join([*tables, *([_unguided(*max(unguided, key=lambda each: each[:2])[2:])] if unguided else [])])
+    return "\n".join(
+        [*tables, *([_unguided(*max(unguided, key=lambda each: each[:2])[2:])] if unguided else [])]
+    )
 
 
 def _unguided(run: str, found: Comparison) -> str:
     table = found.table()
-    lines = sorted((line for line in table.lines if line.difference is not None and line.steps), key=lambda line: line.value)
+    lines = sorted(
+        (line for line in table.lines if line.difference is not None and line.steps),
+        key=lambda line: line.value,
+    )
     full = f" {FULL}" if any(line.arm == "full" for line in lines) else ""
     head = f"Without a target: loss on held-out rows, mean over the tests of all targets ({run}).{full}"
-    rows = [f"| `{line.arm}` | {line.difference:+.3f} ({line.low:+.3f} to {line.high:+.3f}) |" for line in lines]
+    rows = [
+        f"| `{line.arm}` | {line.difference:+.3f} ({line.low:+.3f} to {line.high:+.3f}) |"
+        for line in lines
+    ]
     return "\n".join([head, "", "| trained on | against random rows |", "|---|---:|", *rows]) + "\n"
 
 
 def _number(run: str, of: str) -> int:
     """5 of "8,000 rows, 5 seeds, bfloat16" and "seeds"; 0 where it says none."""
-    return next((int(part.split()[0].replace(",", "")) for part in run.split(", ") if part.endswith(of)), 0)
+    return next(
+        (int(part.split()[0].replace(",", "")) for part in run.split(", ") if part.endswith(of)), 0
+    )
 
 
 def _best(budget: float, found: Sequence[tuple[int, int, int, str, Mapping[str, Any]]]) -> str:
@@ -129,13 +158,28 @@ def _best(budget: float, found: Sequence[tuple[int, int, int, str, Mapping[str, 
     lines, shown = [], set[str]()
     for seeds, entries in (
         (most, value["arms"]),
-        *((s, v["arms"]) for _, s, _, r, v in fewer if _same(r, s, run, most) and v["targets"] == value["targets"]),
+        *(
+            (s, v["arms"])
+            for _, s, _, r, v in fewer
+            if _same(r, s, run, most) and v["targets"] == value["targets"]
+        ),
     ):
-        new = {arm: entry for arm, entry in entries.items() if "against random" in entry and arm not in shown}
+        new = {
+            arm: entry
+            for arm, entry in entries.items()
+            if "against random" in entry and arm not in shown
+        }
         for arm in sorted(new, key=lambda arm: new[arm]["against random"][0]):
-            cells = [f"{e[0]:+.3f} ({e[1]:+.3f} to {e[2]:+.3f})" if (e := new[arm].get(f"against {o}")) else "" for o in ("random", "rds")]
+            cells = [
+                f"{e[0]:+.3f} ({e[1]:+.3f} to {e[2]:+.3f})"
+                if (e := new[arm].get(f"against {o}"))
+                else ""
+                for o in ("random", "rds")
+            ]
             gap = f"{new[arm]['recovered_gap'][0]:.2f}" if "recovered_gap" in new[arm] else ""
-            lines.append(f"| `{arm}`{'' if seeds == most else f' ({seeds} seeds)'} | {' | '.join(cells)} | {gap} |")
+            lines.append(
+                f"| `{arm}`{'' if seeds == most else f' ({seeds} seeds)'} | {' | '.join(cells)} | {gap} |"
+            )
         shown |= set(new)
     head = [
         f"Loss on held-out rows, mean over {', '.join(value['targets'])} ({run}; {budget:g} % picked, a 6M-parameter model; lower is better, "
@@ -185,9 +229,17 @@ def _compared(found: Mapping[str, Any]) -> str:
     for key, value in sorted(found.items(), key=lambda item: "over targets" not in item[0]):
         if "arms" in value and "tables" in value:
             comparison = _comparison(value)
-            parts += [f"### {key}\n", comparison.markdown(), *[f"{note}." for note in comparison.notes], ""]
+            parts += [
+                f"### {key}\n",
+                comparison.markdown(),
+                *[f"{note}." for note in comparison.notes],
+                "",
+            ]
             if "against_kcenter" in value:
-                said = (f"{arm} {d:+.4f} ({low:+.4f} to {high:+.4f})" for arm, (d, low, high) in value["against_kcenter"].items())
+                said = (
+                    f"{arm} {d:+.4f} ({low:+.4f} to {high:+.4f})"
+                    for arm, (d, low, high) in value["against_kcenter"].items()
+                )
                 parts += ["Mean of the tests against kcenter: " + "; ".join(said) + ".", ""]
             parts += _pairs(value)
         else:
@@ -197,29 +249,48 @@ def _compared(found: Mapping[str, Any]) -> str:
 
 def _comparison(value: Mapping[str, Any]) -> Comparison:
     """The comparison behind what the bench recorded, which adds to its summary."""
-    return Comparison.read({name: said for name, said in value.items() if name not in ("against_kcenter", "worst_gain", "pairs")})
+    return Comparison.read(
+        {
+            name: said
+            for name, said in value.items()
+            if name not in ("against_kcenter", "worst_gain", "pairs")
+        }
+    )
 
 
 def _over(value: Mapping[str, Any]) -> str:
     names = list(dict.fromkeys(name for arm in value["arms"].values() for name in arm))
     lines = [f"| mean over targets | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
     for arm, entry in value["arms"].items():
-        cells = [f"{entry[n][0]:+.4f} ({entry[n][1]:+.4f} to {entry[n][2]:+.4f})" if n in entry else "" for n in names]
+        cells = [
+            f"{entry[n][0]:+.4f} ({entry[n][1]:+.4f} to {entry[n][2]:+.4f})" if n in entry else ""
+            for n in names
+        ]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     clear = ", ".join(value["clear_oracles"]) or "none"
-    lines += ["", f"recovered_gap: (random - method) / (random - oracle), mean over the targets with a clear oracle: {clear}.", ""]
+    lines += [
+        "",
+        f"recovered_gap: (random - method) / (random - oracle), mean over the targets with a clear oracle: {clear}.",
+        "",
+    ]
     return "\n".join([*lines, *_pairs(value)])
 
 
 def _pairs(value: Mapping[str, Any]) -> list[str]:
-    said = [f"{pair} {d:+.4f} ({low:+.4f} to {high:+.4f})" for pair, (d, low, high) in value.get("pairs", {}).items()]
+    said = [
+        f"{pair} {d:+.4f} ({low:+.4f} to {high:+.4f})"
+        for pair, (d, low, high) in value.get("pairs", {}).items()
+    ]
     return ["Paired, on the mean over targets: " + "; ".join(said) + ".", ""] if said else []
 
 
 def _plain(found: Mapping[str, Any]) -> str:
     names = list(dict.fromkeys(name for entry in found.values() for name in entry))
     lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
-    lines += [f"| {row} | {' | '.join(_cell(entry.get(name, '')) for name in names)} |" for row, entry in found.items()]
+    lines += [
+        f"| {row} | {' | '.join(_cell(entry.get(name, '')) for name in names)} |"
+        for row, entry in found.items()
+    ]
     return "\n".join([*lines, ""])
 
 

@@ -21,7 +21,11 @@ MEANINGS = {
     "pool_memory_row": ("memory a pool row keeps", 1, "bytes"),
     "encode_token": ("encoding a token", 1e6, "microseconds"),
     "multiply": ("fp32 multiply-adds in a product of matrices", 1e-9, "10^9 / s"),
-    "influence_multiply": ("multiply-adds of influence over stored rows (64 target rows)", 1e-9, "10^9 / s"),
+    "influence_multiply": (
+        "multiply-adds of influence over stored rows (64 target rows)",
+        1e-9,
+        "10^9 / s",
+    ),
     "kmeans": ("k-means, per row, cluster, step and dimension", 1e12, "picoseconds"),
     "omp": ("matching, per pick, row and dimension", 1e12, "picoseconds"),
     "knn": ("neighbours, per pair and dimension", 1e12, "picoseconds"),
@@ -51,7 +55,9 @@ END = """## What to do
 
 
 def main() -> None:
-    results = json.loads((ROOT.parent / "bench" / "results" / "scale.json").read_text(encoding="utf-8"))
+    results = json.loads(
+        (ROOT.parent / "bench" / "results" / "scale.json").read_text(encoding="utf-8")
+    )
     (ROOT / "scale.md").write_text(page(results), encoding="utf-8")
 
 
@@ -77,14 +83,18 @@ def _measured(results: Mapping[str, Any]) -> str:
     ]
     for name, (what, scale, unit) in MEANINGS.items():
         low, high = (_short(value * scale) for value in results["spread"][name])
-        lines.append(f"| {what} | {_short(results['measured'][name] * scale)} ({low} to {high}) | {unit} |")
+        lines.append(
+            f"| {what} | {_short(results['measured'][name] * scale)} ({low} to {high}) | {unit} |"
+        )
     return "\n".join([*lines, ""])
 
 
 def _assumed(results: Mapping[str, Any]) -> str:
     lines = ["## Assumed\n", "| what | assumed | |", "|---|---:|---|"]
     for name, value in results["assumed"].items():
-        shown = value if isinstance(value, str) else _bytes(value) if name in BYTES else _short(value)
+        shown = (
+            value if isinstance(value, str) else _bytes(value) if name in BYTES else _short(value)
+        )
         lines.append(f"| {name.replace('_', ' ')} | {shown} | {results['notes'].get(name, '')} |")
     text = (
         "A token costs four operations per parameter (forward, and back through the activations; the base is frozen), a gradient row that "
@@ -102,14 +112,19 @@ def _stages(n: int, found: Mapping[str, Any]) -> str:
     ]
     for stage in [*found["stages"], {"stage": "**all**", "where": "", **found["total"]}]:
         cells = [stage["stage"], stage["where"], _short(stage["hours"]), _short(stage["gpu_hours"])]
-        lines.append(f"| {' | '.join([*cells, *(_bytes(stage[name]) for name in ('disk', 'network', 'memory'))])} |")
+        lines.append(
+            f"| {' | '.join([*cells, *(_bytes(stage[name]) for name in ('disk', 'network', 'memory'))])} |"
+        )
     return "\n".join([*lines, ""])
 
 
 def _breaks(found: Mapping[str, Any]) -> str:
     if not found["breaks"]:
         return "Nothing breaks.\n"
-    told = ", ".join(f"{entry['stage']} ({entry['of']}, {_short(entry['times'])} times what is there)" for entry in found["breaks"])
+    told = ", ".join(
+        f"{entry['stage']} ({entry['of']}, {_short(entry['times'])} times what is there)"
+        for entry in found["breaks"]
+    )
     return f"Breaks first: {told}.\n"
 
 
@@ -122,8 +137,12 @@ def _remedies(sizes: Mapping[str, Any]) -> str:
         cells = []
         for found in sizes.values():
             entry = found["remedies"][name]
-            broken = "".join(f"; {b['stage']}: {b['of']} x {_short(b['times'])}" for b in entry["breaks"])
-            cells.append(f"{_short(entry['hours'])} / {_short(entry['gpu_hours'])} / {_bytes(entry['disk'])}{broken}")
+            broken = "".join(
+                f"; {b['stage']}: {b['of']} x {_short(b['times'])}" for b in entry["breaks"]
+            )
+            cells.append(
+                f"{_short(entry['hours'])} / {_short(entry['gpu_hours'])} / {_bytes(entry['disk'])}{broken}"
+            )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

@@ -66,25 +66,51 @@ def engine(found: Mapping[str, Any]) -> str:
         "| work | cost / plain step | goal | added memory / the step's | tokens a second |",
         "|---|---:|---:|---:|---:|",
     ]
-    known = {**ENGINE, **{name: f"*{name}*" for name in arms if name not in ENGINE and not name.startswith("floor") and "bf16" not in name}}
+    known = {
+        **ENGINE,
+        **{
+            name: f"*{name}*"
+            for name in arms
+            if name not in ENGINE and not name.startswith("floor") and "bf16" not in name
+        },
+    }
     for name, label in known.items():
         if name in arms:
             arm = arms[name]
-            lines.append(row(label, spread(arm["cpu_ratio"]), goal(arm), f"{arm['memory_ratio']:.2f}", f"{arm['tokens_per_s']:,}"))
+            lines.append(
+                row(
+                    label,
+                    spread(arm["cpu_ratio"]),
+                    goal(arm),
+                    f"{arm['memory_ratio']:.2f}",
+                    f"{arm['tokens_per_s']:,}",
+                )
+            )
     lines += [
         "",
         "| rows on disk | bytes a row | of them not the row's numbers | writing, share of extracting and writing |",
         "|---|---:|---:|---:|",
     ]
     for name, kept in found["store"].items():
-        lines.append(row(name, f"{kept['bytes_per_row']:,.0f}", f"{kept['metadata_bytes_per_row']:.0f}", f"{kept['write_share']:.2%}"))
+        lines.append(
+            row(
+                name,
+                f"{kept['bytes_per_row']:,.0f}",
+                f"{kept['metadata_bytes_per_row']:.0f}",
+                f"{kept['write_share']:.2%}",
+            )
+        )
     left = [f"`{name}`: {why}" for name, why in found["left_out"].items()]
     return "\n".join([*lines, "", *([f"Left out: {'; '.join(left)}.", ""] if left else [])])
 
 
 def curvature(found: Mapping[str, Any]) -> str:
     head = "| work, per row | cost / plain step | goal | added memory / the step's |"
-    lines = [f"## EK-FAC, against the same step, {found['rows']:,} rows\n", head, "|---|---:|---:|---:|"]
+    lines = [
+        f"## EK-FAC, against the same step, {found['rows']:,} rows\n",
+        head,
+        "|---|---:|---:|---:|",
+    ]
     for name, label in CURVATURE.items():
         if name in found["arms"]:
             arm = found["arms"][name]
@@ -95,7 +121,10 @@ def curvature(found: Mapping[str, Any]) -> str:
     if "low" in found:
         low = found["low"]
         least, mean = low["spearman"]
-        lines += [f"Rank {low['rank']} orders the rows as full rank does: Spearman {least:.3f} at least, {mean:.3f} on average.", ""]
+        lines += [
+            f"Rank {low['rank']} orders the rows as full rank does: Spearman {least:.3f} at least, {mean:.3f} on average.",
+            "",
+        ]
     if "kronfluence" in found:
         theirs = found["kronfluence"]
         lines += [
@@ -105,25 +134,51 @@ def curvature(found: Mapping[str, Any]) -> str:
         ]
         for name in ("all tokens", "same tokens"):
             one = theirs[name]
-            scores, rank = one[f"scores-{theirs['targets']}"], " and ".join(f"{x:.3f}" for x in one["spearman"])
+            scores, rank = (
+                one[f"scores-{theirs['targets']}"],
+                " and ".join(f"{x:.3f}" for x in one["spearman"]),
+            )
             lines.append(row(name, f"{one['fit']}", f"{scores}", rank))
         lines.append("")
     return "\n".join(lines)
 
 
 def rules(found: Mapping[str, Any]) -> str:
-    lines = ["## Rules\n", "| rule | CPU s | against | ratio | goal | besides |", "|---|---:|---|---:|---:|---|"]
+    lines = [
+        "## Rules\n",
+        "| rule | CPU s | against | ratio | goal | besides |",
+        "|---|---:|---|---:|---:|---|",
+    ]
     for rule, part in found.items():
         for name, one in part.items() if isinstance(part, dict) else ():
             known = ("cpu_s", "wall_s", "against", "against_cpu_s", "ratio", "goal")
-            besides = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in one.items() if key not in known)
-            lines.append(row(f"{rule}, {name}", f"{one['cpu_s']}", one.get("against", ""), f"{one.get('ratio', '')}", goal(one), besides))
+            besides = ", ".join(
+                f"{key.replace('_', ' ')} {value}" for key, value in one.items() if key not in known
+            )
+            lines.append(
+                row(
+                    f"{rule}, {name}",
+                    f"{one['cpu_s']}",
+                    one.get("against", ""),
+                    f"{one.get('ratio', '')}",
+                    goal(one),
+                    besides,
+                )
+            )
     return "\n".join([*lines, ""])
 
 
 def query(found: Mapping[str, Any]) -> str:
-    lines = ["## A new query over stored rows, against a pass that only reads them\n", "| targets | CPU ratio | goal |", "|---|---:|---:|"]
-    lines += [row(name, spread(one["cpu_ratio"]), goal(one)) for name, one in found["arms"].items() if name != "read"]
+    lines = [
+        "## A new query over stored rows, against a pass that only reads them\n",
+        "| targets | CPU ratio | goal |",
+        "|---|---:|---:|",
+    ]
+    lines += [
+        row(name, spread(one["cpu_ratio"]), goal(one))
+        for name, one in found["arms"].items()
+        if name != "read"
+    ]
     return "\n".join([*lines, ""])
 
 
@@ -141,7 +196,10 @@ def overheads(found: Mapping[str, Any]) -> str:
 
 def workers(found: Mapping[str, Any]) -> str:
     same = "the same bytes" if found["same_digests"] else "DIFFERENT bytes"
-    two, one = (sorted(found[name]) for name in ("speed_up_2_over_1_workers", "speed_up_1_worker_over_this_process"))
+    two, one = (
+        sorted(found[name])
+        for name in ("speed_up_2_over_1_workers", "speed_up_1_worker_over_this_process")
+    )
     return "\n".join(
         [
             "## Ray workers\n",

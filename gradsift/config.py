@@ -1,4 +1,5 @@
-"""Settings of every stage: small frozen records, one per stage, read from TOML sections of the same name or from flags.
+"""Settings of every stage: small frozen records, one per stage, read from TOML sections of the same
+name or from flags.
 
 An unknown key is an error with the nearest name. `canonical()` is what enters a recipe digest.
 """
@@ -66,7 +67,9 @@ class LoraSettings(Settings):
     r: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: Literal["attention", "all-linear"] | Annotated[tuple[str, ...], Strict(False)] = "attention"
+    targets: Literal["attention", "all-linear"] | Annotated[tuple[str, ...], Strict(False)] = (
+        "attention"
+    )
     seed: int = 0
 
 
@@ -89,16 +92,22 @@ class WarmupSettings(Settings):
 
 
 class GradientSettings(Settings):
-    """The stored rows. One setting for all methods of a run, so that a second method reuses the first one's rows.
+    """The stored rows. One setting for all methods of a run, so that a second method reuses the
+    first one's rows.
 
-    dim: width of a row; a pair (a, b) with projection "rademacher" keeps a x b numbers of each layer and never forms a gradient: the way to
-    read all linear layers (`modules` "linear"). norms: "sketched" takes them from such a projection, a seventh faster. adam_momentum: False
-    takes beta1 = 0 in Adam rows, g / sqrt(v') alone, without the first moment that all rows of a checkpoint share.
+    dim: width of a row; a pair (a, b) with projection "rademacher" keeps a x b numbers of each
+    layer and never forms a gradient: the way to read all linear layers (`modules` "linear"). norms:
+    "sketched" takes them from such a projection, a seventh faster. adam_momentum: False takes beta1
+    = 0 in Adam rows, g / sqrt(v') alone, without the first moment that all rows of a checkpoint
+    share.
     """
 
     modules: Literal["lora", "linear"] = "lora"
     projection: Literal["sketch", "rademacher"] = "sketch"
-    dim: Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Strict(False)] = 8192
+    dim: (
+        Annotated[int, Field(ge=1)]
+        | Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Strict(False)]
+    ) = 8192
     norms: Literal["exact", "sketched"] = "exact"
     seed: int = 0
     adam_form: Literal["paper", "released"] = "paper"
@@ -115,17 +124,20 @@ class GradientSettings(Settings):
 
     def canonical(self) -> dict[str, Any]:
         made = super().canonical()
-        for name, usual in (("norms", "exact"), ("adam_momentum", True)):  # rows made before there was a choice say nothing
+        for name, usual in (("norms", "exact"), ("adam_momentum", True)):
+            # rows made before there was a choice say nothing
             if made[name] == usual:
                 del made[name]
         return made
 
 
 class CurvatureSettings(Settings):
-    """Influence through the inverse curvature (backends ekfac, kfac): what it is fitted on and how it is damped and kept.
+    """Influence through the inverse curvature (backends ekfac, kfac): what it is fitted on and how
+    it is damped and kept.
 
-    fit_rows: pool rows, drawn with `seed`. form, labels: see `gradsift.signals.curvature.Fitting`. damping: in units of each parameter's mean
-    eigenvalue, or the very number when `absolute`. rank: of the target's preconditioned gradients; None = whole while they fit in memory.
+    fit_rows: pool rows, drawn with `seed`. form, labels: see `gradsift.signals.curvature.Fitting`.
+    damping: in units of each parameter's mean eigenvalue, or the very number when `absolute`. rank:
+    of the target's preconditioned gradients; None = whole while they fit in memory.
     """
 
     fit_rows: int = Field(default=4096, ge=1)
@@ -140,11 +152,12 @@ class CurvatureSettings(Settings):
 
 
 class MachineSettings(Settings):
-    """Where work runs. `threads` 0 = the physical cores that the process may use; the number in force enters the digests of training and
-    gradients, nothing else does.
+    """Where work runs. `threads` 0 = the physical cores that the process may use; the number in
+    force enters the digests of training and gradients, nothing else does.
 
-    executor "ray": workers over Ray, `workers` of them (0 = as many as there is room for) on the cluster at `address` (None = this machine),
-    each with `threads` threads or, for a model on GPUs, `gpus_per_worker` GPUs; one that takes `shard_timeout` seconds for a shard hangs.
+    executor "ray": workers over Ray, `workers` of them (0 = as many as there is room for) on the
+    cluster at `address` (None = this machine), each with `threads` threads or, for a model on GPUs,
+    `gpus_per_worker` GPUs; one that takes `shard_timeout` seconds for a shard hangs.
     """
 
     threads: int = Field(default=0, ge=0)
@@ -161,13 +174,15 @@ class MachineSettings(Settings):
 
 
 class FinetuneSettings(Settings):
-    """The recipe of a training that judges a subset: AdamW, learning rate up over `warmup_ratio` of the steps and straight down to 0.
+    """The recipe of a training that judges a subset: AdamW, learning rate up over `warmup_ratio` of
+    the steps and straight down to 0.
 
-    `steps` optimiser steps of `batch_size` rows, or as many as `epochs` passes need. `token_budget` bounds the padded tokens of one forward
-    pass; gradients are accumulated up to the batch, so it changes memory and the last digits only. `mode` "full" trains every parameter,
-    "lora" a fresh adapter made by `lora`. lr: None = 5e-4 with LoRA, 2e-5 in full. `bf16`: mixed precision, as a trainer's `bf16=True`:
-    products in bfloat16; weights, losses and the optimiser stay as they are. `seed` decides the order of the rows, dropout, and the
-    adapter's first weights.
+    `steps` optimiser steps of `batch_size` rows, or as many as `epochs` passes need. `token_budget`
+    bounds the padded tokens of one forward pass; gradients are accumulated up to the batch, so it
+    changes memory and the last digits only. `mode` "full" trains every parameter, "lora" a fresh
+    adapter made by `lora`. lr: None = 5e-4 with LoRA, 2e-5 in full. `bf16`: mixed precision, as a
+    trainer's `bf16=True`: products in bfloat16; weights, losses and the optimiser stay as they are.
+    `seed` decides the order of the rows, dropout, and the adapter's first weights.
     """
 
     mode: Literal["full", "lora"] = "lora"
@@ -200,8 +215,10 @@ class FinetuneSettings(Settings):
 
 
 class TuningSettings(FinetuneSettings):
-    """The same for the model that is tuned on the target, further: what a row gains tells the target's kind from all others only once the
-    model has left what every training does to it. lr: None = 1e-3 with LoRA, 2e-5 in full."""
+    """The same for the model that is tuned on the target, further: what a row gains tells the
+    target's kind from all others only once the model has left what every training does to it. lr:
+    None = 1e-3 with LoRA, 2e-5 in full.
+    """
 
     epochs: float = Field(default=10, gt=0)
 
@@ -212,9 +229,10 @@ class TuningSettings(FinetuneSettings):
 
 
 class Config(Settings):
-    """All stages. TOML sections carry the field names: [pool], [encode], [model], [warmup], [gradients], [curvature], [tuning] (on target
-    rows, for the signal "tuned"), [finetune] (on subsets, to judge them),
-    [machine]."""
+    """All stages. TOML sections carry the field names: [pool], [encode], [model], [warmup],
+    [gradients], [curvature], [tuning] (on target rows, for the signal "tuned"), [finetune] (on
+    subsets, to judge them), [machine].
+    """
 
     pool: PoolSettings = PoolSettings()
     encode: EncodeSettings = EncodeSettings()
@@ -227,15 +245,21 @@ class Config(Settings):
     machine: MachineSettings = MachineSettings()
 
     def with_values(self, section: str, where: str = "flags", **values: Any) -> Config:
-        """A copy with `values` (those that are not None) set in one section; raises ConfigError or UnknownName."""
+        """A copy with `values` (those that are not None) set in one section; raises ConfigError or
+        UnknownName.
+        """
         values = {k: v for k, v in values.items() if v is not None}
         if not values:
             return self
-        return build({**self.model_dump(), section: {**self.model_dump()[section], **values}}, where)
+        return build(
+            {**self.model_dump(), section: {**self.model_dump()[section], **values}}, where
+        )
 
 
 def build(data: Mapping[str, Any], where: str | Path) -> Config:
-    """Config from plain data. Raises UnknownName (with the nearest name) or ConfigError (naming the key)."""
+    """Config from plain data. Raises UnknownName (with the nearest name) or ConfigError (naming the
+    key).
+    """
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -247,7 +271,11 @@ def _explain(error: ValidationError, where: str | Path) -> ConfigError | Unknown
     path = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         return UnknownName("setting", ".".join(path), _known(path[:-1]), where=where)
-    return ConfigError(f"{'.'.join(path)}: {first['msg']}, not {first.get('input')!r}", where=where, remedy="Correct that value.")
+    return ConfigError(
+        f"{'.'.join(path)}: {first['msg']}, not {first.get('input')!r}",
+        where=where,
+        remedy="Correct that value.",
+    )
 
 
 def _known(path: list[str]) -> list[str]:
@@ -262,6 +290,12 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read it ({error.strerror})", where=path, remedy="Check the path given to --config.") from None
+        raise ConfigError(
+            f"cannot read it ({error.strerror})",
+            where=path,
+            remedy="Check the path given to --config.",
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not valid TOML: {error}", where=path, remedy="Correct the file.") from None
+        raise ConfigError(
+            f"not valid TOML: {error}", where=path, remedy="Correct the file."
+        ) from None

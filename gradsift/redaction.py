@@ -14,11 +14,14 @@ _TOKEN = re.compile(r"\b(?:hf|sk|ghp|github_pat|glpat|xox[abp])[_-][A-Za-z0-9_-]
 _USER = re.compile(r"(?<=://)(?:[^/?#\s]+|[^/@:\s]*:(?!\d*/)[^@\s]+)(?=@)")
 _QUERY = re.compile(r"(?<=[?&;])([^=&;#\s]+)=[^&;#\s]*")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
-_ADDRESS = re.compile(r"^(--address=)?([^@\s]+)(?=@)")  # of a Ray cluster: HOST:PORT, perhaps behind a password
+# of a Ray cluster: HOST:PORT, perhaps behind a password
+_ADDRESS = re.compile(r"^(--address=)?([^@\s]+)(?=@)")
 
 
 def redacted(text: str) -> str:
-    """`text` with access tokens and, in its URLs, user, password and the values of parameters as ***: a signed URL is a key."""
+    """`text` with access tokens and, in its URLs, user, password and the values of parameters as
+    ***: a signed URL is a key.
+    """
     return _TOKEN.sub(HIDDEN, _URL.sub(_bare, text))
 
 

@@ -1,6 +1,7 @@
 """The nouns every room shares. Plain data and protocols; nothing here reads a file or runs a model.
 
-Shape letters: n pool rows, m target rows, k budget, d projected dimension, b batch, o / i module out / in.
+Shape letters: n pool rows, m target rows, k budget, d projected dimension, b batch, o / i module
+out / in.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-Role = str  # "system", "user", "assistant", "tool"; or "text", "prompt", "completion" for raw strings that no template touches
+# "system", "user", "assistant", "tool"; or "text", "prompt", "completion" for raw strings that no
+# template touches
+Role = str
 
 IGNORE = -100  # the label of a token that is not learned, as transformers and torch have it
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `content` is the text; `extra` holds what a chat template may read besides (tool_calls, name)."""
+    """One turn. `content` is the text; `extra` holds what a chat template may read besides
+    (tool_calls, name).
+    """
 
     role: Role
     content: str
@@ -34,7 +39,8 @@ class Message:
 class Example:
     """One instruction item. `group` is the source in a pool, the task in a target set.
 
-    `tools` is passed to the chat template. `tokens` is set only for rows that arrive tokenised: (input_ids, labels), -100 = not supervised.
+    `tools` is passed to the chat template. `tokens` is set only for rows that arrive tokenised:
+    (input_ids, labels), -100 = not supervised.
     """
 
     id: str
@@ -46,7 +52,9 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A saved point of a warm-up. `mean_lr` is the mean learning rate of the steps since the previous checkpoint."""
+    """A saved point of a warm-up. `mean_lr` is the mean learning rate of the steps since the
+    previous checkpoint.
+    """
 
     path: Path
     step: int
@@ -61,7 +69,8 @@ def checkpoint_weights(rates: Sequence[float]) -> list[float]:
         rates: the `mean_lr` of every checkpoint that is summed, in step order.
 
     Returns:
-        Weights in proportion to the rates, of sum 1. A checkpoint alone has weight 1, whatever its rate.
+        Weights in proportion to the rates, of sum 1. A checkpoint alone has weight 1, whatever its
+        rate.
     """
     if len(rates) == 1:
         return [1.0]
@@ -83,26 +92,45 @@ class Rows(Protocol):
 class Signal:
     """A declaration of something a method reads. What its value is:
 
-    rows          Rows [n, d] of unit gradient rows (checkpoints="each": a list of them, in step order; "mean": their mean weighted by mean_lr)
-    influence     Tensor [n, m] (or [n, groups] for a backend that merges target groups); positive = training on the row helps the target
+    rows          Rows [n, d] of unit gradient rows (checkpoints="each": a list of them, in step
+    order; "mean": their mean weighted by mean_lr)
+    influence     Tensor [n, m] (or [n, groups] for a backend that merges target groups); positive =
+    training on the row helps the target
     embeddings    Rows [n, d] of unit pooled hidden states
-    loss          Tensor [n], mean negative log-likelihood per supervised token under the base model, nats
-    tuned         Tensor [n, groups], the same loss after the model was fine-tuned on a group of target rows; groups in order of appearance
+    loss          Tensor [n], mean negative log-likelihood per supervised token under the base
+    model, nats
+    tuned         Tensor [n, groups], the same loss after the model was fine-tuned on a group of
+    target rows; groups in order of appearance
     ngrams        Tensor [n], log importance weights
     difficulty    Tensor [n], minus the score a net gave the row while a model was fine-tuned
-    ifd           Tensor [n], perplexity of the answer after its prompt over that of the answer alone
-    features      Rows [n, d] of the numbers that stand in the pool's own rows, in `fields` (which "difficulty" may be learned from too)
+    ifd           Tensor [n], perplexity of the answer after its prompt over that of the answer
+    alone
+    features      Rows [n, d] of the numbers that stand in the pool's own rows, in `fields` (which
+    "difficulty" may be learned from too)
 
-    modules       of rows and influence: "lora" = the modules that the run's gradients are of, LoRA's unless its settings say otherwise; "linear"
+    modules       of rows and influence: "lora" = the modules that the run's gradients are of,
+                  LoRA's unless its settings say otherwise; "linear"
                   = all linear layers, and a run of others is refused
-    dim           of rows: wider ones come projected once more, to this many numbers (`rules.blocks.Narrow`); None = as they are stored
+    dim           of rows: wider ones come projected once more, to this many numbers
+        (`rules.blocks.Narrow`); None = as they are stored
 
     Raises ValueError for `modules` or `dim` of a signal that has none.
     """
 
-    name: Literal["rows", "influence", "embeddings", "loss", "tuned", "ngrams", "difficulty", "ifd", "features"]
+    name: Literal[
+        "rows",
+        "influence",
+        "embeddings",
+        "loss",
+        "tuned",
+        "ngrams",
+        "difficulty",
+        "ifd",
+        "features",
+    ]
     side: Literal["pool", "target"] = "pool"
-    transform: Literal["none", "adam", "backend"] = "none"  # "backend": of an influence, what its backend takes
+    # "backend": of an influence, what its backend takes
+    transform: Literal["none", "adam", "backend"] = "none"
     modules: Literal["lora", "linear"] = "lora"
     checkpoints: Literal["last", "each", "mean"] = "last"
     backend: str | None = None
@@ -111,22 +139,30 @@ class Signal:
 
     def __post_init__(self) -> None:
         if self.dim is not None and (self.name != "rows" or self.dim < 1):
-            raise ValueError(f"dim={self.dim} of {self.name}: only rows have a width that can be chosen, of at least 1")
+            raise ValueError(
+                f"dim={self.dim} of {self.name}: only rows have a width that can be chosen, of at"
+                " least 1"
+            )
         if self.modules != "lora" and self.name not in ("rows", "influence"):
-            raise ValueError(f"modules={self.modules!r} of {self.name}: only rows and influence are of gradients")
+            raise ValueError(
+                f"modules={self.modules!r} of {self.name}: only rows and influence are of gradients"
+            )
 
 
 class UndeclaredSignal(KeyError):
-    """A method read a signal that its `needs()` does not name: a fault of the method, not of the user."""
+    """A method read a signal that its `needs()` does not name: a fault of the method, not of the
+    user.
+    """
 
 
 @dataclass(frozen=True)
 class Signals:
     """What a method may read: the declared signals, and facts about the rows that cost nothing.
 
-    `values` holds one value per declared Signal. `tokens` [n] are supervised tokens per row; `groups` the n pool groups (sources);
-    `target_groups` the m target groups (tasks). `map` is what rules may do their blocks with: it gives the bytes of the built-in one, and
-    calls its function in other processes where there are some.
+    `values` holds one value per declared Signal. `tokens` [n] are supervised tokens per row;
+    `groups` the n pool groups (sources); `target_groups` the m target groups (tasks). `map` is what
+    rules may do their blocks with: it gives the bytes of the built-in one, and calls its function
+    in other processes where there are some.
     """
 
     values: Mapping[Signal, Any]
@@ -144,8 +180,10 @@ class Signals:
 
 @dataclass(frozen=True)
 class Subset:
-    """What a method chose: `indices` [k] unique, in pick order; `gains` [k] why each was picked (method's own unit, higher = better);
-    `weights` [k] training weights; `notes`: columns for the report, each of length n (per pool row) or a scalar."""
+    """What a method chose: `indices` [k] unique, in pick order; `gains` [k] why each was picked
+    (method's own unit, higher = better); `weights` [k] training weights; `notes`: columns for the
+    report, each of length n (per pool row) or a scalar.
+    """
 
     indices: np.ndarray
     gains: np.ndarray | None = None
@@ -158,7 +196,9 @@ class Subset:
 
 @runtime_checkable
 class Selector(Protocol):
-    """A method: a frozen dataclass of hyper-parameters. It never sees a model, tokenizer, device or path."""
+    """A method: a frozen dataclass of hyper-parameters. It never sees a model, tokenizer, device or
+    path.
+    """
 
     target: ClassVar[Literal["required", "optional", "none"]]
 
@@ -176,17 +216,23 @@ class Transform(Protocol):
         ...
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """(row [o], col [i]) when the transform is grad * row[:, None] * col[None, :]; None where it does not factor."""
+        """(row [o], col [i]) when the transform is grad * row[:, None] * col[None, :]; None where
+        it does not factor.
+        """
         ...
 
 
 class Encoded(Protocol):
-    """A tokenised example: {"input_ids": list[int], "labels": list[int]}, label -100 = not supervised."""
+    """A tokenised example: {"input_ids": list[int], "labels": list[int]}, label -100 = not
+    supervised.
+    """
 
     def __getitem__(self, key: Literal["input_ids", "labels"], /) -> list[int]: ...
 
 
-def lazy_face(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazy_face(
+    package: str, homes: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """The `__getattr__` and `__dir__` of a package whose names are imported on first use (PEP 562).
 
     It stands here, on the lowest floor: a wing that imported it from the root would import, through

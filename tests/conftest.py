@@ -1,4 +1,6 @@
-"""Small real parts for tests of the whole job: a random model with a byte tokenizer and a chat template, a pool, a target."""
+"""Small real parts for tests of the whole job: a random model with a byte tokenizer and a chat
+template, a pool, a target.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,28 @@ import pytest
 
 from tests.model.small_models import llama, tokenizer
 
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}{% if"
+    " add_generation_prompt %}<assistant>{% endif %}"
+)
 SETTINGS: dict[str, dict[str, Any]] = {
     "encode": {"max_length": 64},
-    "warmup": {"min_rows": 24, "min_steps": 30, "epochs": 1, "batch_size": 4, "lora": {"r": 2, "alpha": 4}},
+    "warmup": {
+        "min_rows": 24,
+        "min_steps": 30,
+        "epochs": 1,
+        "batch_size": 4,
+        "lora": {"r": 2, "alpha": 4},
+    },
     "gradients": {"dim": 64, "shard_rows": 16, "token_budget": 128},
     "machine": {"threads": 1},
 }
 
 
 def shared() -> Path:
-    """The folder of development data beside the checkout; tests that read it skip where it is missing."""
+    """The folder of development data beside the checkout; tests that read it skip where it is
+    missing.
+    """
     folder = Path(os.environ.get("GRADSIFT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
     if not folder.is_dir():
         pytest.skip(f"development data is not at {folder} (set GRADSIFT_SHARED)")
@@ -48,7 +61,9 @@ def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
         question = "".join(rng.choice(list(letters), 6))
         answer = question[::-1] if i % 2 else question * 2
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        found.append({"id": f"r{i:03d}", "kind": "back" if i % 2 else "twice", "messages": messages})
+        found.append(
+            {"id": f"r{i:03d}", "kind": "back" if i % 2 else "twice", "messages": messages}
+        )
     return found
 
 

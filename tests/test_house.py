@@ -1,4 +1,6 @@
-"""The rules of the house that no linter of the Makefile holds: its layers, its size, its names, and what its tests may use."""
+"""The rules of the house that no linter of the Makefile holds: its layers, its size, its names, and
+what its tests may use.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,22 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gradsift"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted(path for folder in ("tests", "bench") for path in (ROOT / folder).rglob("*.py"))
-WINGS = ["cli", "commands", "compute", "data", "gradients", "methods", "model", "report", "rules", "signals", "stages", "store"]
-CHECKS = ("check_", "assert_", "raises", "warns")  # beginnings of the names of functions that assert
+WINGS = [
+    "cli",
+    "commands",
+    "compute",
+    "data",
+    "gradients",
+    "methods",
+    "model",
+    "report",
+    "rules",
+    "signals",
+    "stages",
+    "store",
+]
+# beginnings of the names of functions that assert
+CHECKS = ("check_", "assert_", "raises", "warns")
 
 
 def relative(path: Path) -> str:
@@ -28,7 +44,11 @@ def entries(folder: Path) -> list[Path]:
 
 def test_the_contracts_of_import_linter_hold() -> None:
     ran = subprocess.run(
-        [Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
+        [Path(sys.executable).parent / "lint-imports", "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ran.returncode == 0, ran.stdout
 
@@ -60,11 +80,18 @@ def test_no_room_is_called_utils() -> None:
 def test_nothing_unpickles() -> None:
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr == "load"
+            ):
                 owner = getattr(node.func.value, "id", "")
                 assert owner not in {"pickle", "joblib", "dill"}
                 if owner == "torch":
-                    assert any(k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in node.keywords), path
+                    assert any(
+                        k.arg == "weights_only" and getattr(k.value, "value", None) is True
+                        for k in node.keywords
+                    ), path
 
 
 def test_public_names_are_sorted_and_importable() -> None:
@@ -79,7 +106,12 @@ def test_public_names_are_sorted_and_importable() -> None:
 def test_help_imports_no_heavy_library() -> None:
     heavy = ("torch", "transformers", "pyarrow", "altair", "numpy", "pydantic")
     code = f"import sys, gradsift.cli.app; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 # --- what tests may use
@@ -102,7 +134,11 @@ def private_uses(source: str) -> Iterator[tuple[int, str]]:
     ours: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            ours |= {alias.asname or "gradsift" for alias in node.names if alias.name.split(".")[0] == "gradsift"}
+            ours |= {
+                alias.asname or "gradsift"
+                for alias in node.names
+                if alias.name.split(".")[0] == "gradsift"
+            }
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gradsift":
             ours |= {alias.asname or alias.name for alias in node.names}
             for alias in node.names:
@@ -111,10 +147,17 @@ def private_uses(source: str) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and private(node.attr) and root_of(node) in ours:
             yield node.lineno, ast.unparse(node)
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in ("setattr", "delattr", "getattr"):
-            texts = [arg.value if isinstance(arg, ast.Constant) and isinstance(arg.value, str) else "" for arg in node.args[:2]]
+        elif isinstance(node, ast.Call) and getattr(
+            node.func, "attr", getattr(node.func, "id", "")
+        ) in ("setattr", "delattr", "getattr"):
+            texts = [
+                arg.value if isinstance(arg, ast.Constant) and isinstance(arg.value, str) else ""
+                for arg in node.args[:2]
+            ]
             replaced = texts[0].startswith("gradsift.") and any(map(private, texts[0].split(".")))
-            if replaced or (len(texts) == 2 and private(texts[1]) and root_of(node.args[0]) in ours):
+            if replaced or (
+                len(texts) == 2 and private(texts[1]) and root_of(node.args[0]) in ours
+            ):
                 yield node.lineno, ast.unparse(node)
 
 
@@ -135,7 +178,11 @@ def test_a_private_use_is_seen(source: str) -> None:
 
 
 def test_no_test_uses_a_private_name_of_the_package() -> None:
-    uses = [f"{relative(path)}:{line} {text}" for path in TESTS for line, text in private_uses(path.read_text(encoding="utf-8"))]
+    uses = [
+        f"{relative(path)}:{line} {text}"
+        for path in TESTS
+        for line, text in private_uses(path.read_text(encoding="utf-8"))
+    ]
     assert uses == []
 
 
@@ -144,7 +191,9 @@ def asserts(function: ast.FunctionDef) -> bool:
     for node in ast.walk(function):
         if isinstance(node, ast.Assert):
             return True
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")).startswith(CHECKS):
+        if isinstance(node, ast.Call) and getattr(
+            node.func, "attr", getattr(node.func, "id", "")
+        ).startswith(CHECKS):
             return True
     return False
 

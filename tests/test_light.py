@@ -1,4 +1,6 @@
-"""What must be told within a second loads no heavy library: the light modules, every face, and a user's mistakes."""
+"""What must be told within a second loads no heavy library: the light modules, every face, and a
+user's mistakes.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,21 @@ LIGHT = [
 
 def packages() -> list[str]:
     """Every folder of the package: a wing, or a part of one."""
-    return [module.name for module in pkgutil.walk_packages(gradsift.__path__, "gradsift.") if module.ispkg]
+    return [
+        module.name
+        for module in pkgutil.walk_packages(gradsift.__path__, "gradsift.")
+        if module.ispkg
+    ]
 
 
 def heavy_after(modules: list[str]) -> list[str]:
-    """Which heavy libraries a fresh interpreter holds after it has imported `modules`, and what it misses of their faces."""
-    code = f"import importlib, sys; [importlib.import_module(m) for m in {modules!r}]; print([h for h in {HEAVY!r} if h in sys.modules])"
+    """Which heavy libraries a fresh interpreter holds after it has imported `modules`, and what it
+    misses of their faces.
+    """
+    code = (
+        f"import importlib, sys; [importlib.import_module(m) for m in {modules!r}]; print([h for h"
+        f" in {HEAVY!r} if h in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return json.loads(done.stdout.replace("'", '"'))
 
@@ -64,7 +75,12 @@ def test_methods_load_nothing_heavy() -> None:
 
 def test_faces_load_nothing_heavy() -> None:
     faces = packages()
-    assert {"gradsift.store", "gradsift.report", "gradsift.rules", "gradsift.signals.curvature"} <= set(faces)
+    assert {
+        "gradsift.store",
+        "gradsift.report",
+        "gradsift.rules",
+        "gradsift.signals.curvature",
+    } <= set(faces)
     assert heavy_after(faces) == []
 
 
@@ -74,7 +90,8 @@ def test_a_face_gives_what_it_lists_and_nothing_else(name: str) -> None:
     for public in getattr(face, "__all__", ()):
         assert getattr(face, public) is not None
         assert public in dir(face)
-        # A function under the name of a file beside it would hide that file, or be hidden by it, as the order of imports has it.
+        # A function under the name of a file beside it would hide that file, or be hidden by it, as
+        # the order of imports has it.
         beside = Path(str(face.__file__)).with_name(f"{public}.py")
         assert not beside.exists() or getattr(face, public).__name__ == f"{name}.{public}"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -97,56 +114,139 @@ main()
 POOL = ["--pool", "pool.jsonl", "--model", "tiny", "--run", "new"]
 SELECT = ["select", "length", *POOL, "--budget", "5"]
 MISTAKES: dict[str, tuple[list[str], str]] = {
-    "method": (["select", "lesss", *POOL, "--budget", "5"], "unknown method 'lesss'. Did you mean 'less'?"),
+    "method": (
+        ["select", "lesss", *POOL, "--budget", "5"],
+        "unknown method 'lesss'. Did you mean 'less'?",
+    ),
     "option": ([*SELECT, "-o", "ordr=longest"], "unknown option of length 'ordr'. Known: order."),
     "option without =": ([*SELECT, "-o", "order"], "order: not KEY=VALUE"),
-    "value of an option": ([*SELECT, "-o", "order=widest"], "option order of length: Input should be 'longest' or 'shortest'"),
+    "value of an option": (
+        [*SELECT, "-o", "order=widest"],
+        "option order of length: Input should be 'longest' or 'shortest'",
+    ),
     "budget": (["select", "length", *POOL, "--budget", "many"], "--budget many: not a budget"),
-    "budget of 0": (["select", "length", *POOL, "--budget", "0"], "nothing to choose. Give at least 1 row."),
+    "budget of 0": (
+        ["select", "length", *POOL, "--budget", "0"],
+        "nothing to choose. Give at least 1 row.",
+    ),
     "budget over the pool": (
         ["select", "length", *POOL, "--budget", "13"],
         "the budget is 13 rows and 12 are usable. Lower --budget, or add --allow-short.",
     ),
-    "missing target": (["select", "less", *POOL, "--budget", "5"], "less selects toward a target and none was given. Add --target FILE."),
+    "missing target": (
+        ["select", "less", *POOL, "--budget", "5"],
+        "less selects toward a target and none was given. Add --target FILE.",
+    ),
     "needless target": ([*SELECT, "--target", "pool.jsonl"], "length takes no target"),
     "pool file": (
-        ["select", "length", "--pool", "pol.jsonl", "--model", "tiny", "--run", "new", "--budget", "5"],
+        [
+            "select",
+            "length",
+            "--pool",
+            "pol.jsonl",
+            "--model",
+            "tiny",
+            "--run",
+            "new",
+            "--budget",
+            "5",
+        ],
         "pol.jsonl: there is no such file. Did you mean pool.jsonl?",
     ),
-    "target file": (["select", "less", *POOL, "--target", "dev.jsonl", "--budget", "5"], "dev.jsonl: there is no such file"),
+    "target file": (
+        ["select", "less", *POOL, "--target", "dev.jsonl", "--budget", "5"],
+        "dev.jsonl: there is no such file",
+    ),
     "folder of other files": (
         ["select", "length", "--pool", "other", "--model", "tiny", "--run", "new", "--budget", "5"],
         "other: is a folder, but not one that `datasets` saved",
     ),
     "kind of file": (
-        ["select", "length", "--pool", "pool.csv", "--model", "tiny", "--run", "new", "--budget", "5"],
+        [
+            "select",
+            "length",
+            "--pool",
+            "pool.csv",
+            "--model",
+            "tiny",
+            "--run",
+            "new",
+            "--budget",
+            "5",
+        ],
         "pool.csv: .csv is not a kind of file gradsift reads",
     ),
     "format": ([*SELECT, "--format", "chatml"], "unknown format 'chatml'"),
     "TOML": ([*SELECT, "--config", "broken.toml"], "broken.toml: not valid TOML"),
     "TOML key": ([*SELECT, "--config", "key.toml"], "unknown setting 'gradients.dimension'"),
-    "TOML value": ([*SELECT, "--config", "value.toml"], "Input should be a valid integer, not 'wide'. Correct that value."),
-    "no model": (["select", "length", "--pool", "pool.jsonl", "--run", "new", "--budget", "5"], "no model was named. Add --model NAME"),
+    "TOML value": (
+        [*SELECT, "--config", "value.toml"],
+        "Input should be a valid integer, not 'wide'. Correct that value.",
+    ),
+    "no model": (
+        ["select", "length", "--pool", "pool.jsonl", "--run", "new", "--budget", "5"],
+        "no model was named. Add --model NAME",
+    ),
     "settings of another run": (
-        ["select", "length", "--pool", "pool.jsonl", "--run", "made", "--budget", "5", "--dim", "64"],
+        [
+            "select",
+            "length",
+            "--pool",
+            "pool.jsonl",
+            "--run",
+            "made",
+            "--budget",
+            "5",
+            "--dim",
+            "64",
+        ],
         "this run was made with gradients.dim = 8192, and 64 is asked now",
     ),
-    "out names the pool": ([*SELECT, "--out", "pool.jsonl"], "pool.jsonl: --out names an input file"),
+    "out names the pool": (
+        [*SELECT, "--out", "pool.jsonl"],
+        "pool.jsonl: --out names an input file",
+    ),
     "run that is a file": (
-        ["select", "length", "--pool", "pool.jsonl", "--model", "tiny", "--run", "pool.csv", "--budget", "5"],
+        [
+            "select",
+            "length",
+            "--pool",
+            "pool.jsonl",
+            "--model",
+            "tiny",
+            "--run",
+            "pool.csv",
+            "--budget",
+            "5",
+        ],
         "is a file, not a run folder",
     ),
     "plan": (["plan", "lesss", *POOL, "--budget", "5"], "unknown method 'lesss'"),
-    "method of a comparison": (["compare", "lesss", *POOL, "--test", "pool.jsonl", "--budget", "5"], "unknown method 'lesss'"),
+    "method of a comparison": (
+        ["compare", "lesss", *POOL, "--test", "pool.jsonl", "--budget", "5"],
+        "unknown method 'lesss'",
+    ),
     "test of a comparison": (
         ["compare", "length", *POOL, "--test", "tst.jsonl", "--budget", "5"],
         "tst.jsonl: there is no such file",
     ),
-    "control": (["compare", "length", *POOL, "--test", "pool.jsonl", "--budget", "5", "--control", "rnd"], "unknown control 'rnd'"),
-    "backend": (["score", "--backend", "dott", *POOL, "--target", "pool.jsonl"], "unknown influence backend 'dott'"),
-    "rows of a doctor": (["doctor", "--model", "tiny", "--pool", "pol.jsonl"], "pol.jsonl: there is no such file"),
+    "control": (
+        ["compare", "length", *POOL, "--test", "pool.jsonl", "--budget", "5", "--control", "rnd"],
+        "unknown control 'rnd'",
+    ),
+    "backend": (
+        ["score", "--backend", "dott", *POOL, "--target", "pool.jsonl"],
+        "unknown influence backend 'dott'",
+    ),
+    "rows of a doctor": (
+        ["doctor", "--model", "tiny", "--pool", "pol.jsonl"],
+        "pol.jsonl: there is no such file",
+    ),
     "rows to inspect": (["inspect", "--pool", "pol.jsonl"], "pol.jsonl: there is no such file"),
-    "show": (["show", "nowhere"], "nowhere: is not a run folder. Give the folder that --run named."),
+    "show": (
+        ["show", "nowhere"],
+        "nowhere: is not a run folder. Give the folder that --run named.",
+    ),
     "verify": (["verify", "nowhere"], "nowhere: is not a run folder"),
     "report": (["report", "nowhere"], "nowhere: is not a run folder"),
     "diff": (["diff", "nowhere", "nowhere"], "nowhere: is not a run folder"),
@@ -155,7 +255,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pool of twelve rows, files of other kinds, configurations, and a run that has settings alone."""
+    """A pool of twelve rows, files of other kinds, configurations, and a run that has settings
+    alone.
+    """
     root = tmp_path_factory.mktemp("mistakes")
     write_rows(root / "pool.jsonl", rows(12))
     (root / "pool.csv").write_text("question,answer\n2 + 2,4\n")
@@ -170,7 +272,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def blocked(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(gradsift.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(gradsift.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        ),
+    }
     command = [sys.executable, "-c", BLOCKED, *words]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
@@ -187,7 +294,16 @@ def test_a_mistake_is_told_without_heavy_libraries(name: str, folder: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["select", "--help"], ["verify", "--help"], ["methods"], ["show", "made"], ["verify", "made"]], ids=" ".join
+    "words",
+    [
+        ["--help"],
+        ["select", "--help"],
+        ["verify", "--help"],
+        ["methods"],
+        ["show", "made"],
+        ["verify", "made"],
+    ],
+    ids=" ".join,
 )
 def test_what_needs_no_model_loads_nothing_heavy(words: list[str], folder: Path) -> None:
     done = blocked(words, folder)

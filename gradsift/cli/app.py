@@ -1,4 +1,6 @@
-"""The command line: a thin skin, every command is one library call. Data on stdout, log on stderr."""
+"""The command line: a thin skin, every command is one library call. Data on stdout, log on
+stderr.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,22 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Pick the rows of an instruction pool that are worth training a language model on, by their gradients.",
-    epilog="Example: gradsift select tagcos --pool pool.jsonl --model ./my-model --budget 5% --run runs/a",
+    help=(
+        "Pick the rows of an instruction pool that are worth training a language model on, by their"
+        " gradients."
+    ),
+    epilog=(
+        "Example: gradsift select tagcos --pool pool.jsonl --model ./my-model --budget 5% --run"
+        " runs/a"
+    ),
 )
 
 
 @app.command(
-    epilog="Example: gradsift select less --pool pool.jsonl --target dev.jsonl --model ./my-model --budget 1000 --run runs/a -o preset=released"
+    epilog=(
+        "Example: gradsift select less --pool pool.jsonl --target dev.jsonl --model ./my-model"
+        " --budget 1000 --run runs/a -o preset=released"
+    )
 )
 @shared_flags
 def select(
@@ -55,15 +66,23 @@ def select(
     option: MethodOptions = None,
     *,
     given: Given,
-    add_scores: Annotated[bool, typer.Option("--add-scores", help="Write rank, gain and weight into the chosen rows.")] = False,
+    add_scores: Annotated[
+        bool, typer.Option("--add-scores", help="Write rank, gain and weight into the chosen rows.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Choose the rows worth training on, and write them with a report."""
     from gradsift.commands.check import check_selection
 
-    inputs, options, allow_short = _inputs(run, pool, target, model, given), _options(option), given.call["allow_short"]
-    check_selection(method, inputs, budget=budget, options=options, out=out, allow_short=allow_short)
+    inputs, options, allow_short = (
+        _inputs(run, pool, target, model, given),
+        _options(option),
+        given.call["allow_short"],
+    )
+    check_selection(
+        method, inputs, budget=budget, options=options, out=out, allow_short=allow_short
+    )
     from gradsift.commands.select import select
 
     result = select.select(
@@ -85,12 +104,21 @@ def select(
     _print_selection(result, as_json)
 
 
-def _inputs(run: Path, pool: list[str], target: list[str] | None, model: str | None, given: Given) -> Inputs:
-    """What the command reads and where it works, for the checks that come before anything heavy is loaded."""
+def _inputs(
+    run: Path, pool: list[str], target: list[str] | None, model: str | None, given: Given
+) -> Inputs:
+    """What the command reads and where it works, for the checks that come before anything heavy is
+    loaded.
+    """
     from gradsift.commands.check import Inputs
 
     return Inputs(
-        run, pool, target or [], model, given.settings, **{n: given.call.get(n) for n in ("pool_group", "target_group", "warmup_from")}
+        run,
+        pool,
+        target or [],
+        model,
+        given.settings,
+        **{n: given.call.get(n) for n in ("pool_group", "target_group", "warmup_from")},
     )
 
 
@@ -114,7 +142,12 @@ def _print_selection(result: Any, as_json: bool) -> None:
         typer.echo(line)
 
 
-@app.command(epilog="Example: gradsift plan tagcos --pool pool.jsonl --model ./my-model --budget 5% --run runs/a")
+@app.command(
+    epilog=(
+        "Example: gradsift plan tagcos --pool pool.jsonl --model ./my-model --budget 5% --run"
+        " runs/a"
+    )
+)
 @shared_flags
 def plan(
     method: Method,
@@ -133,7 +166,11 @@ def plan(
     """What `select` would run: stages, rows, tokens, bytes, memory, time. Writes nothing."""
     from gradsift.commands.check import check_selection
 
-    inputs, options, allow_short = _inputs(run, pool, target, model, given), _options(option), given.call["allow_short"]
+    inputs, options, allow_short = (
+        _inputs(run, pool, target, model, given),
+        _options(option),
+        given.call["allow_short"],
+    )
     check_selection(method, inputs, budget=budget, options=options, allow_short=allow_short)
     from gradsift.commands.plan import plan as planning
 
@@ -155,20 +192,30 @@ def plan(
 
 
 @app.command(
-    epilog="Example: gradsift compare less tagcos --pool pool.jsonl --target dev.jsonl --test test.jsonl --model ./my-model --budget 5% --run runs/a"
+    epilog=(
+        "Example: gradsift compare less tagcos --pool pool.jsonl --target dev.jsonl --test"
+        " test.jsonl --model ./my-model --budget 5% --run runs/a"
+    )
 )
 @shared_flags
 def compare(
     method: Annotated[
         list[str],
         typer.Argument(
-            help="Methods to compare, with options as less:aggregate=max,preset=paper.", metavar="METHOD...", show_default=False
+            help="Methods to compare, with options as less:aggregate=max,preset=paper.",
+            metavar="METHOD...",
+            show_default=False,
         ),
     ],
     pool: PoolFiles,
     test: Annotated[
         list[str],
-        typer.Option("--test", metavar="[NAME=]FILE", help="Held-out examples to test on. Repeatable.", show_default=False),
+        typer.Option(
+            "--test",
+            metavar="[NAME=]FILE",
+            help="Held-out examples to test on. Repeatable.",
+            show_default=False,
+        ),
     ],
     budget: BudgetText,
     run: RunFolder,
@@ -181,7 +228,10 @@ def compare(
         typer.Option(
             "--control",
             metavar="NAME",
-            help="length, length-matched, perplexity, rds, full. Repeatable; random is always there. (default all)",
+            help=(
+                "length, length-matched, perplexity, rds, full. Repeatable; random is always there."
+                " (default all)"
+            ),
             show_default=False,
         ),
     ] = None,
@@ -190,17 +240,28 @@ def compare(
         typer.Option(
             "--oracle",
             metavar="FIELD=VALUE",
-            help="Also train on rows so marked, and tell every arm's share of them; no method sees the mark.",
+            help=(
+                "Also train on rows so marked, and tell every arm's share of them; no method sees"
+                " the mark."
+            ),
             show_default=False,
         ),
     ] = None,
     equal: Annotated[
         str,
-        typer.Option("--equal", metavar="both|steps|tokens", help="What all trainings share: optimiser steps, tokens, or a table of each."),
+        typer.Option(
+            "--equal",
+            metavar="both|steps|tokens",
+            help="What all trainings share: optimiser steps, tokens, or a table of each.",
+        ),
     ] = "both",
     measure: Annotated[
         list[str] | None,
-        typer.Option("--measure", metavar="exact|bleu|chrf", help="Measured on greedy answers, beside the loss. Repeatable."),
+        typer.Option(
+            "--measure",
+            metavar="exact|bleu|chrf",
+            help="Measured on greedy answers, beside the loss. Repeatable.",
+        ),
     ] = None,
     measure_command: Annotated[
         str | None,
@@ -211,18 +272,31 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    level: Annotated[float, typer.Option("--level", metavar="SHARE", min=0, max=1, help="Confidence of the intervals.")] = 0.95,
+    level: Annotated[
+        float,
+        typer.Option("--level", metavar="SHARE", min=0, max=1, help="Confidence of the intervals."),
+    ] = 0.95,
     *,
     given: Given,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train on what each method chose and on the controls, and say which is better, with intervals."""
+    """Train on what each method chose and on the controls, and say which is better, with
+    intervals.
+    """
     from gradsift.commands.compare.request import check_comparison
 
     ways = ("steps", "tokens") if equal == "both" else (equal,)
-    checked = {"controls": control, "equal": ways, "measure": measure or [], "seeds": seeds, "level": level}
-    check_comparison(method, _inputs(run, pool, target, model, given), budget=budget, test=test, **checked)
+    checked = {
+        "controls": control,
+        "equal": ways,
+        "measure": measure or [],
+        "seeds": seeds,
+        "level": level,
+    }
+    check_comparison(
+        method, _inputs(run, pool, target, model, given), budget=budget, test=test, **checked
+    )
     from gradsift.commands.compare import compare
 
     found = compare.compare(
@@ -249,27 +323,48 @@ def compare(
 
 
 @app.command(
-    epilog="Example: gradsift score --backend ekfac --pool pool.jsonl --target dev.jsonl --model ./my-model --run runs/a --out scores.parquet"
+    epilog=(
+        "Example: gradsift score --backend ekfac --pool pool.jsonl --target dev.jsonl --model"
+        " ./my-model --run runs/a --out scores.parquet"
+    )
 )
 @shared_flags
 def score(
     backend: Annotated[
         str,
         typer.Option(
-            "--backend", metavar="NAME", help="dot, cosine, less, less-mean, trak, ekfac, kfac, kfac-released.", show_default=False
+            "--backend",
+            metavar="NAME",
+            help="dot, cosine, less, less-mean, trak, ekfac, kfac, kfac-released.",
+            show_default=False,
         ),
     ],
     pool: PoolFiles,
     target: Annotated[
         list[str],
-        typer.Option("--target", metavar="[NAME=]FILE", help="Examples to score the pool's rows on. Repeatable.", show_default=False),
+        typer.Option(
+            "--target",
+            metavar="[NAME=]FILE",
+            help="Examples to score the pool's rows on. Repeatable.",
+            show_default=False,
+        ),
     ],
     run: RunFolder,
     model: ModelName = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also copy the matrix here.", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="Also copy the matrix here.", show_default=False
+        ),
+    ] = None,
     columns: Annotated[
         str | None,
-        typer.Option("--columns", metavar="rows|groups", help="A column per target row or per group. (default rows)", show_default=False),
+        typer.Option(
+            "--columns",
+            metavar="rows|groups",
+            help="A column per target row or per group. (default rows)",
+            show_default=False,
+        ),
     ] = None,
     checkpoints: Annotated[
         str | None,
@@ -285,10 +380,18 @@ def score(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the influence of every pool row on every target row (or group) as parquet. Positive = training on the row helps."""
+    """Write the influence of every pool row on every target row (or group) as parquet. Positive =
+    training on the row helps.
+    """
     from gradsift.commands.check import check_scores
 
-    check_scores(backend, _inputs(run, pool, target, model, given), columns=columns, checkpoints=checkpoints, out=out)
+    check_scores(
+        backend,
+        _inputs(run, pool, target, model, given),
+        columns=columns,
+        checkpoints=checkpoints,
+        out=out,
+    )
     from gradsift.commands import score
 
     found = score.score(
@@ -304,23 +407,40 @@ def score(
         progress=_progress(quiet),
         **given.call,
     )
-    typer.echo(json.dumps(found.summary(), ensure_ascii=False, indent=2) if as_json else "\n".join(found.lines()))
+    typer.echo(
+        json.dumps(found.summary(), ensure_ascii=False, indent=2)
+        if as_json
+        else "\n".join(found.lines())
+    )
 
 
 @app.command(epilog="Example: gradsift doctor --model ./my-model --pool pool.jsonl")
 @shared_flags
 def doctor(
-    model: Annotated[str, typer.Option("--model", metavar="NAME|PATH|tiny", help="The model to look at.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", metavar="NAME|PATH|tiny", help="The model to look at.", show_default=False
+        ),
+    ],
     pool: PoolFiles,
     rows: Annotated[int, typer.Option("--rows", help="How many rows to measure on.")] = 16,
     attention: Annotated[
         list[str] | None,
-        typer.Option("--attention", metavar="NAME", help="Attention to try. Repeatable. (default eager and sdpa)", show_default=False),
+        typer.Option(
+            "--attention",
+            metavar="NAME",
+            help="Attention to try. Repeatable. (default eager and sdpa)",
+            show_default=False,
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None,
         typer.Option(
-            "--dtype", metavar="NAME", help="Number format to try. Repeatable. (default float32 and bfloat16)", show_default=False
+            "--dtype",
+            metavar="NAME",
+            help="Number format to try. Repeatable. (default float32 and bfloat16)",
+            show_default=False,
         ),
     ] = None,
     *,
@@ -328,7 +448,9 @@ def doctor(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check that rows are the same alone and in batches, and say which attention and precision keep them so; exit 3 if none does."""
+    """Check that rows are the same alone and in batches, and say which attention and precision keep
+    them so; exit 3 if none does.
+    """
     from gradsift.commands.check import check_reading
 
     check_reading(pool, given.settings)
@@ -343,7 +465,11 @@ def doctor(
         settings=given.settings,
         progress=_progress(quiet),
     )
-    typer.echo(json.dumps(found.as_dict(), ensure_ascii=False, indent=2) if as_json else "\n".join(found.lines()))
+    typer.echo(
+        json.dumps(found.as_dict(), ensure_ascii=False, indent=2)
+        if as_json
+        else "\n".join(found.lines())
+    )
     raise typer.Exit(0 if found.recommended is not None else 3)
 
 
@@ -357,13 +483,18 @@ def methods(as_json: AsJson = False) -> None:
         typer.echo(json.dumps(found, indent=2))
         return
     for method in found:
-        typer.echo(f"{method['name']}  (target {method['target']}; reads {', '.join(method['needs']) or 'nothing'})")
+        typer.echo(
+            f"{method['name']}  (target {method['target']}; reads"
+            f" {', '.join(method['needs']) or 'nothing'})"
+        )
         typer.echo(f"    {method['summary']}")
         for name in ("source", "cost"):
             if method[name]:
                 typer.echo(f"    {name}: {method[name]}")
         if method["options"]:
-            typer.echo("    " + "  ".join(f"-o {key}={value}" for key, value in method["options"].items()))
+            typer.echo(
+                "    " + "  ".join(f"-o {key}={value}" for key, value in method["options"].items())
+            )
 
 
 @app.command(epilog="Example: gradsift inspect --pool pool.jsonl --model ./my-model --rows 5")
@@ -376,7 +507,9 @@ def inspect(
     *,
     given: Given,
 ) -> None:
-    """Print rows as the model sees them, the supervised tokens coloured, and the funnel of counts."""
+    """Print rows as the model sees them, the supervised tokens coloured, and the funnel of
+    counts.
+    """
     from gradsift.commands.check import check_reading
 
     check_reading(pool, given.settings)
@@ -384,7 +517,9 @@ def inspect(
 
     from gradsift.commands import inspect as inspection
 
-    lines = inspection.inspect(pool, model=model, rows=rows, start=start, settings=given.settings, **given.call)
+    lines = inspection.inspect(
+        pool, model=model, rows=rows, start=start, settings=given.settings, **given.call
+    )
     console = Console(highlight=False, markup=False)
     for line in lines:
         console.print(line, soft_wrap=True)
@@ -392,11 +527,15 @@ def inspect(
 
 @app.command(epilog="Example: gradsift demo")
 def demo(
-    run: Annotated[Path, typer.Option("--run", metavar="DIR", help="Where to work.")] = Path("runs/demo"),
+    run: Annotated[Path, typer.Option("--run", metavar="DIR", help="Where to work.")] = Path(
+        "runs/demo"
+    ),
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """See it work, offline, in a few minutes: a generated pool, a built-in model, three methods, and the proof."""
+    """See it work, offline, in a few minutes: a generated pool, a built-in model, three methods,
+    and the proof.
+    """
     from gradsift.commands.demo import demo as show
 
     result = show.demo(run, seed=seed, progress=_progress(quiet))
@@ -408,11 +547,17 @@ def demo(
 def verify(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     repair: Annotated[
-        bool, typer.Option("--repair", help="Delete now what is damaged, rather than let the next run set it aside.")
+        bool,
+        typer.Option(
+            "--repair",
+            help="Delete now what is damaged, rather than let the next run set it aside.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Re-hash everything a run holds; exit 5 naming what is not as it was written. The next run makes just that anew."""
+    """Re-hash everything a run holds; exit 5 naming what is not as it was written. The next run
+    makes just that anew.
+    """
     from gradsift.commands import runs
 
     notes: list[str] = []
@@ -427,7 +572,10 @@ def verify(
 
 
 @app.command(epilog="Example: gradsift show runs/a")
-def show(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False) -> None:
+def show(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    as_json: AsJson = False,
+) -> None:
     """What a run holds: stages, sizes, times, selections."""
     from gradsift.commands import runs
     from gradsift.report.text import table
@@ -439,9 +587,21 @@ def show(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder."
     rows = [["artifact", "state", "bytes", "seconds", "about"]]
     for line in held["stages"]:
         state = "complete" if line["complete"] else "unfinished"
-        about = ", ".join(f"{key} {value}" for key, value in {**line.get("about", {}), **line.get("counts", {})}.items() if value != {})
+        about = ", ".join(
+            f"{key} {value}"
+            for key, value in {**line.get("about", {}), **line.get("counts", {})}.items()
+            if value != {}
+        )
         seconds = line.get("seconds")
-        rows.append([line["folder"], state, f"{line['bytes']:,}", "" if seconds is None else f"{seconds:.1f}", about])
+        rows.append(
+            [
+                line["folder"],
+                state,
+                f"{line['bytes']:,}",
+                "" if seconds is None else f"{seconds:.1f}",
+                about,
+            ]
+        )
     typer.echo("\n".join(table(rows)))
     for command in held["commands"]:
         typer.echo(f"command  {command}")
@@ -458,19 +618,30 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
 
 @app.command(epilog="Example: gradsift diff runs/a/select-0123456789ab runs/a/select-ba9876543210")
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A selection (a select-... folder, or a run with one).")],
+    a: Annotated[
+        Path,
+        typer.Argument(metavar="A", help="A selection (a select-... folder, or a run with one)."),
+    ],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
     as_json: AsJson = False,
 ) -> None:
-    """Compare two selections of one pool: rows in common, rank correlation of the scores, and where their settings differ."""
+    """Compare two selections of one pool: rows in common, rank correlation of the scores, and where
+    their settings differ.
+    """
     from gradsift.commands import runs
 
     found = runs.diff(a, b)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    typer.echo(f"rows      {found['a']:,} and {found['b']:,}, {found['common']:,} in common (Jaccard {found['jaccard']:.2f})")
-    typer.echo("overlap   " + ", ".join(f"{share:.0%} of the first {j:,}" for j, share in found["overlap_at"].items()))
+    typer.echo(
+        f"rows      {found['a']:,} and {found['b']:,}, {found['common']:,} in common (Jaccard"
+        f" {found['jaccard']:.2f})"
+    )
+    typer.echo(
+        "overlap   "
+        + ", ".join(f"{share:.0%} of the first {j:,}" for j, share in found["overlap_at"].items())
+    )
     if found["spearman"] is not None:
         typer.echo(f"scores    Spearman {found['spearman']:+.2f}")
     for field, (old, new) in found["settings"].items():
@@ -486,7 +657,11 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     pass
 
 
@@ -505,7 +680,11 @@ def main() -> None:
         print(f"gradsift: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print(f"gradsift: interrupted. Nothing finished is lost; resume with: {readable_command(sys.argv)}", file=sys.stderr)
+        print(
+            "gradsift: interrupted. Nothing finished is lost; resume with:"
+            f" {readable_command(sys.argv)}",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 

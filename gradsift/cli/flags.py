@@ -1,4 +1,5 @@
-"""The flags of the command line, each once; the table of those that several commands share, and what they come to.
+"""The flags of the command line, each once; the table of those that several commands share, and
+what they come to.
 
 A new settings flag is one row of FLAGS.
 """
@@ -25,50 +26,110 @@ PoolFiles = Annotated[
     typer.Option(
         "--pool",
         metavar="[NAME=]FILE",
-        help="Candidates: jsonl, json, parquet, .gz, .zst, a datasets folder, hf:NAME, s3:// or other URLs. Repeatable.",
+        help=(
+            "Candidates: jsonl, json, parquet, .gz, .zst, a datasets folder, hf:NAME, s3:// or"
+            " other URLs. Repeatable."
+        ),
         show_default=False,
     ),
 ]
 TargetFiles = Annotated[
     list[str] | None,
     typer.Option(
-        "--target", metavar="[NAME=]FILE", help="Examples of what the model should get better at. Repeatable.", show_default=False
+        "--target",
+        metavar="[NAME=]FILE",
+        help="Examples of what the model should get better at. Repeatable.",
+        show_default=False,
     ),
 ]
 ModelName = Annotated[
     str | None,
-    typer.Option("--model", metavar="NAME|PATH|tiny", help="The model to be trained later, or a small relative of it.", show_default=False),
+    typer.Option(
+        "--model",
+        metavar="NAME|PATH|tiny",
+        help="The model to be trained later, or a small relative of it.",
+        show_default=False,
+    ),
 ]
 BudgetText = Annotated[
     str,
     typer.Option(
         "--budget",
         metavar="5%|0.05|1000|10M-tokens",
-        help="How many rows to choose: a share of the rows read, a count, or what so many tokens pay for.",
+        help=(
+            "How many rows to choose: a share of the rows read, a count, or what so many tokens pay"
+            " for."
+        ),
         show_default=False,
     ),
 ]
 RunFolder = Annotated[
-    Path, typer.Option("--run", metavar="DIR", help="Where all work is kept; the same folder again reuses it.", show_default=False)
+    Path,
+    typer.Option(
+        "--run",
+        metavar="DIR",
+        help="Where all work is kept; the same folder again reuses it.",
+        show_default=False,
+    ),
 ]
-Out = Annotated[str | None, typer.Option("--out", metavar="FILE|URL", help="Also copy the chosen rows here.", show_default=False)]
+Out = Annotated[
+    str | None,
+    typer.Option(
+        "--out", metavar="FILE|URL", help="Also copy the chosen rows here.", show_default=False
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the selection.")]
 MethodOptions = Annotated[
-    list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="A parameter of the method. Repeatable.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        "--option",
+        "-o",
+        metavar="KEY=VALUE",
+        help="A parameter of the method. Repeatable.",
+        show_default=False,
+    ),
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings of the stages.", show_default=False)]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE.toml", help="Settings of the stages.", show_default=False
+    ),
+]
 PoolGroup = Annotated[
-    str | None, typer.Option("--pool-group", metavar="FIELD", help="Group pool rows by this field instead of by file.", show_default=False)
+    str | None,
+    typer.Option(
+        "--pool-group",
+        metavar="FIELD",
+        help="Group pool rows by this field instead of by file.",
+        show_default=False,
+    ),
 ]
 TargetGroup = Annotated[
     str | None,
-    typer.Option("--target-group", metavar="FIELD", help="Group target rows by this field instead of by file.", show_default=False),
+    typer.Option(
+        "--target-group",
+        metavar="FIELD",
+        help="Group target rows by this field instead of by file.",
+        show_default=False,
+    ),
 ]
 Format = Annotated[
-    str | None, typer.Option("--format", help="Row format, instead of detecting it.", rich_help_panel=STAGES, show_default=False)
+    str | None,
+    typer.Option(
+        "--format",
+        help="Row format, instead of detecting it.",
+        rich_help_panel=STAGES,
+        show_default=False,
+    ),
 ]
 MaxLength = Annotated[
-    int | None, typer.Option("--max-length", help="Tokens kept of a row. (default 1024)", rich_help_panel=STAGES, show_default=False)
+    int | None,
+    typer.Option(
+        "--max-length",
+        help="Tokens kept of a row. (default 1024)",
+        rich_help_panel=STAGES,
+        show_default=False,
+    ),
 ]
 MaxBad = Annotated[
     str | None,
@@ -82,11 +143,23 @@ MaxBad = Annotated[
 ]
 Dedup = Annotated[
     str | None,
-    typer.Option("--dedup", metavar="none|exact|near", help="Drop duplicates. (default none)", rich_help_panel=STAGES, show_default=False),
+    typer.Option(
+        "--dedup",
+        metavar="none|exact|near",
+        help="Drop duplicates. (default none)",
+        rich_help_panel=STAGES,
+        show_default=False,
+    ),
 ]
 ExactDedup = Annotated[
     str | None,
-    typer.Option("--dedup", metavar="none|exact", help="Drop duplicates. (default none)", rich_help_panel=STAGES, show_default=False),
+    typer.Option(
+        "--dedup",
+        metavar="none|exact",
+        help="Drop duplicates. (default none)",
+        rich_help_panel=STAGES,
+        show_default=False,
+    ),
 ]
 PerGroup = Annotated[
     list[str] | None,
@@ -99,10 +172,22 @@ PerGroup = Annotated[
     ),
 ]
 IncludeIds = Annotated[
-    Path | None, typer.Option("--include-ids", metavar="FILE", help="Choose these rows, one id a line.", rich_help_panel=LIMITS)
+    Path | None,
+    typer.Option(
+        "--include-ids",
+        metavar="FILE",
+        help="Choose these rows, one id a line.",
+        rich_help_panel=LIMITS,
+    ),
 ]
 ExcludeIds = Annotated[
-    Path | None, typer.Option("--exclude-ids", metavar="FILE", help="Never choose these rows, one id a line.", rich_help_panel=LIMITS)
+    Path | None,
+    typer.Option(
+        "--exclude-ids",
+        metavar="FILE",
+        help="Never choose these rows, one id a line.",
+        rich_help_panel=LIMITS,
+    ),
 ]
 Decontaminate = Annotated[
     list[str] | None,
@@ -116,7 +201,13 @@ Decontaminate = Annotated[
 ]
 Near = Annotated[
     float | None,
-    typer.Option("--near", metavar="COSINE", help="What --dedup near drops. (default 0.95)", rich_help_panel=LIMITS, show_default=False),
+    typer.Option(
+        "--near",
+        metavar="COSINE",
+        help="What --dedup near drops. (default 0.95)",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
 ]
 NearBy = Annotated[
     str | None,
@@ -139,19 +230,46 @@ WarmupFrom = Annotated[
     ),
 ]
 Dim = Annotated[
-    int | None, typer.Option("--dim", help="Numbers stored per gradient row. (default 8192)", rich_help_panel=STAGES, show_default=False)
+    int | None,
+    typer.Option(
+        "--dim",
+        help="Numbers stored per gradient row. (default 8192)",
+        rich_help_panel=STAGES,
+        show_default=False,
+    ),
 ]
 ShardRows = Annotated[
     int | None,
-    typer.Option("--shard-rows", help="Rows per shard: what a crash can lose. (default 2048)", rich_help_panel=STAGES, show_default=False),
+    typer.Option(
+        "--shard-rows",
+        help="Rows per shard: what a crash can lose. (default 2048)",
+        rich_help_panel=STAGES,
+        show_default=False,
+    ),
 ]
-Revision = Annotated[str | None, typer.Option("--revision", help="Revision of a hub model.", rich_help_panel=MACHINE, show_default=False)]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision", help="Revision of a hub model.", rich_help_panel=MACHINE, show_default=False
+    ),
+]
 RemoteCode = Annotated[
     bool | None,
-    typer.Option("--trust-remote-code", help="Run the model's own code; needs --revision.", rich_help_panel=MACHINE, show_default=False),
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the model's own code; needs --revision.",
+        rich_help_panel=MACHINE,
+        show_default=False,
+    ),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ... (default cpu)", rich_help_panel=MACHINE, show_default=False)
+    str | None,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, cuda:1 ... (default cpu)",
+        rich_help_panel=MACHINE,
+        show_default=False,
+    ),
 ]
 Dtype = Annotated[
     str | None,
@@ -168,33 +286,65 @@ Attention = Annotated[
     typer.Option(
         "--attention",
         metavar="eager|sdpa",
-        help="Attention implementation; `gradsift doctor` says which to take. (default the model's own)",
+        help=(
+            "Attention implementation; `gradsift doctor` says which to take. (default the model's"
+            " own)"
+        ),
         rich_help_panel=MACHINE,
         show_default=False,
     ),
 ]
 Mode = Annotated[
     str | None,
-    typer.Option("--mode", metavar="lora|full", help="What is trained. (default lora)", rich_help_panel=TRAINING, show_default=False),
+    typer.Option(
+        "--mode",
+        metavar="lora|full",
+        help="What is trained. (default lora)",
+        rich_help_panel=TRAINING,
+        show_default=False,
+    ),
 ]
 Epochs = Annotated[
     float | None,
-    typer.Option("--epochs", help="Passes over the control's rows. (default 3)", rich_help_panel=TRAINING, show_default=False),
+    typer.Option(
+        "--epochs",
+        help="Passes over the control's rows. (default 3)",
+        rich_help_panel=TRAINING,
+        show_default=False,
+    ),
 ]
 LearningRate = Annotated[
     float | None,
-    typer.Option("--lr", help="Learning rate. (default 5e-4, full 2e-5)", rich_help_panel=TRAINING, show_default=False),
+    typer.Option(
+        "--lr",
+        help="Learning rate. (default 5e-4, full 2e-5)",
+        rich_help_panel=TRAINING,
+        show_default=False,
+    ),
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option("--batch-size", help="Rows of a step. (default 16)", rich_help_panel=TRAINING, show_default=False),
+    typer.Option(
+        "--batch-size",
+        help="Rows of a step. (default 16)",
+        rich_help_panel=TRAINING,
+        show_default=False,
+    ),
 ]
 AllowShort = Annotated[
     bool,
-    typer.Option("--allow-short", help="Accept fewer rows than the budget when the pool has no more."),
+    typer.Option(
+        "--allow-short", help="Accept fewer rows than the budget when the pool has no more."
+    ),
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", help="CPU threads. (default physical cores)", rich_help_panel=MACHINE, show_default=False)
+    int | None,
+    typer.Option(
+        "--threads",
+        help="CPU threads. (default physical cores)",
+        rich_help_panel=MACHINE,
+        show_default=False,
+    ),
 ]
 Engine = Annotated[
     str | None,
@@ -217,12 +367,21 @@ Address = Annotated[
     ),
 ]
 Workers = Annotated[
-    int | None, typer.Option("--workers", help="Ray workers. (default as many as fit)", rich_help_panel=MACHINE, show_default=False)
+    int | None,
+    typer.Option(
+        "--workers",
+        help="Ray workers. (default as many as fit)",
+        rich_help_panel=MACHINE,
+        show_default=False,
+    ),
 ]
 GpusPerWorker = Annotated[
     int | None,
     typer.Option(
-        "--gpus-per-worker", help="GPUs that a Ray worker's model spans. (default 1)", rich_help_panel=MACHINE, show_default=False
+        "--gpus-per-worker",
+        help="GPUs that a Ray worker's model spans. (default 1)",
+        rich_help_panel=MACHINE,
+        show_default=False,
     ),
 ]
 ShardTimeout = Annotated[
@@ -237,25 +396,31 @@ ShardTimeout = Annotated[
 ]
 Force = Annotated[
     bool | None,
-    typer.Option("--force", help="Go on where a check says that the result will be poor.", rich_help_panel=MACHINE, show_default=False),
+    typer.Option(
+        "--force",
+        help="Go on where a check says that the result will be poor.",
+        rich_help_panel=MACHINE,
+        show_default=False,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
 
-# Where the value of a flag goes that is no setting: to an argument of the library call of the same name, among the constraints, or
-# below the settings, as the file that holds the others.
+# Where the value of a flag goes that is no setting: to an argument of the library call of the same
+# name, among the constraints, or below the settings, as the file that holds the others.
 CALL = "call"
 CONSTRAINT = "constraint"
 FILE = "file"
 
-CHOOSE = frozenset({"select", "plan"})  # `plan` takes what `select` takes: it says what that would run
+# `plan` takes what `select` takes: it says what that would run
+CHOOSE = frozenset({"select", "plan"})
 RUN = CHOOSE | {"score", "compare"}  # these open a run: every setting of its stages stands on each
 COMPARE = frozenset({"compare"})  # the one that trains on what was chosen
 # `inspect` reads rows and encodes them, and loads no model: what rows and tokenizer depend on.
 INSPECT = frozenset({"inspect"})
-# `doctor` encodes rows too, and runs the model on a few of them in one process, where repeated rows and groups mean nothing.
-# Which --attention and --dtype to try are lists of its own.
+# `doctor` encodes rows too, and runs the model on a few of them in one process, where repeated rows
+# and groups mean nothing. Which --attention and --dtype to try are lists of its own.
 DOCTOR = frozenset({"doctor"})
 
 
@@ -268,7 +433,8 @@ class Flag:
         annotation: What typer makes the flag of: a type with its `typer.Option`.
         section: A section of Config, or CALL, CONSTRAINT, FILE.
         commands: The commands that take the flag.
-        default: The value of a flag that is not given. None leaves the settings of the run as they are.
+        default: The value of a flag that is not given. None leaves the settings of the run as they
+            are.
         convert: From what typer read to what Config takes.
     """
 
@@ -281,13 +447,18 @@ class Flag:
 
 
 def number(text: str) -> float | int:
-    """The value of --max-bad-rows: a share with a point in it, a count without. Raises ConfigError."""
+    """The value of --max-bad-rows: a share with a point in it, a count without. Raises
+    ConfigError.
+    """
     from gradsift.errors import ConfigError
 
     try:
         return float(text) if "." in text else int(text)
     except ValueError:
-        raise ConfigError(f"--max-bad-rows {text}: not a number", remedy="Give a share like 0.05 or a count like 200.") from None
+        raise ConfigError(
+            f"--max-bad-rows {text}: not a number",
+            remedy="Give a share like 0.05 or a count like 200.",
+        ) from None
 
 
 # In the order of the help.
@@ -324,7 +495,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("include_ids", IncludeIds, CONSTRAINT, CHOOSE),
     Flag("exclude_ids", ExcludeIds, CONSTRAINT, CHOOSE),
     Flag("decontaminate", Decontaminate, CONSTRAINT, CHOOSE),
-    Flag("decontaminate", Decontaminate, CALL, COMPARE),  # for every arm, so no constraint of one method
+    # for every arm, so no constraint of one method
+    Flag("decontaminate", Decontaminate, CALL, COMPARE),
     Flag("near", Near, CONSTRAINT, CHOOSE),
     Flag("near_by", NearBy, CONSTRAINT, CHOOSE),
 )
@@ -346,15 +518,24 @@ class Given:
 
 
 def shared_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the flags that FLAGS has for its name, in place of its parameter of type Given, which they are handed over in."""
+    """Gives a command the flags that FLAGS has for its name, in place of its parameter of type
+    Given, which they are handed over in.
+    """
     signature = inspect.signature(command, eval_str=True)
-    [slot] = [name for name, parameter in signature.parameters.items() if parameter.annotation is Given]
+    [slot] = [
+        name for name, parameter in signature.parameters.items() if parameter.annotation is Given
+    ]
     flags = [flag for flag in FLAGS if command.__name__ in flag.commands]
     parameters: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
         if name == slot:
             parameters += [
-                inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=flag.default, annotation=flag.annotation)
+                inspect.Parameter(
+                    flag.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=flag.default,
+                    annotation=flag.annotation,
+                )
                 for flag in flags
             ]
         else:
@@ -375,33 +556,55 @@ def given(flags: Iterable[Flag], values: Mapping[str, Any]) -> Given:
     settings, call, constraints = sections(values["config"]), {}, {}
     for flag in flags:
         value = values[flag.name]
-        if value is None or value == [] or flag.section == FILE or (flag.name == "dedup" and value == "near"):
+        if (
+            value is None
+            or value == []
+            or flag.section == FILE
+            or (flag.name == "dedup" and value == "near")
+        ):
             continue
         if flag.section == CONSTRAINT:
             constraints[flag.name] = value
         elif flag.section == CALL:
             call[flag.name] = value
         else:
-            settings.setdefault(flag.section, {})[flag.name] = value if flag.convert is None else flag.convert(value)
-    return Given(settings, call, _near(values["dedup"] == "near", constraints) if "near" in values else constraints)
+            settings.setdefault(flag.section, {})[flag.name] = (
+                value if flag.convert is None else flag.convert(value)
+            )
+    return Given(
+        settings,
+        call,
+        _near(values["dedup"] == "near", constraints) if "near" in values else constraints,
+    )
 
 
 def sections(config: Path | None) -> dict[str, dict[str, Any]]:
-    """The sections of the file behind --config. Raises ConfigError, also for a key above the first section."""
+    """The sections of the file behind --config. Raises ConfigError, also for a key above the first
+    section.
+    """
     from gradsift.config import read_toml
     from gradsift.errors import ConfigError
 
     found = read_toml(config) if config else {}
     for name, values in found.items():
         if not isinstance(values, dict):
-            raise ConfigError(f"the key {name!r} is in no section", where=config, remedy="Put it below a section such as [pool].")
+            raise ConfigError(
+                f"the key {name!r} is in no section",
+                where=config,
+                remedy="Put it below a section such as [pool].",
+            )
     return {name: dict(values) for name, values in found.items()}
 
 
 def _near(wanted: bool, constraints: Mapping[str, Any]) -> dict[str, Any]:
-    """The constraints, with the threshold of --dedup near where it is `wanted`. Raises ConfigError."""
+    """The constraints, with the threshold of --dedup near where it is `wanted`. Raises
+    ConfigError.
+    """
     from gradsift.errors import ConfigError
 
     if not wanted and ("near" in constraints or "near_by" in constraints):
-        raise ConfigError("--near and --near-by say how --dedup near works, which was not asked for", remedy="Add --dedup near.")
+        raise ConfigError(
+            "--near and --near-by say how --dedup near works, which was not asked for",
+            remedy="Add --dedup near.",
+        )
     return {"near": 0.95, **constraints} if wanted else dict(constraints)

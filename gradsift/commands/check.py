@@ -1,7 +1,8 @@
-"""What is wrong with a command, told before anything heavy is loaded: its names, its settings, its files, its budget.
+"""What is wrong with a command, told before anything heavy is loaded: its names, its settings, its
+files, its budget.
 
-A job calls its check first, and so does the command line before it imports the job. Nothing here, and nothing it imports, loads
-torch, transformers, peft or pyarrow.
+A job calls its check first, and so does the command line before it imports the job. Nothing here,
+and nothing it imports, loads torch, transformers, peft or pyarrow.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def check_selection(
     out: str | Path | None = None,
     allow_short: bool = False,
 ) -> tuple[Selector, budgets.Budget]:
-    """Checks the arguments of `gradsift.select`, or of a plan of it, with the errors that it would end with.
+    """Checks the arguments of `gradsift.select`, or of a plan of it, with the errors that it would
+    end with.
 
     Returns:
         The method with its options, and the budget.
@@ -114,29 +116,43 @@ def check_scores(
     """
     settled = _settled(backend, columns, checkpoints)
     if not inputs.target_files:
-        raise UserError("scores are influence on a target and none was given", remedy="Add --target FILE.")
+        raise UserError(
+            "scores are influence on a target and none was given", remedy="Add --target FILE."
+        )
     check_out(out, [*inputs.pool_files, *inputs.target_files])
     check_run(inputs)
     return settled
 
 
 def _settled(name: str, columns: str | None, checkpoints: str | None) -> tuple[Signal, Columns]:
-    """The signal to compute and how its columns are cut. Raises UnknownName, or UserError for what the backend cannot do."""
+    """The signal to compute and how its columns are cut. Raises UnknownName, or UserError for what
+    the backend cannot do.
+    """
     chosen = backend_of(name)
     if columns not in (None, "rows", "groups"):
         raise UnknownName("kind of columns", columns, ("rows", "groups"))
     if checkpoints not in (None, "mean", "last"):
         raise UnknownName("choice of checkpoints", checkpoints, ("mean", "last"))
     if chosen.merge and columns == "rows":
-        raise UserError(f"{name} averages the target rows of a group before it scores", remedy="Use --columns groups, or another backend.")
+        raise UserError(
+            f"{name} averages the target rows of a group before it scores",
+            remedy="Use --columns groups, or another backend.",
+        )
     if chosen.curvature is not None and checkpoints == "mean":
-        raise UserError(f"{name} knows the curvature at the last checkpoint alone", remedy="Use --checkpoints last, or another backend.")
+        raise UserError(
+            f"{name} knows the curvature at the last checkpoint alone",
+            remedy="Use --checkpoints last, or another backend.",
+        )
     at: Any = checkpoints or ("last" if chosen.curvature is not None else "mean")
-    return Signal("influence", transform=chosen.transform, checkpoints=at, backend=name), "groups" if chosen.merge else columns or "rows"  # type: ignore[return-value]
+    return Signal("influence", transform=chosen.transform, checkpoints=at, backend=name), (
+        "groups" if chosen.merge else columns or "rows"
+    )  # type: ignore[return-value]
 
 
 def check_reading(pool: Files, settings: Config | Mapping[str, Mapping[str, Any]]) -> None:
-    """Checks files that are read as rows, under a config or its sections. Raises as `check_selection`."""
+    """Checks files that are read as rows, under a config or its sections. Raises as
+    `check_selection`.
+    """
     config = settings if isinstance(settings, Config) else build(settings, "settings")
     check_pool(as_list(pool), format=config.pool.format, mapping=config.pool.mapping)
 
@@ -145,7 +161,9 @@ def open_run(root: Path) -> Run:
     """The run in a folder. Raises UserError where there is none."""
     run = Run(root)
     if not run.exists:
-        raise UserError("is not a run folder", where=root, remedy="Give the folder that --run named.")
+        raise UserError(
+            "is not a run folder", where=root, remedy="Give the folder that --run named."
+        )
     return run
 
 
@@ -162,8 +180,12 @@ def check_run(inputs: Inputs) -> tuple[Config, list[Text | None]]:
     return config, texts
 
 
-def check_lines(wanted: budgets.Budget, texts: Iterable[Text | None], inputs: Inputs, config: Config) -> None:
-    """Refuses a number of rows that the pool has not even lines for: then the rows are read, to say how many are usable."""
+def check_lines(
+    wanted: budgets.Budget, texts: Iterable[Text | None], inputs: Inputs, config: Config
+) -> None:
+    """Refuses a number of rows that the pool has not even lines for: then the rows are read, to say
+    how many are usable.
+    """
     if wanted.unit != "rows" or wanted.count is None:
         return
     lines, size = 0, 0
@@ -173,7 +195,9 @@ def check_lines(wanted: budgets.Budget, texts: Iterable[Text | None], inputs: In
         lines += text.most_rows(wanted.count - lines)
         if lines >= wanted.count:
             return
-    check_budget(wanted, read_side(inputs.pool_files, config, config.pool.group_field), allow_short=False)
+    check_budget(
+        wanted, read_side(inputs.pool_files, config, config.pool.group_field), allow_short=False
+    )
 
 
 def as_list(files: Sequence[str | Path] | str | Path) -> list[str | Path]:
@@ -182,25 +206,46 @@ def as_list(files: Sequence[str | Path] | str | Path) -> list[str | Path]:
 
 def check_target(method: str, selector: Selector, targets: Sequence[Any]) -> None:
     if selector.target == "required" and not targets:
-        raise UserError(f"{method} selects toward a target and none was given", remedy="Add --target FILE.")
+        raise UserError(
+            f"{method} selects toward a target and none was given", remedy="Add --target FILE."
+        )
     if selector.target == "none" and targets:
-        raise UserError(f"{method} takes no target", remedy="Drop --target, or use a targeted method such as less.")
+        raise UserError(
+            f"{method} takes no target",
+            remedy="Drop --target, or use a targeted method such as less.",
+        )
 
 
 def check_budget(wanted: budgets.Budget, pool: Pool, allow_short: bool) -> None:
     """What can be told before anything is computed."""
-    if wanted.unit == "rows" and (rows := wanted.rows(pool.funnel["read"])) > len(pool) and not allow_short:
-        raise BudgetError(f"the budget is {rows:,} rows and {len(pool):,} are usable", remedy="Lower --budget, or add --allow-short.")
+    if (
+        wanted.unit == "rows"
+        and (rows := wanted.rows(pool.funnel["read"])) > len(pool)
+        and not allow_short
+    ):
+        raise BudgetError(
+            f"the budget is {rows:,} rows and {len(pool):,} are usable",
+            remedy="Lower --budget, or add --allow-short.",
+        )
 
 
 def check_out(out: str | Path | None, inputs: Sequence[str | Path]) -> None:
     """Raises UserError when `out` would overwrite a file of `inputs`, given as [NAME=]FILE."""
-    if out is not None and any(place_of(str(out)) == place_of(split_name(file)[1]) for file in inputs):
-        raise UserError("--out names an input file", where=out, remedy="Choose another name for what is written.")
+    if out is not None and any(
+        place_of(str(out)) == place_of(split_name(file)[1]) for file in inputs
+    ):
+        raise UserError(
+            "--out names an input file",
+            where=out,
+            remedy="Choose another name for what is written.",
+        )
 
 
-def settle_config(run: Run, model: str | None, settings: Mapping[str, Mapping[str, Any]], pool_group: str | None) -> Config:
-    """The settings of this run: those it was made with, which `settings` may repeat but not change; in a new run, `settings` over the defaults.
+def settle_config(
+    run: Run, model: str | None, settings: Mapping[str, Mapping[str, Any]], pool_group: str | None
+) -> Config:
+    """The settings of this run: those it was made with, which `settings` may repeat but not change;
+    in a new run, `settings` over the defaults.
 
     Raises MismatchError naming the first field that differs.
     """
@@ -213,21 +258,45 @@ def settle_config(run: Run, model: str | None, settings: Mapping[str, Mapping[st
     if not path.exists():
         config = build(asked, "settings")
         if "name" not in asked.get("model", {}):
-            raise ConfigError("no model was named", remedy="Add --model NAME, a local folder, or --model tiny.")
+            raise ConfigError(
+                "no model was named", remedy="Add --model NAME, a local folder, or --model tiny."
+            )
         return config
-    kept = read_sealed(path, remedy="Delete it and give the settings of the run again: what was made with them is found again.")
+    kept = read_sealed(
+        path,
+        remedy=(
+            "Delete it and give the settings of the run again: what was made with them is found"
+            " again."
+        ),
+    )
     if asked.get("machine", {}).get("threads") == 0:  # no number of its own: the run's
         del asked["machine"]["threads"]
     merged = {name: _overlaid(kept.get(name, {}), asked.get(name, {})) for name in {*kept, *asked}}
     config = build(merged, "settings")
-    _same("machine.threads", kept.get("machine", {}).get("threads", 0), config.machine.threads, run.root)
+    _same(
+        "machine.threads",
+        kept.get("machine", {}).get("threads", 0),
+        config.machine.threads,
+        run.root,
+    )
     for name in RUN_SECTIONS:
-        _same(name, build({name: kept.get(name, {})}, path).model_dump()[name], config.model_dump()[name], run.root)
+        _same(
+            name,
+            build({name: kept.get(name, {})}, path).model_dump()[name],
+            config.model_dump()[name],
+            run.root,
+        )
     return config
 
 
 def _overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    return {**base, **{k: _overlaid(base.get(k) or {}, v) if isinstance(v, dict) and k != "mapping" else v for k, v in over.items()}}
+    return {
+        **base,
+        **{
+            k: _overlaid(base.get(k) or {}, v) if isinstance(v, dict) and k != "mapping" else v
+            for k, v in over.items()
+        },
+    }
 
 
 def _same(name: str, kept: Any, asked: Any, root: Path) -> None:
@@ -235,11 +304,22 @@ def _same(name: str, kept: Any, asked: Any, root: Path) -> None:
         for key in kept:
             _same(f"{name}.{key}", kept[key], asked[key], root)
     elif kept != asked:
-        remedy = f"Use another --run folder for {asked!r}, or drop that setting to reuse what is there."
-        raise MismatchError(f"this run was made with {name} = {kept!r}, and {asked!r} is asked now", where=root, remedy=remedy)
+        remedy = (
+            f"Use another --run folder for {asked!r}, or drop that setting to reuse what is there."
+        )
+        raise MismatchError(
+            f"this run was made with {name} = {kept!r}, and {asked!r} is asked now",
+            where=root,
+            remedy=remedy,
+        )
 
 
-def read_side(files: Sequence[str | Path], config: Config, group_field: str | None, progress: Progress | None = None) -> Pool:
+def read_side(
+    files: Sequence[str | Path],
+    config: Config,
+    group_field: str | None,
+    progress: Progress | None = None,
+) -> Pool:
     """A pool or target as the settings say, exact duplicates dropped where asked."""
     from gradsift.data.pool import read_pool
 

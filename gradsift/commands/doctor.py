@@ -1,4 +1,6 @@
-"""Which attention implementation and number format give a row the same gradient alone and in a batch: measured on the user's own model."""
+"""Which attention implementation and number format give a row the same gradient alone and in a
+batch: measured on the user's own model.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +35,25 @@ from gradsift.report.text import table
 
 EQUAL = 0.9999  # least cosine at which two rows of one example count as the same
 SAMPLE = 500  # pool rows that are encoded to choose from
-_ADAPTER_STD = 0.02  # of the adapter's second factor, which a fresh adapter has at zero: then the first one's gradient is zero too
-_ALLOCATOR = ("MALLOC_", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "LD_PRELOAD", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+# of the adapter's second factor, which a fresh adapter has at zero: then the first one's gradient
+# is zero too
+_ADAPTER_STD = 0.02
+_ALLOCATOR = (
+    "MALLOC_",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "LD_PRELOAD",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attention implementation at one number format. `worst`, `mean`: cosine of a row taken alone with the same row from a batch, over
-    the rows measured; `row`: id of the worst. `reference`: least cosine with the first attempt's rows, taken alone. `tokens_per_second`: in
-    batches. `problem`: why it could not be measured."""
+    """One attention implementation at one number format. `worst`, `mean`: cosine of a row taken
+    alone with the same row from a batch, over the rows measured; `row`: id of the worst.
+    `reference`: least cosine with the first attempt's rows, taken alone. `tokens_per_second`: in
+    batches. `problem`: why it could not be measured.
+    """
 
     attention: str
     dtype: str
@@ -59,7 +71,9 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`recommended`: the attempt to work with, None where none keeps rows equal. `flags`: what to type for it. `notes`: what else to know."""
+    """`recommended`: the attempt to work with, None where none keeps rows equal. `flags`: what to
+    type for it. `notes`: what else to know.
+    """
 
     model: str
     rows: int
@@ -74,34 +88,75 @@ class Diagnosis:
 
     @property
     def flags(self) -> str | None:
-        return None if self.recommended is None else f"--dtype {self.recommended.dtype} --attention {self.recommended.attention}"
+        return (
+            None
+            if self.recommended is None
+            else f"--dtype {self.recommended.dtype} --attention {self.recommended.attention}"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         attempts = [asdict(attempt) | {"equal": attempt.equal} for attempt in self.attempts]
-        recommended = None if self.recommended is None else {"attention": self.recommended.attention, "dtype": self.recommended.dtype}
-        return {**asdict(self), "attempts": attempts, "recommended": recommended, "flags": self.flags, "least_cosine": EQUAL}
+        recommended = (
+            None
+            if self.recommended is None
+            else {"attention": self.recommended.attention, "dtype": self.recommended.dtype}
+        )
+        return {
+            **asdict(self),
+            "attempts": attempts,
+            "recommended": recommended,
+            "flags": self.flags,
+            "least_cosine": EQUAL,
+        }
 
     def lines(self) -> list[str]:
         facts, seen = self.machine, self.coverage
         gb = 1e9
         allocator = ", ".join(f"{key}={value}" for key, value in facts["allocator"].items())
         found = [
-            f"machine    {facts['cpu']}, {facts['threads']} threads of {facts['physical_cores']} cores, torch {facts['torch']}",
-            f"           {facts['memory_free'] / gb:.1f} GB of memory free, {facts['disk_free'] / gb:.1f} GB of disk free"
+            (
+                f"machine    {facts['cpu']}, {facts['threads']} threads of"
+                f" {facts['physical_cores']} cores, torch {facts['torch']}"
+            ),
+            f"           {facts['memory_free'] / gb:.1f} GB of memory free,"
+            f" {facts['disk_free'] / gb:.1f} GB of disk free"
             + "".join(f", {name}" for name in facts["gpus"]),
             f"allocator  {allocator or 'as the system has it; a run sets glibc up for itself'}",
             f"model      {self.model}: {seen['parameters']:,} parameters",
-            f"coverage   {seen['modules']} modules, {seen['share']:.1%} of the trainable parameters",
-            f"experts    {len(seen['experts'])} mixture-of-experts layers" if seen["experts"] else "experts    none",
+            (
+                f"coverage   {seen['modules']} modules, {seen['share']:.1%} of the trainable"
+                " parameters"
+            ),
+            (
+                f"experts    {len(seen['experts'])} mixture-of-experts layers"
+                if seen["experts"]
+                else "experts    none"
+            ),
             f"template   {self.template}",
-            f"rows       {self.rows} of {self.tokens[0]} to {self.tokens[1]} tokens, alone and in {self.batches} batches",
+            (
+                f"rows       {self.rows} of {self.tokens[0]} to {self.tokens[1]} tokens, alone and"
+                f" in {self.batches} batches"
+            ),
             "",
-            *table([["attention", "dtype", "worst cosine", "mean cosine", "to the first", "tokens/s"], *map(_cells, self.attempts)]),
+            *table(
+                [
+                    [
+                        "attention",
+                        "dtype",
+                        "worst cosine",
+                        "mean cosine",
+                        "to the first",
+                        "tokens/s",
+                    ],
+                    *map(_cells, self.attempts),
+                ]
+            ),
         ]
         found += ["", *(f"note       {note}" for note in self.notes)]
         if self.recommended is None:
             found.append(
-                f"advice     none keeps rows equal (cosine >= {EQUAL}): take rows one by one, [gradients] token_budget = 1 in --config"
+                f"advice     none keeps rows equal (cosine >= {EQUAL}): take rows one by one,"
+                " [gradients] token_budget = 1 in --config"
             )
         else:
             found.append(f"advice     rows are the same alone and in batches with: {self.flags}")
@@ -119,15 +174,20 @@ def doctor(
     disk: str | Path = ".",
     progress: Progress | None = None,
 ) -> Diagnosis:
-    """Takes the gradients of `rows` rows of the pool, spread over its lengths, one by one and in batches, for every attention implementation
-    and number format given, with the adapter that a warm-up would train (its second factor drawn, not zero).
+    """Takes the gradients of `rows` rows of the pool, spread over its lengths, one by one and in
+    batches, for every attention implementation and number format given, with the adapter that a
+    warm-up would train (its second factor drawn, not zero).
 
-    Of those that keep every row's cosine at 0.9999 or above, the first of `dtypes` is recommended, and "sdpa" before others, for its speed.
-    Writes nothing. `disk`: where free space is looked at. Raises UserError (a model that is nowhere, a wrong setting), DataError (no usable
-    row); what fails for one attempt alone is its `problem`.
+    Of those that keep every row's cosine at 0.9999 or above, the first of `dtypes` is recommended,
+    and "sdpa" before others, for its speed. Writes nothing. `disk`: where free space is looked at.
+    Raises UserError (a model that is nowhere, a wrong setting), DataError (no usable row); what
+    fails for one attempt alone is its `problem`.
     """
     if rows < 2 or not attentions or not dtypes:
-        raise ConfigError(f"rows {rows}, attentions {list(attentions)}, dtypes {list(dtypes)}", remedy="Two rows and one of each at least.")
+        raise ConfigError(
+            f"rows {rows}, attentions {list(attentions)}, dtypes {list(dtypes)}",
+            remedy="Two rows and one of each at least.",
+        )
     progress = progress or silent()
     sections = {name: dict(values) for name, values in (settings or {}).items()}
     sections.setdefault("model", {})["name"] = model
@@ -147,7 +207,11 @@ def doctor(
         first, seen = (alone if first is None else first), seen or covered
         gc.collect()
     if not seen:
-        raise ConfigError(f"no setting could be measured: {attempts[0].problem}", where=model, remedy="Correct that, then run it again.")
+        raise ConfigError(
+            f"no setting could be measured: {attempts[0].problem}",
+            where=model,
+            remedy="Correct that, then run it again.",
+        )
     return Diagnosis(
         model=model,
         rows=len(encoded),
@@ -174,32 +238,53 @@ def _cells(attempt: Attempt) -> list[str]:
 def recommend(attempts: Sequence[Attempt], dtypes: Sequence[str]) -> Attempt | None:
     """Of the attempts that keep rows equal: the first dtype in order, sdpa before others."""
     good = [attempt for attempt in attempts if attempt.equal]
-    return min(good, key=lambda attempt: (dtypes.index(attempt.dtype), attempt.attention != "sdpa"), default=None)
+    return min(
+        good,
+        key=lambda attempt: (dtypes.index(attempt.dtype), attempt.attention != "sdpa"),
+        default=None,
+    )
 
 
 def _for(config: Config, attention: str, dtype: str) -> Config:
     return config.with_values("model", attention=attention, dtype=dtype)
 
 
-def _rows(pool: Any, tokenizer: Any, config: Config, count: int) -> tuple[list[dict[str, list[int]]], list[str], list[str]]:
+def _rows(
+    pool: Any, tokenizer: Any, config: Config, count: int
+) -> tuple[list[dict[str, list[int]]], list[str], list[str]]:
     """Usable rows spread over the pool's lengths, their ids, and notes of the encoder."""
     candidates = read_side(as_list(pool), config, config.pool.group_field, silent())
-    spread = np.unique(np.linspace(0, len(candidates) - 1, min(SAMPLE, len(candidates))).astype(int))
+    spread = np.unique(
+        np.linspace(0, len(candidates) - 1, min(SAMPLE, len(candidates))).astype(int)
+    )
     found = encode(candidates.take(spread), tokenizer, config.encode)
     usable = np.flatnonzero((found.codes == 0) & (found.supervised > 0))
     if len(usable) < 2:
         raise DataError(
-            f"{len(usable)} of {len(spread)} rows are usable and two are needed", remedy="Look at them with `gradsift inspect`."
+            f"{len(usable)} of {len(spread)} rows are usable and two are needed",
+            remedy="Look at them with `gradsift inspect`.",
         )
     by_length = usable[np.argsort(found.lengths[usable], kind="stable")]
-    chosen = by_length[np.unique(np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int))]
-    return [found[int(i)] for i in chosen], [candidates.ids[int(spread[i])] for i in chosen], list(found.notes)
+    chosen = by_length[
+        np.unique(np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int))
+    ]
+    return (
+        [found[int(i)] for i in chosen],
+        [candidates.ids[int(spread[i])] for i in chosen],
+        list(found.notes),
+    )
 
 
 def _measure(
-    config: Config, encoded: list[dict[str, list[int]]], ids: list[str], budget: int, first: Tensor | None
+    config: Config,
+    encoded: list[dict[str, list[int]]],
+    ids: list[str],
+    budget: int,
+    first: Tensor | None,
 ) -> tuple[Attempt, Tensor | None, dict[str, Any]]:
-    """The attempt, its rows taken alone [n, d], and what the tracked modules cover; without the last two where there is a problem."""
+    """The attempt, its rows taken alone [n, d], and what the tracked modules cover; without the
+    last two where there is a problem.
+    """
     attention, dtype = str(config.model.attention), config.model.dtype
     try:
         model = _model(config)
@@ -215,8 +300,18 @@ def _measure(
         return Attempt(attention, dtype, problem=what[:200]), None, {}
     cosines = torch.nn.functional.cosine_similarity(alone, batched, dim=1)
     if not bool(torch.isfinite(alone).all() and torch.isfinite(batched).all()):
-        return Attempt(attention, dtype, problem="gradients are not finite, or a row does not fit in memory"), None, covered
-    reference = torch.nn.functional.cosine_similarity(alone, alone if first is None else first, dim=1)
+        return (
+            Attempt(
+                attention,
+                dtype,
+                problem="gradients are not finite, or a row does not fit in memory",
+            ),
+            None,
+            covered,
+        )
+    reference = torch.nn.functional.cosine_similarity(
+        alone, alone if first is None else first, dim=1
+    )
     worst = int(cosines.argmin())
     attempt = Attempt(
         attention,
@@ -242,14 +337,23 @@ def _model(config: Config) -> Any:
 
 
 def timed_rows(
-    model: Any, encoded: list[dict[str, list[int]]], projection: Projection, modules: Modules, budget: int
+    model: Any,
+    encoded: list[dict[str, list[int]]],
+    projection: Projection,
+    modules: Modules,
+    budget: int,
 ) -> tuple[Tensor, float]:
     """Rows [n, d] in the order given, and the seconds they took."""
     started, parts = time.perf_counter(), []
-    for batch in extract(model, encoded, projection=projection, modules=modules, token_budget=budget):
+    for batch in extract(
+        model, encoded, projection=projection, modules=modules, token_budget=budget
+    ):
         parts.append((batch.indices, batch.rows))
     order = np.argsort(np.concatenate([indices for indices, _ in parts]))
-    return torch.cat([rows for _, rows in parts])[torch.from_numpy(order)], time.perf_counter() - started
+    return (
+        torch.cat([rows for _, rows in parts])[torch.from_numpy(order)],
+        time.perf_counter() - started,
+    )
 
 
 def _template(tokenizer: Any, config: Config) -> str:
@@ -262,24 +366,48 @@ def _template(tokenizer: Any, config: Config) -> str:
 
 def _advice(attempts: Sequence[Attempt], seen: Mapping[str, Any]) -> Iterator[str]:
     if seen["experts"]:
-        yield f"{len(seen['experts'])} layers are mixtures of experts: attach LoRA to the attention layers; rows do not see the experts' weights"
+        yield (
+            f"{len(seen['experts'])} layers are mixtures of experts: attach LoRA to the attention"
+            " layers; rows do not see the experts' weights"
+        )
     if seen["uncovered"]:
-        yield f"{len(seen['uncovered'])} parameters are seen by no row, among them {seen['uncovered'][0]}"
+        yield (
+            f"{len(seen['uncovered'])} parameters are seen by no row, among them"
+            f" {seen['uncovered'][0]}"
+        )
     if seen["rotary"]:
         kind, tokens = seen["rotary"]
         yield (
-            f"its rotary factors ({kind}) are others in a batch with a row of over {tokens:,} tokens, for every row of that batch: rows are read as "
-            f"they are alone while max_length is at most {tokens}, or one by one, [gradients] token_budget = 1"
+            f"its rotary factors ({kind}) are others in a batch with a row of over {tokens:,}"
+            " tokens, for every row of that batch: rows are read as they are alone while"
+            f" max_length is at most {tokens}, or one by one, [gradients] token_budget = 1"
         )
     for attempt in attempts:
         if attempt.problem is None and not attempt.equal:
-            yield f"{attempt.attention} in {attempt.dtype} changes rows with the batch they are in: worst is row {attempt.row}"
-    halves = [attempt for attempt in attempts if attempt.equal and attempt.dtype in ("bfloat16", "float16")]
+            yield (
+                f"{attempt.attention} in {attempt.dtype} changes rows with the batch they are in:"
+                f" worst is row {attempt.row}"
+            )
+    halves = [
+        attempt
+        for attempt in attempts
+        if attempt.equal and attempt.dtype in ("bfloat16", "float16")
+    ]
     if halves:
         half = halves[0]
-        full = max((a.tokens_per_second or 0 for a in attempts if a.equal and a.dtype == "float32"), default=0)
-        speed = f", at {(half.tokens_per_second or 0) / full:.1f} times the speed of float32" if full else ""
-        yield f"{half.dtype} keeps rows equal too, in half the memory{speed}: --dtype {half.dtype} --attention {half.attention}"
+        full = max(
+            (a.tokens_per_second or 0 for a in attempts if a.equal and a.dtype == "float32"),
+            default=0,
+        )
+        speed = (
+            f", at {(half.tokens_per_second or 0) / full:.1f} times the speed of float32"
+            if full
+            else ""
+        )
+        yield (
+            f"{half.dtype} keeps rows equal too, in half the memory{speed}: --dtype {half.dtype}"
+            f" --attention {half.attention}"
+        )
 
 
 def facts(threads: int, disk: Path) -> dict[str, Any]:
@@ -293,7 +421,9 @@ def facts(threads: int, disk: Path) -> dict[str, Any]:
         "threads": threads,
         "physical_cores": psutil.cpu_count(logical=False) or 1,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "allocator": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_ALLOCATOR)},
+        "allocator": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(_ALLOCATOR)
+        },
         "memory_total": memory.total,
         "memory_free": min(memory.available, _container_memory()),
         "disk_free": shutil.disk_usage(disk).free,
@@ -301,9 +431,13 @@ def facts(threads: int, disk: Path) -> dict[str, Any]:
 
 
 def _container_memory() -> int:
-    """Bytes left under the limit of a container, where there is one: the kernel's own count does not know it."""
+    """Bytes left under the limit of a container, where there is one: the kernel's own count does
+    not know it.
+    """
     folder = Path("/sys/fs/cgroup")
     try:
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+        return int((folder / "memory.max").read_text()) - int(
+            (folder / "memory.current").read_text()
+        )
     except (OSError, ValueError):
         return 2**63

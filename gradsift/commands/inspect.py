@@ -28,35 +28,51 @@ def inspect(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     pool_group: str | None = None,
 ) -> list[RenderableType]:
-    """What `gradsift inspect` prints: the funnel, the quarantine, notes of the encoder, and `rows` rows with the supervised tokens coloured."""
+    """What `gradsift inspect` prints: the funnel, the quarantine, notes of the encoder, and `rows`
+    rows with the supervised tokens coloured.
+    """
     sections = {name: dict(values) for name, values in (settings or {}).items()}
-    sections.setdefault("model", {})["name"] = model or sections.get("model", {}).get("name", "tiny")
+    sections.setdefault("model", {})["name"] = model or sections.get("model", {}).get(
+        "name", "tiny"
+    )
     config = build(sections, "settings")
     candidates = read_side(as_list(pool), config, pool_group or config.pool.group_field, silent())
     tokenizer = tokenizer_from_settings(config.model)
     shown = range(min(start, len(candidates)), min(start + rows, len(candidates)))
     encoded = encode(candidates.take(shown), tokenizer, config.encode)
-    lines: list[RenderableType] = [f"{name}: {format}" for name, format in candidates.formats.items()]
+    lines: list[RenderableType] = [
+        f"{name}: {format}" for name, format in candidates.formats.items()
+    ]
     lines.append(", ".join(f"{count:,} {name}" for name, count in candidates.funnel.items()))
     lines += [f"dropped {dropped}" for dropped in candidates.dropped[:10]]
     lines += encoded.notes
     for i, row in enumerate(shown):
         code = int(encoded.codes[i])
-        what = encoded.reasons[code] if code else f"{encoded.supervised[i]} of {encoded.lengths[i]} tokens supervised"
-        lines.append(f"\n{candidates.place(row)}  {candidates.ids[row]}  ({candidates.groups[row]}): {what}")
+        what = (
+            encoded.reasons[code]
+            if code
+            else f"{encoded.supervised[i]} of {encoded.lengths[i]} tokens supervised"
+        )
+        lines.append(
+            f"\n{candidates.place(row)}  {candidates.ids[row]}  ({candidates.groups[row]}): {what}"
+        )
         if not code:
             lines.append(coloured(encoded[i], tokenizer))
     return lines
 
 
 def coloured(row: Encoded | Mapping[str, list[int]], tokenizer: Any) -> Text:
-    """The row as the model sees it: supervised tokens green, the rest dim, special tokens bold. Control characters are made visible."""
+    """The row as the model sees it: supervised tokens green, the rest dim, special tokens bold.
+    Control characters are made visible.
+    """
     special = set(tokenizer.all_special_ids)
     shown = Text()
     run: list[int] = []
     style = ""
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        now = ("bold " if token in special else "") + ("green" if label != IGNORE else "dim" if token not in special else "magenta")
+        now = ("bold " if token in special else "") + (
+            "green" if label != IGNORE else "dim" if token not in special else "magenta"
+        )
         if now != style and run:
             shown.append(_visible(tokenizer.decode(run)), style)
             run = []
@@ -68,5 +84,16 @@ def coloured(row: Encoded | Mapping[str, list[int]], tokenizer: Any) -> Text:
 
 
 def _visible(text: str) -> str:
-    """Control characters but tab and new line as their pictures, so that no row can steer the terminal it is shown on."""
-    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\t\n" else "\u2421" if 127 <= ord(c) < 160 else c for c in text)
+    """Control characters but tab and new line as their pictures, so that no row can steer the
+    terminal it is shown on.
+    """
+    return "".join(
+        (
+            chr(0x2400 + ord(c))
+            if ord(c) < 32 and c not in "\t\n"
+            else "\u2421"
+            if 127 <= ord(c) < 160
+            else c
+        )
+        for c in text
+    )

@@ -20,22 +20,38 @@ def show(root: Path) -> dict[str, Any]:
     stages = []
     for artifact in run.artifacts():
         size = sum(path.stat().st_size for path in artifact.path.rglob("*") if path.is_file())
-        line = {"stage": artifact.stage, "folder": artifact.path.name, "complete": artifact.complete, "bytes": size}
+        line = {
+            "stage": artifact.stage,
+            "folder": artifact.path.name,
+            "complete": artifact.complete,
+            "bytes": size,
+        }
         if artifact.complete:
             config = artifact.recipe["config"]
-            about = {key: config[key] for key in ("method", "budget", "seed", "transform", "checkpoint", "backend") if key in config}
-            line |= {"seconds": artifact.stats.get("wall_seconds"), "counts": artifact.manifest["counts"], "about": about}
+            about = {
+                key: config[key]
+                for key in ("method", "budget", "seed", "transform", "checkpoint", "backend")
+                if key in config
+            }
+            line |= {
+                "seconds": artifact.stats.get("wall_seconds"),
+                "counts": artifact.manifest["counts"],
+                "about": about,
+            }
             line["finished"] = artifact.stats.get("finished", 0.0)
         stages.append(line)
     stages.sort(key=lambda line: (line.get("finished", float("inf")), line["folder"]))
     return {"run": str(run.root), "commands": run.commands, "stages": stages}
 
 
-def verify(root: Path, *, repair: bool = False, note: Callable[[str], None] = lambda _: None) -> list[str]:
-    """What is wrong in a run, one line per fault; empty = every file is as it was written. `note` is told what becomes of it.
+def verify(
+    root: Path, *, repair: bool = False, note: Callable[[str], None] = lambda _: None
+) -> list[str]:
+    """What is wrong in a run, one line per fault; empty = every file is as it was written. `note`
+    is told what becomes of it.
 
-    The run remembers what was found: the next command that works in it sets these files aside, says so, and makes them anew. `repair` deletes
-    them now, and a damaged settings file too.
+    The run remembers what was found: the next command that works in it sets these files aside, says
+    so, and makes them anew. `repair` deletes them now, and a damaged settings file too.
     """
     run = open_run(root)
     problems = run.verify()
@@ -51,7 +67,9 @@ def verify(root: Path, *, repair: bool = False, note: Callable[[str], None] = la
     return [str(problem) for problem in problems]
 
 
-def _remember(root: Path, run: Run, problems: Sequence[Problem], note: Callable[[str], None]) -> None:
+def _remember(
+    root: Path, run: Run, problems: Sequence[Problem], note: Callable[[str], None]
+) -> None:
     try:
         remembered = run.remember(problems)
     except ResourceError as error:  # a copy that is only read: what is wrong is told all the same
@@ -60,16 +78,24 @@ def _remember(root: Path, run: Run, problems: Sequence[Problem], note: Callable[
         if remembered:
             note("the next run sets aside what is damaged and makes just that anew")
         if any(not problem.artifact and problem.file == SETTINGS for problem in problems):
-            note(f"{SETTINGS} cannot be made anew: `gradsift verify {root} --repair` removes it; then give all settings of the run again")
+            note(
+                f"{SETTINGS} cannot be made anew: `gradsift verify {root} --repair` removes it;"
+                " then give all settings of the run again"
+            )
 
 
 def report(root: Path) -> list[Path]:
-    """Writes report.html and report.md of every finished selection anew from its report.json, with what the run's other selections have in
-    common with it; returns the pages."""
+    """Writes report.html and report.md of every finished selection anew from its report.json, with
+    what the run's other selections have in common with it; returns the pages.
+    """
     run = open_run(root)
-    selections = [artifact for artifact in run.artifacts() if artifact.stage == "select" and artifact.complete]
+    selections = [
+        artifact for artifact in run.artifacts() if artifact.stage == "select" and artifact.complete
+    ]
     if not selections:
-        raise DataError("holds no finished selection", where=root, remedy="Run `gradsift select` first.")
+        raise DataError(
+            "holds no finished selection", where=root, remedy="Run `gradsift select` first."
+        )
     from gradsift.report.agreement import matrix
     from gradsift.report.data import ReportData
     from gradsift.report.write import write_report
@@ -79,27 +105,41 @@ def report(root: Path) -> list[Path]:
         folder = selection.path
         path = folder / "report.json"
         if not path.exists():
-            raise DataError("has no report.json", where=folder, remedy="Delete the folder; the same select command makes it anew.")
+            raise DataError(
+                "has no report.json",
+                where=folder,
+                remedy="Delete the folder; the same select command makes it anew.",
+            )
         try:
             data = ReportData.model_validate_json(path.read_bytes())
         except ValueError as error:
             remedy = "Delete the folder; the same select command makes it anew."
-            raise IntegrityError("is not the report that was written", where=path, remedy=remedy) from error
-        pages.append(write_report(data.model_copy(update={"agreement": matrix(run, selection)}), folder))
+            raise IntegrityError(
+                "is not the report that was written", where=path, remedy=remedy
+            ) from error
+        pages.append(
+            write_report(data.model_copy(update={"agreement": matrix(run, selection)}), folder)
+        )
     return pages
 
 
 def diff(a: Path, b: Path) -> dict[str, Any]:
-    """Two selections of one pool: rows each has, rows in common, Jaccard overlap, overlap among the first j picks ("overlap_at": {j: share}),
-    Spearman of the scores (None where one has none), and the settings in which they differ (field: [a, b]).
+    """Two selections of one pool: rows each has, rows in common, Jaccard overlap, overlap among the
+    first j picks ("overlap_at": {j: share}), Spearman of the scores (None where one has none), and
+    the settings in which they differ (field: [a, b]).
 
-    Raises MismatchError for selections of different pools: their rows have nothing to do with each other.
+    Raises MismatchError for selections of different pools: their rows have nothing to do with each
+    other.
     """
     first, second = _selection(a), _selection(b)
     from gradsift.report.agreement import correlation, indices, overlaps, same_pool
 
     if not same_pool(first, second):
-        raise MismatchError("selections of different pools cannot be compared", where=b, remedy="Give two selections of the same rows.")
+        raise MismatchError(
+            "selections of different pools cannot be compared",
+            where=b,
+            remedy="Give two selections of the same rows.",
+        )
     picked = [indices(s) for s in (first, second)]
     left, right = (set(rows.tolist()) for rows in picked)
     common = len(left & right)
@@ -110,7 +150,9 @@ def diff(a: Path, b: Path) -> dict[str, Any]:
         "jaccard": round(common / max(len(left | right), 1), 4),
         "overlap_at": overlaps(*picked),
         "spearman": correlation(first, second),
-        "settings": {name: [old, new] for name, old, new in differences(first.recipe, second.recipe)},
+        "settings": {
+            name: [old, new] for name, old, new in differences(first.recipe, second.recipe)
+        },
     }
 
 
@@ -122,5 +164,7 @@ def _selection(path: Path) -> Artifact:
             return artifact
     newest = open_run(path).latest("select")
     if newest is None:
-        raise DataError("holds no finished selection", where=path, remedy="Run `gradsift select` first.")
+        raise DataError(
+            "holds no finished selection", where=path, remedy="Run `gradsift select` first."
+        )
     return newest

@@ -1,4 +1,6 @@
-"""How every command opens a run: its settings, its pool and target, its pipeline; and how it hands over a file."""
+"""How every command opens a run: its settings, its pool and target, its pipeline; and how it hands
+over a file.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,11 @@ def opened(
     progress: Progress | None = None,
     keep: bool = True,
 ) -> Iterator[Pipeline]:
-    """How every job begins: the pipeline of a run folder over pool and target, under the settings the run was made with.
+    """How every job begins: the pipeline of a run folder over pool and target, under the settings
+    the run was made with.
 
-    With `keep`, for jobs that write: the run is locked and remembers the command, what `gradsift verify` found damaged is set aside, and a
-    signal stops between two shards.
+    With `keep`, for jobs that write: the run is locked and remembers the command, what `gradsift
+    verify` found damaged is set aside, and a signal stops between two shards.
     """
     folder = Run(Path(inputs.run))
     with contextlib.ExitStack() as stack:
@@ -43,13 +46,16 @@ def opened(
             stack.enter_context(interruptible(readable_command(sys.argv)))
         pipeline = open_pipeline(folder, inputs, progress or silent(), keep=keep)
         stack.callback(pipeline.executor.close)
-        for problem in folder.set_aside() if keep else ():  # by a command that is not refused: its result tells of it
+        for problem in folder.set_aside() if keep else ():
+            # by a command that is not refused: its result tells of it
             pipeline.progress.note(f"set aside as damaged, made anew where it is needed: {problem}")
         yield pipeline
 
 
 def open_pipeline(run: Run, inputs: Inputs, progress: Progress, *, keep: bool = True) -> Pipeline:
-    """Reads pool and target; with `keep`, writes the run's settings down, so that later commands agree with them."""
+    """Reads pool and target; with `keep`, writes the run's settings down, so that later commands
+    agree with them.
+    """
     config, target = inputs.config(run), inputs.target_files
     candidates = read_side(inputs.pool_files, config, config.pool.group_field, progress)
     wanted = read_side(target, config, inputs.target_group, progress) if target else None
@@ -59,17 +65,24 @@ def open_pipeline(run: Run, inputs: Inputs, progress: Progress, *, keep: bool = 
     warmup_from = None if inputs.warmup_from is None else Path(inputs.warmup_from)
     pipeline = Pipeline(run, config, candidates, wanted, warmup_from=warmup_from, progress=progress)
     if config.model.dtype in ("bfloat16", "nf4") and machine.emulates_bfloat16(config.model.device):
-        progress.note(f"{config.model.dtype}: this CPU has no bfloat16 products, and gradients may take ten times as long as in float32")
+        progress.note(
+            f"{config.model.dtype}: this CPU has no bfloat16 products, and gradients may take ten"
+            " times as long as in float32"
+        )
     if keep and not (path := run.root / SETTINGS).exists():
-        kept = {name: config.model_dump(mode="json")[name] for name in RUN_SECTIONS} | {"machine": {"threads": pipeline.threads}}
+        kept = {name: config.model_dump(mode="json")[name] for name in RUN_SECTIONS} | {
+            "machine": {"threads": pipeline.threads}
+        }
         write_atomic(path, (json.dumps(sealed(kept), indent=2, ensure_ascii=False) + "\n").encode())
     return pipeline
 
 
 def deliver(artifact: Artifact, name: str, out: str | Path | None) -> Path:
-    """The file `name` of a complete artifact; with `out` a copy there, whose path is returned unless it is a URL.
+    """The file `name` of a complete artifact; with `out` a copy there, whose path is returned
+    unless it is a URL.
 
-    Raises IntegrityError when the file is not the one that was written; DiskFull, ResourceError, UserError for a URL that leads nowhere.
+    Raises IntegrityError when the file is not the one that was written; DiskFull, ResourceError,
+    UserError for a URL that leads nowhere.
     """
     path = artifact.file(name)
     if file_hash(path) != artifact.manifest["files"][name]:

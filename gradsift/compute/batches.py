@@ -13,16 +13,19 @@ from gradsift.types import IGNORE, Encoded
 
 
 def token_batches(lengths: np.ndarray | Sequence[int], token_budget: int) -> list[np.ndarray]:
-    """Row indices in batches of similar length, longest first (ties by index): rows x longest <= token_budget, or one row.
+    """Row indices in batches of similar length, longest first (ties by index): rows x longest <=
+    token_budget, or one row.
 
-    lengths [r]: tokens, an empty row counts as one. Of all ways to cut the sorted rows, the one with the fewest padded tokens, where a batch
-    counts as `token_budget` / 25 tokens more: about what starting one costs. The batches depend on the arguments alone.
+    lengths [r]: tokens, an empty row counts as one. Of all ways to cut the sorted rows, the one
+    with the fewest padded tokens, where a batch counts as `token_budget` / 25 tokens more: about
+    what starting one costs. The batches depend on the arguments alone.
     """
     counts = np.maximum(np.asarray(lengths, dtype=np.int64), 1)
     order = np.argsort(-counts, kind="stable")
     sizes, start_cost = counts[order].tolist(), max(1, token_budget // 25)
     n = len(sizes)
-    best, cut = [0] * (n + 1), [n] * (n + 1)  # best[s]: cost of the rows from s on; cut[s]: where the batch that starts at s ends
+    # best[s]: cost of the rows from s on; cut[s]: where the batch that starts at s ends
+    best, cut = [0] * (n + 1), [n] * (n + 1)
     for start in range(n - 1, -1, -1):
         longest = sizes[start]
         last = min(n, start + max(1, token_budget // longest))
@@ -36,8 +39,12 @@ def token_batches(lengths: np.ndarray | Sequence[int], token_budget: int) -> lis
     return batches
 
 
-def pad_batch(rows: Sequence[Encoded | Mapping[str, list[int]]], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(input_ids, attention_mask, labels), each int64 [b, t], padded on the right: pad_id, 0 and -100."""
+def pad_batch(
+    rows: Sequence[Encoded | Mapping[str, list[int]]], pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(input_ids, attention_mask, labels), each int64 [b, t], padded on the right: pad_id, 0 and
+    -100.
+    """
     longest = max((len(row["input_ids"]) for row in rows), default=0)
     ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
     mask = torch.zeros((len(rows), longest), dtype=torch.int64)
@@ -51,18 +58,31 @@ def pad_batch(rows: Sequence[Encoded | Mapping[str, list[int]]], pad_id: int) ->
 
 
 def count_tokens(encoded: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens that can reach the loss, supervised tokens) of each row: a row counts up to the position before its last supervised token."""
+    """(tokens that can reach the loss, supervised tokens) of each row: a row counts up to the
+    position before its last supervised token.
+    """
     lengths, supervised = np.zeros(len(encoded), np.int64), np.zeros(len(encoded), np.int32)
     for n in range(len(encoded)):
         row = encoded[n]
         labels = np.asarray(row["labels"])
         if labels.ndim != 1 or np.ndim(row["input_ids"]) != 1:
-            what = f"row {n} holds {np.shape(row['input_ids'])} ids and {labels.shape} labels, not one list of each"
+            what = (
+                f"row {n} holds {np.shape(row['input_ids'])} ids and {labels.shape} labels, not one"
+                " list of each"
+            )
             raise DataError(what, remedy="Give every row by itself, without a batch dimension.")
-        if len(labels) and (labels.dtype.kind not in "iu" or bool(((labels < 0) & (labels != IGNORE)).any())):
-            raise DataError(f"row {n} has labels that are neither token ids nor {IGNORE}", remedy="Encode the pool again.")
+        if len(labels) and (
+            labels.dtype.kind not in "iu" or bool(((labels < 0) & (labels != IGNORE)).any())
+        ):
+            raise DataError(
+                f"row {n} has labels that are neither token ids nor {IGNORE}",
+                remedy="Encode the pool again.",
+            )
         if len(labels) != len(row["input_ids"]):
-            raise DataError(f"row {n} has {len(row['input_ids'])} tokens and {len(labels)} labels", remedy="Encode the pool again.")
+            raise DataError(
+                f"row {n} has {len(row['input_ids'])} tokens and {len(labels)} labels",
+                remedy="Encode the pool again.",
+            )
         places = np.flatnonzero(labels[1:] != IGNORE)
         if len(places):
             lengths[n], supervised[n] = places[-1] + 1, len(places)

@@ -12,18 +12,25 @@ T = TypeVar("T")
 
 
 class Executor(Protocol):
-    """Where shards are worked on. `make_worker` is called once per worker, there (it loads the model); the worker takes part(shard), which is
-    called here, or the shard's number where there is no `part`. `remote`: workers are other processes, perhaps on other machines: they see
-    what `make_worker` and `part` bring along, and nothing else. `gpu`: the kind of GPU that made the result yielded last, "" for a CPU.
+    """Where shards are worked on. `make_worker` is called once per worker, there (it loads the
+    model); the worker takes part(shard), which is called here, or the shard's number where there is
+    no `part`. `remote`: workers are other processes, perhaps on other machines: they see what
+    `make_worker` and `part` bring along, and nothing else. `gpu`: the kind of GPU that made the
+    result yielded last, "" for a CPU.
     """
 
     remote: bool
     gpu: str
 
     def map(
-        self, make_worker: Callable[[], Callable[[Any], T]], shards: Sequence[int], part: Callable[[int], Any] | None = None
+        self,
+        make_worker: Callable[[], Callable[[Any], T]],
+        shards: Sequence[int],
+        part: Callable[[int], Any] | None = None,
     ) -> Iterator[tuple[int, T]]:
-        """Yields (shard, result) as they finish, in any order. Raises Interrupted after a signal, and whatever a worker raises."""
+        """Yields (shard, result) as they finish, in any order. Raises Interrupted after a signal,
+        and whatever a worker raises.
+        """
         ...
 
     def close(self) -> None:
@@ -40,9 +47,14 @@ class Serial:
         self._device, self.gpu = device, ""
 
     def map(
-        self, make_worker: Callable[[], Callable[[Any], T]], shards: Sequence[int], part: Callable[[int], Any] | None = None
+        self,
+        make_worker: Callable[[], Callable[[Any], T]],
+        shards: Sequence[int],
+        part: Callable[[int], Any] | None = None,
     ) -> Iterator[tuple[int, T]]:
-        """As Executor.map. After SIGINT or SIGTERM the shard in hand is finished and yielded, no other begun; no shards, no worker."""
+        """As Executor.map. After SIGINT or SIGTERM the shard in hand is finished and yielded, no
+        other begun; no shards, no worker.
+        """
         if not shards:
             return
         with interruptible():

@@ -17,19 +17,25 @@ from pathlib import Path
 import psutil
 import torch
 
-# glibc's mallopt numbers (malloc.h). Freed tensors stay in the process instead of going back to the kernel, whose page faults can cost half
-# of a small model's time; blocks of 32 MB and more (shards, wide logits) still come and go by mmap, or they would fragment the heap.
-_MALLOPT = (("mmap_threshold", -3, 32 << 20), ("trim_threshold", -1, 2**31 - 1), ("top_pad", -2, 64 << 20))
+# glibc's mallopt numbers (malloc.h). Freed tensors stay in the process instead of going back to the
+# kernel, whose page faults can cost half of a small model's time; blocks of 32 MB and more (shards,
+# wide logits) still come and go by mmap, or they would fragment the heap.
+_MALLOPT = (
+    ("mmap_threshold", -3, 32 << 20),
+    ("trim_threshold", -1, 2**31 - 1),
+    ("top_pad", -2, 64 << 20),
+)
 
 
-# oneDNN keeps compiled kernels for every shape it has met, 1,024 of them by default: batches of ever new lengths fill hundreds of megabytes with
-# kernels that are hardly used again. A batch itself needs some thirty, layer after layer.
+# oneDNN keeps compiled kernels for every shape it has met, 1,024 of them by default: batches of
+# ever new lengths fill hundreds of megabytes with kernels that are hardly used again. A batch
+# itself needs some thirty, layer after layer.
 _KERNEL_CACHES, _KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "64"
 
 
 def settle(threads: int) -> int:
-    """Set torch's threads (0 = the physical cores that this process may use), the kernel caches (before the first product by oneDNN) and,
-    with glibc, the allocator.
+    """Set torch's threads (0 = the physical cores that this process may use), the kernel caches
+    (before the first product by oneDNN) and, with glibc, the allocator.
 
     Returns the number of threads in force. Variables that the user has set stay as they are.
     """
@@ -39,36 +45,62 @@ def settle(threads: int) -> int:
     if _glibc():
         mallopt = ctypes.CDLL(None).mallopt
         for name, parameter, value in _MALLOPT:
-            if f"MALLOC_{name.upper()}_" not in os.environ and f"glibc.malloc.{name}=" not in os.environ.get("GLIBC_TUNABLES", ""):
+            if (
+                f"MALLOC_{name.upper()}_" not in os.environ
+                and f"glibc.malloc.{name}=" not in os.environ.get("GLIBC_TUNABLES", "")
+            ):
                 mallopt(parameter, value)
     return threads
 
 
 def usable_cores() -> int:
-    """Physical cores, or fewer where this process is bound to some CPUs only: more threads than CPUs wait for each other at every product."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Physical cores, or fewer where this process is bound to some CPUs only: more threads than
+    CPUs wait for each other at every product.
+    """
+    bound = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return min(psutil.cpu_count(logical=False) or bound, bound)
 
 
 def emulates_bfloat16(device: str) -> bool:
-    """Whether bfloat16 products on `device` are made of float32 ones, at a fraction of their speed: CPUs without AVX-512."""
-    return device == "cpu" and platform.machine() in ("x86_64", "AMD64") and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether bfloat16 products on `device` are made of float32 ones, at a fraction of their speed:
+    CPUs without AVX-512.
+    """
+    return (
+        device == "cpu"
+        and platform.machine() in ("x86_64", "AMD64")
+        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 @functools.cache
 def prefers_onednn() -> bool:
-    """Whether fp32 products on this CPU are faster by oneDNN than by MKL, which knows AVX-512 on Intel's processors alone. Told on Linux only."""
+    """Whether fp32 products on this CPU are faster by oneDNN than by MKL, which knows AVX-512 on
+    Intel's processors alone. Told on Linux only.
+    """
     with contextlib.suppress(OSError):
         amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-        if amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkl.is_available() and has_onednn_linear():
+        if (
+            amd
+            and torch.backends.cpu.get_cpu_capability() == "AVX512"
+            and torch.backends.mkl.is_available()
+            and has_onednn_linear()
+        ):
             _bound_kernels()
             return True
     return False
 
 
 def has_onednn_linear() -> bool:
-    """Whether this build of torch brings oneDNN's product of a matrix and a weight, and it is switched on."""
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether this build of torch brings oneDNN's product of a matrix and a weight, and it is
+    switched on.
+    """
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
 
 
 def _bound_kernels() -> None:
@@ -78,16 +110,25 @@ def _bound_kernels() -> None:
 
 def peak_bytes() -> int:
     """Largest resident set of this process so far, or since `forget_peak`."""
-    # Not ru_maxrss where it can be helped: on Linux a started program inherits the maximum of the one that started it.
+    # Not ru_maxrss where it can be helped: on Linux a started program inherits the maximum of the
+    # one that started it.
     status = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE) if status.exists() else None
+    found = (
+        re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
+        if status.exists()
+        else None
+    )
     if found is not None:
         return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def used_bytes() -> int:
-    """Resident set of this process now, after what it freed went back to the kernel (with glibc)."""
+    """Resident set of this process now, after what it freed went back to the kernel (with
+    glibc).
+    """
     if _glibc():
         ctypes.CDLL(None).malloc_trim(0)
     return psutil.Process().memory_info().rss
@@ -98,7 +139,9 @@ def _glibc() -> bool:
 
 
 def forget_peak() -> None:
-    """From here on `peak_bytes` starts at what is resident now, where the system can do that (Linux)."""
+    """From here on `peak_bytes` starts at what is resident now, where the system can do that
+    (Linux).
+    """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -106,18 +149,27 @@ def forget_peak() -> None:
 def versions() -> dict[str, str]:
     """What the numbers depend on."""
     names = ("gradsift", "torch", "transformers", "peft", "numpy", "safetensors")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
 
 
 def gpu_kind(devices: Iterable[str | int]) -> str:
-    """The kinds of GPU among `devices`, by name: "" where none is one. Two kinds may give other last digits for the same work."""
+    """The kinds of GPU among `devices`, by name: "" where none is one. Two kinds may give other
+    last digits for the same work.
+    """
     if not torch.cuda.is_available():
         return ""
-    return " + ".join(sorted({torch.cuda.get_device_name(device) for device in devices if str(device) != "cpu"}))
+    return " + ".join(
+        sorted({torch.cuda.get_device_name(device) for device in devices if str(device) != "cpu"})
+    )
 
 
 def cpu_kind() -> str:
-    """The kind of CPU that decides which kernels run: part of the identity of trained and gradient artifacts."""
+    """The kind of CPU that decides which kernels run: part of the identity of trained and gradient
+    artifacts.
+    """
     kind = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
     return f"{kind}-oneDNN" if prefers_onednn() else kind
 

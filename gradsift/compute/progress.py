@@ -42,9 +42,17 @@ class Silent:
 
 
 class Lines:
-    """Plain lines for logs: one after the first second of a stage, then one every `every` seconds, and one at its end."""
+    """Plain lines for logs: one after the first second of a stage, then one every `every` seconds,
+    and one at its end.
+    """
 
-    def __init__(self, stream: TextIO | None = None, *, every: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        every: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._stream, self._every, self._clock = stream, every, clock
         self._label: str | None = None
 
@@ -139,11 +147,18 @@ class Bars:
 
 
 class Told:
-    """A `map` that tells how far choosing is: rules do blocks of rows, or clusters, with it, one round after the other, and how many rounds
-    there will be is not known. A line every `every` seconds, from the first `every` on. The results are those of `inner`."""
+    """A `map` that tells how far choosing is: rules do blocks of rows, or clusters, with it, one
+    round after the other, and how many rounds there will be is not known. A line every `every`
+    seconds, from the first `every` on. The results are those of `inner`.
+    """
 
     def __init__(
-        self, inner: Callable[..., Any], progress: Progress, *, every: float = 10.0, clock: Callable[[], float] = time.monotonic
+        self,
+        inner: Callable[..., Any],
+        progress: Progress,
+        *,
+        every: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._inner, self._progress, self._every, self._clock = inner, progress, every, clock
         self._rounds, self._began = 0, clock()
@@ -158,7 +173,10 @@ class Told:
         for done, result in enumerate(results, start=1):
             if (now := self._clock()) >= self._next:
                 self._next = now + self._every
-                self._progress.note(f"choosing: round {number:,}, {done:,} of {total:,} parts, {duration(now - self._began)}")
+                self._progress.note(
+                    f"choosing: round {number:,}, {done:,} of {total:,} parts,"
+                    f" {duration(now - self._began)}"
+                )
             yield result
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -28,10 +28,12 @@ class _Stop:
 
 @contextlib.contextmanager
 def interruptible(resume: str | None = None) -> Iterator[None]:
-    """Inside, the first SIGINT or SIGTERM only asks to stop: `stop_here` and the end of the block then raise Interrupted (exit 130).
+    """Inside, the first SIGINT or SIGTERM only asks to stop: `stop_here` and the end of the block
+    then raise Interrupted (exit 130).
 
-    A second one stops at once, wherever it strikes. `resume` is the command that the error tells to type. Nested blocks share the outermost
-    one's handlers, and outside the main thread, where no handler can be set, this does nothing. A signal that was ignored (nohup) stays so.
+    A second one stops at once, wherever it strikes. `resume` is the command that the error tells to
+    type. Nested blocks share the outermost one's handlers, and outside the main thread, where no
+    handler can be set, this does nothing. A signal that was ignored (nohup) stays so.
     """
     if _Stop.installed or threading.current_thread() is not threading.main_thread():
         yield
@@ -53,7 +55,9 @@ def interruptible(resume: str | None = None) -> Iterator[None]:
 
 
 def stop_here() -> None:
-    """A place where work may end without loss. Raises Interrupted when a signal has asked for it inside `interruptible`."""
+    """A place where work may end without loss. Raises Interrupted when a signal has asked for it
+    inside `interruptible`.
+    """
     if _Stop.asked is not None:
         raise _interrupted()
 
@@ -69,11 +73,15 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 def _interrupted() -> Interrupted:
     name = (_Stop.asked or signal.SIGINT).name
-    return Interrupted(f"stopped by {name}", remedy=f"Resume with: {_Stop.resume}" if _Stop.resume else _RESUME)
+    return Interrupted(
+        f"stopped by {name}", remedy=f"Resume with: {_Stop.resume}" if _Stop.resume else _RESUME
+    )
 
 
 class Stopping:
-    """Progress that is also a place to stop: a warm-up has no shards, and none of its work is lost that could be kept."""
+    """Progress that is also a place to stop: a warm-up has no shards, and none of its work is lost
+    that could be kept.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress

@@ -1,7 +1,8 @@
 """Examples -> token ids and labels, by the model's own chat template; batches of similar length.
 
-A token is supervised when it starts inside an assistant turn: at or after the first character the model itself would write, up to and
-with the end-of-turn token. A token that straddles the beginning is the prompt's. Labels are the ids, or -100 where nothing is learned.
+A token is supervised when it starts inside an assistant turn: at or after the first character the
+model itself would write, up to and with the end-of-turn token. A token that straddles the beginning
+is the prompt's. Labels are the ids, or -100 where nothing is learned.
 """
 
 from __future__ import annotations
@@ -36,27 +37,42 @@ from gradsift.store.tensors import TensorFile, write_tensors
 from gradsift.types import IGNORE, Example
 
 VERSION = 1
-MAX_EMPTY = 0.05  # share of rows without anything to learn above which the template or the length is wrong, not the rows
+# share of rows without anything to learn above which the template or the length is wrong, not the
+# rows
+MAX_EMPTY = 0.05
 MAX_DETAILS = 1000  # quarantined rows whose exact fault is kept
 _BATCH = 1000  # rows per call of the tokenizer
 _FILE = "encoded.safetensors"
 
 REASONS: Mapping[int, str] = {
-    NO_SUPERVISED: "no-supervised: no token to learn from. Check the format and the chat template with `gradsift inspect`.",
+    NO_SUPERVISED: (
+        "no-supervised: no token to learn from. Check the format and the chat template with"
+        " `gradsift inspect`."
+    ),
     TOO_LONG: "too-long: longer than max_length, and the policy is drop. Raise max_length.",
     CUT_AWAY: "cut-away: all that is to be learned lies beyond max_length. Raise max_length.",
-    REFUSED: "template-refused: the chat template raised an error for the row. Correct the order of roles, or give another template.",
-    REWRITTEN: "template-rewrites: the template rewrites earlier turns. Give a template with {% generation %} marks.",
-    OUTSIDE_VOCABULARY: "outside-vocabulary: a token id that the tokenizer does not have. Tokenise the rows with this model's tokenizer.",
+    REFUSED: (
+        "template-refused: the chat template raised an error for the row. Correct the order of"
+        " roles, or give another template."
+    ),
+    REWRITTEN: (
+        "template-rewrites: the template rewrites earlier turns. Give a template with {% generation"
+        " %} marks."
+    ),
+    OUTSIDE_VOCABULARY: (
+        "outside-vocabulary: a token id that the tokenizer does not have. Tokenise the rows with"
+        " this model's tokenizer."
+    ),
 }
 
 
 class EncodedRows(Sequence[dict[str, list[int]]]):
     """n tokenised rows in flat arrays.
 
-    lengths int32 [n]: tokens; supervised int32 [n]: labels that enter the loss (the first token's never does); codes uint8 [n]: 0 usable,
-    else a key of `reasons`, and the row is empty; truncated: rows that were cut; notes: what a user should know; details: row -> what
-    exactly happened, for the first quarantined rows.
+    lengths int32 [n]: tokens; supervised int32 [n]: labels that enter the loss (the first token's
+    never does); codes uint8 [n]: 0 usable, else a key of `reasons`, and the row is empty;
+    truncated: rows that were cut; notes: what a user should know; details: row -> what exactly
+    happened, for the first quarantined rows.
     """
 
     def __init__(
@@ -90,14 +106,34 @@ class EncodedRows(Sequence[dict[str, list[int]]]):
     def part(self, rows: slice) -> EncodedRows:
         """Some neighbouring rows, without the notes: what a worker needs of a shard."""
         at = slice(int(self._begin[rows.start]), int(self._begin[rows.stop]))
-        return EncodedRows(self._ids[at], self._labels[at], self.lengths[rows], self.supervised[rows], self.codes[rows])
+        return EncodedRows(
+            self._ids[at],
+            self._labels[at],
+            self.lengths[rows],
+            self.supervised[rows],
+            self.codes[rows],
+        )
 
     def save(self, folder: str | Path) -> dict[str, str]:
-        """Writes one tensor file into `folder`; returns {file name: digest}. Raises DiskFull, ResourceError."""
-        arrays = dict(input_ids=self._ids, labels=self._labels, lengths=self.lengths, supervised=self.supervised, codes=self.codes)
-        about = {"truncated": self.truncated, "notes": self.notes, "details": sorted(self.details.items())}
+        """Writes one tensor file into `folder`; returns {file name: digest}. Raises DiskFull,
+        ResourceError.
+        """
+        arrays = dict(
+            input_ids=self._ids,
+            labels=self._labels,
+            lengths=self.lengths,
+            supervised=self.supervised,
+            codes=self.codes,
+        )
+        about = {
+            "truncated": self.truncated,
+            "notes": self.notes,
+            "details": sorted(self.details.items()),
+        }
         meta = {"about": json.dumps(about, ensure_ascii=False), "version": str(VERSION)}
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        tensors = {
+            name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()
+        }
         return {_FILE: write_tensors(Path(folder) / _FILE, tensors, meta)}
 
     @classmethod
@@ -112,7 +148,12 @@ class EncodedRows(Sequence[dict[str, list[int]]]):
         try:
             names = ("input_ids", "labels", "lengths", "supervised", "codes")
             details = {int(row): text for row, text in about["details"]}
-            return cls(*[arrays[name] for name in names], truncated=about["truncated"], notes=about["notes"], details=details)
+            return cls(
+                *[arrays[name] for name in names],
+                truncated=about["truncated"],
+                notes=about["notes"],
+                details=details,
+            )
         except KeyError as error:
             raise IntegrityError(f"holds no {error}", where=path) from error
 
@@ -127,7 +168,9 @@ class _Encoder:
         self.truncated = 0
         self.doubled = 0
 
-    def rows(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], list[int]] | EncodeFault]:
+    def rows(
+        self, examples: Sequence[Example]
+    ) -> Iterator[tuple[list[int], list[int]] | EncodeFault]:
         """(ids, labels) or the fault of each example, in order."""
         chats = [example for example in examples if example.tokens is None]
         rendered: list[Rendered | EncodeFault] = []
@@ -150,27 +193,48 @@ class _Encoder:
                 yield fault
 
     def _tokenise(self, texts: list[str]) -> Any:
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+        return self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
 
-    def _checked(self, tokens: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[list[int], list[int]]:
+    def _checked(
+        self, tokens: tuple[tuple[int, ...], tuple[int, ...]]
+    ) -> tuple[list[int], list[int]]:
         ids, labels = list(tokens[0]), list(tokens[1])
         if ids and max(max(ids), max(labels)) >= self.vocabulary:
-            raise EncodeFault(OUTSIDE_VOCABULARY, f"the id {max(max(ids), max(labels))} is not among the tokenizer's {self.vocabulary:,}")
+            raise EncodeFault(
+                OUTSIDE_VOCABULARY,
+                f"the id {max(max(ids), max(labels))} is not among the tokenizer's"
+                f" {self.vocabulary:,}",
+            )
         return ids, labels
 
     def _labelled(self, item: Rendered, tokenised: Any, number: int) -> tuple[list[int], list[int]]:
         ids = list(tokenised["input_ids"][number])
-        edge = self._edge_by_offsets(tokenised[number], item.text, ids) if self.tokenizer.is_fast else self._edge_by_ids(item.text, ids)
+        edge = (
+            self._edge_by_offsets(tokenised[number], item.text, ids)
+            if self.tokenizer.is_fast
+            else self._edge_by_ids(item.text, ids)
+        )
         labels = [IGNORE] * len(ids)
         for start, end in item.spans:
             first, last = edge(start), edge(end)
             labels[first:last] = ids[first:last]
         if item.ends:
             if self.bos is not None and ids[:1] != [self.bos]:
-                ids, labels = [self.bos, *ids], [self.bos if item.spans[0][0] == 0 else IGNORE, *labels]
+                ids, labels = (
+                    [self.bos, *ids],
+                    [self.bos if item.spans[0][0] == 0 else IGNORE, *labels],
+                )
             if self.eos is not None and ids[-1:] != [self.eos]:
                 ids, labels = [*ids, self.eos], [*labels, self.eos]
-        while self.tokenizer.bos_token_id is not None and ids[:2] == [self.tokenizer.bos_token_id] * 2:
+        while (
+            self.tokenizer.bos_token_id is not None and ids[:2] == [self.tokenizer.bos_token_id] * 2
+        ):
             ids, labels, self.doubled = ids[1:], labels[1:], self.doubled + 1
         return ids, labels
 
@@ -179,7 +243,8 @@ class _Encoder:
         """place -> index of the first token that starts at or after that character."""
 
         def edge(place: int) -> int:
-            for character in range(place, len(text)):  # a character may have no token, where the tokenizer drops white space
+            for character in range(place, len(text)):
+                # a character may have no token, where the tokenizer drops white space
                 token = encoding.char_to_token(character)
                 if token is not None:
                     return token if encoding.token_to_chars(token)[0] >= place else token + 1
@@ -188,14 +253,18 @@ class _Encoder:
         return edge
 
     def _edge_by_ids(self, text: str, ids: list[int]) -> Any:
-        """The same for tokenizers that tell no offsets: the ids of the text up to the place, as far as they agree with those of the whole.
+        """The same for tokenizers that tell no offsets: the ids of the text up to the place, as far
+        as they agree with those of the whole.
 
         Where they part, a token straddles the place, and belongs to the side before it.
         """
 
         def edge(place: int) -> int:
             before = list(self._tokenise([text[:place]])["input_ids"][0]) if place else []
-            same = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
+            same = next(
+                (i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b),
+                min(len(before), len(ids)),
+            )
             return min(same + (same < len(before)), len(ids))
 
         return edge
@@ -217,25 +286,46 @@ class _Encoder:
         found = list(self.renderer.notes) if self.renderer else []
         counts = self.renderer.counts if self.renderer else Counter()
         if counts["no end of turn"]:
-            found.append(f"{counts['no end of turn']:,} rows: the chat template writes no end-of-turn token, so none is learned")
+            found.append(
+                f"{counts['no end of turn']:,} rows: the chat template writes no end-of-turn token,"
+                " so none is learned"
+            )
         if counts["by marks"]:
-            found.append(f"{counts['by marks']:,} rows: the template rewrites earlier turns; its generation marks were used")
+            found.append(
+                f"{counts['by marks']:,} rows: the template rewrites earlier turns; its generation"
+                " marks were used"
+            )
         if counts["by probes"]:
-            found.append(f"{counts['by probes']:,} rows: the template rewrites earlier turns; answers were found by changing them")
+            found.append(
+                f"{counts['by probes']:,} rows: the template rewrites earlier turns; answers were"
+                " found by changing them"
+            )
         if self.eos is None:
-            found.append("the tokenizer has no end-of-sequence token; completions and texts end without one")
+            found.append(
+                "the tokenizer has no end-of-sequence token; completions and texts end without one"
+            )
         if self.doubled:
-            found.append(f"{self.doubled:,} beginning-of-sequence tokens that stood twice were removed")
+            found.append(
+                f"{self.doubled:,} beginning-of-sequence tokens that stood twice were removed"
+            )
         if self.truncated:
             found.append(f"{self.truncated:,} rows are cut to {self.settings.max_length:,} tokens")
         return found
 
 
-def encode(pool: Sequence[Example], tokenizer: Any, settings: EncodeSettings | None = None, *, progress: Any = None) -> EncodedRows:
-    """Token ids and labels of every row, in order. A row that cannot be used is empty and has a code.
+def encode(
+    pool: Sequence[Example],
+    tokenizer: Any,
+    settings: EncodeSettings | None = None,
+    *,
+    progress: Any = None,
+) -> EncodedRows:
+    """Token ids and labels of every row, in order. A row that cannot be used is empty and has a
+    code.
 
-    settings: max_length and what happens beyond it ("truncate" keeps the head), and the chat template. progress: `progress.Progress`.
-    Raises DataError when more than 5 % of the rows have nothing to learn from, or all are unusable; UserError for a template that is none.
+    settings: max_length and what happens beyond it ("truncate" keeps the head), and the chat
+    template. progress: `progress.Progress`. Raises DataError when more than 5 % of the rows have
+    nothing to learn from, or all are unusable; UserError for a template that is none.
     """
     settings = settings or EncodeSettings()
     encoder = _Encoder(tokenizer, settings)
@@ -256,7 +346,10 @@ def encode(pool: Sequence[Example], tokenizer: Any, settings: EncodeSettings | N
                 if len(details) < MAX_DETAILS:
                     details[i] = row.detail
                 continue
-            lengths[i], supervised[i] = len(row[0]), len(row[1]) - row[1].count(IGNORE) - (row[1][0] != IGNORE)
+            lengths[i], supervised[i] = (
+                len(row[0]),
+                len(row[1]) - row[1].count(IGNORE) - (row[1][0] != IGNORE),
+            )
             flat_ids += row[0]
             flat_labels += row[1]
         ids.append(np.array(flat_ids, dtype=np.int32))
@@ -268,10 +361,20 @@ def encode(pool: Sequence[Example], tokenizer: Any, settings: EncodeSettings | N
     _judge(pool, codes, details, settings)
     empty = [np.zeros(0, np.int32)]
     flat = np.concatenate(ids or empty), np.concatenate(labels or empty)
-    return EncodedRows(*flat, lengths, supervised, codes, truncated=encoder.truncated, notes=encoder.notes(), details=details)
+    return EncodedRows(
+        *flat,
+        lengths,
+        supervised,
+        codes,
+        truncated=encoder.truncated,
+        notes=encoder.notes(),
+        details=details,
+    )
 
 
-def _judge(pool: Sequence[Example], codes: np.ndarray, details: Mapping[int, str], settings: EncodeSettings) -> None:
+def _judge(
+    pool: Sequence[Example], codes: np.ndarray, details: Mapping[int, str], settings: EncodeSettings
+) -> None:
     empty = np.isin(codes, (NO_SUPERVISED, CUT_AWAY, REFUSED, REWRITTEN, OUTSIDE_VOCABULARY))
     unusable = codes != 0
     bad = empty if empty.mean() > MAX_EMPTY else unusable if len(codes) and unusable.all() else None
@@ -280,13 +383,25 @@ def _judge(pool: Sequence[Example], codes: np.ndarray, details: Mapping[int, str
     code = int(np.bincount(codes[bad]).argmax())
     row = int(np.flatnonzero(codes == code)[0])
     reason, _, remedy = REASONS[code].partition(". ")
-    what = f"{int(bad.sum()):,} of {len(codes):,} rows have nothing to learn from at max_length {settings.max_length:,}; most: {reason}"
-    example = f"row {pool[row].id!r} of the group {pool[row].group!r}: {details.get(row, 'no details kept')}"
-    raise DataError(f"{what} ({example})", where=pool.place(row) if isinstance(pool, Pool) else None, remedy=remedy)
+    what = (
+        f"{int(bad.sum()):,} of {len(codes):,} rows have nothing to learn from at max_length"
+        f" {settings.max_length:,}; most: {reason}"
+    )
+    example = (
+        f"row {pool[row].id!r} of the group {pool[row].group!r}:"
+        f" {details.get(row, 'no details kept')}"
+    )
+    raise DataError(
+        f"{what} ({example})",
+        where=pool.place(row) if isinstance(pool, Pool) else None,
+        remedy=remedy,
+    )
 
 
 def tokenizer_identity(tokenizer: Any, settings: EncodeSettings) -> dict[str, Any]:
-    """What ids and labels depend on besides the rows and the settings: hashes of the tokenizer and of the templates as they are used."""
+    """What ids and labels depend on besides the rows and the settings: hashes of the tokenizer and
+    of the templates as they are used.
+    """
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state.pop("truncation", None)  # left there by the last call, whoever made it
@@ -294,8 +409,14 @@ def tokenizer_identity(tokenizer: Any, settings: EncodeSettings) -> dict[str, An
     else:
         state = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     text = json.dumps(state, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    templates = [chat_template(tokenizer, settings.template, tools=tools) for tools in (False, True)]
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    templates = [
+        chat_template(tokenizer, settings.template, tools=tools) for tools in (False, True)
+    ]
+    special = {
+        name: str(token)
+        for name, token in tokenizer.special_tokens_map.items()
+        if isinstance(token, str)
+    }
     return {
         "version": VERSION,
         "tokenizer": xxhash.xxh3_128_hexdigest(text),

@@ -1,9 +1,10 @@
 """File containers: where the rows of one source lie, and how they come back as they were.
 
-A container is `Text` (jsonl or a JSON array, plain, .gz or .zst: rows are byte ranges) or `tables.Table` (parquet, an Arrow file, a saved
-`datasets` folder, a hub dataset: rows are table rows). Compressed text is unpacked once into an unlinked temporary file, so that every
-row can be read again without the rest. Text rows are read with pread, not through a memory map: a file that is cut while it is in use
-gives an error here, and would kill the process there.
+A container is `Text` (jsonl or a JSON array, plain, .gz or .zst: rows are byte ranges) or
+`tables.Table` (parquet, an Arrow file, a saved `datasets` folder, a hub dataset: rows are table
+rows). Compressed text is unpacked once into an unlinked temporary file, so that every row can be
+read again without the rest. Text rows are read with pread, not through a memory map: a file that is
+cut while it is in use gives an error here, and would kill the process there.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ _SAVE_AS = "Save the rows as jsonl or parquet."
 
 
 class _Kind(NamedTuple):
-    """What a path turned out to be: `of` is folder, parquet, arrow, gz, zst or text. `file`: it, open; `name`: for messages."""
+    """What a path turned out to be: `of` is folder, parquet, arrow, gz, zst or text. `file`: it,
+    open; `name`: for messages.
+    """
 
     of: str
     path: Path
@@ -54,7 +57,8 @@ class _Kind(NamedTuple):
 def open_source(name: str, *, max_row_bytes: int, max_expansion: float) -> Text | Table:
     """The container behind a path, a URL that fsspec knows, or `hf:NAME[:CONFIG][@REVISION]`.
 
-    Raises UserError (missing, a pickle, an unknown kind), DataError (damaged), ResourceError (disk full, expands beyond the limit).
+    Raises UserError (missing, a pickle, an unknown kind), DataError (damaged), ResourceError (disk
+    full, expands beyond the limit).
     """
     if _is_hub(name):
         from gradsift.data.tables import hub
@@ -66,14 +70,19 @@ def open_source(name: str, *, max_row_bytes: int, max_expansion: float) -> Text 
 
             if kind.file is None:
                 return saved_folder(kind.path)
-            return parquet(kind.file, kind.name, max_expansion) if kind.of == "parquet" else arrow([kind.path], kind.name, max_expansion)
+            return (
+                parquet(kind.file, kind.name, max_expansion)
+                if kind.of == "parquet"
+                else arrow([kind.path], kind.name, max_expansion)
+            )
         if kind.of == "text":
             return Text(os.dup(kind.file.fileno()), kind.name, max_row_bytes)
         return _unpack(kind.file, kind.of, kind.name, max_row_bytes, max_expansion)
 
 
 def check_source(name: str) -> Text | None:
-    """Raises what `open_source` raises before it unpacks or fetches anything: a look at the first bytes.
+    """Raises what `open_source` raises before it unpacks or fetches anything: a look at the first
+    bytes.
 
     Args:
         name: as `open_source` takes it. A URL or a hub dataset is not looked at.
@@ -86,7 +95,11 @@ def check_source(name: str) -> Text | None:
     with _looked_at(name) as kind:
         if kind.file is None:
             saved_files(kind.path)
-        return Text(os.dup(kind.file.fileno()), kind.name, 0) if kind.file is not None and kind.of == "text" else None
+        return (
+            Text(os.dup(kind.file.fileno()), kind.name, 0)
+            if kind.file is not None and kind.of == "text"
+            else None
+        )
 
 
 def _is_hub(name: str) -> bool:
@@ -95,30 +108,53 @@ def _is_hub(name: str) -> bool:
 
 @contextlib.contextmanager
 def _looked_at(name: str) -> Iterator[_Kind]:
-    """The kind of a file or folder, open meanwhile; what the system says of it, within too, as an error of ours."""
+    """The kind of a file or folder, open meanwhile; what the system says of it, within too, as an
+    error of ours.
+    """
     if name in ("", "hf:") or "\0" in name:
-        raise UserError("names nothing that could be read", where=name.replace("\0", "?"), remedy="Name a file, or hf:NAME.")
+        raise UserError(
+            "names nothing that could be read",
+            where=name.replace("\0", "?"),
+            remedy="Name a file, or hf:NAME.",
+        )
     path = fetched(name) if is_url(name) else Path(name)
     kinds = [suffix.lower() for suffix in path.suffixes]
-    if any(kind in PICKLES for kind in kinds[-1:] + [kind for kind in kinds[-2:-1] if kinds[-1] in PACKED]):
-        raise UserError("pickles and tensor files are not read: they can run code when loaded", where=name, remedy=_SAVE_AS)
+    if any(
+        kind in PICKLES
+        for kind in kinds[-1:] + [kind for kind in kinds[-2:-1] if kinds[-1] in PACKED]
+    ):
+        raise UserError(
+            "pickles and tensor files are not read: they can run code when loaded",
+            where=name,
+            remedy=_SAVE_AS,
+        )
     try:
         if path.is_dir():
             yield _Kind("folder", path, name, None)
             return
         if path.exists() and not path.is_file():
-            raise UserError("is a pipe or a device, and rows are read more than once", where=name, remedy="Write it to a file first.")
+            raise UserError(
+                "is a pipe or a device, and rows are read more than once",
+                where=name,
+                remedy="Write it to a file first.",
+            )
         with open(path, "rb") as file:
             shown = redacted(name) if is_url(name) else name
             yield _Kind(_kind(file, path, shown), path, shown, file)
     except FileNotFoundError:
         raise UserError("there is no such file", where=name, remedy=_nearest(path)) from None
     except OSError as error:
-        raise ResourceError(f"cannot be read: {error.strerror}", where=name, remedy="Check the path and its permissions.") from error
+        raise ResourceError(
+            f"cannot be read: {error.strerror}",
+            where=name,
+            remedy="Check the path and its permissions.",
+        ) from error
 
 
 def _kind(file: IO[bytes], path: Path, name: str) -> str:
-    """Of a file by its first bytes and, where they leave it open, its name. Raises UserError, DataError."""
+    """Of a file by its first bytes and, where they leave it open, its name. Raises UserError,
+    DataError.
+    """
     head = file.read(8)
     file.seek(0)
     _refuse_pickle(head, name)
@@ -130,10 +166,18 @@ def _kind(file: IO[bytes], path: Path, name: str) -> str:
     if packed:
         return packed
     if path.suffix.lower() in PACKED and head:
-        raise DataError(f"is not a {path.suffix} file, whatever its name says", where=name, remedy=AGAIN)
-    if path.suffix.lower() not in (*TEXTS, *PACKED, "") and head.lstrip(b"\xef\xbb\xbf" + _BLANK)[:1] not in (b"{", b"["):
+        raise DataError(
+            f"is not a {path.suffix} file, whatever its name says", where=name, remedy=AGAIN
+        )
+    if path.suffix.lower() not in (*TEXTS, *PACKED, "") and head.lstrip(b"\xef\xbb\xbf" + _BLANK)[
+        :1
+    ] not in (b"{", b"["):
         known = ", ".join((*TEXTS, *PACKED, ".parquet", ".arrow"))
-        raise UserError(f"{path.suffix} is not a kind of file gradsift reads", where=name, remedy=f"It reads {known}.")
+        raise UserError(
+            f"{path.suffix} is not a kind of file gradsift reads",
+            where=name,
+            remedy=f"It reads {known}.",
+        )
     return "text"
 
 
@@ -142,8 +186,14 @@ def _packing(head: bytes) -> str | None:
 
 
 def _refuse_pickle(head: bytes, name: str) -> None:
-    if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
-        raise UserError("is a pickle or a zip archive, whatever its name says; not read", where=name, remedy=_SAVE_AS)
+    if head[:4] == b"PK\x03\x04" or (
+        head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    ):
+        raise UserError(
+            "is a pickle or a zip archive, whatever its name says; not read",
+            where=name,
+            remedy=_SAVE_AS,
+        )
 
 
 def _nearest(path: Path) -> str:
@@ -153,14 +203,18 @@ def _nearest(path: Path) -> str:
     return f"Did you mean {path.parent / near[0]}?" if near else f"Look into {path.parent}."
 
 
-def _unpack(file: IO[bytes], kind: str, name: str, max_row_bytes: int, max_expansion: float) -> Text:
+def _unpack(
+    file: IO[bytes], kind: str, name: str, max_row_bytes: int, max_expansion: float
+) -> Text:
     with tempfile.TemporaryFile(prefix="gradsift-", buffering=0) as spool:
         try:
             cut = _copy_unpacked(file, spool.fileno(), kind, name, max_expansion)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            raise DiskFull(f"no space left in {tempfile.gettempdir()} to unpack it", where=name, remedy=ROOM) from error
+            raise DiskFull(
+                f"no space left in {tempfile.gettempdir()} to unpack it", where=name, remedy=ROOM
+            ) from error
         head = os.pread(spool.fileno(), 8, 0)
         if not head and cut:
             raise DataError(cut, where=name, remedy=AGAIN)
@@ -168,23 +222,36 @@ def _unpack(file: IO[bytes], kind: str, name: str, max_row_bytes: int, max_expan
         if _packing(head):
             raise DataError("is compressed twice", where=name, remedy="Unpack it once.")
         if head[:4] == b"PAR1" or head[:6] == b"ARROW1":
-            raise UserError("is a compressed table; parquet and Arrow compress on their own", where=name, remedy="Unpack it first.")
+            raise UserError(
+                "is a compressed table; parquet and Arrow compress on their own",
+                where=name,
+                remedy="Unpack it first.",
+            )
         return Text(os.dup(spool.fileno()), name, max_row_bytes, cut)
 
 
-def _copy_unpacked(file: IO[bytes], spool: int, kind: str, name: str, max_expansion: float) -> str | None:
-    """Returns why the input ended early, None when it did not. Several members or frames in a row are one text."""
+def _copy_unpacked(
+    file: IO[bytes], spool: int, kind: str, name: str, max_expansion: float
+) -> str | None:
+    """Returns why the input ended early, None when it did not. Several members or frames in a row
+    are one text.
+    """
     read = written = 0
     decoder: Any = None
-    # What one call may return is bounded by what it is fed: 1032 times that with zlib, 32,768 times with zstd. Little at a time also
-    # keeps a file of thousands of tiny members from being copied once for each of them.
+    # What one call may return is bounded by what it is fed: 1032 times that with zlib, 32,768 times
+    # with zstd. Little at a time also keeps a file of thousands of tiny members from being copied
+    # once for each of them.
     step = 1 << 16 if kind == "gz" else 1 << 12
     try:
         while chunk := file.read(step):
             read += len(chunk)
             while chunk := chunk if decoder else chunk.lstrip(b"\0"):  # tapes pad with zeros
                 if decoder is None:
-                    decoder = zlib.decompressobj(31) if kind == "gz" else zstandard.ZstdDecompressor().decompressobj()
+                    decoder = (
+                        zlib.decompressobj(31)
+                        if kind == "gz"
+                        else zstandard.ZstdDecompressor().decompressobj()
+                    )
                 data, chunk = memoryview(decoder.decompress(chunk)), b""
                 written += len(data)
                 while data:
@@ -193,18 +260,27 @@ def _copy_unpacked(file: IO[bytes], spool: int, kind: str, name: str, max_expans
                     chunk, decoder = decoder.unused_data, None
             expanded(written, read, max_expansion, name)
     except (zlib.error, zstandard.ZstdError) as error:
-        if any(word in str(error).lower() for word in ("incorrect data check", "incorrect length check", "checksum")):
-            raise DataError(f"its checksum does not match ({error})", where=name, remedy=AGAIN) from error
+        if any(
+            word in str(error).lower()
+            for word in ("incorrect data check", "incorrect length check", "checksum")
+        ):
+            raise DataError(
+                f"its checksum does not match ({error})", where=name, remedy=AGAIN
+            ) from error
         return f"the compressed data is damaged ({error})"
     return None if decoder is None else "the file ends in the middle of its compressed data"
 
 
-_MARK, _SOLID, _MORE, _PIECE = (re.compile(rb) for rb in (rb'["{}\[\]]', rb"[^ \t\r\n]", rb"[^ \t\r\n,]", rb"[^,]+"))
+_MARK, _SOLID, _MORE, _PIECE = (
+    re.compile(rb) for rb in (rb'["{}\[\]]', rb"[^ \t\r\n]", rb"[^ \t\r\n,]", rb"[^,]+")
+)
 _BLANK = b" \t\r\n"
 
 
 class Text:
-    """A jsonl file or a JSON array. `kind` is "lines" or "array"; `cut` says why the file ended early, if it did."""
+    """A jsonl file or a JSON array. `kind` is "lines" or "array"; `cut` says why the file ended
+    early, if it did.
+    """
 
     def __init__(self, fd: int, name: str, max_row_bytes: int, cut: str | None = None) -> None:
         self.name, self.max_row_bytes, self.cut, self._fd = name, max_row_bytes, cut, fd
@@ -212,29 +288,44 @@ class Text:
         status = os.fstat(self._fd)
         self.size, self._changed = status.st_size, status.st_mtime_ns
         head = os.pread(self._fd, 1 << 16, 0)
-        self.begin = 3 if head.startswith(b"\xef\xbb\xbf") else 0  # a byte order mark belongs to the file, not to its first row
+        # a byte order mark belongs to the file, not to its first row
+        self.begin = 3 if head.startswith(b"\xef\xbb\xbf") else 0
         if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise DataError("is UTF-16", where=name, remedy="Convert it to UTF-8.")
         first = head[self.begin :].lstrip(_BLANK)
         self.kind = "array" if first[:1] == b"[" and not _rows_are_lists(first) else "lines"
         if first.split(b"\n")[0].strip(_BLANK) == b"{":
-            raise DataError("is one JSON object spread over lines", where=name, remedy="Write one row a line, or a JSON list of rows.")
-        self.first = self.last = self.begin  # of an array: start of its first element, end of its last; set by rows()
+            raise DataError(
+                "is one JSON object spread over lines",
+                where=name,
+                remedy="Write one row a line, or a JSON list of rows.",
+            )
+        # of an array: start of its first element, end of its last; set by rows()
+        self.first = self.last = self.begin
         self.blank = 0
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes [start, end). Raises DataError when the file has changed since it was opened."""
         status = os.fstat(self._fd)
         data = os.pread(self._fd, end - start, start)
-        if len(data) < end - start or (status.st_mtime_ns, status.st_size) != (self._changed, self.size):
-            raise DataError("was changed while it was in use", where=self.name, remedy="Run again, and leave the file alone meanwhile.")
+        if len(data) < end - start or (status.st_mtime_ns, status.st_size) != (
+            self._changed,
+            self.size,
+        ):
+            raise DataError(
+                "was changed while it was in use",
+                where=self.name,
+                remedy="Run again, and leave the file alone meanwhile.",
+            )
         return data
 
     def __len__(self) -> int:
         return self.size
 
     def most_rows(self, enough: int) -> int:
-        """The most rows that its lines can hold, or `enough` as soon as it may hold so many; of an array, which has no lines, always `enough`."""
+        """The most rows that its lines can hold, or `enough` as soon as it may hold so many; of an
+        array, which has no lines, always `enough`.
+        """
         if self.kind == "array":
             return enough
         ends, at, last = 0, self.begin, b"\n"
@@ -260,26 +351,46 @@ class Text:
                 elif place := self._line(line, start, end, part):
                     yield place
                 start, line, skipped = end + 1, line + 1, 0
-            if skipped or len(carry) > self.max_row_bytes:  # a line without end must not fill the memory: only its length is kept
+            if skipped or len(carry) > self.max_row_bytes:
+                # a line without end must not fill the memory: only its length is kept
                 skipped, carry = skipped + len(carry), b""
         if skipped:
             yield self._oversized(line, start, start + skipped)
         elif carry and (place := self._line(line, start, start + len(carry), carry)):
             if self.cut and not carry.rstrip(_BLANK).endswith(b"}"):
-                place = Place(line, place.start, place.end, fault=("cut-file", f"the row is cut off: {self.cut}"))
+                place = Place(
+                    line,
+                    place.start,
+                    place.end,
+                    fault=("cut-file", f"the row is cut off: {self.cut}"),
+                )
             yield place
 
     def _line(self, line: int, start: int, end: int, data: bytes) -> Place | None:
         if not data or data.isspace():
             self.blank += 1
             return None
-        return self._oversized(line, start, end) if len(data) > self.max_row_bytes else Place(line, start, end, data)
+        return (
+            self._oversized(line, start, end)
+            if len(data) > self.max_row_bytes
+            else Place(line, start, end, data)
+        )
 
     def _oversized(self, line: int, start: int, end: int) -> Place:
-        return Place(line, start, end, fault=("too-long", f"the row has {end - start:,} bytes, over the limit of {self.max_row_bytes:,}"))
+        return Place(
+            line,
+            start,
+            end,
+            fault=(
+                "too-long",
+                f"the row has {end - start:,} bytes, over the limit of {self.max_row_bytes:,}",
+            ),
+        )
 
     def _array(self) -> Iterator[Place]:
-        """Elements of a JSON array: brackets are matched on the bytes, so one bad element costs itself only, unless it leaves one open."""
+        """Elements of a JSON array: brackets are matched on the bytes, so one bad element costs
+        itself only, unless it leaves one open.
+        """
         with mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ) as data:
             depth, number, start = 0, 0, 0
             gap = end = self.begin
@@ -296,7 +407,11 @@ class Text:
                     number, gap = number + 1, at + 1
                     self.last = gap
                     row = data[start:gap] if gap - start <= self.max_row_bytes else None
-                    yield Place(number, start, gap, row) if row is not None else self._oversized(number, start, gap)
+                    yield (
+                        Place(number, start, gap, row)
+                        if row is not None
+                        else self._oversized(number, start, gap)
+                    )
                 elif depth == 1:
                     gap = at + 1
                 elif depth <= 0:
@@ -307,9 +422,19 @@ class Text:
                 self.cut = self.cut or "the array is never closed"
                 start = start if depth > 1 else gap
                 if _MORE.search(data, start):
-                    yield Place(number + 1, start, self.size, fault=("cut-file", f"the row is cut off: {self.cut}"))
+                    yield Place(
+                        number + 1,
+                        start,
+                        self.size,
+                        fault=("cut-file", f"the row is cut off: {self.cut}"),
+                    )
             elif _SOLID.search(data, end):
-                yield Place(number + 1, end, self.size, fault=("bad-json", "there is more after the end of the array"))
+                yield Place(
+                    number + 1,
+                    end,
+                    self.size,
+                    fault=("bad-json", "there is more after the end of the array"),
+                )
 
     def _between(self, data: mmap.mmap, begin: int, end: int, number: int) -> Iterator[Place]:
         """What stands between two elements: one comma, or elements that are no objects."""
@@ -323,7 +448,9 @@ class Text:
 
 
 def _brackets(data: mmap.mmap, at: int) -> Iterator[tuple[int, int]]:
-    """(byte, place) of every bracket outside texts. One expression for a whole text would try an endless one anew at each of its quotes."""
+    """(byte, place) of every bracket outside texts. One expression for a whole text would try an
+    endless one anew at each of its quotes.
+    """
     while (mark := _MARK.search(data, at)) is not None:
         at = mark.end()
         if data[mark.start()] != 0x22:
@@ -333,14 +460,17 @@ def _brackets(data: mmap.mmap, at: int) -> Iterator[tuple[int, int]]:
             slashes = at - 2
             while data[slashes] == 0x5C:
                 slashes -= 1
-            if (at - slashes) % 2 == 0:  # an even number of backslashes before the quote: it ends the text
+            if (at - slashes) % 2 == 0:
+                # an even number of backslashes before the quote: it ends the text
                 break
         else:
             return
 
 
 def _rows_are_lists(head: bytes) -> bool:
-    """Whether a text that starts with `[` is jsonl whose first row is a list: a whole JSON value on the first line, and more below."""
+    """Whether a text that starts with `[` is jsonl whose first row is a list: a whole JSON value on
+    the first line, and more below.
+    """
     line, _, rest = head.partition(b"\n")
     if not rest.strip(_BLANK):
         return False

@@ -1,6 +1,7 @@
 """Row formats: the bytes of one row -> a checked record -> messages. Nothing here opens a file.
 
-A row that cannot be used raises `RowFault` with one of the codes of FAULTS; the pool quarantines it by that code.
+A row that cannot be used raises `RowFault` with one of the codes of FAULTS; the pool quarantines it
+by that code.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ from typing import Any, NoReturn
 
 from gradsift.types import IGNORE, Message
 
-MAX_DEPTH = 100  # of nested lists and objects in one row: templates and JSON writers recurse, so depth must be bounded before they see it
+# of nested lists and objects in one row: templates and JSON writers recurse, so depth must be
+# bounded before they see it
+MAX_DEPTH = 100
 
 # code -> how to fix. The codes are what `dropped.jsonl`, the funnel and docs/formats.md speak of.
 FAULTS: dict[str, str] = {
     "bad-json": "Write the row again with a JSON library, one object a line.",
     "not-utf8": "Convert the file to UTF-8.",
     "nul": "Remove the NUL characters: they are what is left of a damaged write.",
-    "surrogate": "Remove the half of a surrogate pair: it is no character and no tokenizer can read it.",
+    "surrogate": (
+        "Remove the half of a surrogate pair: it is no character and no tokenizer can read it."
+    ),
     "nan": "Replace NaN and Infinity, which JSON does not have, by null or a number.",
     "duplicate-key": "Keep one of the two values: readers disagree on which one counts.",
     "too-deep": f"Flatten the row to at most {MAX_DEPTH} levels of nesting.",
@@ -89,7 +94,8 @@ def parse_row(line: bytes) -> dict[str, Any]:
         raise RowFault("not-object", f"the row is a JSON {_kind(record)}, not an object")
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH:
         check_depth(record)
-    # Escapes are the only way for these two to pass the decoder, and they are rare: walk the strings only where one may be.
+    # Escapes are the only way for these two to pass the decoder, and they are rare: walk the
+    # strings only where one may be.
     if b"\\u" in line and (b"\\u0000" in line or b"\\ud" in line or b"\\uD" in line):
         check_strings(record)
     return record
@@ -101,7 +107,12 @@ def check_depth(value: Any) -> None:
         depth += 1
         if depth > MAX_DEPTH + 1:
             raise RowFault("too-deep", f"nested deeper than {MAX_DEPTH} levels")
-        level = [child for item in level if isinstance(item, (dict, list)) for child in (item.values() if isinstance(item, dict) else item)]
+        level = [
+            child
+            for item in level
+            if isinstance(item, (dict, list))
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -124,34 +135,71 @@ def check_strings(record: Mapping[str, Any]) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise RowFault("surrogate", f"a text holds the lone surrogate U+{ord(text[error.start]):04X}") from None
+            raise RowFault(
+                "surrogate", f"a text holds the lone surrogate U+{ord(text[error.start]):04X}"
+            ) from None
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "object", list: "list", tuple: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    names = {
+        dict: "object",
+        list: "list",
+        tuple: "list",
+        str: "string",
+        bool: "boolean",
+        int: "number",
+        float: "number",
+    }
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
 _TAGS = {  # what ShareGPT-like files call the roles
-    "human": "user", "user": "user", "system": "system",
-    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-    "observation": "tool", "tool": "tool", "function_response": "tool", "function_call": "function_call",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "system": "system",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+    "function_response": "tool",
+    "function_call": "function_call",
+}
 UNSUPERVISED: Mapping[str, Any] = {"weight": 0}
 FIELD_NAMES = (
-    "instruction", "input", "output", "system", "history", "conversations", "messages", "tools", "prompt", "completion", "text",
-    "input_ids", "labels", "from", "value", "role", "content",
-)  # fmt: skip
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "history",
+    "conversations",
+    "messages",
+    "tools",
+    "prompt",
+    "completion",
+    "text",
+    "input_ids",
+    "labels",
+    "from",
+    "value",
+    "role",
+    "content",
+)
 
 
 class Fields:
-    """Which field of the file holds which field of ours: identity unless a mapping says otherwise."""
+    """Which field of the file holds which field of ours: identity unless a mapping says
+    otherwise.
+    """
 
     def __init__(self, mapping: Mapping[str, str] | None = None) -> None:
         self.mapping = dict(mapping or {})
         self._of = {name: self.mapping.get(name, name) for name in FIELD_NAMES}
-        self.spoken = frozenset(self._of[name] for name in ("role", "content", "from", "value"))  # fields of a turn that are not extra
+        # fields of a turn that are not extra
+        self.spoken = frozenset(self._of[name] for name in ("role", "content", "from", "value"))
 
     def name(self, ours: str) -> str:
         return self._of[ours]
@@ -163,7 +211,9 @@ class Fields:
         value = record.get(self._of[ours])
         if value is None:
             has = ", ".join(sorted(map(str, record))[:8]) or "none"
-            raise RowFault("missing-field", f"no field {self._of[ours]!r} (the row's fields: {has})")
+            raise RowFault(
+                "missing-field", f"no field {self._of[ours]!r} (the row's fields: {has})"
+            )
         return value
 
     def text(self, record: Mapping[str, Any], ours: str, default: str | None = None) -> str:
@@ -171,13 +221,17 @@ class Fields:
         if value is None:
             return default or ""
         if not isinstance(value, str):
-            raise RowFault("wrong-type", f"the field {self._of[ours]!r} is a {_kind(value)}, not a string")
+            raise RowFault(
+                "wrong-type", f"the field {self._of[ours]!r} is a {_kind(value)}, not a string"
+            )
         return value
 
     def many(self, record: Mapping[str, Any], ours: str) -> list[Any]:
         value = self.need(record, ours)
         if not isinstance(value, list):
-            raise RowFault("wrong-type", f"the field {self._of[ours]!r} is a {_kind(value)}, not a list")
+            raise RowFault(
+                "wrong-type", f"the field {self._of[ours]!r} is a {_kind(value)}, not a list"
+            )
         return value
 
 
@@ -187,7 +241,11 @@ def _text_of(content: Any, where: str) -> str:
     if isinstance(content, list):
         parts = []
         for part in content:
-            if not (isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text"):
+            if not (
+                isinstance(part, dict)
+                and isinstance(part.get("text"), str)
+                and part.get("type", "text") == "text"
+            ):
                 raise RowFault("not-text", f"{where} holds a part that is not text")
             parts.append(part["text"])
         return "".join(parts)
@@ -195,7 +253,9 @@ def _text_of(content: Any, where: str) -> str:
 
 
 def _turn(turn: Any, number: int, fields: Fields) -> Message:
-    """One {role, content} or {from, value} turn; both spellings are read in both formats, since files mix the names of the list."""
+    """One {role, content} or {from, value} turn; both spellings are read in both formats, since
+    files mix the names of the list.
+    """
     where = f"turn {number}"
     if not isinstance(turn, dict):
         raise RowFault("wrong-type", f"{where} is a {_kind(turn)}, not an object")
@@ -210,16 +270,22 @@ def _turn(turn: Any, number: int, fields: Fields) -> Message:
         return _function_call(content, where)
     if role not in ROLES:
         raise RowFault("unknown-role", f"{where} has the role {role[:40]!r}")
-    extra = {key: value for key, value in turn.items() if value is not None and key not in fields.spoken}
+    extra = {
+        key: value for key, value in turn.items() if value is not None and key not in fields.spoken
+    }
     if content is None:
         if not extra.get("tool_calls"):
             raise RowFault("missing-field", f"{where} has no content")
         content = ""
-    return Message(role, content if isinstance(content, str) else _text_of(content, where), extra or None)
+    return Message(
+        role, content if isinstance(content, str) else _text_of(content, where), extra or None
+    )
 
 
 def _function_call(value: Any, where: str) -> Message:
-    """ShareGPT's function_call: a JSON text {"name", "arguments"} becomes a tool call, any other text stays text."""
+    """ShareGPT's function_call: a JSON text {"name", "arguments"} becomes a tool call, any other
+    text stays text.
+    """
     text = _text_of(value, where)
     try:
         found = json.loads(text)
@@ -229,7 +295,13 @@ def _function_call(value: Any, where: str) -> Message:
     calls = found if isinstance(found, list) else [found]
     named = [call for call in calls if isinstance(call, dict) and isinstance(call.get("name"), str)]
     if named and len(named) == len(calls):
-        functions = [{"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}} for call in named]
+        functions = [
+            {
+                "type": "function",
+                "function": {"name": call["name"], "arguments": call.get("arguments", {})},
+            }
+            for call in named
+        ]
         return Message("assistant", "", {"tool_calls": functions})
     return Message("assistant", text)
 
@@ -249,11 +321,15 @@ def _tools(record: Mapping[str, Any], fields: Fields) -> tuple[Any, ...]:
             tools = json.loads(tools)
             check_depth(tools)
         except (ValueError, RecursionError):
-            raise RowFault("wrong-type", f"the field {fields.name('tools')!r} is a text that is not JSON") from None
+            raise RowFault(
+                "wrong-type", f"the field {fields.name('tools')!r} is a text that is not JSON"
+            ) from None
     if isinstance(tools, dict):
         tools = [tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowFault("wrong-type", f"the field {fields.name('tools')!r} is not a list of tool descriptions")
+        raise RowFault(
+            "wrong-type", f"the field {fields.name('tools')!r} is not a list of tool descriptions"
+        )
     return tuple(tools)
 
 
@@ -267,13 +343,23 @@ def _answered(messages: tuple[Message, ...]) -> tuple[Message, ...]:
 
 
 def supervised(message: Message) -> bool:
-    """Whether the turn is one to learn from: an assistant turn that does not say `weight: 0` or `train: false`."""
+    """Whether the turn is one to learn from: an assistant turn that does not say `weight: 0` or
+    `train: false`.
+    """
     extra = message.extra or {}
-    return message.role == "assistant" and extra.get("weight", 1) != 0 and extra.get("train", True) is not False
+    return (
+        message.role == "assistant"
+        and extra.get("weight", 1) != 0
+        and extra.get("train", True) is not False
+    )
 
 
 def _without_loss(message: Message) -> Message:
-    return Message(message.role, message.content, {**(message.extra or {}), **UNSUPERVISED}) if message.role == "assistant" else message
+    return (
+        Message(message.role, message.content, {**(message.extra or {}), **UNSUPERVISED})
+        if message.role == "assistant"
+        else message
+    )
 
 
 def _alpaca(record: Mapping[str, Any], fields: Fields) -> Content:
@@ -281,10 +367,20 @@ def _alpaca(record: Mapping[str, Any], fields: Fields) -> Content:
     output, system = fields.text(record, "output"), fields.text(record, "system", "")
     messages = [Message("system", system)] if system else []
     for pair in fields.get(record, "history") or ():
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise RowFault("wrong-type", f"the field {fields.name('history')!r} is not a list of [question, answer] pairs")
+        if not (
+            isinstance(pair, list)
+            and len(pair) == 2
+            and all(isinstance(text, str) for text in pair)
+        ):
+            raise RowFault(
+                "wrong-type",
+                f"the field {fields.name('history')!r} is not a list of [question, answer] pairs",
+            )
         messages += [Message("user", pair[0]), Message("assistant", pair[1], UNSUPERVISED)]
-    messages += [Message("user", f"{instruction}\n\n{more}" if more else instruction), Message("assistant", output)]
+    messages += [
+        Message("user", f"{instruction}\n\n{more}" if more else instruction),
+        Message("assistant", output),
+    ]
     return Content(_answered(tuple(messages)))
 
 
@@ -297,7 +393,9 @@ def _sharegpt(record: Mapping[str, Any], fields: Fields) -> Content:
 
 
 def _messages(record: Mapping[str, Any], fields: Fields) -> Content:
-    return Content(_answered(_turns(fields.need(record, "messages"), fields)), _tools(record, fields))
+    return Content(
+        _answered(_turns(fields.need(record, "messages"), fields)), _tools(record, fields)
+    )
 
 
 def _prompt_completion(record: Mapping[str, Any], fields: Fields) -> Content:
@@ -307,7 +405,9 @@ def _prompt_completion(record: Mapping[str, Any], fields: Fields) -> Content:
             raise RowFault("no-answer", "the completion is empty")
         return Content((Message("prompt", prompt), Message("completion", completion)))
     if isinstance(prompt, str) or isinstance(completion, str):
-        raise RowFault("wrong-type", "prompt and completion must both be strings or both be lists of turns")
+        raise RowFault(
+            "wrong-type", "prompt and completion must both be strings or both be lists of turns"
+        )
     asked = tuple([_without_loss(message) for message in _turns(prompt, fields)])
     return Content(_answered(asked + _turns(completion, fields)), _tools(record, fields))
 
@@ -323,7 +423,9 @@ def _tokenised(record: Mapping[str, Any], fields: Fields) -> Content:
     ids, labels = fields.many(record, "input_ids"), fields.many(record, "labels")
     for name, values, least in (("input_ids", ids, 0), ("labels", labels, IGNORE)):
         if not all(type(value) is int and (value >= 0 or value == least) for value in values):
-            raise RowFault("wrong-type", f"the field {fields.name(name)!r} is not a list of token ids")
+            raise RowFault(
+                "wrong-type", f"the field {fields.name(name)!r} is not a list of token ids"
+            )
     if len(ids) != len(labels):
         raise RowFault("wrong-type", f"{len(ids)} input_ids but {len(labels)} labels")
     if not any(label != IGNORE for label in labels[1:]):
@@ -331,8 +433,8 @@ def _tokenised(record: Mapping[str, Any], fields: Fields) -> Content:
     return Content((), (), (tuple(ids), tuple(labels)))
 
 
-# name -> (fields a row must have, in order of mapping; converter). The order is the order of preference where a row fits several formats:
-# a chat list says more than a text rendered from it.
+# name -> (fields a row must have, in order of mapping; converter). The order is the order of
+# preference where a row fits several formats: a chat list says more than a text rendered from it.
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], Fields], Content]]] = {
     "tokenised": (("input_ids", "labels"), _tokenised),
     "messages": (("messages",), _messages),
@@ -352,7 +454,9 @@ def detect(record: Mapping[str, Any], fields: Fields) -> str | None:
 
 
 def vote(records: Sequence[Mapping[str, Any]], fields: Fields) -> tuple[str | None, dict[str, int]]:
-    """The format of most rows, and the votes. Ties go to the earlier in FORMATS. None when no row fits any."""
+    """The format of most rows, and the votes. Ties go to the earlier in FORMATS. None when no row
+    fits any.
+    """
     votes = dict.fromkeys(FORMATS, 0)
     for record in records:
         name = detect(record, fields)
@@ -368,6 +472,12 @@ def convert(record: Mapping[str, Any], format: str, fields: Fields) -> Content:
     try:
         return converter(record, fields)
     except RowFault as fault:
-        if fault.code == "missing-field" and (other := detect(record, fields)) not in (None, format):
-            raise RowFault(fault.code, f"{fault.text}; it looks like {other}, but the file was read as {format}") from None
+        if fault.code == "missing-field" and (other := detect(record, fields)) not in (
+            None,
+            format,
+        ):
+            raise RowFault(
+                fault.code,
+                f"{fault.text}; it looks like {other}, but the file was read as {format}",
+            ) from None
         raise

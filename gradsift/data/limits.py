@@ -1,4 +1,6 @@
-"""How far a packed file may grow when it is unpacked, and what to do about one that cannot be unpacked."""
+"""How far a packed file may grow when it is unpacked, and what to do about one that cannot be
+unpacked.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,11 @@ ROOM = "Set TMPDIR to a roomier disk."
 
 
 def expanded(written: int, read: int, limit: float, name: str) -> None:
-    """Raises ResourceError when `written` bytes unpacked from `read` are more than a file may become."""
+    """Raises ResourceError when `written` bytes unpacked from `read` are more than a file may
+    become.
+    """
     if written > EXPANSION_FROM and written > read * limit:
         what = f"expands beyond {limit:g} times its size ({written:,} bytes from {read:,})"
-        raise ResourceError(what, where=name, remedy="Unpack it by hand, or raise max_expansion, if you trust it.")
+        raise ResourceError(
+            what, where=name, remedy="Unpack it by hand, or raise max_expansion, if you trust it."
+        )

@@ -1,4 +1,5 @@
-"""Pools and target sets: rows read from any container and format, with stable ids; what cannot be used is quarantined by file and line.
+"""Pools and target sets: rows read from any container and format, with stable ids; what cannot be
+used is quarantined by file and line.
 
 A pool keeps offsets, ids, groups and hashes, and reads a row again when it is asked for.
 """
@@ -32,13 +33,22 @@ MAX_ROW_BYTES = 10_000_000
 
 
 class Pool(Sequence[Example]):
-    """Usable rows in file order, read lazily. Made by `read_pool`; also what a target set is: a role, not a type.
+    """Usable rows in file order, read lazily. Made by `read_pool`; also what a target set is: a
+    role, not a type.
 
-    ids, groups: lists of n. funnel: counts (read, blank, quarantined:CODE..., duplicates, usable). dropped: the quarantine. formats: file
-    -> format. warnings: one-line texts for people. arguments: keywords with which `read_pool` reads the same sources again.
+    ids, groups: lists of n. funnel: counts (read, blank, quarantined:CODE..., duplicates, usable).
+    dropped: the quarantine. formats: file -> format. warnings: one-line texts for people.
+    arguments: keywords with which `read_pool` reads the same sources again.
     """
 
-    def __init__(self, columns: Columns, files: list[Text | Table], names: list[str], formats: list[str], fields: Fields) -> None:
+    def __init__(
+        self,
+        columns: Columns,
+        files: list[Text | Table],
+        names: list[str],
+        formats: list[str],
+        fields: Fields,
+    ) -> None:
         self.files, self.names = files, names
         self._columns, self._formats, self._fields = columns, formats, fields
         self.ids: list[str] = columns.ids
@@ -57,7 +67,9 @@ class Pool(Sequence[Example]):
         """xxh3-128 hex over formats, bytes, groups and ids of the rows, in order."""
         hasher = xxhash.xxh3_128(self._columns.row_hash.tobytes())
         for i, (id, group) in enumerate(zip(self.ids, self.groups, strict=True)):
-            hasher.update(f"{len(id)}:{id}{len(group)}:{group}{self._formats[self._columns.file[i]]}".encode())
+            hasher.update(
+                f"{len(id)}:{id}{len(group)}:{group}{self._formats[self._columns.file[i]]}".encode()
+            )
         return hasher.hexdigest()
 
     def __len__(self) -> int:
@@ -72,20 +84,26 @@ class Pool(Sequence[Example]):
             return self.take(range(*index.indices(len(self))))
         row = range(len(self))[index]
         content = convert(self.record(row), self._formats[self._columns.file[row]], self._fields)
-        return Example(self.ids[row], content.messages, self.groups[row], content.tools, content.tokens)
+        return Example(
+            self.ids[row], content.messages, self.groups[row], content.tools, content.tokens
+        )
 
     def __iter__(self) -> Iterator[Example]:
         return (self[row] for row in range(len(self)))
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a pool holds open files; send pool.arguments and read it there: read_pool(**arguments)")
+        raise TypeError(
+            "a pool holds open files; send pool.arguments and read it there: read_pool(**arguments)"
+        )
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Pool:
         """The rows at `indices`, in that order."""
         rows = np.asarray(indices, dtype=np.int64)
         taken = Pool(self._columns.take(rows), self.files, self.names, self._formats, self._fields)
         taken.arguments = self.arguments
-        taken.funnel = {**self.funnel, "taken": len(rows)} if len(rows) != len(self) else dict(self.funnel)
+        taken.funnel = (
+            {**self.funnel, "taken": len(rows)} if len(rows) != len(self) else dict(self.funnel)
+        )
         taken.dropped, taken.warnings = self.dropped, self.warnings
         return taken
 
@@ -95,7 +113,9 @@ class Pool(Sequence[Example]):
         return self.files[columns.file[row]], int(columns.start[row]), int(columns.end[row])
 
     def raw(self, row: int) -> bytes:
-        """The row's bytes as they stand in the file, without the newline; for a table row, its canonical JSON."""
+        """The row's bytes as they stand in the file, without the newline; for a table row, its
+        canonical JSON.
+        """
         file, start, end = self.source(row)
         data = file.read(start, end)
         return data if isinstance(data, bytes) else canonical(data)
@@ -116,7 +136,9 @@ class Pool(Sequence[Example]):
         return [name for number, name in enumerate(self.names) if number not in filled]
 
     def exact_duplicates(self) -> dict[int, int]:
-        """Row -> the first row with the same messages and tools, for every row but the first of its kind."""
+        """Row -> the first row with the same messages and tools, for every row but the first of its
+        kind.
+        """
         keys = self._columns.content_hash.view(np.dtype((np.void, 16))).ravel()
         _, first, kind = np.unique(keys, return_index=True, return_inverse=True)
         return {row: int(first[k]) for row, k in enumerate(kind.ravel()) if first[k] != row}
@@ -134,21 +156,26 @@ def read_pool(
     max_expansion: float = EXPANSION,
     progress: Progress | None = None,
 ) -> Pool:
-    """Reads rows from files `[NAME=]FILE` or `hf:NAME[:CONFIG][@REVISION]`; docs/formats.md lists formats, containers and codes.
+    """Reads rows from files `[NAME=]FILE` or `hf:NAME[:CONFIG][@REVISION]`; docs/formats.md lists
+    formats, containers and codes.
 
-    format: a key of FORMATS, or "auto": each file's first 1,000 rows vote. mapping: our field ("id" and
-    "group" too) -> their field. group_field: the row's field
-    that is its group (rows without it: "?"); else NAME, by default the file name without its suffixes. max_bad_rows: a share (float up to
-    1) or a count (int) of the rows read that may be unusable. max_row_bytes: longer rows are quarantined. max_expansion: how many times
-    its size a compressed file of more than 1 GiB unpacked may grow to.
+    format: a key of FORMATS, or "auto": each file's first 1,000 rows vote. mapping: our field ("id"
+    and "group" too) -> their field. group_field: the row's field that is its group (rows without
+    it: "?"); else NAME, by default the file name without its suffixes. max_bad_rows: a share (float
+    up to 1) or a count (int) of the rows read that may be unusable. max_row_bytes: longer rows are
+    quarantined. max_expansion: how many times its size a compressed file of more than 1 GiB
+    unpacked may grow to.
 
-    Raises UserError (a missing or unreadable kind of file, an unknown format or field), DataError (no usable row), TooManyBadRows,
-    ResourceError (disk full, expansion over the limit).
+    Raises UserError (a missing or unreadable kind of file, an unknown format or field), DataError
+    (no usable row), TooManyBadRows, ResourceError (disk full, expansion over the limit).
     """
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
     check_names(sources, format, mapping)
     fields = Fields(mapping)
-    id_field, group_field = (mapping or {}).get("id", id_field), (mapping or {}).get("group", group_field)
+    id_field, group_field = (
+        (mapping or {}).get("id", id_field),
+        (mapping or {}).get("group", group_field),
+    )
     reader = Reader(fields, _mapped_format(format, mapping), group_field, id_field, progress)
     files, names = [], []
     for source in sources:
@@ -177,40 +204,78 @@ def read_pool(
 
 def _mapped_format(format: str, mapping: Mapping[str, str] | None) -> str:
     """A mapping that names every required field of a format chooses it; otherwise the vote does."""
-    chosen = detect(dict.fromkeys(mapping, True), Fields()) if format == "auto" and mapping else None
+    chosen = (
+        detect(dict.fromkeys(mapping, True), Fields()) if format == "auto" and mapping else None
+    )
     return chosen or format
 
 
 def _judge(pool: Pool, counts: Counter[str], max_bad_rows: float | int) -> None:
-    read, bad = counts["read"], sum(count for key, count in counts.items() if key.startswith("quarantined:"))
+    read, bad = (
+        counts["read"],
+        sum(count for key, count in counts.items() if key.startswith("quarantined:")),
+    )
     share = isinstance(max_bad_rows, float) and max_bad_rows <= 1
     if bad > (max_bad_rows * read if share else max_bad_rows):
-        raise too_many(pool.dropped, read, f"over the limit of {max_bad_rows:.0%}" if share else f"over the limit of {max_bad_rows:g}")
+        raise too_many(
+            pool.dropped,
+            read,
+            (
+                f"over the limit of {max_bad_rows:.0%}"
+                if share
+                else f"over the limit of {max_bad_rows:g}"
+            ),
+        )
     if not len(pool):
         where = ", ".join(pool.names)
         if pool.dropped:
-            raise DataError(f"no usable row: {pool.dropped[0]}", where=where, remedy=pool.dropped[0].fix)
+            raise DataError(
+                f"no usable row: {pool.dropped[0]}", where=where, remedy=pool.dropped[0].fix
+            )
         raise DataError("holds no rows", where=where, remedy="Name a file with rows in it.")
 
 
 def _funnel(pool: Pool, counts: Counter[str]) -> dict[str, int]:
-    quarantined = {key: count for key, count in sorted(counts.items()) if key.startswith("quarantined:")}
+    quarantined = {
+        key: count for key, count in sorted(counts.items()) if key.startswith("quarantined:")
+    }
     twice = len(pool.exact_duplicates())
-    return {"read": counts["read"], "blank": counts["blank"], **quarantined, "duplicates": twice, "usable": len(pool)}
+    return {
+        "read": counts["read"],
+        "blank": counts["blank"],
+        **quarantined,
+        "duplicates": twice,
+        "usable": len(pool),
+    }
 
 
 def _warnings(pool: Pool, reader: Reader, changed: int) -> list[str]:
     counts, found = reader.counts, []
     if changed:
-        found.append(f"{changed:,} rows share their id with an earlier row and are told apart by #2, #3, ...")
+        found.append(
+            f"{changed:,} rows share their id with an earlier row and are told apart by #2, #3, ..."
+        )
     if 0 < counts["id:int"] < sum(reader.named):
-        found.append(f"ids are of mixed types: {counts['id:int']:,} are numbers, read as their decimal text")
+        found.append(
+            f"ids are of mixed types: {counts['id:int']:,} are numbers, read as their decimal text"
+        )
     if counts["id:other"]:
-        found.append(f"{counts['id:other']:,} rows have an id that is neither a text nor a whole number; a hash of the row stands in")
+        found.append(
+            f"{counts['id:other']:,} rows have an id that is neither a text nor a whole number; a"
+            " hash of the row stands in"
+        )
     if counts["group:none"]:
-        found.append(f"{counts['group:none']:,} rows have no field {reader.group_field!r}; their group is {NO_GROUP!r}")
-    found += [f"{file.name}: {file.cut}; the rows before are used" for file in pool.files if file.cut]
+        found.append(
+            f"{counts['group:none']:,} rows have no field {reader.group_field!r}; their group is"
+            f" {NO_GROUP!r}"
+        )
+    found += [
+        f"{file.name}: {file.cut}; the rows before are used" for file in pool.files if file.cut
+    ]
     found += [f"{file}: no usable row" for file in pool.empty_files()]
     if len(set(reader.formats)) > 1:
-        found.append("the files have different formats: " + ", ".join(f"{name} {form}" for name, form in pool.formats.items()))
+        found.append(
+            "the files have different formats: "
+            + ", ".join(f"{name} {form}" for name, form in pool.formats.items())
+        )
     return found

@@ -1,4 +1,6 @@
-"""Reading sources row by row: what each row says, its id, group and hashes, and the quarantine of those that cannot be used."""
+"""Reading sources row by row: what each row says, its id, group and hashes, and the quarantine of
+those that cannot be used.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,17 @@ import numpy as np
 import xxhash
 
 from gradsift.data.files import Text
-from gradsift.data.formats import FAULTS, FORMATS, Content, Fields, RowFault, check_strings, convert, parse_row, vote
+from gradsift.data.formats import (
+    FAULTS,
+    FORMATS,
+    Content,
+    Fields,
+    RowFault,
+    check_strings,
+    convert,
+    parse_row,
+    vote,
+)
 from gradsift.data.records import Columns, Dropped, Place, canonical
 from gradsift.errors import DataError, TooManyBadRows
 
@@ -33,11 +45,16 @@ class Progress(Protocol):
 
 
 def _content_hash(content: Content) -> bytes:
-    parts: list[Any] = [part for message in content.messages for part in (message.role, message.content)]
+    parts: list[Any] = [
+        part for message in content.messages for part in (message.role, message.content)
+    ]
     extras = [dict(message.extra) if message.extra else None for message in content.messages]
     if content.tools or content.tokens or any(extras):
-        parts.append(json.dumps([extras, content.tools, content.tokens], sort_keys=True, default=str))
-    return xxhash.xxh3_128_digest("\0".join(parts).encode())  # no text holds NUL: such rows are quarantined
+        parts.append(
+            json.dumps([extras, content.tools, content.tokens], sort_keys=True, default=str)
+        )
+    # no text holds NUL: such rows are quarantined
+    return xxhash.xxh3_128_digest("\0".join(parts).encode())
 
 
 @dataclass
@@ -52,7 +69,8 @@ class Reader:
     ids: list[str] = field(default_factory=list)
     named: list[bool] = field(default_factory=list)  # whether the id stood in the row
     groups: list[str] = field(default_factory=list)
-    places: array[int] = field(default_factory=lambda: array("q"))  # file, line, start, end of each row
+    # file, line, start, end of each row
+    places: array[int] = field(default_factory=lambda: array("q"))
     row_hash: bytearray = field(default_factory=bytearray)
     content_hash: bytearray = field(default_factory=bytearray)
     dropped: list[Dropped] = field(default_factory=list)
@@ -62,7 +80,9 @@ class Reader:
     def read(self, file: Text | Table, group: str) -> None:
         """All rows of one file. Raises DataError when no row of it fits a format."""
         if self.progress:
-            self.progress.start(len(file), "bytes" if isinstance(file, Text) else "rows", f"reading {file.name}")
+            self.progress.start(
+                len(file), "bytes" if isinstance(file, Text) else "rows", f"reading {file.name}"
+            )
         before, at = self.counts["read"], 0
         rows = self._parsed(file)
         head = list(itertools.islice(rows, VOTERS))
@@ -76,9 +96,15 @@ class Reader:
                     self.progress.advance(place.end - at)
                     at = place.end
         self.counts["blank"] += file.blank
-        if file.cut and not (self.dropped and self.dropped[-1].file == file.name and self.dropped[-1].code == "cut-file"):
+        if file.cut and not (
+            self.dropped
+            and self.dropped[-1].file == file.name
+            and self.dropped[-1].code == "cut-file"
+        ):
             last = self.places[-3] if self.counts["read"] > before and self.places else 0
-            self.dropped.append(Dropped(file.name, last + 1, None, f"cut-file: {file.cut}", FAULTS["cut-file"]))
+            self.dropped.append(
+                Dropped(file.name, last + 1, None, f"cut-file: {file.cut}", FAULTS["cut-file"])
+            )
         if self.progress:
             self.progress.advance(len(file) - at)
             self.progress.done()
@@ -104,12 +130,21 @@ class Reader:
         if winner is None and records:
             seen = Counter(key for record in records for key in record)
             names = ", ".join(repr(name) for name, _ in seen.most_common(8)) or "none"
-            known = "; ".join(f"{name} ({', '.join(required)})" for name, (required, _) in FORMATS.items())
-            remedy = f"Give a mapping from our fields to yours, such as prompt=question. Formats: {known}."
-            raise DataError(f"no known format fits its fields: {names}", where=file.name, remedy=remedy)
+            known = "; ".join(
+                f"{name} ({', '.join(required)})" for name, (required, _) in FORMATS.items()
+            )
+            remedy = (
+                "Give a mapping from our fields to yours, such as prompt=question. Formats:"
+                f" {known}."
+            )
+            raise DataError(
+                f"no known format fits its fields: {names}", where=file.name, remedy=remedy
+            )
         return winner or "messages"
 
-    def _add(self, file: Text | Table, number: int, place: Place, record: Any, format: str, group: str) -> None:
+    def _add(
+        self, file: Text | Table, number: int, place: Place, record: Any, format: str, group: str
+    ) -> None:
         self.counts["read"] += 1
         id = None
         try:
@@ -121,7 +156,9 @@ class Reader:
             self.counts[f"quarantined:{fault.code}"] += 1
             self.dropped.append(Dropped(file.name, place.line, id, str(fault), fault.fix))
             if len(self.dropped) > 10_000 and len(self.dropped) > 0.5 * self.counts["read"]:
-                raise too_many(self.dropped, self.counts["read"], "most rows are bad; reading stopped") from None
+                raise too_many(
+                    self.dropped, self.counts["read"], "most rows are bad; reading stopped"
+                ) from None
             return
         data = place.data if isinstance(file, Text) else canonical(record)
         row_hash = xxhash.xxh3_128_digest(data.rstrip(b"\r"))
@@ -155,20 +192,29 @@ class Reader:
         return {}  # one string object a group, not one a row
 
     def columns(self) -> Columns:
-        file, line, start, end = np.ascontiguousarray(np.array(self.places, dtype=np.int64).reshape(-1, 4).T)
-        hashes = [np.frombuffer(bytes(data), dtype=np.uint8).reshape(-1, 16) for data in (self.row_hash, self.content_hash)]
+        file, line, start, end = np.ascontiguousarray(
+            np.array(self.places, dtype=np.int64).reshape(-1, 4).T
+        )
+        hashes = [
+            np.frombuffer(bytes(data), dtype=np.uint8).reshape(-1, 16)
+            for data in (self.row_hash, self.content_hash)
+        ]
         return Columns(self.ids, self.groups, file.astype(np.int32), line, start, end, *hashes)
 
 
 def too_many(dropped: list[Dropped], read: int, why: str) -> TooManyBadRows:
     shown = "; ".join(str(row) for row in dropped[:3])
     fixes = " ".join(dict.fromkeys(row.fix for row in dropped[:3]))
-    what = f"{len(dropped):,} of {read:,} rows cannot be used ({why}): {shown}{'; ...' if len(dropped) > 3 else ''}"
+    what = (
+        f"{len(dropped):,} of {read:,} rows cannot be used ({why}):"
+        f" {shown}{'; ...' if len(dropped) > 3 else ''}"
+    )
     return TooManyBadRows(what, remedy=f"{fixes} Or raise max_bad_rows.")
 
 
 def unique_ids(ids: list[str], named: list[bool]) -> int:
-    """Tells rows with one id apart by "#2", "#3", ... in file order, in place; an id that stands in a row is never given to another.
+    """Tells rows with one id apart by "#2", "#3", ... in file order, in place; an id that stands in
+    a row is never given to another.
 
     Returns how many ids that stood in rows were changed.
     """

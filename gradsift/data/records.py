@@ -19,7 +19,9 @@ def text_of(example: Example) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A row that is not used. line: see `containers.Place`; reason: "code: what was found"; fix: what to do about it."""
+    """A row that is not used. line: see `containers.Place`; reason: "code: what was found"; fix:
+    what to do about it.
+    """
 
     file: str
     line: int
@@ -37,7 +39,9 @@ class Dropped:
 
 @dataclass
 class Columns:
-    """What is kept of n rows. file, line, start, end: ints [n]; row_hash, content_hash: uint8 [n, 16]."""
+    """What is kept of n rows. file, line, start, end: ints [n]; row_hash, content_hash: uint8 [n,
+    16].
+    """
 
     ids: list[str]
     groups: list[str]
@@ -56,7 +60,8 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a row was found. line: 1-based line of a jsonl file, else 1-based number of the row. [start, end): bytes, or a table row.
+    """Where a row was found. line: 1-based line of a jsonl file, else 1-based number of the row.
+    [start, end): bytes, or a table row.
 
     fault: (code, text) when no row can be read there.
     """
@@ -69,9 +74,13 @@ class Place:
 
 
 def canonical(record: Any) -> bytes:
-    """One line of JSON for a record; values JSON has no word for are written as text, NaN and infinities as null."""
+    """One line of JSON for a record; values JSON has no word for are written as text, NaN and
+    infinities as null.
+    """
     try:
-        return json.dumps(record, ensure_ascii=False, separators=(", ", ": "), default=_plain, allow_nan=False).encode()
+        return json.dumps(
+            record, ensure_ascii=False, separators=(", ", ": "), default=_plain, allow_nan=False
+        ).encode()
     except ValueError:
         return canonical(finite_numbers(record))
 

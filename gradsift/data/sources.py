@@ -1,4 +1,6 @@
-"""The sources of a pool as they are named: `[NAME=]FILE` or hf:NAME, and what is wrong with them before a row is read."""
+"""The sources of a pool as they are named: `[NAME=]FILE` or hf:NAME, and what is wrong with them
+before a row is read.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ def split_name(source: str | Path) -> tuple[str | None, str]:
     """`[NAME=]FILE` -> (NAME, FILE). A file whose own name has an equals sign wins."""
     text = str(source)
     name, equals, file = text.partition("=")
-    if isinstance(source, Path) or not equals or not name or "/" in name or name.startswith("hf:") or is_url(text) or Path(text).exists():
+    if (
+        isinstance(source, Path)
+        or not equals
+        or not name
+        or "/" in name
+        or name.startswith("hf:")
+        or is_url(text)
+        or Path(text).exists()
+    ):
         return None, text
     return name, file
 
@@ -45,8 +55,12 @@ def check_pool(
     return [check_source(split_name(source)[1]) for source in sources]
 
 
-def check_names(sources: Sequence[str | Path], format: str, mapping: Mapping[str, str] | None) -> None:
-    """Raises UserError for no source, UnknownName for a format or a field of the mapping that there is not."""
+def check_names(
+    sources: Sequence[str | Path], format: str, mapping: Mapping[str, str] | None
+) -> None:
+    """Raises UserError for no source, UnknownName for a format or a field of the mapping that there
+    is not.
+    """
     if not sources:
         raise UserError("no pool file was named", remedy="Name at least one file.")
     if format != "auto" and format not in FORMATS:

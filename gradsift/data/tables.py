@@ -1,7 +1,7 @@
 """Tables as containers of rows: parquet, Arrow files, folders saved by `datasets`, hub datasets.
 
-Parquet is unpacked once into an unlinked temporary Arrow file. Every batch is checked before a value of it is read: Arrow takes offsets as
-the file states them, and a file may lie.
+Parquet is unpacked once into an unlinked temporary Arrow file. Every batch is checked before a
+value of it is read: Arrow takes offsets as the file states them, and a file may lie.
 """
 
 from __future__ import annotations
@@ -22,19 +22,27 @@ from gradsift.data.records import Place
 from gradsift.data.saved import saved_files
 from gradsift.errors import DataError, DiskFull, OutOfMemory, UserError
 
-_STEP, _BATCH_ROWS, _BATCH_BYTES = 256, 1 << 14, 1 << 26  # rows decoded at once; rows and bytes of a batch that is kept
-_UNREADABLE = (ValueError, LookupError, ArithmeticError, TypeError, pa.ArrowException)  # what a value without a Python value raises
+# rows decoded at once; rows and bytes of a batch that is kept
+_STEP, _BATCH_ROWS, _BATCH_BYTES = 256, 1 << 14, 1 << 26
+# what a value without a Python value raises
+_UNREADABLE = (ValueError, LookupError, ArithmeticError, TypeError, pa.ArrowException)
 
 
 class Table:
-    """Record batches that lie in a memory-mapped file. `kind` is "parquet" or "arrow", which is also what subsets are written as."""
+    """Record batches that lie in a memory-mapped file. `kind` is "parquet" or "arrow", which is
+    also what subsets are written as.
+    """
 
     def __init__(self, table: pa.Table, name: str, kind: str) -> None:
         self.table, self.name, self.kind = table, name, kind
         self.cut, self.blank = None, 0
         if len(set(table.column_names)) < table.num_columns:
-            twice = next(column for column in table.column_names if table.column_names.count(column) > 1)
-            raise DataError(f"has two columns named {twice!r}", where=name, remedy="Rename or drop one of them.")
+            twice = next(
+                column for column in table.column_names if table.column_names.count(column) > 1
+            )
+            raise DataError(
+                f"has two columns named {twice!r}", where=name, remedy="Rename or drop one of them."
+            )
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -66,12 +74,15 @@ class Table:
 
 
 def parquet(file: IO[bytes], name: str, max_expansion: float) -> Table:
-    """Parquet is unpacked into an Arrow file: one row of it cannot be read without its whole row group."""
+    """Parquet is unpacked into an Arrow file: one row of it cannot be read without its whole row
+    group.
+    """
     size = os.fstat(file.fileno()).st_size
     try:
         source = pq.ParquetFile(file)
         with tempfile.NamedTemporaryFile(prefix="gradsift-", suffix=".arrow") as spool:
-            with pa.ipc.new_stream(spool, source.schema_arrow) as writer:  # a stream, since dictionaries may differ between row groups
+            with pa.ipc.new_stream(spool, source.schema_arrow) as writer:
+                # a stream, since dictionaries may differ between row groups
                 for batch in _joined(source.iter_batches(batch_size=_STEP)):
                     _check(batch)
                     writer.write_batch(batch)
@@ -82,17 +93,26 @@ def parquet(file: IO[bytes], name: str, max_expansion: float) -> Table:
         raise _too_large(name) from error
     except (pa.ArrowException, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFull(f"no space left in {tempfile.gettempdir()} to unpack it", where=name, remedy=ROOM) from error
-        raise DataError(f"is not a readable parquet file ({_short(error)})", where=name, remedy=AGAIN) from error
+            raise DiskFull(
+                f"no space left in {tempfile.gettempdir()} to unpack it", where=name, remedy=ROOM
+            ) from error
+        raise DataError(
+            f"is not a readable parquet file ({_short(error)})", where=name, remedy=AGAIN
+        ) from error
     return Table(table, name, "parquet")
 
 
 def _joined(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Small batches joined to larger ones: rows are decoded few at a time, since a word of megabytes may stand in each of them."""
+    """Small batches joined to larger ones: rows are decoded few at a time, since a word of
+    megabytes may stand in each of them.
+    """
     waiting: list[pa.RecordBatch] = []
     for batch in batches:
         waiting.append(batch)
-        if sum(map(len, waiting)) >= _BATCH_ROWS or sum(b.get_total_buffer_size() for b in waiting) >= _BATCH_BYTES:
+        if (
+            sum(map(len, waiting)) >= _BATCH_ROWS
+            or sum(b.get_total_buffer_size() for b in waiting) >= _BATCH_BYTES
+        ):
             yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()
             waiting = []
     if waiting:
@@ -100,7 +120,9 @@ def _joined(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def arrow(paths: list[Path], name: str, max_expansion: float) -> Table:
-    """Arrow files or streams, one after the other; memory-mapped, but for what is compressed in them."""
+    """Arrow files or streams, one after the other; memory-mapped, but for what is compressed in
+    them.
+    """
     tables = []
     for path in paths:
         try:
@@ -109,7 +131,11 @@ def arrow(paths: list[Path], name: str, max_expansion: float) -> Table:
             source.seek(0)
             reader: Any = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
             batches, held = [], 0
-            for batch in (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader:
+            for batch in (
+                (reader.get_batch(i) for i in range(reader.num_record_batches))
+                if is_file
+                else reader
+            ):
                 _check(batch)
                 batches.append(batch)
                 held += batch.get_total_buffer_size()
@@ -118,7 +144,9 @@ def arrow(paths: list[Path], name: str, max_expansion: float) -> Table:
         except MemoryError as error:
             raise _too_large(path) from error
         except (pa.ArrowException, ValueError, OSError) as error:
-            raise DataError(f"is not a readable Arrow file ({_short(error)})", where=path, remedy=AGAIN) from error
+            raise DataError(
+                f"is not a readable Arrow file ({_short(error)})", where=path, remedy=AGAIN
+            ) from error
     if not tables or not all(table.schema.equals(tables[0].schema) for table in tables):
         what = "its files have different schemas" if tables else "holds no files"
         raise DataError(what, where=name, remedy="Save the data set again.")
@@ -126,7 +154,9 @@ def arrow(paths: list[Path], name: str, max_expansion: float) -> Table:
 
 
 def _check(batch: pa.RecordBatch) -> None:
-    """Raises ArrowInvalid for offsets and indices that lead outside their buffers. Whether texts are UTF-8 is asked row by row."""
+    """Raises ArrowInvalid for offsets and indices that lead outside their buffers. Whether texts
+    are UTF-8 is asked row by row.
+    """
     for column in batch.columns:
         plain = _without_texts(column.type)
         (column if plain == column.type else column.view(plain)).validate(full=True)
@@ -145,7 +175,11 @@ def _without_texts(kind: pa.DataType) -> pa.DataType:
 
 
 def _too_large(name: str | Path) -> OutOfMemory:
-    return OutOfMemory("its rows do not fit into memory when they are unpacked", where=name, remedy="Save it again in smaller batches.")
+    return OutOfMemory(
+        "its rows do not fit into memory when they are unpacked",
+        where=name,
+        remedy="Save it again in smaller batches.",
+    )
 
 
 def _short(error: Exception) -> str:
@@ -153,34 +187,51 @@ def _short(error: Exception) -> str:
 
 
 def saved_folder(path: Path) -> Table:
-    """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk` (its train split, or its only one)."""
+    """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk` (its train split, or
+    its only one).
+    """
     folder, files = saved_files(path)
     return arrow(files, str(folder), EXPANSION)
 
 
 def hub(name: str) -> Table:
-    """`hf:NAME[:CONFIG][@REVISION]` through the `datasets` library; NAME may be a local folder. The train split, or the only one."""
+    """`hf:NAME[:CONFIG][@REVISION]` through the `datasets` library; NAME may be a local folder. The
+    train split, or the only one.
+    """
     rest, config, revision = name[3:], "", ""
     if not os.path.isdir(rest):
         rest, _, revision = rest.partition("@")
         rest, _, config = rest.partition(":")
-    if os.path.isfile(os.path.join(rest, "state.json")) or os.path.isfile(os.path.join(rest, "dataset_dict.json")):
+    if os.path.isfile(os.path.join(rest, "state.json")) or os.path.isfile(
+        os.path.join(rest, "dataset_dict.json")
+    ):
         return saved_folder(Path(rest))
     try:
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError:
-        raise UserError("hf: sources need the `datasets` library", where=name, remedy='Install it: pip install "gradsift[hub]"') from None
-    # The 3.x line of datasets could run a script of the repository; later ones cannot and warn about the option.
+        raise UserError(
+            "hf: sources need the `datasets` library",
+            where=name,
+            remedy='Install it: pip install "gradsift[hub]"',
+        ) from None
+    # The 3.x line of datasets could run a script of the repository; later ones cannot and warn
+    # about the option.
     options: Any = {"trust_remote_code": False} if datasets.__version__.startswith("3.") else {}
     try:
-        loaded: Any = datasets.load_dataset(rest, config or None, revision=revision or None, **options)
+        loaded: Any = datasets.load_dataset(
+            rest, config or None, revision=revision or None, **options
+        )
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         remedy = "Check the name, the network and HF_TOKEN; or download the files and name them."
         raise UserError(f"cannot be loaded ({_short(error)})", where=name, remedy=remedy) from error
     if isinstance(loaded, dict):
         if "train" not in loaded and len(loaded) != 1:
             splits = ", ".join(loaded)
-            raise UserError(f"holds the splits {splits} and no train", where=name, remedy="Download the split and name its file.")
+            raise UserError(
+                f"holds the splits {splits} and no train",
+                where=name,
+                remedy="Download the split and name its file.",
+            )
         loaded = loaded["train" if "train" in loaded else next(iter(loaded))]
     return Table(loaded.data.table, name, "arrow")

@@ -1,8 +1,10 @@
-"""One batch through a frozen model: taps on the tracked modules, and the loss on supervised positions.
+"""One batch through a frozen model: taps on the tracked modules, and the loss on supervised
+positions.
 
-A tap is the identity on a module's output that also keeps its input. When the backward pass reaches it, the input x [b, t, i] and the
-output gradient g [b, t, o] of that module are at hand, and its per-example weight gradient is sum_t g_t x_t^T. A `Consumer` takes both,
-one parameter after the other, and says what becomes of them.
+A tap is the identity on a module's output that also keeps its input. When the backward pass reaches
+it, the input x [b, t, i] and the output gradient g [b, t, o] of that module are at hand, and its
+per-example weight gradient is sum_t g_t x_t^T. A `Consumer` takes both, one parameter after the
+other, and says what becomes of them.
 """
 
 from __future__ import annotations
@@ -29,22 +31,29 @@ from gradsift.gradients.objectives import OBJECTIVES, Loss
 from gradsift.model.layers import tracked_modules
 from gradsift.types import IGNORE
 
-_SAME_WITHOUT: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # last feed-forward layers already checked
+# last feed-forward layers already checked
+_SAME_WITHOUT: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
-LabelledIds = tuple[np.ndarray, np.ndarray]  # (input ids, the label that each position predicts), of equal length
+# (input ids, the label that each position predicts), of equal length
+LabelledIds = tuple[np.ndarray, np.ndarray]
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on a module's output. Its backward hands (module input, output gradient) to `sink`.
+    """The identity on a module's output. Its backward hands (module input, output gradient) to
+    `sink`.
 
-    `anchor` requires a gradient, so the output does too: that is where the graph of a frozen model starts.
+    `anchor` requires a gradient, so the output does too: that is where the graph of a frozen model
+    starts.
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, x: Tensor, anchor: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(
+        ctx: Any, out: Tensor, x: Tensor, anchor: Tensor, sink: Callable[[Tensor, Tensor], None]
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.sink = sink
-        ctx.mark_dirty(out)  # the very tensor, not a view of it: what comes next may change it in place
+        # the very tensor, not a view of it: what comes next may change it in place
+        ctx.mark_dirty(out)
         return out
 
     @staticmethod
@@ -70,10 +79,15 @@ class Input:
     sketches: dict[str, Tensor] = field(default_factory=dict)
 
     def is_of(self, x: Tensor) -> bool:
-        return x.data_ptr() == self.seen.data_ptr() and x.shape == self.seen.shape and x.stride() == self.seen.stride()
+        return (
+            x.data_ptr() == self.seen.data_ptr()
+            and x.shape == self.seen.shape
+            and x.stride() == self.seen.stride()
+        )
 
 
-Call = tuple[Input, Tensor]  # one use of a parameter: its input, its output gradients [b, positions, o]
+# one use of a parameter: its input, its output gradients [b, positions, o]
+Call = tuple[Input, Tensor]
 
 
 class Consumer(Protocol):
@@ -111,16 +125,22 @@ class Batch:
     width: int  # most supervised tokens of an example
     consumer: Consumer
     calls: dict[str, int] = field(default_factory=dict)  # forward calls by parameter
-    readers: dict[str, list[str]] = field(default_factory=dict)  # parameters by what they read, for sharing
-    held: dict[str, list[Call]] = field(default_factory=dict)  # until all calls of a parameter have come back
+    # parameters by what they read, for sharing
+    readers: dict[str, list[str]] = field(default_factory=dict)
+    # until all calls of a parameter have come back
+    held: dict[str, list[Call]] = field(default_factory=dict)
     last_read: tuple[Tensor, list[str]] | None = None
     shared: Input | None = None
     backward: bool = False
     gathered: bool = False  # the head saw supervised positions only
-    head_out: int = 0  # where the head wrote: logits still there were not capped or scaled, nothing keeps them, they may be overwritten
+    # where the head wrote: logits still there were not capped or scaled, nothing keeps them, they
+    # may be overwritten
+    head_out: int = 0
 
     def called(self, owner: str, x: Tensor | None) -> None:
-        """Counts a forward call of a parameter that reads x, or None for what nothing else reads."""
+        """Counts a forward call of a parameter that reads x, or None for what nothing else
+        reads.
+        """
         if self.backward:  # a checkpointed block runs again during the backward pass
             return
         self.calls[owner] = self.calls.get(owner, 0) + 1
@@ -134,12 +154,14 @@ class Batch:
 
 
 class Capture:
-    """A model with tracked modules, and what is differentiated; `run` hands the gradients of a batch to a consumer.
+    """A model with tracked modules, and what is differentiated; `run` hands the gradients of a
+    batch to a consumer.
 
-    `modules`: by name, those that are tapped. `owner`: module -> the name of its parameter. `shapes`: parameter -> its shape, in its own
-    layout; `transposed`: the parameters in the layout [in, out].
-    `fused`: LoRA layers run in one step, which hands B its input times the scaling and an output gradient without it: the same product of
-    other factors. `every_position`: all modules see all positions; otherwise the last feed-forward layer sees supervised ones alone.
+    `modules`: by name, those that are tapped. `owner`: module -> the name of its parameter.
+    `shapes`: parameter -> its shape, in its own layout; `transposed`: the parameters in the layout
+    [in, out]. `fused`: LoRA layers run in one step, which hands B its input times the scaling and
+    an output gradient without it: the same product of other factors. `every_position`: all modules
+    see all positions; otherwise the last feed-forward layer sees supervised ones alone.
     """
 
     def __init__(
@@ -154,30 +176,52 @@ class Capture:
         self.model, self.differentiate = model, OBJECTIVES[loss]
         self.modules = tracked_modules(model, modules)
         weights = {name: _weight(name, module) for name, module in self.modules.items()}
-        # modules that share one parameter are one: its gradient is the sum over all of them, under the first name
+        # modules that share one parameter are one: its gradient is the sum over all of them, under
+        # the first name
         first: dict[int, str] = {}
         self.owner = {name: first.setdefault(id(w), name) for name, w in weights.items()}
-        self.shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items() if self.owner[name] == name}
-        # Linear keeps [out, in], transformers' Conv1D [in, out]; gradients are formed in the parameter's own layout
-        self.transposed = {name for name, module in self.modules.items() if type(module).__name__ == "Conv1D"}
+        self.shapes = {
+            name: (w.shape[0], w.shape[1])
+            for name, w in weights.items()
+            if self.owner[name] == name
+        }
+        # Linear keeps [out, in], transformers' Conv1D [in, out]; gradients are formed in the
+        # parameter's own layout
+        self.transposed = {
+            name for name, module in self.modules.items() if type(module).__name__ == "Conv1D"
+        }
         self.tapped = set(self.modules.values())
         self.low_rank = low_rank_layers(model, self.modules) if fused else []
         self.device = next(iter(weights.values())).device
         self.head = _head(model)
         self.everything, self.parameters = list(model.modules()), list(model.parameters())
         self.bf16_attention, self.rms_norms = is_helped(self.everything), rms_norms(self.everything)
-        self.blocks = [m for m in self.everything if hasattr(m, "gradient_checkpointing") and hasattr(m, "_can_checkpoint_with_cache")]
-        self.tail: nn.Module | None = None if self.head is None or every_position else find_tail(model)
+        self.blocks = [
+            m
+            for m in self.everything
+            if hasattr(m, "gradient_checkpointing") and hasattr(m, "_can_checkpoint_with_cache")
+        ]
+        self.tail: nn.Module | None = (
+            None if self.head is None or every_position else find_tail(model)
+        )
         self.tail_checked = False
         self.batch: Batch | None = None
 
-    def run(self, rows: Sequence[LabelledIds], consumer: Consumer, relabel: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """One forward and backward pass: hands every gradient to `consumer`, and returns the losses [b] of the rows on the CPU.
+    def run(
+        self,
+        rows: Sequence[LabelledIds],
+        consumer: Consumer,
+        relabel: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """One forward and backward pass: hands every gradient to `consumer`, and returns the losses
+        [b] of the rows on the CPU.
 
         Args:
             rows: b rows, each with at least one supervised position.
-            consumer: takes the gradients of the sum of the rows' losses, each a mean over supervised positions.
-            relabel: gives other labels [l] for the supervised positions of all rows, in order, from their logits [l, v] in a pass of its
+            consumer: takes the gradients of the sum of the rows' losses, each a mean over
+                supervised positions.
+            relabel: gives other labels [l] for the supervised positions of all rows, in order, from
+                their logits [l, v] in a pass of its
                 own without gradients.
         """
         try:
@@ -187,13 +231,17 @@ class Capture:
                 with self._hooked():
                     ids, labels = pad_rows(rows)
                     if relabel is not None:
-                        labels[labels != IGNORE] = relabel(self._outputs(ids, labels, consumer)).cpu().numpy()
+                        labels[labels != IGNORE] = (
+                            relabel(self._outputs(ids, labels, consumer)).cpu().numpy()
+                        )
                     return self._differentiated(ids, labels, consumer)
         finally:
             self.batch = None
 
     def _outputs(self, ids: np.ndarray, labels: np.ndarray, consumer: Consumer) -> Tensor:
-        """Logits [l, v] at the supervised positions. No tap hands anything on: there is no graph to hang one on."""
+        """Logits [l, v] at the supervised positions. No tap hands anything on: there is no graph to
+        hang one on.
+        """
         b, t = ids.shape
         flat = torch.from_numpy(np.flatnonzero(labels != IGNORE)).to(self.device)
         self.batch = Batch(b, t, flat, flat, t, consumer)
@@ -212,22 +260,34 @@ class Capture:
         places = np.flatnonzero(supervised)
         counts = torch.from_numpy(supervised.sum(1)).to(self.device, torch.float32)
         width, rank = int(supervised.sum(1).max()), (np.cumsum(supervised, 1) - 1).ravel()[places]
-        flat, owner, slots = (torch.from_numpy(a).to(self.device) for a in (places, places // t, places // t * width + rank))
+        flat, owner, slots = (
+            torch.from_numpy(a).to(self.device)
+            for a in (places, places // t, places // t * width + rank)
+        )
         batch = self.batch = Batch(b, t, flat, slots, width, consumer)
         consumer.begin(batch)
         logits = self._logits(ids, batch)
-        targets, weights = torch.from_numpy(labels.ravel()[places]).to(logits.device), (1 / counts[owner]).to(logits.device)
-        nll, grad = self.differentiate(logits, targets, weights, in_place=logits.data_ptr() == batch.head_out)
+        targets, weights = (
+            torch.from_numpy(labels.ravel()[places]).to(logits.device),
+            (1 / counts[owner]).to(logits.device),
+        )
+        nll, grad = self.differentiate(
+            logits, targets, weights, in_place=logits.data_ptr() == batch.head_out
+        )
         batch.backward, batch.last_read = True, None
         torch.autograd.backward(logits, grad)
         with torch.no_grad():
             for name in list(batch.held):
                 consumer.gradient(name, batch.held.pop(name))
-        return (torch.zeros(b, device=self.device).index_add_(0, owner, nll.to(self.device)) / counts).cpu()
+        return (
+            torch.zeros(b, device=self.device).index_add_(0, owner, nll.to(self.device)) / counts
+        ).cpu()
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Evaluation mode, nothing requires a gradient, and checkpointing where enabled (transformers: in training mode only)."""
+        """Evaluation mode, nothing requires a gradient, and checkpointing where enabled
+        (transformers: in training mode only).
+        """
         training = [m for m in self.everything if m.training]
         trainable = [p for p in self.parameters if p.requires_grad]
         blocks = [m for m in self.blocks if m.gradient_checkpointing]
@@ -247,12 +307,22 @@ class Capture:
     @contextmanager
     def _hooked(self) -> Iterator[None]:
         anchor = torch.zeros((), device=self.device, requires_grad=True)
-        handles = [m.register_forward_hook(self._tap(name, anchor)) for name, m in self.modules.items()]
+        handles = [
+            m.register_forward_hook(self._tap(name, anchor)) for name, m in self.modules.items()
+        ]
         if self.head is not None:
-            handles += [self.head.register_forward_pre_hook(self._before_head), self.head.register_forward_hook(self._after_head)]
+            handles += [
+                self.head.register_forward_pre_hook(self._before_head),
+                self.head.register_forward_hook(self._after_head),
+            ]
         if self.tail is not None:
-            handles += [self.tail.register_forward_pre_hook(self._before_tail), self.tail.register_forward_hook(self._after_tail)]
-        quick: list[tuple[nn.Module, Callable[..., Any]]] = [(m, in_few_passes(m, m.forward)) for m in self.rms_norms]
+            handles += [
+                self.tail.register_forward_pre_hook(self._before_tail),
+                self.tail.register_forward_hook(self._after_tail),
+            ]
+        quick: list[tuple[nn.Module, Callable[..., Any]]] = [
+            (m, in_few_passes(m, m.forward)) for m in self.rms_norms
+        ]
         quick += [(parts.layer, self._low_rank(parts, anchor)) for parts in self.low_rank]
         within = {m for parts in self.low_rank for m in (parts.base, parts.a, parts.b)}
         quick += matmul.layer_forwards(m for m in self.everything if m not in within)
@@ -291,7 +361,11 @@ class Capture:
     def _after_tail(self, tail: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         assert self.batch is not None
         b, t, width = self.batch.b, self.batch.t, out.shape[-1]
-        return out.new_zeros(b * t, width).index_copy(0, self.batch.flat.to(out.device), out[0]).view(b, t, width)
+        return (
+            out.new_zeros(b * t, width)
+            .index_copy(0, self.batch.flat.to(out.device), out[0])
+            .view(b, t, width)
+        )
 
     def _tap(self, name: str, anchor: Tensor) -> Callable[..., Tensor | None]:
         owner = self.owner[name]
@@ -305,7 +379,14 @@ class Capture:
                 return None
             if not isinstance(out, Tensor):
                 what = f"{type(module).__name__} gives {type(out).__name__}, not a tensor"
-                raise ConfigError(what, where=name, remedy="Name the other layers: modules=[...] (routers of a mixture cannot be read).")
+                raise ConfigError(
+                    what,
+                    where=name,
+                    remedy=(
+                        "Name the other layers: modules=[...] (routers of a mixture cannot be"
+                        " read)."
+                    ),
+                )
             batch.called(owner, args[0])
             return _Tap.apply(out, args[0], anchor, sink)  # type: ignore[return-value]
 
@@ -341,8 +422,9 @@ class Capture:
             batch.consumer.gradient(owner, batch.held.pop(owner))
 
     def _by_example(self, name: str, a: Tensor) -> Tensor:
-        """Activations as [b, positions, features], on one device where the model spans several: supervised positions that were gathered from
-        all examples go back to their own."""
+        """Activations as [b, positions, features], on one device where the model spans several:
+        supervised positions that were gathered from all examples go back to their own.
+        """
         batch = self.batch
         assert batch is not None
         a = a.to(self.device)
@@ -354,7 +436,8 @@ class Capture:
             out = a.new_zeros(batch.b * batch.width, a.shape[2])
             return out.index_copy_(0, batch.slots, a[0]).view(batch.b, batch.width, -1)
         raise ConfigError(
-            f"module {name} sees activations of shape {tuple(a.shape)}, which do not say whose example they are",
+            f"module {name} sees activations of shape {tuple(a.shape)}, which do not say whose"
+            " example they are",
             remedy="Leave this module out (experts of a mixture cannot be read).",
         )
 
@@ -373,7 +456,9 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def pad_rows(rows: Sequence[LabelledIds]) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, labels) int64 [b, t], padded on the right: ids with the row's own first token, which every vocabulary has, labels with -100."""
+    """(ids, labels) int64 [b, t], padded on the right: ids with the row's own first token, which
+    every vocabulary has, labels with -100.
+    """
     t = max(len(ids) for ids, _ in rows)
     ids, labels = np.empty((len(rows), t), np.int64), np.full((len(rows), t), IGNORE, np.int64)
     for k, (row_ids, row_labels) in enumerate(rows):

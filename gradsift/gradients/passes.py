@@ -1,13 +1,17 @@
 """Per-example gradients by hooks in one batched backward pass, projected as they appear.
 
 What makes it cheaper than the training step whose gradients it reads:
-- Everything is frozen, so no weight gradient of a batch is formed. The graph starts at the lowest tracked module and the backward pass
-  ends there.
-- A tap on each tracked module sees its input and its output gradient; the per-example gradient is transformed, projected and dropped
-  inside the backward pass, so a batch holds the gradients of one module at a time.
-- The head runs only on positions whose next token is supervised, and the cross-entropy turns its logits into their own gradient in place.
-- Rows are cut after their last supervised token (under causal attention nothing later reaches the loss), sorted by length and padded on
-  the right in batches of a token budget. Causal attention never looks right, so padding needs no mask.
+- Everything is frozen, so no weight gradient of a batch is formed. The graph starts at the lowest
+  tracked module and the backward pass ends there.
+- A tap on each tracked module sees its input and its output gradient; the per-example gradient is
+  transformed, projected and dropped inside the backward pass, so a batch holds the gradients of one
+  module at a time.
+- The head runs only on positions whose next token is supervised, and the cross-entropy turns its
+logits into their own gradient in place.
+- Rows are cut after their last supervised token (under causal attention nothing later reaches the
+  loss), sorted by length and padded on
+  the right in batches of a token budget. Causal attention never looks right, so padding needs no
+  mask.
 """
 
 from __future__ import annotations
@@ -38,12 +42,13 @@ Norms = Literal["exact", "sketched"]
 class GradientBatch:
     """Some rows, in any order: `indices` [b] are their positions in `encoded`.
 
-    rows [b, d] fp32, not normalised: projection(transform(gradient)). norms [b]: L2 norm of the gradient before transform and
-    projection, over all tracked modules. losses [b]: mean negative log-likelihood per supervised token, nats. tokens [b] int32:
-    supervised tokens (the first token of a row is never predicted, so never counts). All on the CPU.
-    A row without supervised tokens is all zeros, tokens 0 included. A row that does not fit in memory alone is NaN (rows, norms,
-    losses) and listed in `failed`. `halvings`: how often this batch had to be split for memory; above 0 the numbers are right but not
-    bit-reproducible.
+    rows [b, d] fp32, not normalised: projection(transform(gradient)). norms [b]: L2 norm of the
+    gradient before transform and projection, over all tracked modules. losses [b]: mean negative
+    log-likelihood per supervised token, nats. tokens [b] int32: supervised tokens (the first token
+    of a row is never predicted, so never counts). All on the CPU. A row without supervised tokens
+    is all zeros, tokens 0 included. A row that does not fit in memory alone is NaN (rows, norms,
+    losses) and listed in `failed`. `halvings`: how often this batch had to be split for memory;
+    above 0 the numbers are right but not bit-reproducible.
     """
 
     indices: np.ndarray
@@ -58,14 +63,22 @@ class GradientBatch:
 class ProjectedRows:
     """A consumer that makes one projected row of each example's gradients, and its norm.
 
-    The product of inputs and output gradients is formed only where something needs it (a transform, a sketch, a short norm). Otherwise a
-    two-sided projection takes the factors, (g P_out)^T (x P_in), and the squared norm comes from t x t products (see `weight_grads`) or,
-    with norms="sketched", from the sketch. Parameters that read the same x (queries, keys, values) share its sketch and its products.
+    The product of inputs and output gradients is formed only where something needs it (a transform,
+    a sketch, a short norm). Otherwise a two-sided projection takes the factors, (g P_out)^T (x
+    P_in), and the squared norm comes from t x t products (see `weight_grads`) or, with
+    norms="sketched", from the sketch. Parameters that read the same x (queries, keys, values) share
+    its sketch and its products.
 
     `width`: the numbers d of a row. Raises as the transform's `check`, and as `Projection.bind`.
     """
 
-    def __init__(self, capture: Capture, projection: Projection, transform: Transform | None = None, norms: Norms = "exact") -> None:
+    def __init__(
+        self,
+        capture: Capture,
+        projection: Projection,
+        transform: Transform | None = None,
+        norms: Norms = "exact",
+    ) -> None:
         check = getattr(transform, "check", None)
         if check is not None:
             check(capture.shapes)
@@ -87,7 +100,8 @@ class ProjectedRows:
     def gradient(self, name: str, calls: list[Call]) -> None:
         """Norm, transform and projection of one parameter's gradient."""
         source, g = calls[0]
-        if len(calls) > 1:  # a gradient summed over calls is one over their positions laid end to end
+        if len(calls) > 1:
+            # a gradient summed over calls is one over their positions laid end to end
             x = torch.cat([call[0].by_example for call in calls], 1)
             source, g = Input(x, x, [name]), torch.cat([call[1] for call in calls], 1)
         sides = self._sides(name, g.dtype)
@@ -99,10 +113,16 @@ class ProjectedRows:
             self.bound.add(self.state, name, grad)
             return
         if name not in source.sketches:
-            wanted = [n for n in source.readers if self._sides(n, g.dtype) is not None] if name in source.readers else [name]
+            wanted = (
+                [n for n in source.readers if self._sides(n, g.dtype) is not None]
+                if name in source.readers
+                else [name]
+            )
             parts = [self.sides[n][1] for n in wanted]  # type: ignore[index]
             together = matmul.matmul(source.by_example, torch.cat(parts, 1))
-            source.sketches.update(zip(wanted, together.split([p.shape[1] for p in parts], -1), strict=True))
+            source.sketches.update(
+                zip(wanted, together.split([p.shape[1] for p in parts], -1), strict=True)
+            )
         inner, outer = source.sketches[name].float(), matmul.matmul(g, sides[0]).float()
         left, right = (inner, outer) if name in self.transposed else (outer, inner)
         a, b = self.bound.projection.dim  # type: ignore[misc]
@@ -112,21 +132,39 @@ class ProjectedRows:
                 source.gram = doubled_gram(source.by_example)
             self.squares += squares(source.by_example, g, source.gram)
         else:
-            plain = made if self.transform is None else self.bound.product(left[..., a:], right[..., b:])
+            plain = (
+                made
+                if self.transform is None
+                else self.bound.product(left[..., a:], right[..., b:])
+            )
             self.squares += plain.square().sum(1)
 
     def _sides(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """(output side, input side) signs where the projection can take factors, with the transform's own factors in them; where norms are
-        sketched, then followed by those without."""
+        """(output side, input side) signs where the projection can take factors, with the
+        transform's own factors in them; where norms are sketched, then followed by those
+        without.
+        """
         if name not in self.sides:
             made, two_sided = None, self.bound.projection.two_sided
-            factors = self.transform.factors(name) if two_sided and self.transform is not None else None  # asked for only to be used
+            # asked for only to be used
+            factors = (
+                self.transform.factors(name) if two_sided and self.transform is not None else None
+            )
             if two_sided and (self.transform is None or factors is not None):
                 left, right = self.bound.sides(name)
                 if factors is not None:
-                    plain = (left, right) if self.norms == "sketched" else (left[:, :0], right[:, :0])
-                    left, right = (torch.cat([f.to(s)[:, None] * s, p], 1) for f, s, p in zip(factors, (left, right), plain, strict=True))
-                made = (right.to(dtype), left.to(dtype)) if name in self.transposed else (left.to(dtype), right.to(dtype))
+                    plain = (
+                        (left, right) if self.norms == "sketched" else (left[:, :0], right[:, :0])
+                    )
+                    left, right = (
+                        torch.cat([f.to(s)[:, None] * s, p], 1)
+                        for f, s, p in zip(factors, (left, right), plain, strict=True)
+                    )
+                made = (
+                    (right.to(dtype), left.to(dtype))
+                    if name in self.transposed
+                    else (left.to(dtype), right.to(dtype))
+                )
             self.sides[name] = made
         return self.sides[name]
 
@@ -143,28 +181,36 @@ def extract(
     norms: Norms = "exact",
     halving: Halving | None = None,
 ) -> Iterator[GradientBatch]:
-    """Yields the projected gradient of every row of `encoded`, each row once, shortest batches last.
+    """Yields the projected gradient of every row of `encoded`, each row once, shortest batches
+    last.
 
-    The loss of a row is the mean over its supervised tokens (labels other than -100, each predicted from the tokens before it).
-    loss="margin" differentiates minus the mean log-odds of these tokens instead (see `gradsift.gradients.objectives`); `losses` stay what they are.
-    `modules`: None for the trainable LoRA layers, "linear" for all linear layers of the blocks, or names and globs; the gradient is of
-    their weights, not their biases. `token_budget`: padded tokens per forward pass; a longer row goes alone. When a pass runs out of
-    memory the batch is halved, and what follows keeps to the size that fits; a single row that never fits becomes NaN (see
-    GradientBatch) and a warning in the log.
-    norms="sketched": where a two-sided projection leaves a gradient unformed, its squared norm is that of its projection without the
-    transform: right on average over maps, zero and non-finite when the gradient is. Exact norms of full linear layers are about a seventh of
-    the work on a CPU; they are free wherever gradients are formed, and exact there in either case.
-    `halving` counts the halved batches and keeps the size that fits from one call to the next.
+    The loss of a row is the mean over its supervised tokens (labels other than -100, each predicted
+    from the tokens before it). loss="margin" differentiates minus the mean log-odds of these tokens
+    instead (see `gradsift.gradients.objectives`); `losses` stay what they are. `modules`: None for
+    the trainable LoRA layers, "linear" for all linear layers of the blocks, or names and globs; the
+    gradient is of their weights, not their biases. `token_budget`: padded tokens per forward pass;
+    a longer row goes alone. When a pass runs out of memory the batch is halved, and what follows
+    keeps to the size that fits; a single row that never fits becomes NaN (see GradientBatch) and a
+    warning in the log. norms="sketched": where a two-sided projection leaves a gradient unformed,
+    its squared norm is that of its projection without the transform: right on average over maps,
+    zero and non-finite when the gradient is. Exact norms of full linear layers are about a seventh
+    of the work on a CPU; they are free wherever gradients are formed, and exact there in either
+    case. `halving` counts the halved batches and keeps the size that fits from one call to the
+    next.
 
-    The model runs in evaluation mode (no dropout) in its own dtype, with products of bf16 gradients accumulated in fp32. Whenever a
-    batch is handed out, and after an exception or an early close, hooks, requires_grad flags and training mode are what they were;
-    gradients (`.grad`) are never touched. Gradient checkpointing, where it is enabled, is honoured.
+    The model runs in evaluation mode (no dropout) in its own dtype, with products of bf16 gradients
+    accumulated in fp32. Whenever a batch is handed out, and after an exception or an early close,
+    hooks, requires_grad flags and training mode are what they were; gradients (`.grad`) are never
+    touched. Gradient checkpointing, where it is enabled, is honoured.
 
-    Raises ConfigError or UnknownName when there is nothing to track, MismatchError when the transform does not know a parameter,
-    DataError for a malformed row. All but the last before the first batch.
+    Raises ConfigError or UnknownName when there is nothing to track, MismatchError when the
+    transform does not know a parameter, DataError for a malformed row. All but the last before the
+    first batch.
     """
     if token_budget < 1:
-        raise ConfigError(f"token_budget is {token_budget}", remedy="Pass a positive number of tokens.")
+        raise ConfigError(
+            f"token_budget is {token_budget}", remedy="Pass a positive number of tokens."
+        )
     if loss not in OBJECTIVES:
         raise UnknownName("loss", loss, OBJECTIVES)
     if norms not in get_args(Norms):
@@ -180,13 +226,19 @@ def output_dim(model: nn.Module, projection: Projection, modules: Modules = None
 
 
 def _stream(
-    capture: Capture, made: ProjectedRows, encoded: Sequence[Encoded], token_budget: int, halving: Halving
+    capture: Capture,
+    made: ProjectedRows,
+    encoded: Sequence[Encoded],
+    token_budget: int,
+    halving: Halving,
 ) -> Iterator[GradientBatch]:
     lengths, supervised = count_tokens(encoded)
     silent = np.flatnonzero(supervised == 0)
     if len(silent):
         zeros = torch.zeros(len(silent))
-        yield GradientBatch(silent, torch.zeros(len(silent), made.width), zeros, zeros.clone(), zeros.int())
+        yield GradientBatch(
+            silent, torch.zeros(len(silent), made.width), zeros, zeros.clone(), zeros.int()
+        )
 
     def work(batch: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         losses = capture.run([_cut(encoded[int(i)], int(lengths[i])) for i in batch], made)
@@ -196,7 +248,10 @@ def _stream(
         tokens, failed = torch.from_numpy(supervised[batch]), ()
         if numbers is None:
             nan = torch.full((1,), torch.nan)
-            numbers, failed = (torch.full((1, made.width), torch.nan), nan, nan.clone()), (int(batch[0]),)
+            numbers, failed = (
+                (torch.full((1, made.width), torch.nan), nan, nan.clone()),
+                (int(batch[0]),),
+            )
         yield GradientBatch(batch, *numbers, tokens, halvings, failed)
 
 

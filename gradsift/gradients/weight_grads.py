@@ -1,7 +1,9 @@
-"""Per-example weight gradients sum_t g_t x_t^T of a linear layer and their norms, from its inputs x [b, t, i] and output gradients g [b, t, o].
+"""Per-example weight gradients sum_t g_t x_t^T of a linear layer and their norms, from its inputs x
+[b, t, i] and output gradients g [b, t, o].
 
-The squared norm of such a sum is that of the t x t products, sum_{s,t} (x_s . x_t)(g_s . g_t): for short rows cheaper than forming it. Both
-are symmetric, so they are formed by blocks of rows up to the diagonal, and what is left of the diagonal's block counts twice.
+The squared norm of such a sum is that of the t x t products, sum_{s,t} (x_s . x_t)(g_s . g_t): for
+short rows cheaper than forming it. Both are symmetric, so they are formed by blocks of rows up to
+the diagonal, and what is left of the diagonal's block counts twice.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from gradsift.compute.cpu import matmul
 
-_BLOCK = 64  # rows of the t x t products formed at once; what lies above the diagonal's blocks is never formed
+# rows of the t x t products formed at once; what lies above the diagonal's blocks is never formed
+_BLOCK = 64
 
 
 def product(x: Tensor, g: Tensor, transposed: bool = False) -> Tensor:
@@ -25,13 +28,17 @@ def product(x: Tensor, g: Tensor, transposed: bool = False) -> Tensor:
 
 
 def gram_is_cheaper(x: Tensor, g: Tensor, readers: int = 1) -> bool:
-    """Whether the t x t products cost less than the gradient itself, where `readers` layers share those of x."""
+    """Whether the t x t products cost less than the gradient itself, where `readers` layers share
+    those of x.
+    """
     t, o, i = g.shape[1], g.shape[2], x.shape[2]
     return t * (o + i / readers) * 0.5 <= o * i
 
 
 def doubled_gram(x: Tensor) -> list[Tensor]:
-    """The blocks of x x^T, fp32, each entry that has a mirror image above the diagonal's blocks twice."""
+    """The blocks of x x^T, fp32, each entry that has a mirror image above the diagonal's blocks
+    twice.
+    """
     blocks = [block.float() for block in _gram(x)]
     for k, block in enumerate(blocks):
         block[:, :, : k * _BLOCK] *= 2
@@ -39,7 +46,9 @@ def doubled_gram(x: Tensor) -> list[Tensor]:
 
 
 def squares(x: Tensor, g: Tensor, gram: list[Tensor] | None) -> Tensor:
-    """Squared norms [b] of the gradients: from `gram`, the `doubled_gram` of x, or where that is None from the gradients."""
+    """Squared norms [b] of the gradients: from `gram`, the `doubled_gram` of x, or where that is
+    None from the gradients.
+    """
     if gram is None:
         return torch.linalg.vector_norm(product(x, g), dim=(1, 2)).square_()
     total = torch.zeros(len(g), device=g.device)

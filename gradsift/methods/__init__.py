@@ -1,4 +1,6 @@
-"""METHODS: name -> "module:Class". Third parties add theirs through the entry-point group `gradsift.methods`, read by the same table."""
+"""METHODS: name -> "module:Class". Third parties add theirs through the entry-point group
+`gradsift.methods`, read by the same table.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def table() -> dict[str, str]:
     """METHODS and what installed packages register; a built-in name cannot be taken over."""
     from importlib.metadata import entry_points
 
-    return {**{entry.name: entry.value for entry in entry_points(group="gradsift.methods")}, **METHODS}
+    return {
+        **{entry.name: entry.value for entry in entry_points(group="gradsift.methods")},
+        **METHODS,
+    }
 
 
 def load(name: str) -> type[Any]:
@@ -53,9 +58,11 @@ def load(name: str) -> type[Any]:
 
 
 def make(name: str, options: Mapping[str, Any] | None = None) -> Selector:
-    """A selector from its name and `-o key=value` options (strings are converted to the field's type).
+    """A selector from its name and `-o key=value` options (strings are converted to the field's
+    type).
 
-    Raises UnknownName for a method or option that does not exist, ConfigError for a value of the wrong type.
+    Raises UnknownName for a method or option that does not exist, ConfigError for a value of the
+    wrong type.
     """
     cls = load(name)
     fields = {field.name for field in dataclasses.fields(cls)}
@@ -78,10 +85,9 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Selector:
 def options_from(pairs: Iterable[str], *, before: str, remedy: str) -> dict[str, str]:
     """Options from `KEY=VALUE` texts, for `make`.
 
-    Args:
-        pairs: The texts. A key may be written with hyphens; the later of two equal keys holds.
-        before: The beginning of the error's text, which the faulty pair follows: as the user wrote it.
-        remedy: What the error advises.
+    Args: pairs: The texts. A key may be written with hyphens; the later of two equal keys holds.
+        before: The beginning of the error's text, which the faulty pair follows: as the user wrote
+        it. remedy: What the error advises.
 
     Raises:
         ConfigError: For a text without `=` or without a key.
@@ -101,7 +107,9 @@ def options_of(selector: Selector) -> dict[str, Any]:
 
 
 def describe() -> list[dict[str, Any]]:
-    """Every method as plain data: name, first sentence, where it is from, target, signals it needs by default, cost, options with defaults."""
+    """Every method as plain data: name, first sentence, where it is from, target, signals it needs
+    by default, cost, options with defaults.
+    """
     found = []
     for name in sorted(table()):
         cls = load(name)

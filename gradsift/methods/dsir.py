@@ -16,15 +16,18 @@ NGRAMS = Signal("ngrams")
 
 @dataclass(frozen=True)
 class Dsir:
-    """Rows drawn by importance weight: how much likelier their hashed words and word pairs are in the target than in the pool.
+    """Rows drawn by importance weight: how much likelier their hashed words and word pairs are in
+    the target than in the pool.
 
-    Source: DSIR (arXiv 2302.03169), section 3: bags of 10,000 hashed 1- and 2-grams, log weight = sum over the row's grams of log
-    probability in the target less that in the pool, then Gumbel top-k, which is sampling without replacement by weight. Cost: one reading
-    of the texts, no model.
-    `draw=top`: the heaviest rows, without noise. `temperature` divides the log weights before the noise: above 1 nearer to uniform.
+    Source: DSIR (arXiv 2302.03169), section 3: bags of 10,000 hashed 1- and 2-grams, log weight =
+    sum over the row's grams of log probability in the target less that in the pool, then Gumbel
+    top-k, which is sampling without replacement by weight. Cost: one reading of the texts, no
+    model. `draw=top`: the heaviest rows, without noise. `temperature` divides the log weights
+    before the noise: above 1 nearer to uniform.
 
-    Differences from the paper: the target's counts are joined by 1,000 grams spread as in the pool, so that a small target says little of
-    words it does not hold; the text is that of all messages. The details of the paper are from memory.
+    Differences from the paper: the target's counts are joined by 1,000 grams spread as in the pool,
+    so that a small target says little of words it does not hold; the text is that of all messages.
+    The details of the paper are from memory.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
@@ -40,7 +43,9 @@ class Dsir:
         drawn = self.draw == "gumbel"
         weights = finite(signals, NGRAMS, below=drawn).double()
         indices = (
-            rules.sample.gumbel_topk(weights / self.temperature, budget, rng=rng) if drawn else rules.topk.top(weights, budget)
+            rules.sample.gumbel_topk(weights / self.temperature, budget, rng=rng)
+            if drawn
+            else rules.topk.top(weights, budget)
         ).numpy()
         gain = weights.numpy()
         return Subset(indices, gains=gain[indices], notes={"score": gain})

@@ -20,30 +20,36 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class G2is:
-    """Rows that agree with each other and with the target's gradients, found by walking among neighbours.
+    """Rows that agree with each other and with the target's gradients, found by walking among
+    neighbours.
 
-    Source: arXiv 2502.11062 (ACL 2025), section 3 and appendix C. Each direction of the target gets seats by its share (largest remainder)
-    and a walk through the graph of pool gradients that takes no row in conflict (negative product) with the walk so far, and keeps
-    `consistency` of its alignment with the direction.
-    Cost: gradients of the pool and the target at one checkpoint; the graph is n^2 d multiply-adds (`exact=false`: bfloat16 with re-rank);
-    the walk tests each candidate against the walk so far. checkpoints: "last", or "mean" over all, weighted by learning rate (target rows
-    at unit norm).
+    Source: arXiv 2502.11062 (ACL 2025), section 3 and appendix C. Each direction of the target gets
+    seats by its share (largest remainder) and a walk through the graph of pool gradients that takes
+    no row in conflict (negative product) with the walk so far, and keeps `consistency` of its
+    alignment with the direction. Cost: gradients of the pool and the target at one checkpoint; the
+    graph is n^2 d multiply-adds (`exact=false`: bfloat16 with re-rank); the walk tests each
+    candidate against the walk so far. checkpoints: "last", or "mean" over all, weighted by learning
+    rate (target rows at unit norm).
 
-    core: "mean" = one direction for each target group, the mean of its unit rows, with equal seats; "principal" = the directions that hold
-    `keep` (0.5) of the variance of all target rows, the paper's core knowledge; `keep`, `centred` and `orient` are of this core alone.
-    Seats that a walk cannot fill go to the other walks (`redistribute`). What is open when all have ended goes to the rows of highest cosine
-    with the groups' means, groups taking turns (mean), or of highest weighted product with the directions (principal); the report says
-    how many. Plain rows are soon in conflict with one row of a long walk, so most of a large budget can be those.
+    core: "mean" = one direction for each target group, the mean of its unit rows, with equal seats;
+    "principal" = the directions that hold `keep` (0.5) of the variance of all target rows, the
+    paper's core knowledge; `keep`, `centred` and `orient` are of this core alone. Seats that a walk
+    cannot fill go to the other walks (`redistribute`). What is open when all have ended goes to the
+    rows of highest cosine with the groups' means, groups taking turns (mean), or of highest
+    weighted product with the directions (principal); the report says how many. Plain rows are soon
+    in conflict with one row of a long walk, so most of a large budget can be those.
 
-    `preset=mean`, the default, is ours: core=mean, plain gradients of the pool as they are. Principal directions after the first are at a
-    right angle to it; where the first is near the mean gradient, they are mostly contrasts within the target, and their walks can end
-    among rows of other kinds (docs/methods.md).
-    Differences from the paper in `preset=paper` (core=principal, Adam directions of the pool): the directions are those of the uncentred
-    rows, since centring removes the mean gradient, which is the way the target's loss falls; they point the way of the target's mean; the
-    pool's mean unit row is taken out of the pool (`remove_mean`), since Adam directions share their momentum and with it no two rows are
-    ever in conflict; and seats are redistributed and topped up.
-    Differences from the released code (`preset=released`: centred, signs as they fall, pool as it is, no redistribution): what its walks
-    leave open is topped up here, and `neighbours` is a setting (the graph is an input there).
+    `preset=mean`, the default, is ours: core=mean, plain gradients of the pool as they are.
+    Principal directions after the first are at a right angle to it; where the first is near the
+    mean gradient, they are mostly contrasts within the target, and their walks can end among rows
+    of other kinds (docs/methods.md). Differences from the paper in `preset=paper` (core=principal,
+    Adam directions of the pool): the directions are those of the uncentred rows, since centring
+    removes the mean gradient, which is the way the target's loss falls; they point the way of the
+    target's mean; the pool's mean unit row is taken out of the pool (`remove_mean`), since Adam
+    directions share their momentum and with it no two rows are ever in conflict; and seats are
+    redistributed and topped up. Differences from the released code (`preset=released`: centred,
+    signs as they fall, pool as it is, no redistribution): what its walks leave open is topped up
+    here, and `neighbours` is a setting (the graph is an input there).
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
@@ -61,8 +67,14 @@ class G2is:
     checkpoints: Literal["last", "mean"] = "last"
 
     def __post_init__(self) -> None:
-        if self._by_mean and (given := [name for name in ("keep", "centred", "orient") if getattr(self, name) is not None]):
-            raise ValueError(f"{given[0]} is of the principal directions: add core=principal, or preset=paper")
+        if self._by_mean and (
+            given := [
+                name for name in ("keep", "centred", "orient") if getattr(self, name) is not None
+            ]
+        ):
+            raise ValueError(
+                f"{given[0]} is of the principal directions: add core=principal, or preset=paper"
+            )
 
     @property
     def _by_mean(self) -> bool:
@@ -91,22 +103,48 @@ class G2is:
         n = rows.shape[0]
         seats = rules.topk.apportion(budget, core.weights.tolist())
         k = min(self.neighbours, n - 1)
-        graph = rules.knn.graph(rows, k, exact=self.exact, map=signals.map)[0] if k > 0 else torch.empty(n, 0, dtype=torch.int64)
+        graph = (
+            rules.knn.graph(rows, k, exact=self.exact, map=signals.map)[0]
+            if k > 0
+            else torch.empty(n, 0, dtype=torch.int64)
+        )
         redistribute = _set(self.redistribute, self.preset != "released")
-        found = rules.walk.gradient_walk(rows, core.directions, seats, graph, consistency=self.consistency, redistribute=redistribute)
+        found = rules.walk.gradient_walk(
+            rows,
+            core.directions,
+            seats,
+            graph,
+            consistency=self.consistency,
+            redistribute=redistribute,
+        )
         along = products(rows, core.directions).double()
         score = along.amax(dim=1) if self._by_mean else along @ core.weights
         walked, component = found.indices.numpy(), found.component.numpy()
-        more = _by_fewest(along, walked, component, budget) if self._by_mean else _highest(score, walked, budget)
+        more = (
+            _by_fewest(along, walked, component, budget)
+            if self._by_mean
+            else _highest(score, walked, budget)
+        )
         indices = np.concatenate([walked, more])
         origin = np.full(n, -1)
         origin[walked] = component
-        notes = {"score": score.numpy(), "component": origin, "component_weights": core.weights.numpy(), "walked": len(found)}
+        notes = {
+            "score": score.numpy(),
+            "component": origin,
+            "component_weights": core.weights.numpy(),
+            "walked": len(found),
+        }
         if not self.exact and k > 0:
             notes["neighbour_recall"] = rules.knn.recall(rows, graph, rng=np.random.default_rng(0))
         if len(found) < budget:
-            notes["note"] = f"the walks ended after {len(found):,} rows; the other {budget - len(found):,} are those of highest " + (
-                "cosine with the mean of a target group" if self._by_mean else "weighted product with the target's directions"
+            notes["note"] = (
+                f"the walks ended after {len(found):,} rows; the other {budget - len(found):,} are"
+                " those of highest "
+                + (
+                    "cosine with the mean of a target group"
+                    if self._by_mean
+                    else "weighted product with the target's directions"
+                )
             )
         return Subset(indices=indices, gains=score.numpy()[indices], notes=notes)
 
@@ -118,15 +156,29 @@ class G2is:
 
         rows: Rows = signals[self.target_rows]
         if not self._by_mean:
-            centred, orient = _set(self.centred, self.preset == "released"), _set(self.orient, self.preset != "released")
-            return rules.components.principal(rules.blocks.Raw(rows), _set(self.keep, 0.5), centred=centred, orient=orient)
+            centred, orient = (
+                _set(self.centred, self.preset == "released"),
+                _set(self.orient, self.preset != "released"),
+            )
+            return rules.components.principal(
+                rules.blocks.Raw(rows), _set(self.keep, 0.5), centred=centred, orient=orient
+            )
         means, names = group_means(whole(Unit(rows)), signals.target_groups)
         lengths = means.norm(dim=1, keepdim=True)
         if not bool(torch.isfinite(lengths).all()):
             raise ValueError("target rows are NaN or infinite")
-        if flat := [name for name, length in zip(names, lengths.flatten().tolist(), strict=True) if not length > FLAT]:
-            raise ValueError(f"the rows of target group {flat[0]!r} are zero or cancel: their mean has no direction; try core=principal")
-        return rules.components.Components(means / lengths, torch.full((len(names),), 1 / len(names), dtype=torch.float64))
+        if flat := [
+            name
+            for name, length in zip(names, lengths.flatten().tolist(), strict=True)
+            if not length > FLAT
+        ]:
+            raise ValueError(
+                f"the rows of target group {flat[0]!r} are zero or cancel: their mean has no"
+                " direction; try core=principal"
+            )
+        return rules.components.Components(
+            means / lengths, torch.full((len(names),), 1 / len(names), dtype=torch.float64)
+        )
 
 
 def _set(given: T | None, preset: T) -> T:
@@ -142,9 +194,13 @@ def _highest(score: Tensor, walked: np.ndarray, budget: int) -> np.ndarray:
 
 
 def _by_fewest(along: Tensor, walked: np.ndarray, component: np.ndarray, budget: int) -> np.ndarray:
-    """Rows that fill what the walks left: again and again the group with fewest rows takes its best one, of along [n, groups]."""
+    """Rows that fill what the walks left: again and again the group with fewest rows takes its best
+    one, of along [n, groups].
+    """
     counts, used = np.bincount(component, minlength=along.shape[1]), set(walked.tolist())
-    queues = [iter(column.sort(descending=True, stable=True).indices.tolist()) for column in along.T]
+    queues = [
+        iter(column.sort(descending=True, stable=True).indices.tolist()) for column in along.T
+    ]
     picks: list[int] = []
     while len(used) < budget:
         group = int(counts.argmin())

@@ -19,18 +19,22 @@ POOL, TARGET = Signal("rows"), Signal("rows", side="target")
 
 @dataclass(frozen=True)
 class Gist:
-    """Rows whose plain gradient, seen only inside the target's gradient subspace, points the way of a target group's mean gradient.
+    """Rows whose plain gradient, seen only inside the target's gradient subspace, points the way of
+    a target group's mean gradient.
 
-    Source: arXiv 2602.18584 (ICML 2026): the strongest directions of the target's raw, uncentred gradients; pool gradients projected on
-    them; cosine with each group's mean projected gradient; a row's best group counts. No optimiser state is needed, and one checkpoint.
-    Cost: plain gradients of pool and target at the last checkpoint, then n x d x rank multiply-adds.
+    Source: arXiv 2602.18584 (ICML 2026): the strongest directions of the target's raw, uncentred
+    gradients; pool gradients projected on them; cosine with each group's mean projected gradient; a
+    row's best group counts. No optimiser state is needed, and one checkpoint. Cost: plain gradients
+    of pool and target at the last checkpoint, then n x d x rank multiply-adds.
 
-    rank: how many directions (no more than the target spans); variance: instead, the fewest that hold this share of the target's squared
-    length (the paper finds 0.95 near rank 150). energy: weight each cosine by the share of the row's squared length inside the subspace.
+    rank: how many directions (no more than the target spans); variance: instead, the fewest that
+    hold this share of the target's squared length (the paper finds 0.95 near rank 150). energy:
+    weight each cosine by the share of the row's squared length inside the subspace.
 
-    Differences from the paper: the gradients are random projections (the run's), which keep products up to noise. Without `energy`, as
-    in the paper, what a row does outside the subspace is ignored, so a row with a tiny part inside can score 1.
-    Differences from the released code: float32 instead of bfloat16 products.
+    Differences from the paper: the gradients are random projections (the run's), which keep
+    products up to noise. Without `energy`, as in the paper, what a row does outside the subspace is
+    ignored, so a row with a tiny part inside can score 1. Differences from the released code:
+    float32 instead of bfloat16 products.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
@@ -55,22 +59,37 @@ class Gist:
         indices = rules.topk.top(best, budget).numpy()
         gain = best.numpy()
         why = np.array([names[g] for g in which.tolist()], dtype=object)
-        notes = {"score": gain, "influence": gain, "nearest_group": why, "energy": share.numpy(), "rank": len(basis)}
+        notes = {
+            "score": gain,
+            "influence": gain,
+            "nearest_group": why,
+            "energy": share.numpy(),
+            "rank": len(basis),
+        }
         if len(basis) == 1 and not self.energy:
-            notes["note"] = "the target spans one direction, in which every row scores +1 or -1; -o energy=true ranks them"
+            notes["note"] = (
+                "the target spans one direction, in which every row scores +1 or -1; -o energy=true"
+                " ranks them"
+            )
         return Subset(indices=indices, gains=gain[indices], notes=notes)
 
     def _basis(self, target: Tensor) -> Tensor:
         """Orthonormal directions fp32 [r, d], strongest first."""
         if self.variance is not None:
-            return rules.components.principal(target, self.variance, centred=False, orient=False).directions
+            return rules.components.principal(
+                target, self.variance, centred=False, orient=False
+            ).directions
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
-        return rules.components.principal(target, 1.0, by="count", centred=False, orient=False).directions[: self.rank]
+        return rules.components.principal(
+            target, 1.0, by="count", centred=False, orient=False
+        ).directions[: self.rank]
 
 
 def _cosines(rows: Rows, basis: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines [n, g] of the rows' parts inside the basis with `inside` [g, r], and those parts' shares [n] of the squared lengths."""
+    """Cosines [n, g] of the rows' parts inside the basis with `inside` [g, r], and those parts'
+    shares [n] of the squared lengths.
+    """
     import torch
 
     from gradsift.methods.reading import blocks
@@ -80,5 +99,7 @@ def _cosines(rows: Rows, basis: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]
         parts = (block @ basis.T.to(block.device)).cpu()
         where = slice(start, start + len(block))
         scores[where] = torch.nn.functional.normalize(parts, dim=1) @ inside.T
-        share[where] = parts.square().sum(dim=1) / block.square().sum(dim=1).cpu().clamp_min(torch.finfo(torch.float32).tiny)
+        share[where] = parts.square().sum(dim=1) / block.square().sum(dim=1).cpu().clamp_min(
+            torch.finfo(torch.float32).tiny
+        )
     return scores, share

@@ -13,26 +13,32 @@ from gradsift.types import Signal, Signals, Subset
 
 @dataclass(frozen=True)
 class Less:
-    """Rows whose optimiser step points the way the target's gradients point, cosine summed over the warm-up's checkpoints.
+    """Rows whose optimiser step points the way the target's gradients point, cosine summed over the
+    warm-up's checkpoints.
 
-    Source: arXiv 2402.04333 (ICML 2024), sections 3 and 4; score = sum over checkpoints of mean_lr * cos(Adam direction of the row, target
-    gradient), mean_lr normalised to sum 1. Positive = training on the row lowers the target's loss.
-    Cost: gradients of pool and target at every checkpoint, then one product of n x m rows.
+    Source: arXiv 2402.04333 (ICML 2024), sections 3 and 4; score = sum over checkpoints of mean_lr
+    * cos(Adam direction of the row, target gradient), mean_lr normalised to sum 1. Positive =
+    training on the row lowers the target's loss. Cost: gradients of pool and target at every
+    checkpoint, then one product of n x m rows.
 
-    score = that of a row's best group; gain of a pick = in the group, or for the target row, whose turn it was.
+    score = that of a row's best group; gain of a pick = in the group, or for the target row, whose
+    turn it was.
 
-    aggregate: "groups" (the default of `preset=paper`) = the target groups take turns, each with its best unused row; "rows" = so does each
-    target row, which needs a score with each: `preset=released`, or a backend that keeps them; "max" (the default of `preset=released`) =
-    each row's best group, then the k largest.
+    aggregate: "groups" (the default of `preset=paper`) = the target groups take turns, each with
+    its best unused row; "rows" = so does each target row, which needs a score with each:
+    `preset=released`, or a backend that keeps them; "max" (the default of `preset=released`) = each
+    row's best group, then the k largest.
 
-    Differences from the paper: `preset=paper` merges a group's target gradients into their mean and takes one cosine with it; several
-    groups take turns (`aggregate=groups`) where the paper takes the maximum, as `preset=released` does: by the maximum, the groups whose
-    cosines are largest can take every pick (docs/methods.md).
-    Differences from the released code: `preset=released` averages the cosines with each target row within a group. Both take any number
-    and size of groups; the released code needs equal, contiguous ones. The Adam form (bias correction, eps) is a setting of the run's gradients.
-    `transform=none` compares plain gradients instead, for warm-ups whose optimiser state is gone, and `checkpoints=last` those of the last
-    checkpoint alone. `backend=` takes another line of the table of influence backends (docs/scores.md): `ekfac` or `trak`, say, with LESS's
-    rule on top.
+    Differences from the paper: `preset=paper` merges a group's target gradients into their mean and
+    takes one cosine with it; several groups take turns (`aggregate=groups`) where the paper takes
+    the maximum, as `preset=released` does: by the maximum, the groups whose cosines are largest can
+    take every pick (docs/methods.md). Differences from the released code: `preset=released`
+    averages the cosines with each target row within a group. Both take any number and size of
+    groups; the released code needs equal, contiguous ones. The Adam form (bias correction, eps) is
+    a setting of the run's gradients. `transform=none` compares plain gradients instead, for
+    warm-ups whose optimiser state is gone, and `checkpoints=last` those of the last checkpoint
+    alone. `backend=` takes another line of the table of influence backends (docs/scores.md):
+    `ekfac` or `trak`, say, with LESS's rule on top.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
@@ -44,7 +50,10 @@ class Less:
 
     def __post_init__(self) -> None:
         if self.aggregate == "rows" and self._merged:
-            raise ValueError("aggregate=rows needs a score with every target row: add preset=released, or backend=cosine")
+            raise ValueError(
+                "aggregate=rows needs a score with every target row: add preset=released, or"
+                " backend=cosine"
+            )
 
     @property
     def _merged(self) -> bool:
@@ -57,7 +66,12 @@ class Less:
     @property
     def influence(self) -> Signal:
         backend = self.backend or ("less" if self.preset == "released" else "less-mean")
-        return Signal("influence", transform=self.transform or "backend", checkpoints=self.checkpoints, backend=backend)
+        return Signal(
+            "influence",
+            transform=self.transform or "backend",
+            checkpoints=self.checkpoints,
+            backend=backend,
+        )
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         from gradsift.methods.reading import by_turns, finite
@@ -76,4 +90,8 @@ class Less:
             indices, gains, turn = by_turns(by_group if aggregate == "groups" else scores, budget)
             names = groups if aggregate == "groups" else of
             why[indices] = [names[c] for c in turn]
-        return Subset(indices=indices, gains=gains, notes={"influence": score, "score": score, "nearest_group": why})
+        return Subset(
+            indices=indices,
+            gains=gains,
+            notes={"influence": score, "score": score, "nearest_group": why},
+        )

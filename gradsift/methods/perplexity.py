@@ -15,11 +15,13 @@ LOSS = Signal("loss")
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The rows of lowest, middle or highest loss (mean nats per supervised token; perplexity is its exponential) under the base model.
+    """The rows of lowest, middle or highest loss (mean nats per supervised token; perplexity is its
+    exponential) under the base model.
 
-    Source: the usual perplexity control; TAGCOS (arXiv 2407.15235, main table) takes it as a baseline. Cost: one forward pass over the pool.
-    Differences from the paper: none stated there; `middle` takes the rows whose loss rank lies nearest the median, of two
-    equally near the one of lower loss.
+    Source: the usual perplexity control; TAGCOS (arXiv 2407.15235, main table) takes it as a
+    baseline. Cost: one forward pass over the pool. Differences from the paper: none stated there;
+    `middle` takes the rows whose loss rank lies nearest the median, of two equally near the one of
+    lower loss.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "none"
@@ -35,7 +37,8 @@ class Perplexity:
         if self.band == "middle":
             rank = np.empty(len(loss))
             rank[np.argsort(loss, kind="stable")] = np.arange(len(loss))
-            gain = -np.abs(rank - (len(loss) - 1) / 2 + 0.25)  # a quarter below the median: no two ranks are equally near
+            # a quarter below the median: no two ranks are equally near
+            gain = -np.abs(rank - (len(loss) - 1) / 2 + 0.25)
         else:
             gain = loss if self.band == "high" else -loss
         indices = rules.topk.top(gain, budget).numpy()

@@ -15,15 +15,19 @@ POOL, TARGET = Signal("embeddings"), Signal("embeddings", side="target")
 
 @dataclass(frozen=True)
 class Rds:
-    """Rows whose position-weighted hidden states are most like those of a target row, each target row picking in turn.
+    """Rows whose position-weighted hidden states are most like those of a target row, each target
+    row picking in turn.
 
-    Source: arXiv 2503.01807 (RDS+): weight of token t proportional to t, last hidden states of the base model over prompt and answer, unit
-    norm, cosine. Cost: one forward pass over pool and target, then n x m x h multiply-adds (h = hidden size): no gradients, no warm-up.
+    Source: arXiv 2503.01807 (RDS+): weight of token t proportional to t, last hidden states of the
+    base model over prompt and answer, unit norm, cosine. Cost: one forward pass over pool and
+    target, then n x m x h multiply-adds (h = hidden size): no gradients, no warm-up.
 
-    aggregate: "rows" = every target row in turn takes its nearest unused row; "groups" = a row's score for a group is that of the group's
-    nearest row, and the groups take turns (the paper's setting for several tasks); "max" = the rows of highest score for any target row.
+    aggregate: "rows" = every target row in turn takes its nearest unused row; "groups" = a row's
+    score for a group is that of the group's nearest row, and the groups take turns (the paper's
+    setting for several tasks); "max" = the rows of highest score for any target row.
 
-    Differences from the paper: none known. Differences from the released code: float32 pooling whatever the model's dtype.
+    Differences from the paper: none known. Differences from the released code: float32 pooling
+    whatever the model's dtype.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
@@ -46,7 +50,9 @@ class Rds:
         score, why = best.numpy(), np.array([groups[g] for g in which.tolist()], dtype=object)
         if self.aggregate == "max":
             indices = rules.topk.top(best, budget).numpy()
-            return Subset(indices=indices, gains=score[indices], notes={"score": score, "nearest_group": why})
+            return Subset(
+                indices=indices, gains=score[indices], notes={"score": score, "nearest_group": why}
+            )
         by_row = self.aggregate == "rows"
         indices, gains, turn = by_turns(scores if by_row else by_group, budget)
         why[indices] = [columns[c] if by_row else groups[c] for c in turn]

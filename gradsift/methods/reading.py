@@ -1,4 +1,6 @@
-"""How methods read stored rows: at their own length or at length 1, whole for a target, in blocks for a pool."""
+"""How methods read stored rows: at their own length or at length 1, whole for a target, in blocks
+for a pool.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,23 @@ from gradsift.rules import topk
 from gradsift.rules.blocks import Unit, group_means, stream, unit
 from gradsift.types import Rows, Signal, Signals
 
-__all__ = ["Centred", "Unit", "blocks", "by_turns", "finite", "group_means", "mean", "products", "whole"]
+__all__ = [
+    "Centred",
+    "Unit",
+    "blocks",
+    "by_turns",
+    "finite",
+    "group_means",
+    "mean",
+    "products",
+    "whole",
+]
 
 
 class Centred:
-    """Rows at length 1, less the mean of all of them: what is left when the part that every row shares is taken out."""
+    """Rows at length 1, less the mean of all of them: what is left when the part that every row
+    shares is taken out.
+    """
 
     def __init__(self, rows: Rows) -> None:
         self.rows = Unit(rows)
@@ -34,14 +48,18 @@ def blocks(rows: Rows) -> Iterator[tuple[int, Tensor]]:
 
 
 def finite(signals: Signals, signal: Signal, *, below: bool = False) -> Tensor:
-    """A signal's scores [n] or [n, m] as they are; `below`: -infinity may stand for what is never to be taken.
+    """A signal's scores [n] or [n, m] as they are; `below`: -infinity may stand for what is never
+    to be taken.
 
     Raises ValueError that names the signal and says how many rows are not finite.
     """
     scores = torch.as_tensor(signals[signal])
     bad = ~(torch.isfinite(scores) | torch.isneginf(scores) if below else torch.isfinite(scores))
     if bad.any():
-        raise ValueError(f"{signal.name} is NaN or infinite in {int(bad.reshape(len(bad), -1).any(dim=1).sum()):,} of {len(bad):,} rows")
+        raise ValueError(
+            f"{signal.name} is NaN or infinite in"
+            f" {int(bad.reshape(len(bad), -1).any(dim=1).sum()):,} of {len(bad):,} rows"
+        )
     return scores
 
 
@@ -59,13 +77,19 @@ def mean(rows: Rows) -> Tensor:
 
 
 def by_turns(columns: Tensor, budget: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Columns [n, m] take turns: (rows in pick order, each one's score in the column whose turn it was, that column)."""
+    """Columns [n, m] take turns: (rows in pick order, each one's score in the column whose turn it
+    was, that column).
+    """
     picks = topk.round_robin(columns, budget)
     turn = torch.arange(len(picks)) % columns.shape[1]
     return picks.numpy(), columns[picks, turn].double().numpy(), turn.numpy()
 
 
 def products(rows: Rows, columns: Tensor) -> Tensor:
-    """Cosines of rows [n, d] with columns [c, d] (normalised here), fp32 [n, c]; 0 for a zero row."""
+    """Cosines of rows [n, d] with columns [c, d] (normalised here), fp32 [n, c]; 0 for a zero
+    row.
+    """
     directions = unit(columns.float())
-    return torch.cat([(unit(block) @ directions.T.to(block.device)).cpu() for _, block in blocks(rows)])
+    return torch.cat(
+        [(unit(block) @ directions.T.to(block.device)).cpu() for _, block in blocks(rows)]
+    )

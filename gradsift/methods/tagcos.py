@@ -19,24 +19,29 @@ if TYPE_CHECKING:
 class Tagcos:
     """Rows whose non-negative combinations reproduce the mean gradient of each gradient cluster.
 
-    Source: arXiv 2407.15235 (Findings of NAACL 2025), section 3: features = Adam directions at each checkpoint, unit, averaged with the
-    checkpoints' mean learning rates (not re-normalised); k-means; orthogonal matching pursuit of every cluster's centroid.
-    Cost: gradients of the pool at every checkpoint; k-means is clusters x n x d per step; matching one pass over a cluster per pick.
+    Source: arXiv 2407.15235 (Findings of NAACL 2025), section 3: features = Adam directions at each
+    checkpoint, unit, averaged with the checkpoints' mean learning rates (not re-normalised);
+    k-means; orthogonal matching pursuit of every cluster's centroid. Cost: gradients of the pool at
+    every checkpoint; k-means is clusters x n x d per step; matching one pass over a cluster per
+    pick.
 
-    weights: keep the matching's coefficients as training weights, in `weights.jsonl`: x_i of a cluster's match times the cluster's share
-    of the pool, so that the weighted rows sum to the pool's mean feature (`cosine=true`: to the clusters' directions, by their shares); a
-    row that a repeated match or the fill added weighs 1 / n, its own in that mean, and a note says how many did. By default coefficients
-    are dropped, as in the released code.
+    weights: keep the matching's coefficients as training weights, in `weights.jsonl`: x_i of a
+    cluster's match times the cluster's share of the pool, so that the weighted rows sum to the
+    pool's mean feature (`cosine=true`: to the clusters' directions, by their shares); a row that a
+    repeated match or the fill added weighs 1 / n, its own in that mean, and a note says how many
+    did. By default coefficients are dropped, as in the released code.
 
-    fill: "nearest" = cluster budgets by largest remainder, so that they sum to the budget, and rows nearest to the centroid complete a share
-    that matching leaves open; "none" = budgets floored and open seats left open, so that fewer rows than asked may come back: the report
-    says how many the clusters were to give and how many matched.
+    fill: "nearest" = cluster budgets by largest remainder, so that they sum to the budget, and rows
+    nearest to the centroid complete a share that matching leaves open; "none" = budgets floored and
+    open seats left open, so that fewer rows than asked may come back: the report says how many the
+    clusters were to give and how many matched.
 
-    Differences from the paper (`preset=paper`, the default: `fill=nearest`): none known; ridge 0, a repeated atom is masked, matching
-    repeated on what is left of a cluster until its share is spent.
-    Differences from the released code (`preset=released`: ridge 1 from the second atom on, a repeated atom ends a call, `fill=none`): a
-    cluster of which no row left points toward the centroid gives fewer rows than its share, where the code calls the matching again
-    without end. Clusters too small for a seat give no row, as there.
+    Differences from the paper (`preset=paper`, the default: `fill=nearest`): none known; ridge 0, a
+    repeated atom is masked, matching repeated on what is left of a cluster until its share is
+    spent. Differences from the released code (`preset=released`: ridge 1 from the second atom on, a
+    repeated atom ends a call, `fill=none`): a cluster of which no row left points toward the
+    centroid gives fewer rows than its share, where the code calls the matching again without end.
+    Clusters too small for a seat give no row, as there.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "none"
@@ -69,22 +74,42 @@ class Tagcos:
         rows: Rows = signals[self.rows]
         n = rows.shape[0]
         found = rules.kmeans.fit(
-            rows, min(self.clusters, n), rng=rng, cosine=self.cosine, iterations=self.iterations, restarts=self.restarts, map=signals.map
+            rows,
+            min(self.clusters, n),
+            rng=rng,
+            cosine=self.cosine,
+            iterations=self.iterations,
+            restarts=self.restarts,
+            map=signals.map,
         )
         labels = np.asarray(found.labels)
         sizes = np.bincount(labels, minlength=len(found.centres))
         floors = np.floor(budget / n * sizes + 1e-9).astype(int)
-        seats = np.asarray(rules.topk.apportion(budget, sizes, capacity=sizes)) if self.exact else floors
+        seats = (
+            np.asarray(rules.topk.apportion(budget, sizes, capacity=sizes))
+            if self.exact
+            else floors
+        )
         draws = rng if self.refill == "random" else None
 
         def match(c: int) -> _ClusterPicks:
-            return self._match(rows, np.flatnonzero(labels == c), found.centres[c], int(seats[c]), draws)
+            return self._match(
+                rows, np.flatnonzero(labels == c), found.centres[c], int(seats[c]), draws
+            )
 
         # One generator serves the clusters in turn, so draws are not for other processes.
-        picks: list[_ClusterPicks] = list((map if self.refill == "random" else signals.map)(match, range(len(sizes))))
-        order = sorted((rank, c) for c, chosen in enumerate(picks) for rank in range(len(chosen.members)))
+        picks: list[_ClusterPicks] = list(
+            (map if self.refill == "random" else signals.map)(match, range(len(sizes)))
+        )
+        order = sorted(
+            (rank, c) for c, chosen in enumerate(picks) for rank in range(len(chosen.members))
+        )
         matched = sum(len(chosen.coefficients) for chosen in picks)
-        notes: dict[str, Any] = {"score": self._agreement(rows, labels, found.centres), "cluster": labels, "objective": found.objective}
+        notes: dict[str, Any] = {
+            "score": self._agreement(rows, labels, found.centres),
+            "cluster": labels,
+            "objective": found.objective,
+        }
         notes["centroid_norms"] = np.array([float(centre.norm()) for centre in found.centres])
         notes |= {"seats": int(seats.sum()), "matched": matched}
         told = [lopsided(sizes)] if 2 * sizes.max() > n and len(sizes) > 2 else []
@@ -92,7 +117,9 @@ class Tagcos:
         return Subset(
             indices=np.array([picks[c].members[rank] for rank, c in order], dtype=np.int64),
             gains=np.array([picks[c].gains[rank] for rank, c in order]),
-            weights=np.array([picks[c].weight(rank, n) for rank, c in order]) if self.weights else None,
+            weights=(
+                np.array([picks[c].weight(rank, n) for rank, c in order]) if self.weights else None
+            ),
             notes=notes | ({"note": "; ".join(told)} if told else {}),
         )
 
@@ -100,15 +127,28 @@ class Tagcos:
         """What to say of rows asked for and given, and of weights that are no coefficients."""
         told = []
         if given < budget:
-            why = f"the clusters' budgets, each rounded down, ask for {seats:,} of {budget:,} rows" if seats < budget else ""
-            open_ = f"matching left {seats - given:,} of {seats:,} seats open" if given < seats else ""
-            told.append(f"{'; '.join(filter(None, (why, open_)))}: -o fill=nearest meets the budget")
+            why = (
+                f"the clusters' budgets, each rounded down, ask for {seats:,} of {budget:,} rows"
+                if seats < budget
+                else ""
+            )
+            open_ = (
+                f"matching left {seats - given:,} of {seats:,} seats open" if given < seats else ""
+            )
+            told.append(
+                f"{'; '.join(filter(None, (why, open_)))}: -o fill=nearest meets the budget"
+            )
         if self.weights and matched < given:
-            told.append(f"{given - matched:,} of {given:,} rows are no atom of a cluster's first match and weigh 1/n")
+            told.append(
+                f"{given - matched:,} of {given:,} rows are no atom of a cluster's first match and"
+                " weigh 1/n"
+            )
         return told
 
     def _agreement(self, rows: Rows, labels: np.ndarray, centres: Tensor) -> np.ndarray:
-        """[n], product of every row with its own centroid: what the report draws; matching decides by more than this."""
+        """[n], product of every row with its own centroid: what the report draws; matching decides
+        by more than this.
+        """
         import torch
 
         from gradsift.methods.reading import blocks
@@ -120,10 +160,19 @@ class Tagcos:
             score[start : start + len(block)] = (block * own).sum(dim=1).cpu().numpy()
         return score
 
-    def _match(self, rows: Rows, members: np.ndarray, centre: Tensor, seats: int, rng: np.random.Generator | None) -> _ClusterPicks:
+    def _match(
+        self,
+        rows: Rows,
+        members: np.ndarray,
+        centre: Tensor,
+        seats: int,
+        rng: np.random.Generator | None,
+    ) -> _ClusterPicks:
         """One cluster's picks. Its rows are read once, and no other."""
         if seats == 0:
-            return _ClusterPicks(np.empty(0, dtype=np.int64), np.empty(0), np.empty(0), len(members))
+            return _ClusterPicks(
+                np.empty(0, dtype=np.int64), np.empty(0), np.empty(0), len(members)
+            )
         import torch
 
         atoms = rules.blocks.gather(rows, torch.as_tensor(members)).float()
@@ -137,20 +186,27 @@ class Tagcos:
         found = rules.omp.match(atoms, centre, seats, **options)
         chosen = found.indices.numpy()
         if 0 < len(found) < seats or (self.refill == "random" and not len(found)):
-            chosen = rules.omp.fill(atoms, centre, seats, refill=self.refill, rng=rng, found=found, **options).numpy()
+            chosen = rules.omp.fill(
+                atoms, centre, seats, refill=self.refill, rng=rng, found=found, **options
+            ).numpy()
         if len(chosen) < seats and self.exact:
-            # Rows that point away from the centroid are never matched; the closest of them complete the cluster's share.
+            # Rows that point away from the centroid are never matched; the closest of them complete
+            # the cluster's share.
             left = np.setdiff1d(np.arange(len(members)), chosen)
             agreement = (atoms[torch.as_tensor(left, device=atoms.device)] @ centre).cpu().numpy()
-            chosen = np.concatenate([chosen, left[rules.topk.top(agreement, seats - len(chosen)).numpy()]])
+            chosen = np.concatenate(
+                [chosen, left[rules.topk.top(agreement, seats - len(chosen)).numpy()]]
+            )
         gains = (atoms[torch.as_tensor(chosen, device=atoms.device)] @ centre).cpu().numpy()
         return _ClusterPicks(members[chosen], gains, found.coefficients.numpy(), len(members))
 
 
 @dataclass(frozen=True)
 class _ClusterPicks:
-    """A cluster's picks in pick order: pool indices `members` [k], products with the centroid `gains` [k], and the `coefficients` [<= k] of
-    its first match, whose atoms come first. `size`: rows of the cluster."""
+    """A cluster's picks in pick order: pool indices `members` [k], products with the centroid
+    `gains` [k], and the `coefficients` [<= k] of its first match, whose atoms come first. `size`:
+    rows of the cluster.
+    """
 
     members: np.ndarray
     gains: np.ndarray
@@ -159,13 +215,20 @@ class _ClusterPicks:
 
     def weight(self, rank: int, n: int) -> float:
         """The training weight of a pick: its part in the mean of all n rows."""
-        return float(self.coefficients[rank]) * self.size / n if rank < len(self.coefficients) else 1 / n
+        return (
+            float(self.coefficients[rank]) * self.size / n
+            if rank < len(self.coefficients)
+            else 1 / n
+        )
 
 
 def lopsided(sizes: np.ndarray) -> str:
-    """What to say where one cluster holds most of the rows: matching in it takes odd rows, often those of short answers."""
+    """What to say where one cluster holds most of the rows: matching in it takes odd rows, often
+    those of short answers.
+    """
     fewer = "fewer (-o clusters=20)" if len(sizes) > 20 else "fewer clusters"
     return (
-        f"one gradient cluster holds {sizes.max():,} of {sizes.sum():,} rows and {int((sizes == 1).sum()):,} of {len(sizes):,} clusters "
-        f"a single row: for a pool of this size try {fewer}, and look at the lengths of the picks"
+        f"one gradient cluster holds {sizes.max():,} of {sizes.sum():,} rows and"
+        f" {int((sizes == 1).sum()):,} of {len(sizes):,} clusters a single row: for a pool of this"
+        f" size try {fewer}, and look at the lengths of the picks"
     )

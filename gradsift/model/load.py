@@ -1,10 +1,12 @@
-"""Load a causal language model, attach a fresh LoRA adapter or load a trained one, and say which model it was.
+"""Load a causal language model, attach a fresh LoRA adapter or load a trained one, and say which
+model it was.
 
-Weights come from safetensors only; a model's own code runs only when asked for, and then from a pinned commit. Adapters are loaded
-strictly: peft alone goes on with freshly initialised weights where a key is missing, and the gradients of such a model look plausible.
+Weights come from safetensors only; a model's own code runs only when asked for, and then from a
+pinned commit. Adapters are loaded strictly: peft alone goes on with freshly initialised weights
+where a key is missing, and the gradients of such a model look plausible.
 
-Adapters are always attached under the adapter name "default", so that the parameter names of a warm-up's moments and of a loaded adapter
-agree whatever the trainer called it.
+Adapters are always attached under the adapter name "default", so that the parameter names of a
+warm-up's moments and of a loaded adapter agree whatever the trainer called it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from gradsift.compute.progress import quiet
@@ -31,7 +39,12 @@ from gradsift.model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_file, a
 
 TINY = "tiny"  # the name of the built-in model
 FOUR_BIT = "nf4"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, FOUR_BIT: torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    FOUR_BIT: torch.bfloat16,
+}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -39,9 +52,11 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[str, str | None]:
-    """`name` as (folder or hub id, revision). A folder has no revision; a hub id gets the commit that `revision` stands for now.
+    """`name` as (folder or hub id, revision). A folder has no revision; a hub id gets the commit
+    that `revision` stands for now.
 
-    Raises UserError for a name that is nowhere, ConfigError for remote code from a revision that can move.
+    Raises UserError for a name that is nowhere, ConfigError for remote code from a revision that
+    can move.
     """
     if name == TINY:
         from gradsift.model import tiny
@@ -50,14 +65,26 @@ def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[st
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError("no config.json in this folder", where=folder, remedy="Give the folder of config.json and *.safetensors.")
+            raise UserError(
+                "no config.json in this folder",
+                where=folder,
+                remedy="Give the folder of config.json and *.safetensors.",
+            )
         return str(folder), None
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
-        raise UserError("no such model folder", where=name, remedy="Give a folder with config.json and *.safetensors, a hub name, or tiny.")
+        raise UserError(
+            "no such model folder",
+            where=name,
+            remedy="Give a folder with config.json and *.safetensors, a hub name, or tiny.",
+        )
     if trust_remote_code and not (revision and _COMMIT.fullmatch(revision)):
         raise ConfigError(
-            f"trust_remote_code runs code from {name}; revision {revision or 'main'!r} can change under you",
-            remedy="Pin it with --revision COMMIT (the 40 hexadecimal digits of a commit you have read).",
+            f"trust_remote_code runs code from {name}; revision {revision or 'main'!r} can change"
+            " under you",
+            remedy=(
+                "Pin it with --revision COMMIT (the 40 hexadecimal digits of a commit you have"
+                " read)."
+            ),
         )
     try:
         config = cached_file(name, "config.json", revision=revision or "main")
@@ -70,17 +97,26 @@ def _unreachable(name: str, error: Exception) -> UserError:
     return UserError(
         f"cannot get this model or tokenizer ({' '.join(str(error).split())[:200]})",
         where=name,
-        remedy="Check the name (hub names are OWNER/NAME) and, for a gated model, `hf auth login`. Without a network: run "
-        f"`hf download {name} --local-dir FOLDER` where there is one, copy FOLDER here and pass its path. Built in: {TINY}.",
+        remedy=(
+            "Check the name (hub names are OWNER/NAME) and, for a gated model, `hf auth login`."
+            f" Without a network: run `hf download {name} --local-dir FOLDER` where there is one,"
+            f" copy FOLDER here and pass its path. Built in: {TINY}."
+        ),
     )
 
 
-def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub name, a local folder or a built-in model. Raises UserError where there is none."""
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub name, a local folder or a built-in model. Raises UserError where there
+    is none.
+    """
     path, revision = locate(name, revision, trust_remote_code)
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(
+                path, revision=revision or "main", trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, RecursionError) as error:
         raise _refusal(name, error) from error
 
@@ -94,18 +130,24 @@ def load_model(
     trust_remote_code: bool = False,
     attention: str | None = None,
 ) -> PreTrainedModel:
-    """The causal language model of a hub name, a local folder or a built-in name, in eval mode on `device`.
+    """The causal language model of a hub name, a local folder or a built-in name, in eval mode on
+    `device`.
 
-    device: "auto" spreads it over all GPUs that the process sees (accelerate's device map). dtype: float32, bfloat16, float16, or nf4: linear
-    layers but the head in 4 bits by bitsandbytes (QLoRA, arXiv 2305.14314), the rest and all products in bfloat16.
-    attention: transformers' attn_implementation ("eager", "sdpa", ...); None = its default.
-    Raises UserError for a name that is nowhere or holds only pickled weights, DataError when the files lack weights that the model needs,
-    ConfigError for an unknown dtype, for nf4 without bitsandbytes, or for remote code without a pinned commit.
+    device: "auto" spreads it over all GPUs that the process sees (accelerate's device map). dtype:
+    float32, bfloat16, float16, or nf4: linear layers but the head in 4 bits by bitsandbytes (QLoRA,
+    arXiv 2305.14314), the rest and all products in bfloat16. attention: transformers'
+    attn_implementation ("eager", "sdpa", ...); None = its default. Raises UserError for a name that
+    is nowhere or holds only pickled weights, DataError when the files lack weights that the model
+    needs, ConfigError for an unknown dtype, for nf4 without bitsandbytes, or for remote code
+    without a pinned commit.
     """
     if dtype not in DTYPES:
         raise UnknownName("dtype", dtype, DTYPES)
     if dtype == FOUR_BIT and find_spec("bitsandbytes") is None:
-        raise ConfigError("dtype nf4 needs bitsandbytes, which is not installed", remedy="pip install 'gradsift[four-bit]'")
+        raise ConfigError(
+            "dtype nf4 needs bitsandbytes, which is not installed",
+            remedy="pip install 'gradsift[four-bit]'",
+        )
     path, revision = locate(name, revision, trust_remote_code)
     if revision is None:
         _refuse_pickles(Path(path))
@@ -119,7 +161,8 @@ def load_model(
         extra.setdefault("device_map", {"": torch.device(device)})
     try:
         with quiet():
-            # A resolved commit, not "main": for "main" transformers may fetch weights from a conversion bot's pull request.
+            # A resolved commit, not "main": for "main" transformers may fetch weights from a
+            # conversion bot's pull request.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 revision=revision or "main",
@@ -131,15 +174,22 @@ def load_model(
             )
             model, info = loaded
     except SafetensorError as error:
-        raise IntegrityError(f"the weights cannot be read ({error})", where=name, remedy="Download or copy the model again.") from error
+        raise IntegrityError(
+            f"the weights cannot be read ({error})",
+            where=name,
+            remedy="Download or copy the model again.",
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise _refusal(name, error) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise DataError(
-            f"{len(missing)} weights of the model are not in its files and would be random: {some(missing)}",
+            f"{len(missing)} weights of the model are not in its files and would be random:"
+            f" {some(missing)}",
             where=name,
-            remedy="Give a complete causal language model (for an adapter, give its base model here).",
+            remedy=(
+                "Give a complete causal language model (for an adapter, give its base model here)."
+            ),
         )
     if str(device) != "auto" and not getattr(model, "is_quantized", False):
         model = model.to(device)
@@ -149,7 +199,9 @@ def load_model(
     return model.eval()
 
 
-def from_settings(settings: ModelSettings, *, device: str | torch.device | None = None, dtype: str | None = None) -> PreTrainedModel:
+def from_settings(
+    settings: ModelSettings, *, device: str | torch.device | None = None, dtype: str | None = None
+) -> PreTrainedModel:
     """The model that `settings` name, as `load_model` gives it.
 
     Args:
@@ -175,7 +227,9 @@ def from_settings(settings: ModelSettings, *, device: str | torch.device | None 
 
 def tokenizer_from_settings(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The tokenizer of the model that `settings` name. Raises UserError where there is none."""
-    return load_tokenizer(settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    return load_tokenizer(
+        settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+    )
 
 
 def _refusal(name: str, error: Exception) -> UserError:
@@ -191,14 +245,24 @@ def _refusal(name: str, error: Exception) -> UserError:
 def _refuse_pickles(folder: Path) -> None:
     if any(folder.glob("*.safetensors")):
         return
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    pickled = sorted(
+        p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}
+    )
     if pickled:
         raise UserError(
             f"only pickled weights ({some(pickled)}), which can run code when loaded",
             where=folder,
-            remedy="Where you trust them: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) writes safetensors.",
+            remedy=(
+                "Where you trust them:"
+                " AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) writes"
+                " safetensors."
+            ),
         )
-    raise UserError("no *.safetensors weights in this folder", where=folder, remedy="Give the folder that holds them.")
+    raise UserError(
+        "no *.safetensors weights in this folder",
+        where=folder,
+        remedy="Give the folder that holds them.",
+    )
 
 
 # ---- identity ----
@@ -212,14 +276,20 @@ def quantiser(dtype: str) -> dict[str, str]:
 def model_identity(name: str, revision: str | None = None) -> dict[str, str]:
     """What a recipe digest says of a model or adapter: never a path, the same on every machine.
 
-    A folder (or built-in model): {"kind", "digest"}, the xxh3-128 over the names and bytes of config.json and *.safetensors in name order.
-    An adapter folder: the same, its config taken without the path of the base model and without library versions.
-    A hub name: {"kind": "hub", "name", "revision": commit}. Raises as `load_model` does.
+    A folder (or built-in model): {"kind", "digest"}, the xxh3-128 over the names and bytes of
+    config.json and *.safetensors in name order. An adapter folder: the same, its config taken
+    without the path of the base model and without library versions. A hub name: {"kind": "hub",
+    "name", "revision": commit}. Raises as `load_model` does.
     """
     folder = Path(name).expanduser()
     if folder.is_dir() and (folder / ADAPTER_CONFIG).is_file():
-        config = {k: v for k, v in adapter_json(folder).items() if k not in ("base_model_name_or_path", "peft_version")}
-        for key, value in config.items():  # peft keeps these names in sets, whose order changes from process to process
+        config = {
+            k: v
+            for k, v in adapter_json(folder).items()
+            if k not in ("base_model_name_or_path", "peft_version")
+        }
+        for key, value in config.items():
+            # peft keeps these names in sets, whose order changes from process to process
             if isinstance(value, list):
                 config[key] = sorted(value, key=str)
         total = xxhash.xxh3_128(json.dumps(config, sort_keys=True).encode())
@@ -227,10 +297,15 @@ def model_identity(name: str, revision: str | None = None) -> dict[str, str]:
     path, commit = locate(name, revision, False)
     if commit is not None:
         return {"kind": "hub", "name": name, "revision": commit}
-    weights = [p for p in Path(path).iterdir() if p.suffix == ".safetensors" and p.name != ADAPTER_WEIGHTS]
+    weights = [
+        p for p in Path(path).iterdir() if p.suffix == ".safetensors" and p.name != ADAPTER_WEIGHTS
+    ]
     if not weights:
         _refuse_pickles(Path(path))
-    return {"kind": "folder", "digest": _fold(xxhash.xxh3_128(), [Path(path) / "config.json", *sorted(weights)])}
+    return {
+        "kind": "folder",
+        "digest": _fold(xxhash.xxh3_128(), [Path(path) / "config.json", *sorted(weights)]),
+    }
 
 
 def _fold(total: xxhash.xxh3_128, files: Sequence[Path]) -> str:

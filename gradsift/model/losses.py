@@ -16,8 +16,9 @@ from gradsift.types import IGNORE
 
 
 class RowLosses(NamedTuple):
-    """`total` fp64 [n]: summed negative log-likelihood of the supervised tokens, nats; `tokens` int64 [n]: how many they are. The total of a
-    row that does not fit in memory is NaN."""
+    """`total` fp64 [n]: summed negative log-likelihood of the supervised tokens, nats; `tokens`
+    int64 [n]: how many they are. The total of a row that does not fit in memory is NaN.
+    """
 
     total: Tensor
     tokens: Tensor
@@ -29,11 +30,14 @@ class RowLosses(NamedTuple):
 
 
 def token_nats(model: Any, rows: Sequence[Any], *, pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """(nats fp32 [k] of the k supervised tokens of `rows`, row by row; owner int64 [k]: which row each belongs to), on the model's device.
+    """(nats fp32 [k] of the k supervised tokens of `rows`, row by row; owner int64 [k]: which row
+    each belongs to), on the model's device.
 
-    One pass over all rows together, in the mode that the model is in; the nats carry their graph where gradients are on. Causal attention
-    never looks to the right, so the padding there needs no mask. A vocabulary is wide: the head runs where a supervised token is predicted,
-    and gathering inside the head's own call works for every architecture, whatever it does to the logits afterwards.
+    One pass over all rows together, in the mode that the model is in; the nats carry their graph
+    where gradients are on. Causal attention never looks to the right, so the padding there needs no
+    mask. A vocabulary is wide: the head runs where a supervised token is predicted, and gathering
+    inside the head's own call works for every architecture, whatever it does to the logits
+    afterwards.
     """
     device = next(model.parameters()).device
     ids, _, labels = (tensor.to(device) for tensor in pad_batch(rows, pad_id))
@@ -49,7 +53,12 @@ def token_nats(model: Any, rows: Sequence[Any], *, pad_id: int = 0) -> tuple[Ten
         logits = model(input_ids=ids, use_cache=False).logits[0].float()
     finally:
         hook.remove()
-    return torch.nn.functional.cross_entropy(logits, following[kept].to(logits.device), reduction="none").to(device), owner
+    return (
+        torch.nn.functional.cross_entropy(
+            logits, following[kept].to(logits.device), reduction="none"
+        ).to(device),
+        owner,
+    )
 
 
 @torch.no_grad()
@@ -62,29 +71,43 @@ def row_losses(
     advance: Callable[[int], None] | None = None,
     halving: Halving | None = None,
 ) -> RowLosses:
-    """Losses of `encoded` under `model` in eval mode, in the order given; independent of batch composition up to float rounding.
+    """Losses of `encoded` under `model` in eval mode, in the order given; independent of batch
+    composition up to float rounding.
 
-    `advance` is called with the tokens of each finished batch. `halving` learns what memory had no room for. The model's modes are what they
-    were afterwards.
+    `advance` is called with the tokens of each finished batch. `halving` learns what memory had no
+    room for. The model's modes are what they were afterwards.
     """
-    total, count = torch.zeros(len(encoded), dtype=torch.float64), torch.zeros(len(encoded), dtype=torch.int64)
+    total, count = (
+        torch.zeros(len(encoded), dtype=torch.float64),
+        torch.zeros(len(encoded), dtype=torch.int64),
+    )
     lengths = np.array([len(row["input_ids"]) for row in encoded], np.int64)
 
     def work(batch: np.ndarray) -> list[Tensor]:
-        return [tensor.cpu() for tensor in token_nats(model, [encoded[int(i)] for i in batch], pad_id=pad_id)]
+        return [
+            tensor.cpu()
+            for tensor in token_nats(model, [encoded[int(i)] for i in batch], pad_id=pad_id)
+        ]
 
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with quick_layers(model.modules()):
-            for batch, found, _ in (halving or Halving()).run(token_batches(lengths, token_budget), lengths, work):
+            for batch, found, _ in (halving or Halving()).run(
+                token_batches(lengths, token_budget), lengths, work
+            ):
                 where = torch.as_tensor(batch)
                 if found is None:
-                    total[where], count[where] = torch.nan, sum(label != IGNORE for label in encoded[int(batch[0])]["labels"][1:])
+                    total[where], count[where] = (
+                        torch.nan,
+                        sum(label != IGNORE for label in encoded[int(batch[0])]["labels"][1:]),
+                    )
                 else:
                     nats, owner = found
                     count[where] = torch.bincount(owner, minlength=len(batch))
-                    total[where] = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, owner, nats.double())
+                    total[where] = torch.zeros(len(batch), dtype=torch.float64).index_add_(
+                        0, owner, nats.double()
+                    )
                 if advance:
                     advance(int(lengths[batch].sum()))
     finally:

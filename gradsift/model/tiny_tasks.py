@@ -1,9 +1,11 @@
-"""The task families of the playground: questions with one right answer each, drawn without end from a random source.
+"""The task families of the playground: questions with one right answer each, drawn without end from
+a random source.
 
-Eight families in one chat shape. Their answers differ in kind (a number, a word, a sentence of an invented language), and so do the skills
-behind them, which is what a selection method has to see.
+Eight families in one chat shape. Their answers differ in kind (a number, a word, a sentence of an
+invented language), and so do the skills behind them, which is what a selection method has to see.
 
-No question of one split can appear in another, whatever the seeds: each question belongs to exactly one split by the hash of its content.
+No question of one split can appear in another, whatever the seeds: each question belongs to exactly
+one split by the hash of its content.
 """
 
 from __future__ import annotations
@@ -33,10 +35,19 @@ _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Su
 _NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "June", "Kai", "Lena")
 _TOWNS = ("Oslo", "Bern", "Lima", "Cairo", "Porto", "Quito", "Hanoi", "Turin", "Delhi", "Accra")
 _JOBS = ("baker", "pilot", "nurse", "judge", "tailor", "farmer", "clerk", "miner")
-_UNITS = (("hours", "minutes", 60), ("minutes", "seconds", 60), ("days", "hours", 24), ("weeks", "days", 7), ("meters", "centimeters", 100),
-          ("feet", "inches", 12), ("dozens", "pieces", 12), ("years", "months", 12))  # fmt: skip
+_UNITS = (
+    ("hours", "minutes", 60),
+    ("minutes", "seconds", 60),
+    ("days", "hours", 24),
+    ("weeks", "days", 7),
+    ("meters", "centimeters", 100),
+    ("feet", "inches", 12),
+    ("dozens", "pieces", 12),
+    ("years", "months", 12),
+)
 
-# Velu, the invented language of the target family: word for word, except that the adjective follows its noun.
+# Velu, the invented language of the target family: word for word, except that the adjective follows
+# its noun.
 NOUNS = {
     "dog": "kavo",
     "cat": "mirru",
@@ -84,7 +95,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of task: its share of the pool, its wordings (all ask the same), and how a question is drawn."""
+    """A kind of task: its share of the pool, its wordings (all ask the same), and how a question is
+    drawn.
+    """
 
     name: str
     share: float
@@ -100,18 +113,27 @@ def _arithmetic(rng: Random) -> Question:
 
 
 def _letters(rng: Random) -> Question:
-    word = "".join(rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
+    word = "".join(
+        rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") for _ in range(rng.randint(2, 3))
+    )
     return Question({"word": word}, word[::-1])
 
 
 def _weekday(rng: Random) -> Question:
     day, step, back = rng.randrange(7), rng.randint(1, 365), rng.random() < 0.5
     answer = _DAYS[(day - step if back else day + step) % 7]
-    return Question({"day": _DAYS[day], "step": f"{step} days {'before' if back else 'after'}"}, answer)
+    return Question(
+        {"day": _DAYS[day], "step": f"{step} days {'before' if back else 'after'}"}, answer
+    )
 
 
 def _lookup(rng: Random) -> Question:
-    record = [("name", rng.choice(_NAMES)), ("town", rng.choice(_TOWNS)), ("job", rng.choice(_JOBS)), ("age", str(rng.randint(18, 80)))]
+    record = [
+        ("name", rng.choice(_NAMES)),
+        ("town", rng.choice(_TOWNS)),
+        ("job", rng.choice(_JOBS)),
+        ("age", str(rng.randint(18, 80))),
+    ]
     rng.shuffle(record)
     key, value = rng.choice(record)
     return Question({"record": "; ".join(f"{k}={v}" for k, v in record), "key": key}, value)
@@ -137,7 +159,10 @@ def _sort(rng: Random) -> Question:
 
 
 def _boolean(rng: Random) -> Question:
-    literals = [("not " if rng.random() < 0.4 else "") + rng.choice(("true", "false")) for _ in range(rng.randint(3, 5))]
+    literals = [
+        ("not " if rng.random() < 0.4 else "") + rng.choice(("true", "false"))
+        for _ in range(rng.randint(3, 5))
+    ]
     operators = [rng.choice(("and", "or")) for _ in literals[1:]]
     value, text = _truth(literals[0]), literals[0]
     for operator, literal in zip(operators, literals[1:], strict=True):
@@ -157,21 +182,73 @@ def _units(rng: Random) -> Question:
 
 
 FAMILIES = (
-    Family("lookup", 0.18, ("From {record}: give the {key}.", "{record}. What is the {key}?", "Read the {key} in: {record}"), _lookup),
-    Family("arithmetic", 0.16, ("What is {sum}?", "Work out {sum}.", "Calculate: {sum}"), _arithmetic),
     Family(
-        "sort", 0.14, ("Sort upwards: {numbers}", "Put in order, lowest first: {numbers}", "Order {numbers} from small to large."), _sort
+        "lookup",
+        0.18,
+        (
+            "From {record}: give the {key}.",
+            "{record}. What is the {key}?",
+            "Read the {key} in: {record}",
+        ),
+        _lookup,
     ),
-    Family("letters", 0.13, ("Spell {word} backwards.", "Write the word {word} in reverse.", "Reverse: {word}"), _letters),
-    Family("units", 0.11, ("Turn {amount} into {unit}.", "How many {unit} are {amount}?", "Convert {amount} to {unit}."), _units),
-    Family("weekday", 0.10, ("Which day is {step} {day}?", "Name the day {step} {day}.", "It is {step} {day}. Which day?"), _weekday),
     Family(
-        "translate", 0.10, ("Say in Velu: {english}", "Translate into Velu: {english}", "How do you say {english} in Velu?"), _translate
+        "arithmetic", 0.16, ("What is {sum}?", "Work out {sum}.", "Calculate: {sum}"), _arithmetic
+    ),
+    Family(
+        "sort",
+        0.14,
+        (
+            "Sort upwards: {numbers}",
+            "Put in order, lowest first: {numbers}",
+            "Order {numbers} from small to large.",
+        ),
+        _sort,
+    ),
+    Family(
+        "letters",
+        0.13,
+        ("Spell {word} backwards.", "Write the word {word} in reverse.", "Reverse: {word}"),
+        _letters,
+    ),
+    Family(
+        "units",
+        0.11,
+        (
+            "Turn {amount} into {unit}.",
+            "How many {unit} are {amount}?",
+            "Convert {amount} to {unit}.",
+        ),
+        _units,
+    ),
+    Family(
+        "weekday",
+        0.10,
+        (
+            "Which day is {step} {day}?",
+            "Name the day {step} {day}.",
+            "It is {step} {day}. Which day?",
+        ),
+        _weekday,
+    ),
+    Family(
+        "translate",
+        0.10,
+        (
+            "Say in Velu: {english}",
+            "Translate into Velu: {english}",
+            "How do you say {english} in Velu?",
+        ),
+        _translate,
     ),
     Family(
         "boolean",
         0.08,
-        ("Left to right, {expression} is?", "Evaluate left to right: {expression}", "True or false, left to right: {expression}"),
+        (
+            "Left to right, {expression} is?",
+            "Evaluate left to right: {expression}",
+            "True or false, left to right: {expression}",
+        ),
         _boolean,
     ),
 )
@@ -192,19 +269,31 @@ def draw(family: Family, split: Split, rng: Random, taken: set[str]) -> Question
             taken.add(text)
             return question
     raise UserError(
-        f"the playground family {family.name!r} has no unused question left for its {split} split", remedy="Ask for fewer rows."
+        f"the playground family {family.name!r} has no unused question left for its {split} split",
+        remedy="Ask for fewer rows.",
     )
 
 
-def clean_row(family: Family, question: Question, rng: Random, *, avoid: str | None = None) -> dict[str, Any]:
+def clean_row(
+    family: Family, question: Question, rng: Random, *, avoid: str | None = None
+) -> dict[str, Any]:
     """A clean row; `avoid` is a user text whose wording must not be used again."""
-    prompts = [text for text in (wording.format(**question.fields) for wording in family.wordings) if text != avoid]
-    messages = [{"role": "user", "content": rng.choice(prompts)}, {"role": "assistant", "content": question.answer}]
+    prompts = [
+        text
+        for text in (wording.format(**question.fields) for wording in family.wordings)
+        if text != avoid
+    ]
+    messages = [
+        {"role": "user", "content": rng.choice(prompts)},
+        {"role": "assistant", "content": question.answer},
+    ]
     return {"messages": messages, "family": family.name, "noise": "none", "copy": "none"}
 
 
 def stream(seed: int, weights: Mapping[str, float]) -> Iterator[list[dict[str, str]]]:
-    """The pretraining stream: clean messages of all families without end, questions of the pretraining split only, repeats allowed."""
+    """The pretraining stream: clean messages of all families without end, questions of the
+    pretraining split only, repeats allowed.
+    """
     rng = Random(f"gradsift playground {GENERATOR_VERSION} pretrain {seed}")
     families = list(FAMILIES)
     while True:

@@ -46,4 +46,6 @@ __all__ = [
     "row_card",
     "write_report",
 ]
-__getattr__, __dir__ = lazy_face(__name__, {**dict.fromkeys(__all__, "data"), "write_report": "write"})
+__getattr__, __dir__ = lazy_face(
+    __name__, {**dict.fromkeys(__all__, "data"), "write_report": "write"}
+)

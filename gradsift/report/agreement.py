@@ -1,4 +1,6 @@
-"""How far selections of one pool agree: rows in common, the same at smaller sizes, and the rank correlation of their scores."""
+"""How far selections of one pool agree: rows in common, the same at smaller sizes, and the rank
+correlation of their scores.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,14 @@ def same_pool(a: Artifact, b: Artifact) -> bool:
 
 
 def _encoding(selection: Artifact) -> str:
-    return next((digest for name, digest in sorted(selection.recipe["inputs"].items()) if name.endswith("-encode")), "")
+    return next(
+        (
+            digest
+            for name, digest in sorted(selection.recipe["inputs"].items())
+            if name.endswith("-encode")
+        ),
+        "",
+    )
 
 
 def _rows_read(selection: Artifact, encoding: str) -> Any:
@@ -45,7 +54,9 @@ def _rows_read(selection: Artifact, encoding: str) -> Any:
 
 
 def overlaps(a: np.ndarray, b: np.ndarray) -> dict[int, float]:
-    """j -> share of the first j picks of one that are among the first j of the other, for j = 10, 100, ... and the smaller size."""
+    """j -> share of the first j picks of one that are among the first j of the other, for j = 10,
+    100, ... and the smaller size.
+    """
     most = min(len(a), len(b))
     if not most:
         return {}
@@ -54,7 +65,9 @@ def overlaps(a: np.ndarray, b: np.ndarray) -> dict[int, float]:
 
 
 def correlation(a: Artifact, b: Artifact) -> float | None:
-    """Spearman of the two scores over the rows that both have scored; None where one has no scores, or gives all rows the same."""
+    """Spearman of the two scores over the rows that both have scored; None where one has no scores,
+    or gives all rows the same.
+    """
     if not all((each.path / "scores.parquet").is_file() for each in (a, b)):
         return None
     x, y = (_scores(each.path / "scores.parquet") for each in (a, b))
@@ -66,11 +79,15 @@ def _scores(path: Path) -> np.ndarray:
     try:
         return pq.read_table(path, columns=["score"])["score"].to_numpy()
     except (pa.ArrowException, OSError) as error:
-        raise IntegrityError(f"cannot be read ({str(error).splitlines()[0]})", where=path, remedy=REPAIR) from None
+        raise IntegrityError(
+            f"cannot be read ({str(error).splitlines()[0]})", where=path, remedy=REPAIR
+        ) from None
 
 
 def _comparable(selection: Artifact, current: Artifact) -> bool:
-    """`same_pool`; False where damage hides what a selection was made from (`gradsift verify` tells)."""
+    """`same_pool`; False where damage hides what a selection was made from (`gradsift verify`
+    tells).
+    """
     try:
         return same_pool(selection, current)
     except (IntegrityError, MismatchError):
@@ -78,18 +95,35 @@ def _comparable(selection: Artifact, current: Artifact) -> bool:
 
 
 def matrix(run: Run, current: Artifact) -> Table | None:
-    """Every pair of finished selections of the pool of `current`, itself included, oldest first; None where it is the only one.
+    """Every pair of finished selections of the pool of `current`, itself included, oldest first;
+    None where it is the only one.
 
     A cell is the share of the smaller selection's rows that the other has too.
     """
-    others = [a for a in run.trusted()[0] if a.stage == "select" and a.complete and a.path != current.path and _comparable(a, current)]
+    others = [
+        a
+        for a in run.trusted()[0]
+        if a.stage == "select" and a.complete and a.path != current.path and _comparable(a, current)
+    ]
     picked: dict[str, set[int]] = {}
-    for selection in [*sorted(others, key=lambda a: a.stats.get("finished", 0.0))[1 - SHOWN :], current]:
+    for selection in [
+        *sorted(others, key=lambda a: a.stats.get("finished", 0.0))[1 - SHOWN :],
+        current,
+    ]:
         with contextlib.suppress(IntegrityError):  # `gradsift verify` tells of another one's damage
-            picked[f"{selection.recipe['config']['method']} {selection.digest[:6]}"] = set(indices(selection).tolist())
+            picked[f"{selection.recipe['config']['method']} {selection.digest[:6]}"] = set(
+                indices(selection).tolist()
+            )
     if len(picked) < 2:
         return None
-    rows = [(name, len(x), *(round(len(x & y) / max(min(len(x), len(y)), 1), 3) for y in picked.values())) for name, x in picked.items()]
+    rows = [
+        (
+            name,
+            len(x),
+            *(round(len(x & y) / max(min(len(x), len(y)), 1), 3) for y in picked.values()),
+        )
+        for name, x in picked.items()
+    ]
     return Table(
         columns=("selection", "rows", *picked),
         rows=tuple(rows),

@@ -1,4 +1,6 @@
-"""The report's charts as Vega-Lite specifications. Colours are named styles; the page fills them in for light and dark."""
+"""The report's charts as Vega-Lite specifications. Colours are named styles; the page fills them in
+for light and dark.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def charts(data: ReportData) -> dict[str, dict[str, Any]]:
         made["clusters"] = _clusters(data)
     if data.lengths is not None and sum(data.lengths.counts):
         made["lengths"] = _lengths(data.lengths)
-    if data.comparison is not None and any(row.value is not None for row in data.comparison.results):
+    if data.comparison is not None and any(
+        row.value is not None for row in data.comparison.results
+    ):
         made["comparison"] = _comparison(data.comparison)
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
     return {name: chart.properties(autosize=fit).to_dict() for name, chart in made.items()}
@@ -44,10 +48,20 @@ def _groups(data: ReportData) -> alt.LayerChart:
     picked = sum(group.picked_rows for group in data.groups) or 1
     groups = by_size(data.groups)[:MAX_BARS]
     rows = [
-        {"group": visible(group.name)[:60], "before": group.pool_rows / pool, "after": group.picked_rows / picked, "place": place}
+        {
+            "group": visible(group.name)[:60],
+            "before": group.pool_rows / pool,
+            "after": group.picked_rows / picked,
+            "place": place,
+        }
         for place, group in enumerate(groups)
     ]
-    y = alt.Y("group:N", sort=alt.EncodingSortField("place"), title=None, axis=alt.Axis(labelLimit=150, labelPadding=8))
+    y = alt.Y(
+        "group:N",
+        sort=alt.EncodingSortField("place"),
+        title=None,
+        axis=alt.Axis(labelLimit=150, labelPadding=8),
+    )
     tips = [
         alt.Tooltip("group:N"),
         alt.Tooltip("before:Q", format=".1%", title="of the pool"),
@@ -55,11 +69,19 @@ def _groups(data: ReportData) -> alt.LayerChart:
     ]
     share = alt.Axis(format=".0%", tickCount=5)
     base = alt.Chart(_values(rows)).encode(y=y, tooltip=tips)
-    line = base.mark_rule(style="link", strokeWidth=3).encode(x=alt.X("before:Q", title="share of rows", axis=share), x2="after:Q")
-    before = base.mark_point(style="pool-point", filled=True, size=90, opacity=1).encode(x="before:Q")
-    after = base.mark_point(style="picked-point", filled=True, size=110, opacity=1).encode(x="after:Q")
+    line = base.mark_rule(style="link", strokeWidth=3).encode(
+        x=alt.X("before:Q", title="share of rows", axis=share), x2="after:Q"
+    )
+    before = base.mark_point(style="pool-point", filled=True, size=90, opacity=1).encode(
+        x="before:Q"
+    )
+    after = base.mark_point(style="picked-point", filled=True, size=110, opacity=1).encode(
+        x="after:Q"
+    )
     return alt.layer(line, before, after).properties(
-        width="container", height=28 * len(rows), description="For each group, its share of the pool and its share of the subset."
+        width="container",
+        height=28 * len(rows),
+        description="For each group, its share of the pool and its share of the subset.",
     )
 
 
@@ -76,27 +98,52 @@ def _scores(data: Histogram) -> alt.LayerChart:
         alt.Tooltip("picked:Q", format=COUNT, title="picked"),
     ]
     unpadded = alt.Scale(zero=False, nice=False)
-    x = alt.X("from:Q", bin="binned", title=visible(data.label), scale=unpadded, axis=alt.Axis(grid=False, tickCount=6))
-    # Square root: the picked tail is a few per cent of the pool and would be flat on a linear axis, while a logarithm has no zero.
-    y = alt.Y("all:Q", title="rows (square-root scale)", scale=alt.Scale(type="sqrt"), axis=alt.Axis(tickCount=4, format=COUNT))
+    x = alt.X(
+        "from:Q",
+        bin="binned",
+        title=visible(data.label),
+        scale=unpadded,
+        axis=alt.Axis(grid=False, tickCount=6),
+    )
+    # Square root: the picked tail is a few per cent of the pool and would be flat on a linear axis,
+    # while a logarithm has no zero.
+    y = alt.Y(
+        "all:Q",
+        title="rows (square-root scale)",
+        scale=alt.Scale(type="sqrt"),
+        axis=alt.Axis(tickCount=4, format=COUNT),
+    )
     base = alt.Chart().encode(x=x, x2="to:Q", tooltip=tips)
     layers = [
         base.mark_bar(style="pool", binSpacing=1).encode(y=y),
         base.mark_bar(style="picked", binSpacing=1).encode(y=alt.Y("picked:Q")),
     ]
     if data.cut is not None and data.edges[0] <= data.cut <= data.edges[-1]:
-        side, away = ("right", -6) if data.cut > (data.edges[0] + data.edges[-1]) / 2 else ("left", 6)
-        mark = alt.Chart(_values([{"cut": data.cut, "text": f"cut {data.cut:.4g}"}])).encode(x="cut:Q")
+        side, away = (
+            ("right", -6) if data.cut > (data.edges[0] + data.edges[-1]) / 2 else ("left", 6)
+        )
+        mark = alt.Chart(_values([{"cut": data.cut, "text": f"cut {data.cut:.4g}"}])).encode(
+            x="cut:Q"
+        )
         layers.append(mark.mark_rule(style="cut", strokeWidth=1.5, strokeDash=[4, 3]))
-        layers.append(mark.mark_text(style="cut-label", align=side, dx=away, y=4, baseline="top").encode(text="text:N"))
+        layers.append(
+            mark.mark_text(style="cut-label", align=side, dx=away, y=4, baseline="top").encode(
+                text="text:N"
+            )
+        )
     return alt.layer(*layers, data=_values(_bins(data))).properties(
-        width="container", height=230, description="Histogram of the scores of all rows and of the picked rows."
+        width="container",
+        height=230,
+        description="Histogram of the scores of all rows and of the picked rows.",
     )
 
 
 def _lengths(data: Histogram) -> alt.LayerChart:
     total, chosen = sum(data.counts) or 1, sum(data.picked) or 1
-    rows = [bin | {"pool share": bin["all"] / total, "picked share": bin["picked"] / chosen} for bin in _bins(data)]
+    rows = [
+        bin | {"pool share": bin["all"] / total, "picked share": bin["picked"] / chosen}
+        for bin in _bins(data)
+    ]
     tips = [
         alt.Tooltip("from:Q", format=COUNT),
         alt.Tooltip("to:Q", format=COUNT),
@@ -104,19 +151,39 @@ def _lengths(data: Histogram) -> alt.LayerChart:
         alt.Tooltip("picked share:Q", format=".1%"),
     ]
     title = visible(data.label) + (" (last bin: and longer)" if data.above else "")
-    x = alt.X("from:Q", bin="binned", title=title, scale=alt.Scale(nice=False), axis=alt.Axis(grid=False, tickCount=6))
+    x = alt.X(
+        "from:Q",
+        bin="binned",
+        title=title,
+        scale=alt.Scale(nice=False),
+        axis=alt.Axis(grid=False, tickCount=6),
+    )
     y = alt.Y("pool share:Q", title="share of rows", axis=alt.Axis(tickCount=4, format=".0%"))
-    pool = alt.Chart(_values(rows)).encode(x=x, x2="to:Q", y=y, tooltip=tips).mark_bar(style="pool", binSpacing=0.5)
-    steps = [*((row["from"], row["picked share"]) for row in rows), (rows[-1]["to"], rows[-1]["picked share"])]
-    outline = alt.Chart(_values([{"from": at, "picked share": part} for at, part in steps])).encode(x="from:Q", y="picked share:Q")
+    pool = (
+        alt.Chart(_values(rows))
+        .encode(x=x, x2="to:Q", y=y, tooltip=tips)
+        .mark_bar(style="pool", binSpacing=0.5)
+    )
+    steps = [
+        *((row["from"], row["picked share"]) for row in rows),
+        (rows[-1]["to"], rows[-1]["picked share"]),
+    ]
+    outline = alt.Chart(_values([{"from": at, "picked share": part} for at, part in steps])).encode(
+        x="from:Q", y="picked share:Q"
+    )
     picked = outline.mark_line(style="picked-line", interpolate="step-after", strokeWidth=2)
     return alt.layer(pool, picked).properties(
-        width="container", height=190, description="Lengths of the rows of the pool and of the picked rows."
+        width="container",
+        height=190,
+        description="Lengths of the rows of the pool and of the picked rows.",
     )
 
 
 def _clusters(data: ReportData) -> alt.LayerChart:
-    rows = [{"cluster": visible(c.name)[:60], "rows": c.rows, "picked": c.picked, "norm": c.norm} for c in data.clusters]
+    rows = [
+        {"cluster": visible(c.name)[:60], "rows": c.rows, "picked": c.picked, "norm": c.norm}
+        for c in data.clusters
+    ]
     size = sum(c.rows for c in data.clusters) or 1
     rate = sum(c.picked for c in data.clusters) / size
     top = max(c.rows for c in data.clusters)
@@ -126,33 +193,71 @@ def _clusters(data: ReportData) -> alt.LayerChart:
         alt.Tooltip("picked:Q", format=COUNT),
         alt.Tooltip("norm:Q", format=".2f"),
     ]
-    x = alt.X("rows:Q", title="rows in the cluster", axis=alt.Axis(tickCount=5, format=COUNT, grid=False))
-    y = alt.Y("picked:Q", title="picked", axis=alt.Axis(tickCount=4, format=COUNT))
-    line = alt.Chart(_values([{"rows": 0, "picked": 0}, {"rows": top, "picked": top * rate}])).mark_line(
-        style="even", strokeDash=[4, 3], strokeWidth=1.5
+    x = alt.X(
+        "rows:Q", title="rows in the cluster", axis=alt.Axis(tickCount=5, format=COUNT, grid=False)
     )
-    points = alt.Chart(_values(rows)).mark_point(style="picked-point", filled=True, size=70, opacity=0.65).encode(x=x, y=y, tooltip=tips)
-    return alt.layer(line.encode(x=x, y=y), points).properties(width="container", height=220, description="Rows and picks of each cluster.")
+    y = alt.Y("picked:Q", title="picked", axis=alt.Axis(tickCount=4, format=COUNT))
+    line = alt.Chart(
+        _values([{"rows": 0, "picked": 0}, {"rows": top, "picked": top * rate}])
+    ).mark_line(style="even", strokeDash=[4, 3], strokeWidth=1.5)
+    points = (
+        alt.Chart(_values(rows))
+        .mark_point(style="picked-point", filled=True, size=70, opacity=0.65)
+        .encode(x=x, y=y, tooltip=tips)
+    )
+    return alt.layer(line.encode(x=x, y=y), points).properties(
+        width="container", height=220, description="Rows and picks of each cluster."
+    )
 
 
 def _comparison(data: Comparison) -> alt.LayerChart:
     rows = [
-        {"name": visible(r.name)[:60], "kind": r.kind, "value": r.value, "low": r.low, "high": r.high, "ours": r.kind == "method"}
+        {
+            "name": visible(r.name)[:60],
+            "kind": r.kind,
+            "value": r.value,
+            "low": r.low,
+            "high": r.high,
+            "ours": r.kind == "method",
+        }
         for r in data.results
         if r.value is not None
     ]
     order = "ascending" if data.lower_is_better else "descending"
-    y = alt.Y("name:N", sort=alt.EncodingSortField("value", order=order), title=None, axis=alt.Axis(labelLimit=170, labelPadding=8))
-    tips = [alt.Tooltip("name:N"), *(alt.Tooltip(f"{field}:Q", format=".4f") for field in ("value", "low", "high"))]
-    x = alt.X("value:Q", title=visible(data.measure), scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
+    y = alt.Y(
+        "name:N",
+        sort=alt.EncodingSortField("value", order=order),
+        title=None,
+        axis=alt.Axis(labelLimit=170, labelPadding=8),
+    )
+    tips = [
+        alt.Tooltip("name:N"),
+        *(alt.Tooltip(f"{field}:Q", format=".4f") for field in ("value", "low", "high")),
+    ]
+    x = alt.X(
+        "value:Q",
+        title=visible(data.measure),
+        scale=alt.Scale(zero=False),
+        axis=alt.Axis(tickCount=5),
+    )
     base = alt.Chart(_values(rows)).encode(y=y, tooltip=tips)
     bars = (
         base.transform_filter("datum.low != null && datum.high != null")
         .mark_rule(style="link", strokeWidth=3)
         .encode(x=alt.X("low:Q"), x2="high:Q")
     )
-    others = base.transform_filter("!datum.ours").mark_point(style="pool-point", filled=True, size=90, opacity=1).encode(x=x)
-    ours = base.transform_filter("datum.ours").mark_point(style="picked-point", filled=True, size=110, opacity=1).encode(x=x)
+    others = (
+        base.transform_filter("!datum.ours")
+        .mark_point(style="pool-point", filled=True, size=90, opacity=1)
+        .encode(x=x)
+    )
+    ours = (
+        base.transform_filter("datum.ours")
+        .mark_point(style="picked-point", filled=True, size=110, opacity=1)
+        .encode(x=x)
+    )
     return alt.layer(bars, others, ours).properties(
-        width="container", height=28 * len(rows), description="The measure per method, with its interval."
+        width="container",
+        height=28 * len(rows),
+        description="The measure per method, with its interval.",
     )

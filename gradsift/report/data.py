@@ -34,12 +34,19 @@ Real = Annotated[float, BeforeValidator(_plain)]
 MaybeReal = Annotated[float | None, BeforeValidator(_finite_or_none)]
 Text = Annotated[str, BeforeValidator(_encodable)]
 Several = Annotated[tuple[T, ...], Strict(False)]  # a list is accepted and frozen
-Cell = Annotated[str | int | float | None, BeforeValidator(lambda value: _encodable(_finite_or_none(value)))]
-Option = Annotated[str | int | float | bool | None, BeforeValidator(lambda value: _encodable(_finite_or_none(value)))]
+Cell = Annotated[
+    str | int | float | None, BeforeValidator(lambda value: _encodable(_finite_or_none(value)))
+]
+Option = Annotated[
+    str | int | float | bool | None,
+    BeforeValidator(lambda value: _encodable(_finite_or_none(value))),
+]
 
 
 class Part(BaseModel):
-    """Frozen and strict; unknown fields are refused; numpy scalars become plain numbers; NaN is refused, or None where None is allowed."""
+    """Frozen and strict; unknown fields are refused; numpy scalars become plain numbers; NaN is
+    refused, or None where None is allowed.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -74,9 +81,11 @@ class Group(Part):
 
 
 class Histogram(Part):
-    """`counts[i]` of all values and `picked[i]` of the picked ones lie in edges[i] <= x < edges[i + 1] (the last bin is closed).
+    """`counts[i]` of all values and `picked[i]` of the picked ones lie in edges[i] <= x < edges[i +
+    1] (the last bin is closed).
 
-    `above` values lie over the last edge and are counted in the last bin; `missing` values were not finite and are counted nowhere.
+    `above` values lie over the last edge and are counted in the last bin; `missing` values were not
+    finite and are counted nowhere.
     """
 
     label: Text
@@ -90,12 +99,17 @@ class Histogram(Part):
     @model_validator(mode="after")
     def _lengths(self) -> Histogram:
         if not len(self.edges) - 1 == len(self.counts) == len(self.picked):
-            raise ValueError("a histogram has one edge more than it has bins, and as many picked counts as counts")
+            raise ValueError(
+                "a histogram has one edge more than it has bins, and as many picked counts as"
+                " counts"
+            )
         return self
 
 
 class Cluster(Part):
-    """`norm`: L2 norm of the mean of the cluster's unit rows, in [0, 1]; near 1 = the rows agree."""
+    """`norm`: L2 norm of the mean of the cluster's unit rows, in [0, 1]; near 1 = the rows
+    agree.
+    """
 
     name: Text
     rows: Int
@@ -124,7 +138,10 @@ class Row(Part):
     @property
     def opening(self) -> str:
         """The text a reader knows the row by: its first turn that is not a system prompt."""
-        return next((turn.content for turn in self.turns if turn.role != "system" and turn.content.strip()), self.id)
+        return next(
+            (turn.content for turn in self.turns if turn.role != "system" and turn.content.strip()),
+            self.id,
+        )
 
 
 class Table(Part):
@@ -140,7 +157,9 @@ class Table(Part):
 
 
 class Timing(Part):
-    """`seconds` of wall time and `peak_bytes` of memory, as measured when the artifact was computed."""
+    """`seconds` of wall time and `peak_bytes` of memory, as measured when the artifact was
+    computed.
+    """
 
     stage: Text
     seconds: MaybeReal = None
@@ -151,7 +170,9 @@ class Timing(Part):
 
 
 class Compared(Part):
-    """One training: `value` is the measure (mean over `seeds`), [low, high] its interval, `share` the share of the pool trained on."""
+    """One training: `value` is the measure (mean over `seeds`), [low, high] its interval, `share`
+    the share of the pool trained on.
+    """
 
     name: Text
     kind: Literal["method", "control", "full", "none"] = "method"
@@ -180,7 +201,9 @@ class Reproduce(Part):
 
 
 class ReportData(Part):
-    """Everything the report of one selection shows. `ReportData.model_validate_json(data.model_dump_json()) == data`."""
+    """Everything the report of one selection shows.
+    `ReportData.model_validate_json(data.model_dump_json()) == data`.
+    """
 
     title: Text
     method: Method
@@ -201,8 +224,15 @@ class ReportData(Part):
 
     @property
     def sentences(self) -> tuple[Verdict, ...]:
-        """The verdict, and where no comparison is shown, that nobody knows yet what these rows are worth."""
-        unknown = Verdict(text="Whether this trains a better model than random rows is not measured on this page.", level="note")
+        """The verdict, and where no comparison is shown, that nobody knows yet what these rows are
+        worth.
+        """
+        unknown = Verdict(
+            text=(
+                "Whether this trains a better model than random rows is not measured on this page."
+            ),
+            level="note",
+        )
         return self.verdict if self.comparison or not self.verdict else (*self.verdict, unknown)
 
 
@@ -217,17 +247,23 @@ def histogram(
 ) -> Histogram:
     """Counts of `values` [n] and of the picked ones in `bins` equal bins.
 
-    `upper`: a quantile in (0, 1]; larger values are counted in the last bin (for long-tailed axes such as lengths). Values that are not
-    finite are counted in `missing`. Whole-number values never get bins narrower than 1.
+    `upper`: a quantile in (0, 1]; larger values are counted in the last bin (for long-tailed axes
+    such as lengths). Values that are not finite are counted in `missing`. Whole-number values never
+    get bins narrower than 1.
     """
     array = np.asarray(values, dtype=np.float64)
     mask = np.asarray(picked_mask, dtype=bool)
     if array.ndim != 1 or array.shape != mask.shape:
-        raise ValueError(f"values and picked_mask must be two vectors of one length, not {array.shape} and {mask.shape}")
+        raise ValueError(
+            f"values and picked_mask must be two vectors of one length, not {array.shape} and"
+            f" {mask.shape}"
+        )
     good = np.isfinite(array)
     missing, array, mask = int((~good).sum()), array[good], mask[good]
     if not len(array):
-        return Histogram(label=label, edges=(0.0, 1.0), counts=(0,), picked=(0,), cut=cut, missing=missing)
+        return Histogram(
+            label=label, edges=(0.0, 1.0), counts=(0,), picked=(0,), cut=cut, missing=missing
+        )
     low, top = float(array.min()), float(array.max())
     high = float(np.quantile(array, upper)) if upper is not None else top
     above = int((array > high).sum())
@@ -262,7 +298,9 @@ def row_card(
     tokens: int | None = None,
     why: str = "",
 ) -> Row:
-    """An example as the report shows it: the first 12 turns, 4,000 characters of each, with what was left out counted."""
+    """An example as the report shows it: the first 12 turns, 4,000 characters of each, with what
+    was left out counted.
+    """
     return Row(
         id=example.id,
         group=example.group,

@@ -9,11 +9,15 @@ from gradsift.report.data import Comparison, Histogram, ReportData, Row
 from gradsift.report.text import count, excerpt, number, pieces, seconds, share, size, visible
 
 MARKS = {"ok": "", "note": "Note: ", "warn": "Warning: "}
-_SPECIAL = re.compile(r"[\\`*_\[\]<>|~$&@]|(?<=[a-z])(?=://)|(?<=www)(?=\.)|^[-+=#]|(?<=^\d)(?=[.)])", re.IGNORECASE)
+_SPECIAL = re.compile(
+    r"[\\`*_\[\]<>|~$&@]|(?<=[a-z])(?=://)|(?<=www)(?=\.)|^[-+=#]|(?<=^\d)(?=[.)])", re.IGNORECASE
+)
 
 
 def plain(text: str) -> str:
-    """`text` in one line as literal Markdown: no markup, link, mention, formula or HTML in it takes effect."""
+    """`text` in one line as literal Markdown: no markup, link, mention, formula or HTML in it takes
+    effect.
+    """
     return _SPECIAL.sub(lambda match: "\\" + match.group(), visible(text))
 
 
@@ -24,7 +28,9 @@ def fenced(text: str) -> list[str]:
     return [f"{fence}text", *body.split("\n"), fence]
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: int | None = None) -> list[str]:
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: int | None = None
+) -> list[str]:
     """A table; the columns from `numeric` on are aligned right."""
     start = len(columns) if numeric is None else numeric
     rule = ["---" if place < start else "---:" for place in range(len(columns))]
@@ -34,43 +40,97 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: int | 
 def render(data: ReportData) -> str:
     lines = [f"# {plain(data.title)}", ""]
     for place, item in enumerate(data.sentences):
-        lines += [f"**{plain(item.text)}**", ""] if place == 0 else [f"- {MARKS[item.level]}{plain(item.text)}"]
-    options = ", ".join(f"{plain(name)} = {plain('none' if value is None else str(value))}" for name, value in data.method.options.items())
-    lines += ["", f"Method: {plain(data.method.name)}. {plain(data.method.summary)}", "", *([f"Options: {options}", ""] if options else [])]
+        lines += (
+            [f"**{plain(item.text)}**", ""]
+            if place == 0
+            else [f"- {MARKS[item.level]}{plain(item.text)}"]
+        )
+    options = ", ".join(
+        f"{plain(name)} = {plain('none' if value is None else str(value))}"
+        for name, value in data.method.options.items()
+    )
+    lines += [
+        "",
+        f"Method: {plain(data.method.name)}. {plain(data.method.summary)}",
+        "",
+        *([f"Options: {options}", ""] if options else []),
+    ]
     if data.comparison:
         lines += _comparison(data.comparison)
     if data.funnel:
         lines += ["## From rows read to rows selected", ""]
-        lines += table(["stage", "note", "rows"], ([plain(s.name), plain(s.note), count(s.count)] for s in data.funnel), 2)
+        lines += table(
+            ["stage", "note", "rows"],
+            ([plain(s.name), plain(s.note), count(s.count)] for s in data.funnel),
+            2,
+        )
     lines += _groups(data)
-    for title, bins in (("Scores and the cut", data.scores), ("Lengths, before and after", data.lengths)):
+    for title, bins in (
+        ("Scores and the cut", data.scores),
+        ("Lengths, before and after", data.lengths),
+    ):
         if bins:
             lines += _histogram(title, bins)
     if data.clusters:
-        rows = ([plain(c.name), count(c.rows), count(c.picked), number(c.norm)] for c in data.clusters)
+        rows = (
+            [plain(c.name), count(c.rows), count(c.picked), number(c.norm)] for c in data.clusters
+        )
         lines += ["## Clusters", "", *table(["cluster", "rows", "picked", "norm"], rows, 1)]
-    for title, cards in (("Best rows", data.best), ("Borderline rows", data.borderline), ("Worst rows", data.worst)):
+    for title, cards in (
+        ("Best rows", data.best),
+        ("Borderline rows", data.borderline),
+        ("Worst rows", data.worst),
+    ):
         if cards:
             lines += [f"## {title}", "", *(line for card in cards for line in _card(card))]
-    for title, found in (("What the gradients cover", data.coverage), ("Which selections agree", data.agreement)):
+    for title, found in (
+        ("What the gradients cover", data.coverage),
+        ("Which selections agree", data.agreement),
+    ):
         if found:
-            cells = ([plain(cell) if isinstance(cell, str) else number(cell) for cell in row] for row in found.rows)
+            cells = (
+                [plain(cell) if isinstance(cell, str) else number(cell) for cell in row]
+                for row in found.rows
+            )
             lines += [f"## {title}", "", *([plain(found.caption), ""] if found.caption else [])]
             lines += table([plain(column) for column in found.columns], cells)
     if data.timings:
-        rows = ([plain(t.stage), t.state, t.digest[:12], seconds(t.seconds), size(t.peak_bytes)] for t in data.timings)
-        lines += ["## Time and memory", "", *table(["stage", "state", "artifact", "time", "peak memory"], rows, 3)]
+        rows = (
+            [plain(t.stage), t.state, t.digest[:12], seconds(t.seconds), size(t.peak_bytes)]
+            for t in data.timings
+        )
+        lines += [
+            "## Time and memory",
+            "",
+            *table(["stage", "state", "artifact", "time", "peak memory"], rows, 3),
+        ]
     return "\n".join(lines + _reproduce(data)).rstrip() + "\n"
 
 
 def _comparison(data: Comparison) -> list[str]:
     better = "lower" if data.lower_is_better else "higher"
-    lines = ["## Does it train a better model?", "", f"{plain(data.measure)}; {better} is better. {plain(data.note)}".strip(), ""]
+    lines = [
+        "## Does it train a better model?",
+        "",
+        f"{plain(data.measure)}; {better} is better. {plain(data.note)}".strip(),
+        "",
+    ]
     rows = (
-        [plain(r.name), r.kind, number(r.value), number(r.low), number(r.high), count(r.rows), share(r.share), count(r.seeds)]
+        [
+            plain(r.name),
+            r.kind,
+            number(r.value),
+            number(r.low),
+            number(r.high),
+            count(r.rows),
+            share(r.share),
+            count(r.seeds),
+        ]
         for r in data.results
     )
-    return lines + table(["trained on", "kind", "value", "low", "high", "rows", "share", "seeds"], rows, 2)
+    return lines + table(
+        ["trained on", "kind", "value", "low", "high", "rows", "share", "seeds"], rows, 2
+    )
 
 
 def _groups(data: ReportData) -> list[str]:
@@ -89,12 +149,21 @@ def _groups(data: ReportData) -> list[str]:
         ]
         for g in data.groups
     )
-    columns = ["group", "pool rows", "picked", "of pool", "of subset", "pool tokens", "picked tokens"]
+    columns = [
+        "group",
+        "pool rows",
+        "picked",
+        "of pool",
+        "of subset",
+        "pool tokens",
+        "picked tokens",
+    ]
     return ["## Groups, before and after", "", *table(columns, rows, 1)]
 
 
 def _histogram(title: str, data: Histogram) -> list[str]:
-    total, step = len(data.counts), max(1, -(-len(data.counts) // 12))  # a dozen lines are enough to read in text
+    # a dozen lines are enough to read in text
+    total, step = len(data.counts), max(1, -(-len(data.counts) // 12))
     rows = []
     for start in range(0, total, step):
         end = min(start + step, total)
@@ -111,7 +180,12 @@ def _histogram(title: str, data: Histogram) -> list[str]:
 
 
 def _card(row: Row) -> list[str]:
-    facts = {"rank": count(row.rank), "gain": number(row.gain), "influence": number(row.influence), "tokens": count(row.tokens)}
+    facts = {
+        "rank": count(row.rank),
+        "gain": number(row.gain),
+        "influence": number(row.influence),
+        "tokens": count(row.tokens),
+    }
     facts |= {"group": plain(row.group), "file": plain(row.place), "why": plain(row.why)}
     lines = [
         f"### {plain(excerpt(row.opening, 60))}",
@@ -132,7 +206,14 @@ def _reproduce(data: ReportData) -> list[str]:
     if how.command:
         lines += [*fenced(how.command), ""]
     lines += [f"- {plain(note)}" for note in how.notes] + ([""] if how.notes else [])
-    for title, values in (("Seeds", how.seeds), ("Versions", how.versions), ("Digests", how.digests)):
+    for title, values in (
+        ("Seeds", how.seeds),
+        ("Versions", how.versions),
+        ("Digests", how.digests),
+    ):
         if values:
-            lines += table([title, "value"], ([plain(name), plain(number(value))] for name, value in values.items()))
+            lines += table(
+                [title, "value"],
+                ([plain(name), plain(number(value))] for name, value in values.items()),
+            )
     return lines

@@ -22,13 +22,17 @@ HERE = Path(__file__).parent
 
 @functools.cache
 def _bundle() -> str:
-    """Vega, Vega-Lite and Vega-Embed in one script without imports, offering `vegaEmbed` (about 0.9 MB)."""
+    """Vega, Vega-Lite and Vega-Embed in one script without imports, offering `vegaEmbed` (about 0.9
+    MB).
+    """
     script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("\r\n", "\n")
     return inline_script(script)
 
 
 def inline_script(script: str) -> str:
-    """A script that may stand between script tags: what would end or re-open them there is refused, not patched."""
+    """A script that may stand between script tags: what would end or re-open them there is refused,
+    not patched.
+    """
     lowered = script.lower()
     for token in ("</script", "<!--", "\r", "\0"):
         if token in lowered:
@@ -38,7 +42,11 @@ def inline_script(script: str) -> str:
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(
         pieces=text.pieces,
@@ -59,7 +67,9 @@ def _option(value: Any) -> str:
 
 
 def script_json(value: Any) -> str:
-    """JSON that may stand inside a script element: ASCII, and no character that the HTML parser reads."""
+    """JSON that may stand inside a script element: ASCII, and no character that the HTML parser
+    reads.
+    """
     body = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return body.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -69,7 +79,8 @@ def _digest(source: str) -> str:
 
 
 def render(data: ReportData) -> str:
-    """The page. Its policy admits exactly its own style sheet and scripts, by hash, and no connection, image, frame, form or base.
+    """The page. Its policy admits exactly its own style sheet and scripts, by hash, and no
+    connection, image, frame, form or base.
 
     Vega's expressions run in its interpreter (`ast: true`), so the policy needs no `unsafe-eval`.
     """

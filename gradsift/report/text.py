@@ -1,4 +1,6 @@
-"""How numbers and tables are written as text, and how text that hides or reorders itself is made visible."""
+"""How numbers and tables are written as text, and how text that hides or reorders itself is made
+visible.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,19 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-# Line breaks and tabs stay. Format characters are shown because they can reorder or hide text (Boucher and Anderson, "Trojan Source",
-# 2021); the zero-width joiner and variation selectors stay, since emoji and several scripts are built with them.
+# Line breaks and tabs stay. Format characters are shown because they can reorder or hide text
+# (Boucher and Anderson, "Trojan Source", 2021); the zero-width joiner and variation selectors stay,
+# since emoji and several scripts are built with them.
 _KEEP = {"\n", "\t", "\u200c", "\u200d"}
-_SUSPECT = re.compile("[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]")
+_SUSPECT = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 
 
 def pieces(text: str) -> list[tuple[str, bool]]:
-    """`text` cut into (piece, is_control): a control or format character comes as its own piece, written U+XXXX."""
+    """`text` cut into (piece, is_control): a control or format character comes as its own piece,
+    written U+XXXX.
+    """
     out: list[tuple[str, bool]] = []
     at = 0
     for match in _SUSPECT.finditer(text):
@@ -31,7 +38,9 @@ def pieces(text: str) -> list[tuple[str, bool]]:
 
 def visible(text: str) -> str:
     """`text` in one line, with control and format characters written as [U+XXXX]."""
-    return " ".join("".join(f"[{piece}]" if control else piece for piece, control in pieces(text)).split())
+    return " ".join(
+        "".join(f"[{piece}]" if control else piece for piece, control in pieces(text)).split()
+    )
 
 
 def excerpt(text: str, length: int = 90) -> str:
@@ -48,7 +57,9 @@ def count(value: int | None) -> str:
 
 
 def number(value: Any) -> str:
-    """Four significant digits for a float (whole floats as whole numbers), thousands separated, empty for None."""
+    """Four significant digits for a float (whole floats as whole numbers), thousands separated,
+    empty for None.
+    """
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -86,9 +97,17 @@ def size(value: int | None) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a plain table: columns as wide as they need, two spaces apart, for it is data that no terminal width may cut.
+    """Lines of a plain table: columns as wide as they need, two spaces apart, for it is data that
+    no terminal width may cut.
 
     A row may end early; its last cell is then as long as it is, and widens no column.
     """
-    widths = [max(len(row[i]) for row in rows if len(row) > i + 1) for i in range(max(map(len, rows)) - 1)]
-    return ["  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]]).rstrip() for row in rows]
+    widths = [
+        max(len(row[i]) for row in rows if len(row) > i + 1) for i in range(max(map(len, rows)) - 1)
+    ]
+    return [
+        "  ".join(
+            [*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]]
+        ).rstrip()
+        for row in rows
+    ]

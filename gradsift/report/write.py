@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 
 def write_report(data: ReportData, folder: Path) -> Path:
-    """Write report.json, report.md and report.html into `folder` (made if missing), and their digests beside them; returns the path of the page.
+    """Write report.json, report.md and report.html into `folder` (made if missing), and their
+    digests beside them; returns the path of the page.
 
-    The same data gives the same bytes. Each file is replaced whole or not at all; raises DiskFull or ResourceError.
+    The same data gives the same bytes. Each file is replaced whole or not at all; raises DiskFull
+    or ResourceError.
     """
     folder = Path(folder)
     make_folder(folder)
@@ -30,5 +32,9 @@ def write_report(data: ReportData, folder: Path) -> Path:
     }
     for name, content in pages.items():
         write_atomic(folder / name, content)
-    write_atomic(folder / SUMS, canonical_json(sealed({"files": {name: file_hash(folder / name) for name in pages}})) + b"\n")
+    write_atomic(
+        folder / SUMS,
+        canonical_json(sealed({"files": {name: file_hash(folder / name) for name in pages}}))
+        + b"\n",
+    )
     return folder / "report.html"

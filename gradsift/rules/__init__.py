@@ -1,11 +1,14 @@
-"""Selection rules: pure functions of tensors. They import torch and numpy, and nothing of gradsift outside this folder.
+"""Selection rules: pure functions of tensors. They import torch and numpy, and nothing of gradsift
+outside this folder.
 
 Conventions that hold in every rule:
 
-- `rows` is a Tensor, or any object with `.shape` and `[a:b] -> Tensor` (a store); float16 is allowed, sums are float32 or better.
-- Rows are read in fixed blocks of 2,048 and block results are added in block order: a parallel `map` gives the bytes of a serial one.
-- The work is done where the rows lie; results are on the CPU. Indices are int64 tensors, values float32 (float64 where said, or
-  where the input is float64).
+- `rows` is a Tensor, or any object with `.shape` and `[a:b] -> Tensor` (a store); float16 is
+allowed, sums are float32 or better.
+- Rows are read in fixed blocks of 2,048 and block results are added in block order: a parallel
+`map` gives the bytes of a serial one.
+- The work is done where the rows lie; results are on the CPU. Indices are int64 tensors, values
+  float32 (float64 where said, or where the input is float64).
 - Ties go to the lowest index. Every loop chooses something, rules something out for good, or ends.
 - A bad argument is a ValueError. Randomness comes only from the `rng` that is passed in.
 """

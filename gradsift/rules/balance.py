@@ -15,21 +15,27 @@ HEAD = 32  # rows evaluated before the bounds are asked how many more are needed
 
 
 def greedy(influence: Any, budget: int, *, standardise: bool = True) -> Picks:
-    """Repeat: add the row i with the largest max_j (Z_ij - mean over the chosen rows of Z_sj); nothing chosen yet = mean 0.
+    """Repeat: add the row i with the largest max_j (Z_ij - mean over the chosen rows of Z_sj);
+    nothing chosen yet = mean 0.
 
-    influence [n, m], positive = row i helps target j; Z is it with every column brought to mean 0 and sample standard deviation 1 (n - 1)
-    over all rows, constant columns left out. `standardise=False` takes the columns as they are. The gain of a pick is how far the row was
-    above that mean in its best column. Ties go to the lowest row; a larger budget only appends. Source: BIDS (Dai et al. 2025, section 4,
-    algorithm 1; the mean of the empty set is not specified there).
+    influence [n, m], positive = row i helps target j; Z is it with every column brought to mean 0
+    and sample standard deviation 1 (n - 1) over all rows, constant columns left out.
+    `standardise=False` takes the columns as they are. The gain of a pick is how far the row was
+    above that mean in its best column. Ties go to the lowest row; a larger budget only appends.
+    Source: BIDS (Dai et al. 2025, section 4, algorithm 1; the mean of the empty set is not
+    specified there).
 
-    The picks are those of evaluating every row every time, without doing so: a row's value can rise by at most the largest fall of a
-    column mean since it was last evaluated, and the means move slowly. On the CPU; a copy of `influence` in memory.
-    Raises ValueError for values that are not finite, a budget outside 0..n, and when every column is constant.
+    The picks are those of evaluating every row every time, without doing so: a row's value can rise
+    by at most the largest fall of a column mean since it was last evaluated, and the means move
+    slowly. On the CPU; a copy of `influence` in memory. Raises ValueError for values that are not
+    finite, a budget outside 0..n, and when every column is constant.
     """
     scores = torch.as_tensor(influence).detach()
     scores = scores if scores.dtype == torch.float64 else scores.to(torch.float32)
     if scores.ndim != 2 or min(scores.shape) < 1:
-        raise ValueError(f"influence must have shape [n, m] with n, m >= 1, got {list(scores.shape)}")
+        raise ValueError(
+            f"influence must have shape [n, m] with n, m >= 1, got {list(scores.shape)}"
+        )
     budget = check_budget(budget, len(scores))
     check_finite(scores.sum(1, dtype=torch.float64), "influence")
     scores = _standardised(scores.cpu()) if standardise else scores.cpu()
@@ -62,9 +68,10 @@ def _standardised(scores: Tensor) -> Tensor:
 class _Queue:
     """The rows still open, by bounds on their value max_j (Z_ij - mean_j).
 
-    Two references: the means at which all rows were last evaluated (`pool_means`), and those at which the window, the WINDOW best rows
-    then, was (`near_means`). A value is at most the evaluated one plus the largest fall of a mean since. Comparisons leave room
-    for rounding, and what decides is always evaluated afresh, so the picks do not depend on the bookkeeping.
+    Two references: the means at which all rows were last evaluated (`pool_means`), and those at
+    which the window, the WINDOW best rows then, was (`near_means`). A value is at most the
+    evaluated one plus the largest fall of a mean since. Comparisons leave room for rounding, and
+    what decides is always evaluated afresh, so the picks do not depend on the bookkeeping.
     """
 
     def __init__(self, scores: Tensor) -> None:
@@ -114,7 +121,12 @@ class _Queue:
     def _evaluate_near(self) -> None:
         values = self._evaluate(self.near)
         order = np.lexsort((self.near, -values))
-        self.near, self.values, self.near_means, self.work = self.near[order], values[order], self.means, 0
+        self.near, self.values, self.near_means, self.work = (
+            self.near[order],
+            values[order],
+            self.means,
+            0,
+        )
 
     def _evaluate_pool(self) -> None:
         values = np.full(len(self.scores), -np.inf, dtype=self.scores.dtype)

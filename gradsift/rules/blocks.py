@@ -1,4 +1,6 @@
-"""How every rule reads rows (in fixed blocks, as views of other rows), checks its arguments and breaks ties (to the lowest index)."""
+"""How every rule reads rows (in fixed blocks, as views of other rows), checks its arguments and
+breaks ties (to the lowest index).
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ class Rows(Protocol):
 class Picks:
     """What a greedy rule chose.
 
-    `indices` int64 [k] in pick order; `gains` [k]: what each row was worth when it was picked, in the
-    unit that the rule names.
+    `indices` int64 [k] in pick order; `gains` [k]: what each row was worth when it was picked, in
+    the unit that the rule names.
     """
 
     indices: Tensor
@@ -39,7 +41,9 @@ class Picks:
 
 
 def sizes(rows: Rows, name: str = "rows") -> tuple[int, int]:
-    """(n, d) of `rows`; ValueError unless it has two dimensions and at least one row and one column."""
+    """(n, d) of `rows`; ValueError unless it has two dimensions and at least one row and one
+    column.
+    """
     shape = tuple(rows.shape)
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(f"{name} must have shape [n, d] with n, d >= 1, got {list(shape)}")
@@ -63,7 +67,9 @@ def stream(rows: Rows) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def gather(rows: Rows, indices: Tensor) -> Tensor:
-    """The rows at `indices` [k] (CPU, any order) -> [k, d] in float32 or float64, read as `take` reads them."""
+    """The rows at `indices` [k] (CPU, any order) -> [k, d] in float32 or float64, read as `take`
+    reads them.
+    """
     block = take(rows, indices)
     return block if block.dtype == torch.float64 else block.to(torch.float32)
 
@@ -102,7 +108,9 @@ def unit(block: Tensor) -> Tensor:
 
 
 def best(values: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of `values` [n], descending, ties to the lowest index -> int64 [k] on the values' device."""
+    """Indices of the k largest of `values` [n], descending, ties to the lowest index -> int64 [k]
+    on the values' device.
+    """
     if k >= len(values):
         return torch.sort(values, descending=True, stable=True).indices
     if k == 0:
@@ -118,7 +126,9 @@ def best(values: Tensor, k: int) -> Tensor:
 def check_budget(budget: int, n: int) -> int:
     """`budget` as an int; ValueError unless 0 <= budget <= n."""
     if isinstance(budget, bool) or int(budget) != budget or not 0 <= budget <= n:
-        raise ValueError(f"budget must be a whole number between 0 and the {n} rows, got {budget!r}")
+        raise ValueError(
+            f"budget must be a whole number between 0 and the {n} rows, got {budget!r}"
+        )
     return int(budget)
 
 
@@ -133,7 +143,10 @@ def floating(values: Any, name: str, dims: int) -> Tensor:
     if out.dtype != torch.float64:
         out = out.to(torch.float32)
     if out.ndim != dims:
-        raise ValueError(f"{name} must have {dims} dimension{'s' if dims > 1 else ''}, got shape {list(out.shape)}")
+        raise ValueError(
+            f"{name} must have {dims} dimension{'s' if dims > 1 else ''}, got shape"
+            f" {list(out.shape)}"
+        )
     check_finite(out, name)
     return out
 
@@ -145,7 +158,9 @@ def check_rng(rng: np.random.Generator | None) -> np.random.Generator:
 
 
 class Raw:
-    """Rows, fp32, at the length they had before a store brought them to 1: unit rows times their `scales`. Rows without them are as they are."""
+    """Rows, fp32, at the length they had before a store brought them to 1: unit rows times their
+    `scales`. Rows without them are as they are.
+    """
 
     def __init__(self, rows: Rows) -> None:
         self.rows, self.shape = rows, tuple(rows.shape)
@@ -178,7 +193,9 @@ class Narrow:
 
     @property
     def scales(self) -> Tensor | None:
-        """What unit rows of a store must be multiplied by, before the projection as after it; None over rows that carry none."""
+        """What unit rows of a store must be multiplied by, before the projection as after it; None
+        over rows that carry none.
+        """
         return getattr(self.rows, "scales", None)
 
 
@@ -189,7 +206,9 @@ def signs(d: int, dim: int) -> Tensor:
 
 
 def group_means(rows: Tensor, groups: Sequence[str]) -> tuple[Tensor, list[str]]:
-    """Mean row of each group [g, d] and the groups' names in order of first appearance; one group when `groups` is empty."""
+    """Mean row of each group [g, d] and the groups' names in order of first appearance; one group
+    when `groups` is empty.
+    """
     names = list(dict.fromkeys(groups)) or ["target"]
     of = torch.tensor([names.index(group) for group in groups] if groups else [0] * len(rows))
     return torch.stack([rows[of == g].mean(dim=0) for g in range(len(names))]), names

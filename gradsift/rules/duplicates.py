@@ -13,10 +13,11 @@ from .blocks import Rows, check_finite, gather, read, sizes, spans, unit
 def near(rows: Rows, threshold: float, *, order: Any = None) -> Tensor:
     """For every row of rows [n, d]: the row it repeats, or -1 for a row that is kept -> int64 [n].
 
-    Rows are gone through in `order` (all row numbers, by default 0..n-1); a row is dropped when its cosine to a row kept before is at least
-    `threshold`, and then names the first such row. A zero row repeats nothing. Rows are normalised inside; products in fp32, n^2 d / 2
-    multiply-adds at most, memory the kept rows and a block. Raises ValueError for a threshold outside 0..1, rows that are not finite, or
-    an order that is not one of all rows.
+    Rows are gone through in `order` (all row numbers, by default 0..n-1); a row is dropped when its
+    cosine to a row kept before is at least `threshold`, and then names the first such row. A zero
+    row repeats nothing. Rows are normalised inside; products in fp32, n^2 d / 2 multiply-adds at
+    most, memory the kept rows and a block. Raises ValueError for a threshold outside 0..1, rows
+    that are not finite, or an order that is not one of all rows.
     """
     n, _ = sizes(rows)
     if not 0 < threshold <= 1:

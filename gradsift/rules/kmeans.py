@@ -1,14 +1,16 @@
 """k-means (and its cosine form) over rows that need not fit in memory.
 
-Two parts. A *rehearsal* finds the start: seeds by greedy k-means++ (Arthur & Vassilvitskii 2007, with 2 + log k draws per centre),
-improved by local search (Lattanzi & Sohler 2019: swap a seed for a row drawn by squared distance where that lowers the total), then
-Lloyd steps. It runs on a sketch of the rows: at most SAMPLE rows per cluster and SKETCH columns (a count-sketch with random signs and
-offsets: inner products kept in expectation), so that the seeds, which decide the objective, and `restarts` cost little. Squared distances
-draw long rows as seeds, and a short seed then takes in every row that is near none: where norms differ, a second start comes from the
-clusters of the unit rows, and the better of the two goes on.
+Two parts. A *rehearsal* finds the start: seeds by greedy k-means++ (Arthur & Vassilvitskii 2007,
+with 2 + log k draws per centre), improved by local search (Lattanzi & Sohler 2019: swap a seed for
+a row drawn by squared distance where that lowers the total), then Lloyd steps. It runs on a sketch
+of the rows: at most SAMPLE rows per cluster and SKETCH columns (a count-sketch with random signs
+and offsets: inner products kept in expectation), so that the seeds, which decide the objective, and
+`restarts` cost little. Squared distances draw long rows as seeds, and a short seed then takes in
+every row that is near none: where norms differ, a second start comes from the clusters of the unit
+rows, and the better of the two goes on.
 
-Then Lloyd steps on all rows in full, from the clusters of the rehearsal. Each is one product with the centres per block; the centre
-sums are moved only by the rows whose label changed.
+Then Lloyd steps on all rows in full, from the clusters of the rehearsal. Each is one product with
+the centres per block; the centre sums are moved only by the rows whose label changed.
 """
 
 from __future__ import annotations
@@ -27,18 +29,24 @@ from torch.nn.functional import embedding_bag
 from .blocks import Rows, check_finite, check_rng, floating, read, sizes, spans, unit
 
 SKETCH = 512  # columns of the rehearsal
-SAMPLE, SAMPLE_LEAST, SAMPLE_MOST = 256, 8192, 1 << 18  # rows of the rehearsal: per cluster, and bounds on all of them
-SEEDING, SEEDING_MOST = 64, 1 << 16  # of those, rows per cluster that seeds are drawn from, and a bound on all of them
-UNEVEN = 0.02  # standard deviation of the rows' norms, over their mean, from which the unit rows are rehearsed too
-EXACT = 8192  # up to so many rows, Lloyd steps go on until no label changes; beyond, until fewer than 1 in 50 do
+# rows of the rehearsal: per cluster, and bounds on all of them
+SAMPLE, SAMPLE_LEAST, SAMPLE_MOST = 256, 8192, 1 << 18
+# of those, rows per cluster that seeds are drawn from, and a bound on all of them
+SEEDING, SEEDING_MOST = 64, 1 << 16
+# standard deviation of the rows' norms, over their mean, from which the unit rows are rehearsed too
+UNEVEN = 0.02
+# up to so many rows, Lloyd steps go on until no label changes; beyond, until fewer than 1 in 50 do
+EXACT = 8192
 
 Map = Callable[[Callable[[tuple[int, int]], Any], Iterable[tuple[int, int]]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
 class Clustering:
-    """`labels` int64 [n] in 0..c-1, every cluster with a member; `centres` float32 [c, d], the mean of each cluster's members (its
-    direction, if cosine); `objective`: mean squared distance of a row to its centre (of unit row to unit centre, if cosine)."""
+    """`labels` int64 [n] in 0..c-1, every cluster with a member; `centres` float32 [c, d], the mean
+    of each cluster's members (its direction, if cosine); `objective`: mean squared distance of a
+    row to its centre (of unit row to unit centre, if cosine).
+    """
 
     labels: Tensor
     centres: Tensor
@@ -56,20 +64,26 @@ def fit(
     iterations: int = 25,
     map: Map = map,
 ) -> Clustering:
-    """Cluster rows [n, d] into `clusters` groups by squared Euclidean distance, or by cosine (rows are then normalised inside).
+    """Cluster rows [n, d] into `clusters` groups by squared Euclidean distance, or by cosine (rows
+    are then normalised inside).
 
-    `init`: how the rehearsal seeds, "greedy++" or "random" rows; or a Tensor [clusters, d] of centres, which skips the rehearsal.
-    `restarts` rehearsals are made, as many again on unit rows where norms differ, and the best goes on. `iterations` bounds the Lloyd steps
-    over all rows (and those of a rehearsal); they end earlier when no label changes, with more than 8,192 rows when fewer than 1 in 50 do.
-    A cluster that loses all its rows gets the row farthest from its own centre (lowest index among equals). Ties go to the lowest cluster.
-    `map(function, blocks)` must return the results in order; a thread pool's `map` gives the same bytes as the built-in one.
-    Memory beyond the rows: the sketch, some n-long vectors, and a few blocks. Raises ValueError for clusters outside 1..n, an unknown
-    `init`, restarts or iterations < 1, and rows that are not finite.
+    `init`: how the rehearsal seeds, "greedy++" or "random" rows; or a Tensor [clusters, d] of
+    centres, which skips the rehearsal. `restarts` rehearsals are made, as many again on unit rows
+    where norms differ, and the best goes on. `iterations` bounds the Lloyd steps over all rows (and
+    those of a rehearsal); they end earlier when no label changes, with more than 8,192 rows when
+    fewer than 1 in 50 do. A cluster that loses all its rows gets the row farthest from its own
+    centre (lowest index among equals). Ties go to the lowest cluster. `map(function, blocks)` must
+    return the results in order; a thread pool's `map` gives the same bytes as the built-in one.
+    Memory beyond the rows: the sketch, some n-long vectors, and a few blocks. Raises ValueError for
+    clusters outside 1..n, an unknown `init`, restarts or iterations < 1, and rows that are not
+    finite.
     """
     n, d = sizes(rows)
     check_rng(rng)
     if isinstance(clusters, bool) or int(clusters) != clusters or not 1 <= clusters <= n:
-        raise ValueError(f"clusters must be a whole number between 1 and the {n} rows, got {clusters!r}")
+        raise ValueError(
+            f"clusters must be a whole number between 1 and the {n} rows, got {clusters!r}"
+        )
     if restarts < 1 or iterations < 1:
         raise ValueError(f"restarts and iterations must be >= 1, got {restarts} and {iterations}")
     if not isinstance(init, Tensor) and init not in ("greedy++", "random"):
@@ -88,7 +102,9 @@ def fit(
 
 
 class _Lloyd:
-    """Lloyd steps over blocks. `sums` [c, d] float64 are the sums of the members, kept up to date by the rows that move."""
+    """Lloyd steps over blocks. `sums` [c, d] float64 are the sums of the members, kept up to date
+    by the rows that move.
+    """
 
     def __init__(self, rows: Rows, clusters: int, cosine: bool, map: Map) -> None:
         self.rows, self.clusters, self.cosine, self.map = rows, clusters, cosine, map
@@ -113,13 +129,21 @@ class _Lloyd:
         if not self.cosine:
             return block.sum(0).double(), None
         norms = block.norm(dim=1)
-        return norms.sum().double(), torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(norms.dtype).tiny), norms)
+        return norms.sum().double(), torch.where(
+            norms > 0, 1 / norms.clamp_min(torch.finfo(norms.dtype).tiny), norms
+        )
 
     def run(self, iterations: int, labels: Tensor, start: Tensor | None = None) -> None:
-        """From centres, or from labels (-1 = not known yet, leaves its row out of the first centres)."""
+        """From centres, or from labels (-1 = not known yet, leaves its row out of the first
+        centres).
+        """
         if start is None:
             unknown = torch.full_like(labels, -1)
-            self._move(self.map(lambda span: self._change(span, labels[slice(*span)], unknown), spans(self.n)))
+            self._move(
+                self.map(
+                    lambda span: self._change(span, labels[slice(*span)], unknown), spans(self.n)
+                )
+            )
             self.labels = labels
             start = self.centres()
             if bool((labels < 0).any()):  # centres of a sample: the sums start again with every row
@@ -137,7 +161,9 @@ class _Lloyd:
         for change in changes:
             labels.append(change.labels)
             if self.sums is None:
-                self.sums = torch.zeros(self.clusters, self.d, dtype=torch.float64, device=change.sums.device)
+                self.sums = torch.zeros(
+                    self.clusters, self.d, dtype=torch.float64, device=change.sums.device
+                )
             self.sums.index_add_(0, change.clusters.to(self.sums.device), change.sums.double())
         return torch.cat(labels)
 
@@ -151,8 +177,14 @@ class _Lloyd:
         return self.sums / counts[:, None].to(self.sums)
 
     def _step(self, centres: Tensor, before: Tensor) -> Callable[[tuple[int, int]], _Change]:
-        """|x - c|^2 is least where (x - shift) . (c - shift) - |c - shift|^2 / 2 is largest: one product and a constant per centre."""
-        moved = centres.double() if self.shift is None else centres.double() - self.shift.to(centres.device)
+        """|x - c|^2 is least where (x - shift) . (c - shift) - |c - shift|^2 / 2 is largest: one
+        product and a constant per centre.
+        """
+        moved = (
+            centres.double()
+            if self.shift is None
+            else centres.double() - self.shift.to(centres.device)
+        )
         constant = moved.square().sum(1) / 2
         if self.shift is not None:
             constant = constant + moved @ self.shift.to(moved.device)
@@ -168,11 +200,18 @@ class _Lloyd:
 
         return step
 
-    def _change(self, span: tuple[int, int], new: Tensor, before: Tensor, block: Tensor | None = None) -> _Change:
-        """What the rows of a block add to the sums: + where they come to, - where they leave; rows that stay cost nothing."""
+    def _change(
+        self, span: tuple[int, int], new: Tensor, before: Tensor, block: Tensor | None = None
+    ) -> _Change:
+        """What the rows of a block add to the sums: + where they come to, - where they leave; rows
+        that stay cost nothing.
+        """
         block = read(self.rows, *span) if block is None else block
         old = before[slice(*span)]
-        came, left = torch.nonzero((new != old) & (new >= 0)).flatten(), torch.nonzero((new != old) & (old >= 0)).flatten()
+        came, left = (
+            torch.nonzero((new != old) & (new >= 0)).flatten(),
+            torch.nonzero((new != old) & (old >= 0)).flatten(),
+        )
         row, cluster = torch.cat([came, left]), torch.cat([new[came], old[left]])
         if len(row) == 0:
             return _Change(new, row, block[:0])
@@ -182,11 +221,19 @@ class _Lloyd:
         order = torch.argsort(cluster, stable=True)
         touched, counts = torch.unique_consecutive(cluster[order], return_counts=True)
         bags = (counts.cumsum(0) - counts).to(block.device)
-        sums = embedding_bag(row[order].to(block.device), block, bags, mode="sum", per_sample_weights=sign[order].to(block))
+        sums = embedding_bag(
+            row[order].to(block.device),
+            block,
+            bags,
+            mode="sum",
+            per_sample_weights=sign[order].to(block),
+        )
         return _Change(new, touched, sums)
 
     def _distances(self, centres: Tensor) -> Iterable[Tensor]:
-        """Squared distance of every row to the centre of its cluster, block by block, by differences."""
+        """Squared distance of every row to the centre of its cluster, block by block, by
+        differences.
+        """
 
         def distance(span: tuple[int, int]) -> Tensor:
             block = read(self.rows, *span)
@@ -223,7 +270,9 @@ class _Lloyd:
 
 @dataclass(frozen=True)
 class _Change:
-    """New labels of a block, and the clusters [t] it touches with what to add to their sums [t, d]."""
+    """New labels of a block, and the clusters [t] it touches with what to add to their sums [t,
+    d].
+    """
 
     labels: Tensor
     clusters: Tensor
@@ -231,9 +280,18 @@ class _Change:
 
 
 def _rehearse(
-    rows: Rows, clusters: int, rng: np.random.Generator, cosine: bool, init: str, restarts: int, iterations: int, map: Map
+    rows: Rows,
+    clusters: int,
+    rng: np.random.Generator,
+    cosine: bool,
+    init: str,
+    restarts: int,
+    iterations: int,
+    map: Map,
 ) -> Tensor:
-    """Labels [n] of the best of `restarts` clusterings of the sketch; -1 for rows outside the sample."""
+    """Labels [n] of the best of `restarts` clusterings of the sketch; -1 for rows outside the
+    sample.
+    """
     n, d = sizes(rows)
     size = min(n, max(min(SAMPLE * clusters, SAMPLE_MOST), SAMPLE_LEAST, clusters))
     chosen = np.arange(n) if size == n else np.sort(rng.choice(n, size=size, replace=False))
@@ -247,7 +305,10 @@ def _rehearse(
         return block.clone() if fold is None else fold(block), block.norm(dim=1)
 
     parts = list(map(sketch, spans(n)))
-    points, norms = torch.cat([part for part, _ in parts]), torch.cat([lengths for _, lengths in parts])
+    points, norms = (
+        torch.cat([part for part, _ in parts]),
+        torch.cat([lengths for _, lengths in parts]),
+    )
     del parts
     check_finite(points.sum(1), "rows")
     if not cosine:
@@ -258,13 +319,23 @@ def _rehearse(
         """Lloyd steps from the labels `start`, or from seeds."""
         lloyd, seeds = _Lloyd(points, clusters, cosine, builtins.map), None
         if start is None:
-            drawn = torch.from_numpy(rng.permutation(size)[: max(min(SEEDING * clusters, SEEDING_MOST), clusters)]).to(points.device)
-            seeds = _seed(points[drawn], clusters, rng) if init == "greedy++" else points[drawn[:clusters]]
+            drawn = torch.from_numpy(
+                rng.permutation(size)[: max(min(SEEDING * clusters, SEEDING_MOST), clusters)]
+            ).to(points.device)
+            seeds = (
+                _seed(points[drawn], clusters, rng)
+                if init == "greedy++"
+                else points[drawn[:clusters]]
+            )
         lloyd.run(iterations, labels=unknown if start is None else start, start=seeds)
         return lloyd
 
     trials = [trial(points, cosine) for _ in range(restarts)]
-    if init == "greedy++" and not cosine and float(norms.std(correction=0)) > UNEVEN * float(norms.mean()):
+    if (
+        init == "greedy++"
+        and not cosine
+        and float(norms.std(correction=0)) > UNEVEN * float(norms.mean())
+    ):
         directions = unit(points)
         trials += [trial(points, False, trial(directions, True).labels) for _ in range(restarts)]
     best = min(trials, key=_Lloyd.objective) if len(trials) > 1 else trials[0]
@@ -274,7 +345,9 @@ def _rehearse(
 
 
 class _Fold:
-    """A count-sketch [b, d] -> [b, SKETCH]: signed slices of SKETCH columns, each rotated by its own offset, added up."""
+    """A count-sketch [b, d] -> [b, SKETCH]: signed slices of SKETCH columns, each rotated by its
+    own offset, added up.
+    """
 
     def __init__(self, d: int, rng: np.random.Generator) -> None:
         self.signs = torch.from_numpy(rng.integers(0, 2, size=d).astype(np.float32) * 2 - 1)
@@ -296,8 +369,9 @@ class _Fold:
 def _seed(points: Tensor, clusters: int, rng: np.random.Generator) -> Tensor:
     """Greedy k-means++, then local search -> centres [clusters, d], all of them rows of `points`.
 
-    Each next centre is the one of 2 + log k rows, drawn by squared distance to the centres, that lowers the total most. Then k / 2 rounds
-    draw as many rows again, and swap the best pair of (centre out, row in) if the total falls.
+    Each next centre is the one of 2 + log k rows, drawn by squared distance to the centres, that
+    lowers the total most. Then k / 2 rounds draw as many rows again, and swap the best pair of
+    (centre out, row in) if the total falls.
     """
     n, trials = len(points), 2 + int(math.log(clusters))
     squares = points.square().sum(1)
@@ -334,8 +408,11 @@ def _seed(points: Tensor, clusters: int, rng: np.random.Generator) -> Tensor:
         picks = draw(nearest)
         new = to(picks)
         kept = torch.minimum(new, nearest[:, None])
-        lost = torch.minimum(new, second[:, None]) - kept  # what the rows of a centre pay on top when it goes
-        total = kept.sum(0) + torch.zeros(clusters, len(picks), dtype=new.dtype, device=new.device).index_add_(0, owner, lost)
+        # what the rows of a centre pay on top when it goes
+        lost = torch.minimum(new, second[:, None]) - kept
+        total = kept.sum(0) + torch.zeros(
+            clusters, len(picks), dtype=new.dtype, device=new.device
+        ).index_add_(0, owner, lost)
         out, into = divmod(int(total.argmin()), len(picks))
         if float(total[out, into]) < float(nearest.sum()):
             distance[:, out] = new[:, into]

@@ -1,20 +1,27 @@
 """Orthogonal matching pursuit: choose atoms whose weighted sum is close to a target vector.
 
-Source: GRAD-MATCH (Killamsetty et al. 2021, section 3.2), in the form TAGCOS uses per cluster (Zhang et al. 2024, section 3.3).
+Source: GRAD-MATCH (Killamsetty et al. 2021, section 3.2), in the form TAGCOS uses per cluster
+(Zhang et al. 2024, section 3.3).
 
-One pass over the atoms per round (the correlations); Gram entries are computed among the chosen atoms only, as they are picked, and a
-Cholesky factor of them is extended by one row: n x d x k + k^2 x d operations for k picks, and never an n x n matrix.
-The correlations are made in the atoms' precision (float32 for float16 stores); choosing among near ties, the solves and the residual
-are float64, so that duplicate atoms tie exactly and the lowest index wins.
+One pass over the atoms per round (the correlations); Gram entries are computed among the chosen
+atoms only, as they are picked, and a Cholesky factor of them is extended by one row: n x d x k +
+k^2 x d operations for k picks, and never an n x n matrix. The correlations are made in the atoms'
+precision (float32 for float16 stores); choosing among near ties, the solves and the residual are
+float64, so that duplicate atoms tie exactly and the lowest index wins.
 
 Differences from the routine released with TAGCOS:
 
-- It breaks when the atom just added is the one with the most negative coefficient, and leaves coefficients of a solve that still had
-  that atom; here the answer is always a completed solve of the atoms returned.
-- It stops on a second pick of a chosen atom: `on_repeat="stop"`. Here `"mask"` leaves tried atoms out of the search and goes on.
-- It goes on while the best correlation is negative; here that ends the search, as does an all-zero target (there a division by zero).
-- It solves singular systems (duplicate atoms, ridge 0) by least squares; here an atom that depends on the chosen ones is not usable.
-- Its rounds are at most `budget` even when atoms were dropped; that holds here for `"stop"`. With `"mask"` each atom is tried at most once.
+- It breaks when the atom just added is the one with the most negative coefficient, and leaves
+  coefficients of a solve that still had that atom; here the answer is always a completed solve of
+  the atoms returned.
+- It stops on a second pick of a chosen atom: `on_repeat="stop"`. Here `"mask"` leaves tried atoms
+out of the search and goes on.
+- It goes on while the best correlation is negative; here that ends the search, as does an all-zero
+target (there a division by zero).
+- It solves singular systems (duplicate atoms, ridge 0) by least squares; here an atom that depends
+on the chosen ones is not usable.
+- Its rounds are at most `budget` even when atoms were dropped; that holds here for `"stop"`. With
+`"mask"` each atom is tried at most once.
 """
 
 from __future__ import annotations
@@ -29,14 +36,18 @@ from torch import Tensor
 
 from .blocks import BLOCK, Rows, check_budget, check_rng, floating, read, sizes, spans
 
-RESIDENT = 1 << 30  # bytes of atoms kept in float32 between rounds; larger ones are read again each round (same numbers)
+# bytes of atoms kept in float32 between rounds; larger ones are read again each round (same
+# numbers)
+RESIDENT = 1 << 30
 
 
 @dataclass(frozen=True)
 class Match:
-    """`indices` int64 [k] in the order in which they were picked; `coefficients` float64 [k]; `residual_norms` float64 [r], L2.
+    """`indices` int64 [k] in the order in which they were picked; `coefficients` float64 [k];
+    `residual_norms` float64 [r], L2.
 
-    r is the number of completed solves, more than k when atoms were dropped; the last one is the residual of the answer.
+    r is the number of completed solves, more than k when atoms were dropped; the last one is the
+    residual of the answer.
     """
 
     indices: Tensor
@@ -57,18 +68,23 @@ def match(
     on_repeat: Literal["mask", "stop"] = "mask",
     tol: float = 1e-4,
 ) -> Match:
-    """Choose up to `budget` rows of atoms [n, d] and coefficients x so that their weighted sum is near target [d].
+    """Choose up to `budget` rows of atoms [n, d] and coefficients x so that their weighted sum is
+    near target [d].
 
-    Each round adds the atom with the largest correlation with the residual r (largest absolute value if not `nonnegative`; ties to the
-    lowest index). The first atom gets x = <f, target> / |f|^2, without ridge; from the second on x = (F F' + ridge I)^-1 F target. If
-    `nonnegative`, the most negative coefficient is dropped and the rest solved again until none is negative.
+    Each round adds the atom with the largest correlation with the residual r (largest absolute
+    value if not `nonnegative`; ties to the lowest index). The first atom gets x = <f, target> /
+    |f|^2, without ridge; from the second on x = (F F' + ridge I)^-1 F target. If `nonnegative`, the
+    most negative coefficient is dropped and the rest solved again until none is negative.
 
-    Ends when |r| < tol |target|, when the best correlation is <= 0 (up to rounding), when the budget or the atoms are used up, and with
-    `on_repeat="stop"` also on the second pick of a chosen atom, when the atom just added is dropped, and after `budget` rounds.
-    Returns fewer than `budget` atoms then. Raises ValueError for bad shapes, values that are not finite, ridge or tol < 0, and an unknown
-    `on_repeat`.
+    Ends when |r| < tol |target|, when the best correlation is <= 0 (up to rounding), when the
+    budget or the atoms are used up, and with `on_repeat="stop"` also on the second pick of a chosen
+    atom, when the atom just added is dropped, and after `budget` rounds. Returns fewer than
+    `budget` atoms then. Raises ValueError for bad shapes, values that are not finite, ridge or tol
+    < 0, and an unknown `on_repeat`.
     """
-    search = Search(atoms, target, ridge=ridge, nonnegative=nonnegative, on_repeat=on_repeat, tol=tol)
+    search = Search(
+        atoms, target, ridge=ridge, nonnegative=nonnegative, on_repeat=on_repeat, tol=tol
+    )
     return search.run(check_budget(budget, search.n))
 
 
@@ -83,13 +99,15 @@ def fill(
     found: Match | None = None,
     **options: Any,
 ) -> Tensor:
-    """Choose `budget` atoms by `match`, and make up for what it leaves open -> int64 [<= budget], in pick order.
+    """Choose `budget` atoms by `match`, and make up for what it leaves open -> int64 [<= budget],
+    in pick order.
 
-    `refill="repeat"` matches the same target again with the atoms not yet chosen until the budget is spent or a call adds nothing (the
-    outer loop released with TAGCOS, which has no exit in the latter case); `"random"` draws the rest uniformly from `rng` (GRAD-MATCH);
-    `"none"` returns what one call found. `ridge` and `options` are those of `match`; `found`: what it found with them, where it was called
-    before.
-    Raises ValueError like `match`, for an unknown `refill`, and for `"random"` without `rng`.
+    `refill="repeat"` matches the same target again with the atoms not yet chosen until the budget
+    is spent or a call adds nothing (the outer loop released with TAGCOS, which has no exit in the
+    latter case); `"random"` draws the rest uniformly from `rng` (GRAD-MATCH); `"none"` returns what
+    one call found. `ridge` and `options` are those of `match`; `found`: what it found with them,
+    where it was called before. Raises ValueError like `match`, for an unknown `refill`, and for
+    `"random"` without `rng`.
     """
     if refill not in ("repeat", "random", "none"):
         raise ValueError(f'refill must be "repeat", "random" or "none", got {refill!r}')
@@ -111,10 +129,19 @@ def fill(
 
 
 class Search:
-    """The atoms, the target and the options of one matching problem; `run` may be called again with fewer atoms."""
+    """The atoms, the target and the options of one matching problem; `run` may be called again with
+    fewer atoms.
+    """
 
     def __init__(
-        self, atoms: Rows, target: Any, *, ridge: float, nonnegative: bool = True, on_repeat: str = "mask", tol: float = 1e-4
+        self,
+        atoms: Rows,
+        target: Any,
+        *,
+        ridge: float,
+        nonnegative: bool = True,
+        on_repeat: str = "mask",
+        tol: float = 1e-4,
     ) -> None:
         self.n, self.d = sizes(atoms, "atoms")
         goal = floating(target, "target", 1)
@@ -124,15 +151,25 @@ class Search:
             raise ValueError(f"ridge and tol must be >= 0, got {ridge} and {tol}")
         if on_repeat not in ("mask", "stop"):
             raise ValueError(f'on_repeat must be "mask" or "stop", got {on_repeat!r}')
-        self.ridge, self.nonnegative, self.tol, self.stop = float(ridge), nonnegative, float(tol), on_repeat == "stop"
+        self.ridge, self.nonnegative, self.tol, self.stop = (
+            float(ridge),
+            nonnegative,
+            float(tol),
+            on_repeat == "stop",
+        )
         self.target = goal.detach().cpu().double().numpy()
         keep = isinstance(atoms, Tensor) and atoms.dtype in (torch.float32, torch.float64)
         keep = keep or self.n * self.d * 4 <= RESIDENT
-        self.blocks: list[Callable[[], Tensor]] = [_reader(atoms, a, b, keep) for a, b in spans(self.n)]
-        self._seen: tuple[np.ndarray, np.ndarray] | None = None  # the last residual and its correlations
+        self.blocks: list[Callable[[], Tensor]] = [
+            _reader(atoms, a, b, keep) for a, b in spans(self.n)
+        ]
+        # the last residual and its correlations
+        self._seen: tuple[np.ndarray, np.ndarray] | None = None
 
     def correlations(self, residual: np.ndarray) -> np.ndarray:
-        """<atom, residual> for every atom, [n] in the atoms' precision. A round that changed nothing costs no second pass."""
+        """<atom, residual> for every atom, [n] in the atoms' precision. A round that changed
+        nothing costs no second pass.
+        """
         if self._seen is None or self._seen[0] is not residual:
             found = []
             for block in self.blocks:
@@ -144,17 +181,27 @@ class Search:
         return self._seen[1]
 
     def pick(self, residual: np.ndarray, closed: np.ndarray) -> tuple[int, np.ndarray, float]:
-        """(index, atom, correlation) of the open atom that fits best; correlation 0 where none fits beyond rounding."""
+        """(index, atom, correlation) of the open atom that fits best; correlation 0 where none fits
+        beyond rounding.
+        """
         found = self.correlations(residual)
         score = np.where(closed, -np.inf, found if self.nonnegative else np.abs(found))
         index = int(score.argmax())
         atom = self._atoms(index // BLOCK, [index % BLOCK])[0]
-        slack = 4 * float(np.finfo(found.dtype).eps * np.linalg.norm(atom) * np.linalg.norm(residual))
+        slack = 4 * float(
+            np.finfo(found.dtype).eps * np.linalg.norm(atom) * np.linalg.norm(residual)
+        )
         if score[index] <= slack:
             return index, atom, 0.0
         near = np.flatnonzero(score >= score[index] - slack)
-        if len(near) > 1:  # settled in float64, by a sum that gives equal atoms equal bits wherever they stand
-            exact = np.concatenate([self._exact(block, near, residual) for block in range(near[0] // BLOCK, near[-1] // BLOCK + 1)])
+        if len(near) > 1:
+            # settled in float64, by a sum that gives equal atoms equal bits wherever they stand
+            exact = np.concatenate(
+                [
+                    self._exact(block, near, residual)
+                    for block in range(near[0] // BLOCK, near[-1] // BLOCK + 1)
+                ]
+            )
             if int(near[exact.argmax()]) != index:
                 index = int(near[exact.argmax()])
                 atom = self._atoms(index // BLOCK, [index % BLOCK])[0]
@@ -194,21 +241,32 @@ class Search:
             if not kept and self.stop:
                 break
         indices = torch.tensor(solve.chosen, dtype=torch.int64)
-        return Match(indices, torch.from_numpy(solve.x.copy()), torch.tensor(norms[1:], dtype=torch.float64))
+        return Match(
+            indices, torch.from_numpy(solve.x.copy()), torch.tensor(norms[1:], dtype=torch.float64)
+        )
 
 
 class _Solver:
-    """The chosen atoms, and the inverse M of the Cholesky factor of their ridged Gram matrix; x = M' M F target."""
+    """The chosen atoms, and the inverse M of the Cholesky factor of their ridged Gram matrix; x =
+    M' M F target.
+    """
 
     def __init__(self, d: int, target: np.ndarray, ridge: float) -> None:
         self.chosen: list[int] = []
         self.x = np.zeros(0)
         self.target, self.ridge = target, ridge
-        self.atoms, self.gram, self.inverse, self.against = np.zeros((8, d)), np.zeros((8, 8)), np.zeros((8, 8)), np.zeros(8)
+        self.atoms, self.gram, self.inverse, self.against = (
+            np.zeros((8, d)),
+            np.zeros((8, 8)),
+            np.zeros((8, 8)),
+            np.zeros(8),
+        )
         self.rounds, self.changed = 0, False
 
     def add(self, index: int, atom: np.ndarray) -> bool:
-        """Take one more atom and solve. False, with nothing changed, if the chosen atoms already span it (ridge 0)."""
+        """Take one more atom and solve. False, with nothing changed, if the chosen atoms already
+        span it (ridge 0).
+        """
         k = len(self.chosen)
         if k == len(self.atoms):
             self._grow()
@@ -233,7 +291,9 @@ class _Solver:
         return True
 
     def settle(self) -> bool:
-        """Drop the most negative coefficient and solve again until none is negative. False if the atom just added was dropped."""
+        """Drop the most negative coefficient and solve again until none is negative. False if the
+        atom just added was dropped.
+        """
         kept, dropped = True, 0
         while len(self.x) and self.x.min() < 0:
             worst = int(self.x.argmin())
@@ -262,7 +322,9 @@ class _Solver:
             rows[place:k] = rows[place + 1 : k + 1]
         self.gram[:k, place:k] = self.gram[:k, place + 1 : k + 1]
         factor = np.linalg.cholesky(self.gram[:k, :k] + self.ridge * np.eye(k))
-        lower = torch.linalg.solve_triangular(torch.from_numpy(factor), torch.eye(k, dtype=torch.float64), upper=False)
+        lower = torch.linalg.solve_triangular(
+            torch.from_numpy(factor), torch.eye(k, dtype=torch.float64), upper=False
+        )
         self.inverse[:k, :k] = lower.numpy()
 
     def _grow(self) -> None:

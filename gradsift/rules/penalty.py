@@ -7,21 +7,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import Picks, Rows, best, check_budget, check_finite, floating, gather, sizes, spans, stream, unit
+from .blocks import (
+    Picks,
+    Rows,
+    best,
+    check_budget,
+    check_finite,
+    floating,
+    gather,
+    sizes,
+    spans,
+    stream,
+    unit,
+)
 
 AHEAD = 64  # rows whose similarities are made in one pass
 
 
-def diverse(difficulty: Any, rows: Rows, budget: int, *, neighbours: int = 10, gamma: float = 1.0) -> Picks:
-    """Repeat: take the row of the highest current difficulty, then lower that of its nearest remaining rows.
+def diverse(
+    difficulty: Any, rows: Rows, budget: int, *, neighbours: int = 10, gamma: float = 1.0
+) -> Picks:
+    """Repeat: take the row of the highest current difficulty, then lower that of its nearest
+    remaining rows.
 
-    difficulty [n], rows [n, d] (normalised inside). The `neighbours` remaining rows j of highest cosine s_j to the picked row i lose
-    gamma * difficulty_i * s_j^2, with difficulty_i as it stands (so a negative one raises them; nothing is clamped). The gain of a pick
-    is its difficulty at that moment and may be negative. Ties go to the lowest row; a larger budget only appends.
+    difficulty [n], rows [n, d] (normalised inside). The `neighbours` remaining rows j of highest
+    cosine s_j to the picked row i lose gamma * difficulty_i * s_j^2, with difficulty_i as it stands
+    (so a negative one raises them; nothing is clamped). The gain of a pick is its difficulty at
+    that moment and may be negative. Ties go to the lowest row; a larger budget only appends.
     Source: Self-Filter (Chen et al. 2024, section 3.3).
 
-    Similarities are made for the 64 most difficult rows at a time and used while they last: one pass over the rows per batch.
-    Raises ValueError for shapes that do not match, values that are not finite, a budget outside 0..n, neighbours < 0 or gamma < 0.
+    Similarities are made for the 64 most difficult rows at a time and used while they last: one
+    pass over the rows per batch. Raises ValueError for shapes that do not match, values that are
+    not finite, a budget outside 0..n, neighbours < 0 or gamma < 0.
     """
     current = floating(difficulty, "difficulty", 1).cpu().clone()
     n, _ = sizes(rows)

@@ -6,7 +6,9 @@ import numpy as np
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation over the pairs where both are finite, ties at their mean rank; NaN where one side is constant."""
+    """Rank correlation over the pairs where both are finite, ties at their mean rank; NaN where one
+    side is constant.
+    """
     good = np.isfinite(a) & np.isfinite(b)
     if good.sum() < 2:
         return float("nan")

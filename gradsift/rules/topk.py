@@ -1,4 +1,6 @@
-"""Rules on plain scores: the best rows, means within groups, whole-number shares, and taking turns."""
+"""Rules on plain scores: the best rows, means within groups, whole-number shares, and taking
+turns.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,12 @@ def top(scores: Any, budget: int) -> Tensor:
 
 
 def group_scores(scores: Any, groups: Sequence[Any]) -> Tensor:
-    """Mean score within each group of columns: scores [n, m], groups [m] (names or numbers) -> [n, g] on the CPU.
+    """Mean score within each group of columns: scores [n, m], groups [m] (names or numbers) -> [n,
+    g] on the CPU.
 
-    Columns of the result are in the order in which the groups first appear. LESS ranks a row by the maximum over them
-    (Xia et al. 2024, section 4.2, as released: mean of the cosines within a subtask, then max over subtasks).
-    Raises ValueError when `groups` does not name every column.
+    Columns of the result are in the order in which the groups first appear. LESS ranks a row by the
+    maximum over them (Xia et al. 2024, section 4.2, as released: mean of the cosines within a
+    subtask, then max over subtasks). Raises ValueError when `groups` does not name every column.
     """
     values = floating(scores, "scores", 2)
     names = groups.tolist() if hasattr(groups, "tolist") else list(groups)  # type: ignore[union-attr]
@@ -44,14 +47,20 @@ def group_scores(scores: Any, groups: Sequence[Any]) -> Tensor:
     return out
 
 
-def apportion(total: int, weights: Sequence[float] | Any, capacity: Sequence[int] | Any | None = None) -> list[int]:
-    """Share `total` whole seats in proportion to `weights` [c] by the largest remainder -> list of c ints that sums to `total`.
+def apportion(
+    total: int, weights: Sequence[float] | Any, capacity: Sequence[int] | Any | None = None
+) -> list[int]:
+    """Share `total` whole seats in proportion to `weights` [c] by the largest remainder -> list of
+    c ints that sums to `total`.
 
-    Exact: weights are taken as the fractions they are, ties go to the lowest index. `capacity` [c] bounds every share; what a full
-    one cannot take is shared again among the others by the same rule (equally, once only zero weights have room).
-    Raises ValueError for negative or non-finite weights, weights that are all zero, or a capacity that sums to less than `total`.
+    Exact: weights are taken as the fractions they are, ties go to the lowest index. `capacity` [c]
+    bounds every share; what a full one cannot take is shared again among the others by the same
+    rule (equally, once only zero weights have room). Raises ValueError for negative or non-finite
+    weights, weights that are all zero, or a capacity that sums to less than `total`.
     """
-    shares = [Fraction(w) if isinstance(w, (int, Fraction)) else _fraction(float(w)) for w in weights]
+    shares = [
+        Fraction(w) if isinstance(w, (int, Fraction)) else _fraction(float(w)) for w in weights
+    ]
     if isinstance(total, bool) or int(total) != total or total < 0:
         raise ValueError(f"total must be a whole number >= 0, got {total!r}")
     total = int(total)
@@ -59,17 +68,24 @@ def apportion(total: int, weights: Sequence[float] | Any, capacity: Sequence[int
         raise ValueError("weights must be >= 0 and not all zero")
     room = [total] * len(shares) if capacity is None else [int(c) for c in capacity]
     if len(room) != len(shares) or any(c < 0 for c in room):
-        raise ValueError(f"capacity must hold one whole number >= 0 for each of the {len(shares)} weights, got {room}")
+        raise ValueError(
+            f"capacity must hold one whole number >= 0 for each of the {len(shares)} weights, got"
+            f" {room}"
+        )
     if sum(room) < total:
         raise ValueError(f"capacity sums to {sum(room)}, less than the total of {total}")
     seats = [0] * len(shares)
     while (left := total - sum(seats)) > 0:
         open_ = [i for i in range(len(shares)) if seats[i] < room[i]]
         weight = sum(shares[i] for i in open_)
-        exact = {i: left * shares[i] / weight if weight else Fraction(left, len(open_)) for i in open_}
+        exact = {
+            i: left * shares[i] / weight if weight else Fraction(left, len(open_)) for i in open_
+        }
         full = [i for i in open_ if exact[i] >= room[i] - seats[i]]
         if full and capacity is not None:
-            for i in full:  # fill these to the brim first; the rest is shared again among fewer, so the loop ends
+            for i in full:
+                # fill these to the brim first; the rest is shared again among fewer, so the loop
+                # ends
                 seats[i] = room[i]
             continue
         extra = left - sum(int(exact[i]) for i in open_)
@@ -88,17 +104,20 @@ def _fraction(weight: float) -> Fraction:
 
 
 def round_robin(scores: Any, budget: int) -> Tensor:
-    """Columns of scores [n, m] take turns, 0 to m - 1 and again; each takes its best row that nobody has yet -> int64 [budget].
+    """Columns of scores [n, m] take turns, 0 to m - 1 and again; each takes its best row that
+    nobody has yet -> int64 [budget].
 
-    Ties go to the lowest row. A larger budget only appends. Source: the per-query selection of RDS+ (Ivison et al. 2025).
-    Raises ValueError for a budget outside 0..n and for scores that are not finite.
+    Ties go to the lowest row. A larger budget only appends. Source: the per-query selection of RDS+
+    (Ivison et al. 2025). Raises ValueError for a budget outside 0..n and for scores that are not
+    finite.
     """
     values = floating(scores, "scores", 2)
     n, m = values.shape
     budget = check_budget(budget, n)
     if budget and m == 0:
         raise ValueError("scores has no columns to take turns")
-    depth = [min(n, 2 * (budget // max(m, 1)) + 16)] * m  # how far each column is sorted; doubled when it runs out
+    # how far each column is sorted; doubled when it runs out
+    depth = [min(n, 2 * (budget // max(m, 1)) + 16)] * m
     queues: list[list[int]] = [[] for _ in range(m)]
     places = [0] * m
     taken = [False] * n

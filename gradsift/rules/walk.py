@@ -1,4 +1,6 @@
-"""The gradient walk of G2IS: follow neighbours that agree with each other and with a direction of the target."""
+"""The gradient walk of G2IS: follow neighbours that agree with each other and with a direction of
+the target.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,16 @@ from .blocks import Rows, check_finite, floating, gather, sizes, stream, unit
 from .topk import apportion
 
 SCAN = 512  # rows looked at together when no neighbour passes
-TOLERANCE = 1e-6  # of a cosine: what float32 rows leave of a right angle, or of an equal alignment, is no conflict and no loss
+# of a cosine: what float32 rows leave of a right angle, or of an equal alignment, is no conflict
+# and no loss
+TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class Walk:
-    """`indices` int64 [k], unique, in pick order; `component` int64 [k]: which direction each was picked for."""
+    """`indices` int64 [k], unique, in pick order; `component` int64 [k]: which direction each was
+    picked for.
+    """
 
     indices: Tensor
     component: Tensor
@@ -36,42 +42,59 @@ def gradient_walk(
     consistency: float = 0.8,
     redistribute: bool = False,
 ) -> Walk:
-    """For each direction in turn, walk the graph of rows [n, d] until its budget is spent or no row passes.
+    """For each direction in turn, walk the graph of rows [n, d] until its budget is spent or no row
+    passes.
 
-    components [c, d] (signed: orient them first), budgets [c], neighbours int [n, k], each row's nearest ones in descending similarity
-    (-1 = none). All vectors are normalised inside. The walk of a direction starts at the unused row of highest signed product with it.
-    From the row added last it takes the first neighbour that is unused, has a product >= 0 with every row of this walk (no conflict), and
-    leaves |cos(G + row, direction)| >= consistency * |cos(G, direction)|, G the sum of the walk's unit rows. Both hold to `TOLERANCE`, so
-    that rounding does not decide at a right angle: a row at 90 degrees is in no conflict. If no neighbour passes, all unused rows are tried
-    under the same two tests, in descending product with the direction; if none of them does, the walk has ended.
+    components [c, d] (signed: orient them first), budgets [c], neighbours int [n, k], each row's
+    nearest ones in descending similarity (-1 = none). All vectors are normalised inside. The walk
+    of a direction starts at the unused row of highest signed product with it. From the row added
+    last it takes the first neighbour that is unused, has a product >= 0 with every row of this walk
+    (no conflict), and leaves |cos(G + row, direction)| >= consistency * |cos(G, direction)|, G the
+    sum of the walk's unit rows. Both hold to `TOLERANCE`, so that rounding does not decide at a
+    right angle: a row at 90 degrees is in no conflict. If no neighbour passes, all unused rows are
+    tried under the same two tests, in descending product with the direction; if none of them does,
+    the walk has ended.
 
-    May return fewer rows than the budgets ask for. With `redistribute` the seats left by ended walks are shared out among the walks that
-    have not ended, by budget, until none is left or every walk has ended; an ended walk never starts again, a budget of 0 never starts.
-    Ties go to the lowest row. Source: G2IS (Zhao et al. 2025, appendix C); as released there is no redistribution, and the anchor is
-    looked for in a list of 1,000 first, which comes to the same.
+    May return fewer rows than the budgets ask for. With `redistribute` the seats left by ended
+    walks are shared out among the walks that have not ended, by budget, until none is left or every
+    walk has ended; an ended walk never starts again, a budget of 0 never starts. Ties go to the
+    lowest row. Source: G2IS (Zhao et al. 2025, appendix C); as released there is no redistribution,
+    and the anchor is looked for in a list of 1,000 first, which comes to the same.
 
-    Raises ValueError for shapes that do not match, values that are not finite, negative budgets or consistency, neighbours outside -1..n-1.
+    Raises ValueError for shapes that do not match, values that are not finite, negative budgets or
+    consistency, neighbours outside -1..n-1.
     """
     n, d = sizes(rows)
     directions = floating(components, "components", 2).cpu()
     graph = torch.as_tensor(neighbours).cpu()
     seats = [int(b) for b in budgets]
     if directions.shape[1] != d or len(seats) != len(directions) or min(seats, default=0) < 0:
-        raise ValueError(f"components must be [c, {d}] with c budgets >= 0, got {list(directions.shape)} and {seats}")
+        raise ValueError(
+            f"components must be [c, {d}] with c budgets >= 0, got {list(directions.shape)} and"
+            f" {seats}"
+        )
     if (
         graph.ndim != 2
         or len(graph) != n
         or graph.is_floating_point()
         or (graph.numel() and not -1 <= int(graph.min()) <= int(graph.max()) < n)
     ):
-        raise ValueError(f"neighbours must be row numbers [{n}, k] below {n}, got shape {list(graph.shape)}, {graph.dtype}")
+        raise ValueError(
+            f"neighbours must be row numbers [{n}, k] below {n}, got shape {list(graph.shape)},"
+            f" {graph.dtype}"
+        )
     if not consistency >= 0:
         raise ValueError(f"consistency must be >= 0, got {consistency}")
     directions = unit(directions.double())
-    products = torch.cat([unit(block).cpu().double() @ directions.T for _, _, block in stream(rows)])
+    products = torch.cat(
+        [unit(block).cpu().double() @ directions.T for _, _, block in stream(rows)]
+    )
     check_finite(products, "rows")
     used = torch.zeros(n, dtype=torch.bool)
-    walks = [_Path(rows, directions[c], products[:, c], graph, used, consistency) for c in range(len(seats))]
+    walks = [
+        _Path(rows, directions[c], products[:, c], graph, used, consistency)
+        for c in range(len(seats))
+    ]
     picks: list[int] = []
     origin: list[int] = []
 
@@ -86,20 +109,36 @@ def gradient_walk(
         able = [float(seats[c]) if not walks[c].ended else 0.0 for c in range(len(seats))]
         if not any(able):
             break
-        advance(apportion(min(n, sum(seats)) - len(picks), able))  # every seat is taken, or a walk ends
+        # every seat is taken, or a walk ends
+        advance(apportion(min(n, sum(seats)) - len(picks), able))
     return Walk(torch.tensor(picks, dtype=torch.int64), torch.tensor(origin, dtype=torch.int64))
 
 
 class _Path:
     """One direction's walk. `used` is shared by all of them."""
 
-    def __init__(self, rows: Rows, direction: Tensor, products: Tensor, graph: Tensor, used: Tensor, consistency: float) -> None:
-        self.rows, self.direction, self.products, self.graph, self.used = rows, direction, products, graph, used
+    def __init__(
+        self,
+        rows: Rows,
+        direction: Tensor,
+        products: Tensor,
+        graph: Tensor,
+        used: Tensor,
+        consistency: float,
+    ) -> None:
+        self.rows, self.direction, self.products, self.graph, self.used = (
+            rows,
+            direction,
+            products,
+            graph,
+            used,
+        )
         self.consistency, self.ended = consistency, False
         self.members: list[Tensor] = []
         self.last = -1
         self.total = torch.zeros_like(direction)
-        self.conflicts = torch.zeros(len(used), dtype=torch.bool)  # rows that some member excludes: for good, as members only increase
+        # rows that some member excludes: for good, as members only increase
+        self.conflicts = torch.zeros(len(used), dtype=torch.bool)
         self.order: Tensor | None = None
 
     def extend(self, seats: int) -> list[int]:
@@ -119,7 +158,11 @@ class _Path:
         return found
 
     def _anchor(self) -> int:
-        return -1 if bool(self.used.all()) else int(torch.where(self.used, -torch.inf, self.products).argmax())
+        return (
+            -1
+            if bool(self.used.all())
+            else int(torch.where(self.used, -torch.inf, self.products).argmax())
+        )
 
     def _next(self) -> int:
         near = self.graph[self.last]

@@ -32,12 +32,14 @@ def embed(
     advance: Callable[[int], None] | None = None,
     halving: Halving | None = None,
 ) -> Tensor:
-    """Embeddings fp32 [n, hidden] on the CPU, not normalised, in the order given; the model runs in eval mode, its mode is restored.
+    """Embeddings fp32 [n, hidden] on the CPU, not normalised, in the order given; the model runs in
+    eval mode, its mode is restored.
 
-    Row i is sum_t t h_t / sum_t t over all its tokens, prompt and answer, t = 1 for the first; h_t is what enters the output head (after
-    the last norm), pooled in fp32. Source: RDS+ (arXiv 2503.01807). The head itself runs on one position per row, and its result
-    is not used. Independent of batch composition and padding up to float rounding. `advance` is called with the tokens of each batch.
-    A row that does not fit in memory is NaN; `halving` learns which.
+    Row i is sum_t t h_t / sum_t t over all its tokens, prompt and answer, t = 1 for the first; h_t
+    is what enters the output head (after the last norm), pooled in fp32. Source: RDS+ (arXiv
+    2503.01807). The head itself runs on one position per row, and its result is not used.
+    Independent of batch composition and padding up to float rounding. `advance` is called with the
+    tokens of each batch. A row that does not fit in memory is NaN; `halving` learns which.
     """
     device = next(model.parameters()).device
     found = torch.empty(len(encoded), hidden_size(model))
@@ -64,7 +66,9 @@ def embed(
     hook = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
         with quick_layers(model.modules()):
-            for batch, pooled, _ in (halving or Halving()).run(token_batches(lengths, token_budget), lengths, work):
+            for batch, pooled, _ in (halving or Halving()).run(
+                token_batches(lengths, token_budget), lengths, work
+            ):
                 found[torch.as_tensor(batch)] = torch.nan if pooled is None else pooled
                 if advance:
                     advance(int(lengths[batch].sum()))

@@ -1,4 +1,6 @@
-"""What every stage needs: the run, the settings, the rows of both sides, the executor, the model."""
+"""What every stage needs: the run, the settings, the rows of both sides, the executor, the
+model.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ T = TypeVar("T", bound="Context")
 
 
 class Context:
-    """One run over a pool and perhaps a target set: makes artifacts by recipe, each once, and keeps the cost of each.
+    """One run over a pool and perhaps a target set: makes artifacts by recipe, each once, and keeps
+    the cost of each.
 
     Use inside `run.lock()`. `timings`: one line per stage asked for, in order.
     """
@@ -54,7 +57,10 @@ class Context:
         self.run, self.config, self.warmup_from = run, config, warmup_from
         self.timings: list[Timing] = []
         self._sound: set[str] = set()
-        self.sides: dict[str, Pool] = {"pool": pool, **({"target": target} if target is not None else {})}
+        self.sides: dict[str, Pool] = {
+            "pool": pool,
+            **({"target": target} if target is not None else {}),
+        }
         self.progress = progress or silent()
         self.threads = machine.settle(config.machine.threads)
         self.executor = executor or ray.executor_of(config, self.threads, self.progress.note)
@@ -73,36 +79,53 @@ class Context:
     # --- artifacts
 
     def checked(self, artifact: Artifact) -> Artifact:
-        """`artifact`, whose files were compared with its manifest once in this process. Raises IntegrityError naming the file."""
+        """`artifact`, whose files were compared with its manifest once in this process. Raises
+        IntegrityError naming the file.
+        """
         if artifact.path.name not in self._sound:
             for name, stated in artifact.manifest["files"].items():
                 if file_hash(artifact.file(name)) != stated:
-                    raise IntegrityError("is not the file that the manifest names", where=artifact.path / name, remedy=REPAIR)
+                    raise IntegrityError(
+                        "is not the file that the manifest names",
+                        where=artifact.path / name,
+                        remedy=REPAIR,
+                    )
             self._sound.add(artifact.path.name)
         return artifact
 
     def make(self, recipe: Recipe, fill: Callable[[Artifact], None]) -> Artifact:
-        """The complete artifact of a recipe: what is there, or what `fill` makes of the open folder."""
+        """The complete artifact of a recipe: what is there, or what `fill` makes of the open
+        folder.
+        """
         parts = recipe.parts
         artifact = self.run.artifact(parts.pop("stage"), **parts)
         started, reused = time.perf_counter(), artifact.complete
         before = sum(timing.seconds for timing in self.timings)
 
         def inner() -> float:
-            """Seconds of the stages that this one asked for on its way: they are counted there, not twice."""
+            """Seconds of the stages that this one asked for on its way: they are counted there, not
+            twice.
+            """
             return sum(timing.seconds for timing in self.timings) - before
 
         if not reused:
             artifact.seconds_elsewhere = inner
-            artifact.machine = lambda: {"peak_bytes": machine.peak_bytes(), "versions": machine.versions()}
+            artifact.machine = lambda: {
+                "peak_bytes": machine.peak_bytes(),
+                "versions": machine.versions(),
+            }
             fill(artifact)
         seconds = 0.0 if reused else time.perf_counter() - started - inner()
         if all(timing.digest != artifact.digest for timing in self.timings):
-            self.timings.append(Timing(recipe.stage, artifact.digest, reused, seconds, machine.peak_bytes()))
+            self.timings.append(
+                Timing(recipe.stage, artifact.digest, reused, seconds, machine.peak_bytes())
+            )
         return artifact
 
     def unfinished(self, recipe: Recipe) -> bool:
-        """Whether the artifact of a recipe was begun and is not complete: stopped in the middle, or reopened by a repair. Writes nothing."""
+        """Whether the artifact of a recipe was begun and is not complete: stopped in the middle, or
+        reopened by a repair. Writes nothing.
+        """
         parts = recipe.parts
         artifact = self.run.artifact(parts.pop("stage"), **parts, create=False)
         return artifact.path.is_dir() and not artifact.complete
@@ -117,11 +140,18 @@ class Context:
 
     def encode_recipe(self, side: str) -> Recipe:
         settings = self.config.encode
-        return Recipe("encode", settings.canonical(), {"rows": self.sides[side].digest}, tokenizer_identity(self.tokenizer, settings))
+        return Recipe(
+            "encode",
+            settings.canonical(),
+            {"rows": self.sides[side].digest},
+            tokenizer_identity(self.tokenizer, settings),
+        )
 
     def encoded(self, side: str) -> EncodedRows:
         if side not in self._encoded:
-            artifact = self.checked(self.make(self.encode_recipe(side), lambda artifact: self._encode(side, artifact)))
+            artifact = self.checked(
+                self.make(self.encode_recipe(side), lambda artifact: self._encode(side, artifact))
+            )
             self._encoded[side] = EncodedRows.load(artifact.path)
             if side == "target":  # before anything is spent
                 checks.check_encoded(self.sides[side], self._encoded[side])
@@ -132,19 +162,36 @@ class Context:
         for note in rows.notes:
             self.progress.note(note)
         rows.save(artifact.path)
-        counts = {"rows": len(rows), "usable": int((rows.codes == 0).sum()), "tokens": int(rows.lengths.sum())}
+        counts = {
+            "rows": len(rows),
+            "usable": int((rows.codes == 0).sum()),
+            "tokens": int(rows.lengths.sum()),
+        }
         artifact.finish(counts=counts)
 
     # --- the warm-up and its checkpoints
 
     def warmup_recipe(self) -> Recipe:
         if self.warmup_from is not None:
-            return Recipe("warmup", {"from": folder_hash(self.warmup_from)}, identity={"model": self.model_identity})
-        return Recipe("warmup", self.config.warmup.canonical(), {"pool": self.encode_recipe("pool").digest}, self.compute_identity())
+            return Recipe(
+                "warmup",
+                {"from": folder_hash(self.warmup_from)},
+                identity={"model": self.model_identity},
+            )
+        return Recipe(
+            "warmup",
+            self.config.warmup.canonical(),
+            {"pool": self.encode_recipe("pool").digest},
+            self.compute_identity(),
+        )
 
     @property
     def checkpoint_count(self) -> int:
-        return self.config.warmup.checkpoints if self.warmup_from is None else len(load_checkpoints(self.warmup_from))
+        return (
+            self.config.warmup.checkpoints
+            if self.warmup_from is None
+            else len(load_checkpoints(self.warmup_from))
+        )
 
     def used_checkpoints(self, signal: Signal) -> range:
         last = self.checkpoint_count
@@ -154,8 +201,13 @@ class Context:
         if self.warmup_from is not None:
             return load_checkpoints(self.warmup_from)
         made = self.checked(self.make(self.warmup_recipe(), self._warm_up))
-        named = {name.partition("/")[0] for name in made.manifest["files"]}  # and no folder that somebody has put beside them
-        return [checkpoint for checkpoint in load_checkpoints(made.path) if checkpoint.path.name in named]
+        # and no folder that somebody has put beside them
+        named = {name.partition("/")[0] for name in made.manifest["files"]}
+        return [
+            checkpoint
+            for checkpoint in load_checkpoints(made.path)
+            if checkpoint.path.name in named
+        ]
 
     def _warm_up(self, artifact: Artifact) -> None:
         model = self.load_base()
@@ -203,16 +255,22 @@ class Context:
         return self._model[1]
 
     def lend(self, model: Any, at: Checkpoint | None = None) -> Callable[[], Any]:
-        """`model` (the base, or that of a checkpoint) for the executor's workers: it itself, or how they get their own elsewhere."""
+        """`model` (the base, or that of a checkpoint) for the executor's workers: it itself, or how
+        they get their own elsewhere.
+        """
         if not self.executor.remote:
             return lambda: model
         self._model = None  # a worker may need the room
         spans = self.config.machine.spans(self.config.model.device)
-        return ModelSource.of(self.config.model, self.model_identity, None if at is None else at.path, spans=spans).load
+        return ModelSource.of(
+            self.config.model, self.model_identity, None if at is None else at.path, spans=spans
+        ).load
 
     @property
     def advance(self) -> Callable[[int], None]:
-        """What a worker calls with the tokens of each batch: the progress bar, or nothing where workers are elsewhere."""
+        """What a worker calls with the tokens of each batch: the progress bar, or nothing where
+        workers are elsewhere.
+        """
         return nothing if self.executor.remote else self.progress.advance
 
     @property

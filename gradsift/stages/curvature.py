@@ -1,6 +1,8 @@
-"""Influence through the inverse curvature as stages: the curvature fitted on pool rows, then every pool row scored on every target row.
+"""Influence through the inverse curvature as stages: the curvature fitted on pool rows, then every
+pool row scored on every target row.
 
-Nothing is projected: the target's gradients are preconditioned and held, the pool's stream past them, shard by shard.
+Nothing is projected: the target's gradients are preconditioned and held, the pool's stream past
+them, shard by shard.
 """
 
 from __future__ import annotations
@@ -31,26 +33,44 @@ from gradsift.store.partial import FOLDER, Partial, Pieces
 from gradsift.store.tensors import write_tensors
 from gradsift.types import Signal
 
-AGREE_ROWS, AGREE_TARGETS = 64, 16  # on which low-rank scores are held against those of whole matrices, or as many targets as fit in memory
+# on which low-rank scores are held against those of whole matrices, or as many targets as fit in
+# memory
+AGREE_ROWS, AGREE_TARGETS = 64, 16
 _FIT = ("fit_rows", "form", "labels", "correct", "seed")
 
 
 def settings(context: Context, signal: Signal) -> dict[str, Any]:
     """The curvature settings in force: the run's, with what the backend fixes on top."""
-    return {**context.config.curvature.canonical(), "correct": True, "drop_last": False, **(backend(str(signal.backend)).curvature or {})}
+    return {
+        **context.config.curvature.canonical(),
+        "correct": True,
+        "drop_last": False,
+        **(backend(str(signal.backend)).curvature or {}),
+    }
 
 
 def fit_recipe(context: Context, signal: Signal) -> Recipe:
     fitting = {name: settings(context, signal)[name] for name in _FIT}
     gradients = context.config.gradients
-    fitting |= {"modules": gradients.modules, "token_budget": gradients.token_budget, "shard_rows": gradients.shard_rows}
-    inputs = {"rows": context.encode_recipe("pool").digest, "warmup": context.warmup_recipe().digest}
+    fitting |= {
+        "modules": gradients.modules,
+        "token_budget": gradients.token_budget,
+        "shard_rows": gradients.shard_rows,
+    }
+    inputs = {
+        "rows": context.encode_recipe("pool").digest,
+        "warmup": context.warmup_recipe().digest,
+    }
     return Recipe("curvature", fitting, inputs, context.compute_identity())
 
 
 def recipe(context: Context, signal: Signal) -> Recipe:
     rest = {name: value for name, value in settings(context, signal).items() if name not in _FIT}
-    rest |= {"backend": signal.backend, "checkpoints": "last", "shard_rows": context.config.gradients.shard_rows}
+    rest |= {
+        "backend": signal.backend,
+        "checkpoints": "last",
+        "shard_rows": context.config.gradients.shard_rows,
+    }
     inputs = {"curvature": fit_recipe(context, signal).digest}
     inputs |= {side: context.encode_recipe(side).digest for side in context.sides}
     return Recipe("influence", rest, inputs)
@@ -61,7 +81,9 @@ def recipes(context: Context, signal: Signal) -> list[Recipe]:
 
 
 def curvature(context: Context, signal: Signal) -> Curvature:
-    """The curvature at the last checkpoint over `fit_rows` usable pool rows, drawn with its seed."""
+    """The curvature at the last checkpoint over `fit_rows` usable pool rows, drawn with its
+    seed.
+    """
     chosen = settings(context, signal)
     at = context.checkpoints()[-1]
 
@@ -69,11 +91,17 @@ def curvature(context: Context, signal: Signal) -> Curvature:
         encoded, ids = context.encoded("pool"), context.sides["pool"].ids
         usable = np.flatnonzero(encoded.codes == 0)
         count = min(len(usable), chosen["fit_rows"])
-        rows = np.sort(np.random.default_rng(chosen["seed"]).choice(usable, size=count, replace=False)).tolist()
+        rows = np.sort(
+            np.random.default_rng(chosen["seed"]).choice(usable, size=count, replace=False)
+        ).tolist()
         gradients = context.config.gradients
         taken, model = [encoded[i] for i in rows], context.model_at(at)
         about = {name: chosen[name] for name in ("form", "labels", "correct", "seed")}
-        about |= {"modules": context.modules, "token_budget": gradients.token_budget, "shard_rows": gradients.shard_rows}
+        about |= {
+            "modules": context.modules,
+            "token_budget": gradients.token_budget,
+            "shard_rows": gradients.shard_rows,
+        }
         about |= {"ids": [ids[i] for i in rows], "identity": artifact.digest}
         pieces = Pieces(artifact.path / FOLDER)
         fitting = Fitting(model, taken, store=pieces, progress=Stopping(context.progress), **about)
@@ -81,17 +109,24 @@ def curvature(context: Context, signal: Signal) -> Curvature:
             _fit_elsewhere(context, fitting, FittingWork(context.lend(model, at), taken, about))
         fitted = fitting.result()
         if fitting.left_out:
-            context.progress.note(f"{len(fitting.left_out):,} of the {count:,} rows of the fit do not fit in memory and are left out of it")
+            context.progress.note(
+                f"{len(fitting.left_out):,} of the {count:,} rows of the fit do not fit in memory"
+                " and are left out of it"
+            )
         hash_ = fitted.save(artifact.path / "curvature.safetensors")
         counts = {"rows": count - len(fitting.left_out), "parameters": len(fitted.names)}
         artifact.finish(files={"curvature.safetensors": hash_}, counts=counts, extra=fitting.made())
         pieces.remove()
 
-    return Curvature.load(context.make(fit_recipe(context, signal), fill).path / "curvature.safetensors")
+    return Curvature.load(
+        context.make(fit_recipe(context, signal), fill).path / "curvature.safetensors"
+    )
 
 
 class _FitShards:
-    """The keeper of one pass of a fit, "factors" or "eigenvalues": its sums lie among the pieces of `fitting`."""
+    """The keeper of one pass of a fit, "factors" or "eigenvalues": its sums lie among the pieces of
+    `fitting`.
+    """
 
     problems: Sequence[str] = ()  # a fit tells of damaged pieces in the log
 
@@ -104,21 +139,37 @@ class _FitShards:
     def missing(self) -> list[int]:
         return self._fitting.missing(self._name)
 
-    def keep(self, shard: int, tensors: Mapping[str, Tensor], made: Mapping[str, str], failed: Collection[int]) -> None:
+    def keep(
+        self,
+        shard: int,
+        tensors: Mapping[str, Tensor],
+        made: Mapping[str, str],
+        failed: Collection[int],
+    ) -> None:
         self._save(shard, dict(tensors), made)
 
 
 def _fit_elsewhere(context: Context, fitting: Fitting, work: FittingWork) -> None:
-    """Both passes of a fit, shard by shard, by workers elsewhere; `fitting.result()` then only adds up."""
+    """Both passes of a fit, shard by shard, by workers elsewhere; `fitting.result()` then only adds
+    up.
+    """
     options = {"tokens": fitting.lengths, "label": "curvature, factors"}
     map_shards(context, _FitShards(fitting, "factors"), work, None, **options)
     if fitting.correct:
         options["label"] = "curvature, eigenvalues"
-        map_shards(context, _FitShards(fitting, "eigenvalues"), replace(work, basis=fitting.basis()), None, **options)
+        map_shards(
+            context,
+            _FitShards(fitting, "eigenvalues"),
+            replace(work, basis=fitting.basis()),
+            None,
+            **options,
+        )
 
 
 def value(context: Context, signal: Signal) -> tuple[Tensor, Tensor]:
-    """Scores [n, m] at the last checkpoint and which rows have one [n]; the file's "target" [m] is the first row of each target."""
+    """Scores [n, m] at the last checkpoint and which rows have one [n]; the file's "target" [m] is
+    the first row of each target.
+    """
     scores = made(context, signal).tensors("scores.safetensors")["scores"]
     return scores, torch.isfinite(scores).all(dim=1)
 
@@ -132,7 +183,9 @@ def made(context: Context, signal: Signal) -> Artifact:
 
 def _score(context: Context, signal: Signal, artifact: Artifact) -> None:
     chosen, gradients = settings(context, signal), context.config.gradients
-    inverse = curvature(context, signal).inverse(chosen["damping"], chosen["style"], absolute=chosen["absolute"])
+    inverse = curvature(context, signal).inverse(
+        chosen["damping"], chosen["style"], absolute=chosen["absolute"]
+    )
     at = context.checkpoints()[-1]
     model = context.model_at(at)
     wanted, pool = context.encoded("target"), context.encoded("pool")
@@ -148,22 +201,46 @@ def _score(context: Context, signal: Signal, artifact: Artifact) -> None:
         rank=chosen["rank"],
         **shared,
     )
-    agreement = _agreement(model, pool, rows, targets, inverse, target_batch=chosen["target_batch"], seed=chosen["seed"], **shared)
+    agreement = _agreement(
+        model,
+        pool,
+        rows,
+        targets,
+        inverse,
+        target_batch=chosen["target_batch"],
+        seed=chosen["seed"],
+        **shared,
+    )
     # Target rows that did not fit in memory have no column, and another time they may fit.
-    parts = Partial(artifact, len(pool), gradients.shard_rows, {"targets": recipe_digest(targets.members)})
+    parts = Partial(
+        artifact, len(pool), gradients.shard_rows, {"targets": recipe_digest(targets.members)}
+    )
     work = ScoreWork(context.lend(model, at), targets, advance=context.advance, **shared)
     del model
-    map_shards(context, parts, work, pool, label=f"influence on {len(targets)} targets, {signal.backend}")
+    map_shards(
+        context, parts, work, pool, label=f"influence on {len(targets)} targets, {signal.backend}"
+    )
     every = parts.read("scores")  # mapped from disk, not in memory
     first = torch.tensor([int(usable[members[0]]) for members in targets.members])
-    hash_ = write_tensors(artifact.path / "scores.safetensors", {"scores": every, "target": first}, {"recipe": artifact.digest})
+    hash_ = write_tensors(
+        artifact.path / "scores.safetensors",
+        {"scores": every, "target": first},
+        {"recipe": artifact.digest},
+    )
     ratios = sorted(line.ratio for line in inverse.damped)
     damping = {"least": ratios[0], "median": ratios[len(ratios) // 2], "most": ratios[-1]}
-    extra = {"damping_to_mean_eigenvalue": damping, "rank": targets.rank, "norm_kept_by_rank": min(targets.kept.values(), default=1.0)}
+    extra = {
+        "damping_to_mean_eigenvalue": damping,
+        "rank": targets.rank,
+        "norm_kept_by_rank": min(targets.kept.values(), default=1.0),
+    }
     extra["rank_agreement"] = agreement
     if targets.left_out:
         extra["left_out"] = [int(usable[i]) for i in targets.left_out]
-        context.progress.note(f"{len(targets.left_out):,} target rows do not fit in memory and have no influence score")
+        context.progress.note(
+            f"{len(targets.left_out):,} target rows do not fit in memory and have no influence"
+            " score"
+        )
     about = parts.about()
     finite = torch.cat([part.isfinite().all(dim=1) for part in every])
     check_values(finite, pool, "influence", about["counts"].get("quarantined", {}), artifact)
@@ -174,10 +251,19 @@ def _score(context: Context, signal: Signal, artifact: Artifact) -> None:
 
 
 def _agreement(
-    model: Any, pool: Any, rows: list[Any], targets: Targets, inverse: Inverse, *, seed: int, **shared: Any
+    model: Any,
+    pool: Any,
+    rows: list[Any],
+    targets: Targets,
+    inverse: Inverse,
+    *,
+    seed: int,
+    **shared: Any,
 ) -> dict[str, float | int] | None:
-    """How far low-rank targets order the pool as whole ones do: the least and mean Spearman correlation of the two over rows and targets
-    drawn with `seed`. None where all targets are whole, or fewer than three rows are there to be ordered."""
+    """How far low-rank targets order the pool as whole ones do: the least and mean Spearman
+    correlation of the two over rows and targets drawn with `seed`. None where all targets are
+    whole, or fewer than three rows are there to be ordered.
+    """
     usable = np.flatnonzero(pool.codes == 0)
     if not targets.low or len(usable) < 3:
         return None
@@ -187,6 +273,16 @@ def _agreement(
     some = np.sort(draw.choice(usable, min(AGREE_ROWS, len(usable)), replace=False))
     members = [targets.members[k] for k in np.sort(draw.choice(len(targets), most, replace=False))]
     found = rank_agreement(
-        model, [pool[int(i)] for i in some], [rows[i] for member in members for i in member], inverse, targets.rank or 0, **shared
+        model,
+        [pool[int(i)] for i in some],
+        [rows[i] for member in members for i in member],
+        inverse,
+        targets.rank or 0,
+        **shared,
     )
-    return {"rows": len(some), "targets": most, "least": float(found.min()), "mean": float(found.mean())}
+    return {
+        "rows": len(some),
+        "targets": most,
+        "least": float(found.min()),
+        "mean": float(found.mean()),
+    }

@@ -1,4 +1,6 @@
-"""What the stages of a selection saw: handed over beside its signals, so that a report never goes back to ask."""
+"""What the stages of a selection saw: handed over beside its signals, so that a report never goes
+back to ask.
+"""
 
 from __future__ import annotations
 

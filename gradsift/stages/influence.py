@@ -1,4 +1,6 @@
-"""Influence through stored rows as stages: the rows of both sides at every checkpoint, and the product of the two, block by block."""
+"""Influence through stored rows as stages: the rows of both sides at every checkpoint, and the
+product of the two, block by block.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ from gradsift.types import Signal
 
 @dataclass(frozen=True)
 class Sides:
-    """What is multiplied, one entry per checkpoint: `pool` all rows, `target` those of `kept` [m], which all checkpoints have; `groups` [m]
-    are theirs, `weights` the checkpoints' mean learning rates."""
+    """What is multiplied, one entry per checkpoint: `pool` all rows, `target` those of `kept` [m],
+    which all checkpoints have; `groups` [m] are theirs, `weights` the checkpoints' mean learning
+    rates.
+    """
 
     pool: list[RowStore]
     target: list[RowView]
@@ -44,48 +48,83 @@ def recipe(context: Context, signal: Signal) -> Recipe:
     for c in context.used_checkpoints(signal):
         inputs[f"pool{c}"] = rows.recipe(context, "pool", c, pool_transform(signal), loss).digest
         inputs[f"target{c}"] = rows.recipe(context, "target", c, "none", loss).digest
-    return Recipe("influence", {"backend": signal.backend, "checkpoints": signal.checkpoints, **_ridge(context, signal)}, inputs)
+    return Recipe(
+        "influence",
+        {"backend": signal.backend, "checkpoints": signal.checkpoints, **_ridge(context, signal)},
+        inputs,
+    )
 
 
 def _ridge(context: Context, signal: Signal) -> dict[str, Any]:
     """The run's damping, for a backend that inverts the rows' own second moment."""
     settings = context.config.curvature
-    return {"ridge": settings.damping, "absolute": settings.absolute} if backend(str(signal.backend)).whiten else {}
+    return (
+        {"ridge": settings.damping, "absolute": settings.absolute}
+        if backend(str(signal.backend)).whiten
+        else {}
+    )
 
 
 def recipes(context: Context, signal: Signal) -> list[Recipe]:
     """Every stage of an influence, in the order they are made."""
-    both, loss = [("pool", pool_transform(signal)), ("target", "none")], backend(str(signal.backend)).loss
-    each = [rows.recipe(context, side, c, transform, loss) for side, transform in both for c in context.used_checkpoints(signal)]
+    both, loss = (
+        [("pool", pool_transform(signal)), ("target", "none")],
+        backend(str(signal.backend)).loss,
+    )
+    each = [
+        rows.recipe(context, side, c, transform, loss)
+        for side, transform in both
+        for c in context.used_checkpoints(signal)
+    ]
     return [context.warmup_recipe(), *each, recipe(context, signal)]
 
 
 def sides(context: Context, signal: Signal) -> Sides:
-    """The stored rows, made where they are missing. Raises UserError without a target, DataError for a target group without a usable row."""
+    """The stored rows, made where they are missing. Raises UserError without a target, DataError
+    for a target group without a usable row.
+    """
     if "target" not in context.sides:
         raise UserError("influence needs a target", remedy="Add --target FILE.")
     wanted = context.encoded("target")
-    checkpoints, used, loss = context.checkpoints(), context.used_checkpoints(signal), backend(str(signal.backend)).loss
+    checkpoints, used, loss = (
+        context.checkpoints(),
+        context.used_checkpoints(signal),
+        backend(str(signal.backend)).loss,
+    )
     pool = [rows.gradients(context, "pool", c, pool_transform(signal), loss) for c in used]
     target = [rows.gradients(context, "target", c, "none", loss) for c in used]
     for a, b in zip(pool, target, strict=True):
         for name in ("projection", "dim", "seed", "modules"):
             if a.spec[name] != b.spec[name]:
-                raise MismatchError(f"pool and target rows differ in {name}: {a.spec[name]} and {b.spec[name]}")
+                raise MismatchError(
+                    f"pool and target rows differ in {name}: {a.spec[name]} and {b.spec[name]}"
+                )
     good = torch.stack([store.usable for store in target]).all(dim=0)
     checks.check_groups(context.sides["target"], good, wanted)
     kept = good.nonzero()[:, 0]
     groups = [context.sides["target"].groups[int(i)] for i in kept]
-    return Sides(pool, [RowView(store, kept) for store in target], [checkpoints[c].mean_lr for c in used], kept, groups)
+    return Sides(
+        pool,
+        [RowView(store, kept) for store in target],
+        [checkpoints[c].mean_lr for c in used],
+        kept,
+        groups,
+    )
 
 
 def value(context: Context, signal: Signal) -> tuple[Tensor, Tensor]:
-    """Scores [n, m] of every pool row, zero where a row is quarantined, and which rows are not [n]."""
+    """Scores [n, m] of every pool row, zero where a row is quarantined, and which rows are not
+    [n].
+    """
     both = sides(context, signal)
 
     def fill(artifact: Artifact) -> None:
         scores = torch.cat(list(blocks(context, signal, both)))
-        hash_ = write_tensors(artifact.path / "scores.safetensors", {"scores": scores, "target": both.kept}, {"recipe": artifact.digest})
+        hash_ = write_tensors(
+            artifact.path / "scores.safetensors",
+            {"scores": scores, "target": both.kept},
+            {"recipe": artifact.digest},
+        )
         artifact.finish(files={"scores.safetensors": hash_}, counts={"rows": len(scores)})
 
     artifact = context.make(recipe(context, signal), fill)
@@ -94,4 +133,11 @@ def value(context: Context, signal: Signal) -> tuple[Tensor, Tensor]:
 
 def blocks(context: Context, signal: Signal, both: Sides) -> Iterator[Tensor]:
     """What `value` holds, 2,048 pool rows at a time, and nothing of it stored."""
-    return score_blocks(both.pool, both.target, both.weights, str(signal.backend), groups=both.groups, **_ridge(context, signal))
+    return score_blocks(
+        both.pool,
+        both.target,
+        both.weights,
+        str(signal.backend),
+        groups=both.groups,
+        **_ridge(context, signal),
+    )

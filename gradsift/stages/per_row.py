@@ -1,4 +1,6 @@
-"""Signals of the base model or of the rows' own texts, one entry per row: loss, difficulty, n-gram weights, features, embeddings."""
+"""Signals of the base model or of the rows' own texts, one entry per row: loss, difficulty, n-gram
+weights, features, embeddings.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,19 @@ def recipes(context: Context, signal: Signal) -> list[Recipe]:
     if signal.name == "ngrams":
         inputs = {side: rows.digest for side, rows in context.sides.items()}
         return [Recipe("ngrams", {"buckets": ngrams.BUCKETS, "prior": ngrams.PRIOR}, inputs)]
-    return [Recipe(signal.name, {"shard_rows": context.config.gradients.shard_rows}, rows, context.compute_identity())]
+    return [
+        Recipe(
+            signal.name,
+            {"shard_rows": context.config.gradients.shard_rows},
+            rows,
+            context.compute_identity(),
+        )
+    ]
 
 
 def value(context: Context, signal: Signal) -> tuple[Any, Tensor | None]:
-    """A signal over all rows of its side, and which of them it can vouch for, bool [n] (None = all).
+    """A signal over all rows of its side, and which of them it can vouch for, bool [n] (None =
+    all).
 
     Raises DataError as `checks.check_values`, UserError for n-gram weights without a target.
     """
@@ -66,8 +76,17 @@ def value(context: Context, signal: Signal) -> tuple[Any, Tensor | None]:
 
 
 def embeddings_recipe(context: Context, side: str) -> Recipe:
-    settings = {"pooling": POOLING, "token_budget": TOKEN_BUDGET, "shard_rows": context.config.gradients.shard_rows}
-    return Recipe("embeddings", settings, {"rows": context.encode_recipe(side).digest}, context.compute_identity())
+    settings = {
+        "pooling": POOLING,
+        "token_budget": TOKEN_BUDGET,
+        "shard_rows": context.config.gradients.shard_rows,
+    }
+    return Recipe(
+        "embeddings",
+        settings,
+        {"rows": context.encode_recipe(side).digest},
+        context.compute_identity(),
+    )
 
 
 def embeddings(context: Context, side: str) -> RowStore:
@@ -106,17 +125,28 @@ def features(context: Context, fields: Sequence[str]) -> Tensor:
 
     def fill(artifact: Artifact) -> None:
         columns = own_features(context.sides["pool"], fields)
-        hash_ = write_tensors(artifact.path / "features.safetensors", {"features": columns}, {"recipe": artifact.digest})
-        artifact.finish(files={"features.safetensors": hash_}, counts={"rows": len(columns), "columns": columns.shape[1]})
+        hash_ = write_tensors(
+            artifact.path / "features.safetensors",
+            {"features": columns},
+            {"recipe": artifact.digest},
+        )
+        artifact.finish(
+            files={"features.safetensors": hash_},
+            counts={"rows": len(columns), "columns": columns.shape[1]},
+        )
 
-    return context.make(features_recipe(context, fields), fill).tensors("features.safetensors")["features"]
+    return context.make(features_recipe(context, fields), fill).tensors("features.safetensors")[
+        "features"
+    ]
 
 
 # --- one number per row
 
 
 def scalars(context: Context, signal: Signal) -> Tensor:
-    """One number for every pool row [n]; NaN for rows that could not be encoded or did not fit in memory."""
+    """One number for every pool row [n]; NaN for rows that could not be encoded or did not fit in
+    memory.
+    """
     name, file = signal.name, f"{signal.name}.safetensors"
 
     def fill(artifact: Artifact) -> None:
@@ -131,21 +161,43 @@ def scalars(context: Context, signal: Signal) -> Tensor:
 
 
 def _fill_from_base(context: Context, name: str, artifact: Artifact) -> None:
-    """What the base model alone says of each row, shard by shard: fp32 [n] for "loss", fp64 for "ifd"."""
+    """What the base model alone says of each row, shard by shard: fp32 [n] for "loss", fp64 for
+    "ifd".
+    """
     encoded = context.encoded("pool")
     keeper = Partial(artifact, len(encoded), context.config.gradients.shard_rows)
     if keeper.missing():
         model = context.lend(None if context.executor.remote else context.load_base())
         work = ScalarWork(model, name, context.pad_id, context.advance)
-        answers = np.where(encoded.codes == 0, encoded.supervised + 1, 0) if name == "ifd" else 0  # the answer alone is read too
-        map_shards(context, keeper, work, encoded, label=_LABELS[name], tokens=encoded.lengths + answers)
-    finish_scalars(keeper, name, artifact, context, _NOUNS[name], torch.float32 if name == "loss" else torch.float64)
+        # the answer alone is read too
+        answers = np.where(encoded.codes == 0, encoded.supervised + 1, 0) if name == "ifd" else 0
+        map_shards(
+            context, keeper, work, encoded, label=_LABELS[name], tokens=encoded.lengths + answers
+        )
+    finish_scalars(
+        keeper,
+        name,
+        artifact,
+        context,
+        _NOUNS[name],
+        torch.float32 if name == "loss" else torch.float64,
+    )
 
 
-def finish_scalars(keeper: Partial, name: str, artifact: Artifact, context: Context, noun: str, dtype: torch.dtype) -> None:
-    """Joins the shards' numbers [n] into NAME.safetensors and completes the artifact. Raises DataError as `checks.check_values`."""
+def finish_scalars(
+    keeper: Partial, name: str, artifact: Artifact, context: Context, noun: str, dtype: torch.dtype
+) -> None:
+    """Joins the shards' numbers [n] into NAME.safetensors and completes the artifact. Raises
+    DataError as `checks.check_values`.
+    """
     numbers, about = torch.cat(keeper.read(name)).to(dtype), keeper.about()
-    check_values(numbers.isfinite(), context.encoded("pool"), noun, about["counts"].get("quarantined", {}), artifact)
+    check_values(
+        numbers.isfinite(),
+        context.encoded("pool"),
+        noun,
+        about["counts"].get("quarantined", {}),
+        artifact,
+    )
     file = f"{name}.safetensors"
     hash_ = write_tensors(artifact.path / file, {name: numbers}, {"recipe": artifact.digest})
     artifact.finish(files={file: hash_}, **about)
@@ -192,5 +244,7 @@ def _difficulty(context: Context, fields: Sequence[str]) -> Tensor:
         )
     context.progress.done()
     numbers = difficulty.learned_difficulty(net, source)
-    numbers[torch.as_tensor(encoded.codes != 0) if isinstance(source, Tensor) else ~source.usable] = torch.nan
+    numbers[
+        torch.as_tensor(encoded.codes != 0) if isinstance(source, Tensor) else ~source.usable
+    ] = torch.nan
     return numbers

@@ -1,6 +1,8 @@
-"""How stages follow: which stages a method's signals take, and the signals themselves over the rows that all of them have.
+"""How stages follow: which stages a method's signals take, and the signals themselves over the rows
+that all of them have.
 
-Every stage has a `Recipe`, whose digest depends only on the recipes before it: the whole plan is known before anything runs.
+Every stage has a `Recipe`, whose digest depends only on the recipes before it: the whole plan is
+known before anything runs.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ STAGES: dict[str, ModuleType] = {
 
 
 def stage_of(signal: Signal) -> ModuleType:
-    """The module that makes a signal. An influence comes from stored rows, or through the curvature. Raises UnknownName."""
+    """The module that makes a signal. An influence comes from stored rows, or through the
+    curvature. Raises UnknownName.
+    """
     return curvature if through_curvature(signal) else STAGES[signal.name]
 
 
@@ -54,11 +58,15 @@ class Pipeline(Context):
     """The stages of one run, over a pool and perhaps a target set. Use inside `run.lock()`."""
 
     def at_hand(self, needs: frozenset[Signal]) -> list[Signal]:
-        """The declared signals in fixed order, those of a target only where there is one: that is how a method has an optional target."""
+        """The declared signals in fixed order, those of a target only where there is one: that is
+        how a method has an optional target.
+        """
         return [signal for signal in sorted(needs, key=repr) if signal.side in self.sides]
 
     def recipes(self, needs: frozenset[Signal]) -> list[Recipe]:
-        """Every stage that `needs` takes, in the order they are made, without repeats. Raises MismatchError for rows of other modules."""
+        """Every stage that `needs` takes, in the order they are made, without repeats. Raises
+        MismatchError for rows of other modules.
+        """
         stages = [self.encode_recipe(side) for side in self.sides]
         for signal in self.at_hand(needs):
             self._check_modules(signal)
@@ -67,11 +75,20 @@ class Pipeline(Context):
 
     def _check_modules(self, signal: Signal) -> None:
         if signal.modules == "linear" and self.modules is None:
-            remedy = 'Set [gradients] modules = "linear" in the file given with --config, for a new --run folder.'
-            raise MismatchError("the method reads gradients of all linear layers, this run's are of modules = 'lora'", remedy=remedy)
+            remedy = (
+                'Set [gradients] modules = "linear" in the file given with --config, for a new'
+                " --run folder."
+            )
+            raise MismatchError(
+                "the method reads gradients of all linear layers, this run's are of modules ="
+                " 'lora'",
+                remedy=remedy,
+            )
 
     def signals(self, needs: frozenset[Signal]) -> tuple[Signals, np.ndarray]:
-        """The declared signals over the usable rows (those no signal has quarantined), and the pool indices of these rows."""
+        """The declared signals over the usable rows (those no signal has quarantined), and the pool
+        indices of these rows.
+        """
         encoded = self.encoded("pool")
         usable = {side: torch.as_tensor(self.encoded(side).codes == 0) for side in self.sides}
         values: dict[Signal, Any] = {}
@@ -81,34 +98,47 @@ class Pipeline(Context):
                 usable[signal.side] &= good
         kept = {side: good.nonzero()[:, 0] for side, good in usable.items()}
         if not len(kept["pool"]):
-            raise DataError("no usable row in the pool", remedy="See dropped rows with `gradsift inspect`.")
+            raise DataError(
+                "no usable row in the pool", remedy="See dropped rows with `gradsift inspect`."
+            )
         if "target" in self.sides:
             checks.check_groups(self.sides["target"], usable["target"], self.encoded("target"))
-        values = {s: narrowed(v if bool(usable[s.side].all()) else restrict(v, kept[s.side]), s.dim) for s, v in values.items()}
+        values = {
+            s: narrowed(v if bool(usable[s.side].all()) else restrict(v, kept[s.side]), s.dim)
+            for s, v in values.items()
+        }
         pool = kept["pool"]
         signals = Signals(
             values=values,
             n=len(pool),
             tokens=encoded.supervised[pool.numpy()],
             groups=[self.sides["pool"].groups[int(i)] for i in pool],
-            target_groups=self._target_groups(needs, kept["target"]) if "target" in self.sides else (),
+            target_groups=(
+                self._target_groups(needs, kept["target"]) if "target" in self.sides else ()
+            ),
             map=Told(ray.mapping(self.executor, lambda: marker(self.run.root)), self.progress),
         )
         return signals, pool.numpy()
 
     def _target_groups(self, needs: frozenset[Signal], kept: Tensor) -> Sequence[str]:
-        """Groups of the target rows that signals hold: those `kept`, or those behind the columns of an influence matrix."""
+        """Groups of the target rows that signals hold: those `kept`, or those behind the columns of
+        an influence matrix.
+        """
         groups = self.sides["target"].groups
         for signal in self.at_hand(needs):
             if signal.name == "influence":
                 scores = self.stored(stage_of(signal).recipe(self, signal))
                 if scores is None:
-                    raise IntegrityError("was taken away while it was read", where=self.run.root, remedy=REPAIR)
+                    raise IntegrityError(
+                        "was taken away while it was read", where=self.run.root, remedy=REPAIR
+                    )
                 return [groups[int(i)] for i in scores.tensors("scores.safetensors")["target"]]
         return [groups[int(i)] for i in kept]
 
     def evidence(self, needs: frozenset[Signal], read: Sequence[Recipe]) -> Evidence:
-        """What the stages saw. `needs`: signals of the method, which `signals` has made; `read`: every stage of the selection."""
+        """What the stages saw. `needs`: signals of the method, which `signals` has made; `read`:
+        every stage of the selection.
+        """
         encoded, last = self.encoded("pool"), self._last_rows(needs)
         norms = None if last is None else last.norms.numpy()
         losses = None if last is None else last.losses.numpy()
@@ -124,9 +154,17 @@ class Pipeline(Context):
             losses=losses,
             mean_cosine=extra.get("mean_pairwise_cosine"),
             coverage=extra.get("coverage"),
-            curvature=tuple(facts for signal in self.at_hand(needs) if (facts := self._curvature(signal)) is not None),
+            curvature=tuple(
+                facts
+                for signal in self.at_hand(needs)
+                if (facts := self._curvature(signal)) is not None
+            ),
             artifacts={artifact.path.name: artifact.digest for artifact in artifacts},
-            warnings=tuple(text for artifact in artifacts for text in provenance.warnings(artifact.path.name, artifact.manifest["extra"])),
+            warnings=tuple(
+                text
+                for artifact in artifacts
+                for text in provenance.warnings(artifact.path.name, artifact.manifest["extra"])
+            ),
             seeds={
                 "warm-up": self.config.warmup.seed,
                 "adapter": self.config.warmup.lora.seed,
@@ -138,15 +176,27 @@ class Pipeline(Context):
         """The pool's stored rows at the last checkpoint, of the first signal that reads any."""
         for signal in self.at_hand(needs):
             if reads_stored_rows(signal):
-                loss: Loss = backend(str(signal.backend)).loss if signal.name == "influence" else "cross-entropy"
-                stored = self.stored(rows.recipe(self, "pool", self.checkpoint_count - 1, pool_transform(signal), loss))
+                loss: Loss = (
+                    backend(str(signal.backend)).loss
+                    if signal.name == "influence"
+                    else "cross-entropy"
+                )
+                stored = self.stored(
+                    rows.recipe(
+                        self, "pool", self.checkpoint_count - 1, pool_transform(signal), loss
+                    )
+                )
                 return None if stored is None else RowStore.open(stored.path)
         return None
 
     def _last_gradients(self, needs: frozenset[Signal]) -> dict[str, Any]:
         """What the last of the pool's gradient stages noted in its manifest."""
         pool = self.encode_recipe("pool").digest
-        of_pool = [recipe for recipe in self.recipes(needs) if recipe.stage == "gradients" and recipe.inputs["rows"] == pool]
+        of_pool = [
+            recipe
+            for recipe in self.recipes(needs)
+            if recipe.stage == "gradients" and recipe.inputs["rows"] == pool
+        ]
         stored = self.stored(of_pool[-1]) if of_pool else None
         return {} if stored is None else stored.manifest.get("extra", {})
 
@@ -156,7 +206,9 @@ class Pipeline(Context):
             return None
         fit, extra = self.stored(curvature.fit_recipe(self, signal)), scores.manifest["extra"]
         rows = None if fit is None else fit.manifest["counts"]["rows"]
-        return CurvatureEvidence(rows, extra["damping_to_mean_eigenvalue"], extra["rank"], extra.get("rank_agreement"))
+        return CurvatureEvidence(
+            rows, extra["damping_to_mean_eigenvalue"], extra["rank"], extra.get("rank_agreement")
+        )
 
 
 def signal_recipe(pipeline: Pipeline, signal: Signal) -> Recipe:
@@ -166,7 +218,9 @@ def signal_recipe(pipeline: Pipeline, signal: Signal) -> Recipe:
 
 def reads_stored_rows(signal: Signal) -> bool:
     """Whether a signal of the pool comes from stored gradient rows."""
-    return signal.side == "pool" and (signal.name == "rows" or (signal.name == "influence" and not through_curvature(signal)))
+    return signal.side == "pool" and (
+        signal.name == "rows" or (signal.name == "influence" and not through_curvature(signal))
+    )
 
 
 def restrict(value: Any, kept: Tensor) -> Any:
@@ -177,7 +231,9 @@ def restrict(value: Any, kept: Tensor) -> Any:
 
 
 def narrowed(value: Any, dim: int | None) -> Any:
-    """Rows, or a list of them, that are wider than `dim` projected to it; anything else as it is."""
+    """Rows, or a list of them, that are wider than `dim` projected to it; anything else as it
+    is.
+    """
     if isinstance(value, list):
         return [narrowed(rows, dim) for rows in value]
     return Narrow(value, dim) if dim is not None and value.shape[1] > dim else value

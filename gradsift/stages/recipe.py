@@ -42,7 +42,13 @@ class Recipe:
     @property
     def parts(self) -> dict[str, Any]:
         version = VERSIONS[self.stage]
-        return recipe(self.stage, version=version, config=self.config, inputs=self.inputs, identity=self.identity)
+        return recipe(
+            self.stage,
+            version=version,
+            config=self.config,
+            inputs=self.inputs,
+            identity=self.identity,
+        )
 
     @property
     def digest(self) -> str:
@@ -61,5 +67,7 @@ class Timing:
 
 
 def loss_fields(loss: Loss) -> dict[str, Any]:
-    """Extra recipe fields for rows that are not loss gradients. Loss gradients add none, so that digests of old runs stay valid."""
+    """Extra recipe fields for rows that are not loss gradients. Loss gradients add none, so that
+    digests of old runs stay valid.
+    """
     return {} if loss == "cross-entropy" else {"loss": loss}

@@ -33,7 +33,13 @@ class Keeper(Protocol):
         """Numbers of the shards that are absent or damaged."""
         ...
 
-    def keep(self, shard: int, tensors: Mapping[str, Tensor], made: Mapping[str, str], failed: Collection[int]) -> None:
+    def keep(
+        self,
+        shard: int,
+        tensors: Mapping[str, Tensor],
+        made: Mapping[str, str],
+        failed: Collection[int],
+    ) -> None:
         """Writes a shard atomically. `failed`: places in the shard that did not fit in memory."""
         ...
 
@@ -70,7 +76,9 @@ def map_shards(
     missing = keeper.missing()
     for problem in keeper.problems:
         context.progress.note(f"made anew: {problem}")
-    context.progress.start(sum(int(cost[keeper.shards[shard]].sum()) for shard in missing), "tokens", label)
+    context.progress.start(
+        sum(int(cost[keeper.shards[shard]].sum()) for shard in missing), "tokens", label
+    )
     for shard, result in executor.map(work, missing, part):
         keeper.keep(shard, result.tensors, made_on(executor.gpu, result.halvings), result.failed)
         if executor.remote:  # a worker in this process has told its own progress, batch by batch

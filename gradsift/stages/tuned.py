@@ -1,4 +1,6 @@
-"""The signal "tuned" as a stage: the model is trained on a group of target rows, then asked for its loss on every pool row."""
+"""The signal "tuned" as a stage: the model is trained on a group of target rows, then asked for its
+loss on every pool row.
+"""
 
 from __future__ import annotations
 
@@ -31,34 +33,54 @@ from gradsift.types import Checkpoint, Signal
 def groups(context: Context) -> list[str]:
     """The target groups in order of appearance: the columns of the signal."""
     if "target" not in context.sides:
-        raise UserError("losses after training on a target need a target", remedy="Add --target FILE.")
+        raise UserError(
+            "losses after training on a target need a target", remedy="Add --target FILE."
+        )
     return list(dict.fromkeys(context.sides["target"].groups))
 
 
 def recipes(context: Context, signal: Signal) -> list[Recipe]:
-    """One stage for each target group. Raises ConfigError for a training in full of a model in 4 bits."""
+    """One stage for each target group. Raises ConfigError for a training in full of a model in 4
+    bits.
+    """
     if context.config.tuning.mode == "full" and context.config.model.dtype == FOUR_BIT:
-        raise ConfigError("a model in 4 bits cannot be trained in full", remedy='Leave [tuning] mode = "lora", or take --dtype bfloat16.')
+        raise ConfigError(
+            "a model in 4 bits cannot be trained in full",
+            remedy='Leave [tuning] mode = "lora", or take --dtype bfloat16.',
+        )
     inputs = {side: context.encode_recipe(side).digest for side in ("pool", "target")}
-    config = {**context.config.tuning.canonical(), "lr": context.config.tuning.rate, "shard_rows": context.config.gradients.shard_rows}
-    return [Recipe("tuned", {**config, "group": group}, inputs, context.compute_identity()) for group in groups(context)]
+    config = {
+        **context.config.tuning.canonical(),
+        "lr": context.config.tuning.rate,
+        "shard_rows": context.config.gradients.shard_rows,
+    }
+    return [
+        Recipe("tuned", {**config, "group": group}, inputs, context.compute_identity())
+        for group in groups(context)
+    ]
 
 
 def value(context: Context, signal: Signal) -> tuple[Tensor, Tensor]:
-    """Loss fp32 [n, groups] of every pool row, nats per supervised token, after training on each group; NaN for rows that could not be
-    encoded or did not fit in memory. And which rows have all of them, bool [n].
+    """Loss fp32 [n, groups] of every pool row, nats per supervised token, after training on each
+    group; NaN for rows that could not be encoded or did not fit in memory. And which rows have all
+    of them, bool [n].
 
     Raises DataError for a group without a usable row, and as `checks.check_values`.
     """
     each = zip(groups(context), recipes(context, signal), strict=True)
-    stages = [context.make(recipe, lambda artifact, group=group: _fill(context, group, artifact)) for group, recipe in each]
+    stages = [
+        context.make(recipe, lambda artifact, group=group: _fill(context, group, artifact))
+        for group, recipe in each
+    ]
     losses = torch.stack([stage.tensors("tuned.safetensors")["tuned"] for stage in stages], dim=1)
     return losses, losses.isfinite().all(dim=1)
 
 
 def steps_on(context: Context, group: str) -> int:
     """Optimiser steps of the training on one group."""
-    return context.config.tuning.steps_for(sum(other == group for other in context.sides["target"].groups))
+    return context.config.tuning.steps_for(
+        sum(other == group for other in context.sides["target"].groups)
+    )
 
 
 def _fill(context: Context, group: str, artifact: Artifact) -> None:
@@ -74,10 +96,15 @@ def _fill(context: Context, group: str, artifact: Artifact) -> None:
 
 @contextlib.contextmanager
 def _trained(context: Context, group: str) -> Iterator[tuple[Any, Any]]:
-    """(how workers get the model trained on a group, the executor they run in). A model that was trained in full stays in this process: only
-    an adapter is small enough to travel."""
+    """(how workers get the model trained on a group, the executor they run in). A model that was
+    trained in full stays in this process: only an adapter is small enough to travel.
+    """
     target, settings = context.encoded("target"), context.config.tuning
-    taken = [i for i, other in enumerate(context.sides["target"].groups) if other == group and target.codes[i] == 0]
+    taken = [
+        i
+        for i, other in enumerate(context.sides["target"].groups)
+        if other == group and target.codes[i] == 0
+    ]
     model = context.config.model
     context.progress.start(settings.steps_for(len(taken)), "steps", f"training on {group}")
     steps = Stopping(context.progress)
@@ -91,8 +118,12 @@ def _trained(context: Context, group: str) -> Iterator[tuple[Any, Any]]:
     )
     context.progress.done()
     if settings.mode == "full":
-        whole = trained.to(getattr(torch, model.dtype))  # as the base model, whose loss it is compared with
-        yield lambda: whole, Serial(context.config.model.device) if context.executor.remote else context.executor
+        # as the base model, whose loss it is compared with
+        whole = trained.to(getattr(torch, model.dtype))
+        yield (
+            lambda: whole,
+            Serial(context.config.model.device) if context.executor.remote else context.executor,
+        )
         return
     with tempfile.TemporaryDirectory(prefix="gradsift-") as folder:
         with quiet():

@@ -1,7 +1,8 @@
 """Artifacts: folders that are either complete or resumable.
 
-An artifact is a folder `<stage>-<first 12 digits of the recipe digest>`. `manifest.json` is written last: it exists = complete.
-The recipe names everything the content depends on, so a folder is found again by what it holds, never by when or where it was made.
+An artifact is a folder `<stage>-<first 12 digits of the recipe digest>`. `manifest.json` is written
+last: it exists = complete. The recipe names everything the content depends on, so a folder is found
+again by what it holds, never by when or where it was made.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradsift.errors import IntegrityError, MismatchError
-from gradsift.store.atomic import TEMP, inside, make_folder, read_json, remove_leftovers, write_atomic
+from gradsift.store.atomic import (
+    TEMP,
+    inside,
+    make_folder,
+    read_json,
+    remove_leftovers,
+    write_atomic,
+)
 from gradsift.store.canonical import canonical_json, recipe_digest, seal_fault, sealed
 from gradsift.store.tensors import TensorFile, file_hash
 
@@ -22,20 +30,39 @@ if TYPE_CHECKING:
 
 SCHEMA = 1  # of every JSON file in a run folder
 MANIFEST, STATS, RECIPE = "manifest.json", "stats.json", "recipe.json"
-SUMS = "report.digests.json"  # of files that tell of clocks, and may be written anew: no manifest holds their hashes
+# of files that tell of clocks, and may be written anew: no manifest holds their hashes
+SUMS = "report.digests.json"
 _FIELDS = ("stage", "version", "config", "inputs", "identity")  # of a recipe
 _UPGRADE = "Upgrade gradsift, or choose another --run folder."
-_REMAKE = "Delete it and run the same command again: the files beside it are checked, and kept where they are whole."
-REPAIR = "Run `gradsift verify RUN`, then the same command again: only what is damaged is made anew."
+_REMAKE = (
+    "Delete it and run the same command again: the files beside it are checked, and kept where they"
+    " are whole."
+)
+REPAIR = (
+    "Run `gradsift verify RUN`, then the same command again: only what is damaged is made anew."
+)
 
 
 def recipe(
-    stage: str, *, version: int, config: Mapping[str, Any], inputs: Mapping[str, str], identity: Mapping[str, Any]
+    stage: str,
+    *,
+    version: int,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    identity: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything an artifact's content depends on. `inputs`: recipe digests by name; `identity`: of pool, model, tokenizer, template."""
+    """Everything an artifact's content depends on. `inputs`: recipe digests by name; `identity`: of
+    pool, model, tokenizer, template.
+    """
     if not stage.replace("-", "").replace("_", "").isalnum() or not stage.isascii():
         raise ValueError(f"{stage!r} is not a stage name: letters, digits, - and _")
-    return {"stage": stage, "version": version, "config": dict(config), "inputs": dict(inputs), "identity": dict(identity)}
+    return {
+        "stage": stage,
+        "version": version,
+        "config": dict(config),
+        "inputs": dict(inputs),
+        "identity": dict(identity),
+    }
 
 
 def recipe_file(made_by: Mapping[str, Any], schema: int = SCHEMA) -> bytes:
@@ -44,7 +71,9 @@ def recipe_file(made_by: Mapping[str, Any], schema: int = SCHEMA) -> bytes:
 
 
 def read_sealed(path: Path, *, remedy: str) -> dict[str, Any]:
-    """The object of a file that `sealed` made, without its seal. Raises IntegrityError with this remedy where it is not as it was written."""
+    """The object of a file that `sealed` made, without its seal. Raises IntegrityError with this
+    remedy where it is not as it was written.
+    """
     found = read_json(path)
     what = "is damaged" if found is None else seal_fault(found)
     if found is None or what is not None:
@@ -53,22 +82,38 @@ def read_sealed(path: Path, *, remedy: str) -> dict[str, Any]:
 
 
 def rewritten(folder: Path, name: str) -> bytes | None:
-    """A recipe.json or stats.json for a complete artifact whose own is lost: the manifest repeats the recipe; times are not known any more.
-    None for any other file, or where the manifest cannot tell."""
+    """A recipe.json or stats.json for a complete artifact whose own is lost: the manifest repeats
+    the recipe; times are not known any more. None for any other file, or where the manifest cannot
+    tell.
+    """
     try:
         manifest = read_manifest(folder) if name in (RECIPE, STATS) else None
     except (IntegrityError, MismatchError):
         return None
     if manifest is None:
         return None
-    return recipe_file({field: manifest[field] for field in _FIELDS}) if name == RECIPE else canonical_json(sealed({}))
+    return (
+        recipe_file({field: manifest[field] for field in _FIELDS})
+        if name == RECIPE
+        else canonical_json(sealed({}))
+    )
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """The hash of every file below `folder` but manifest, stats, recipe, sums and temporary ones, by relative name ("/" between parts)."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    """The hash of every file below `folder` but manifest, stats, recipe, sums and temporary ones,
+    by relative name ("/" between parts).
+    """
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    )
     own = {MANIFEST, STATS, RECIPE, SUMS}
-    return {name: file_hash(inside(folder, name)) for name in names if name not in own and not name.rpartition("/")[2].startswith(TEMP)}
+    return {
+        name: file_hash(inside(folder, name))
+        for name in names
+        if name not in own and not name.rpartition("/")[2].startswith(TEMP)
+    }
 
 
 def check_schema(found: Mapping[str, Any], path: Path) -> None:
@@ -77,11 +122,16 @@ def check_schema(found: Mapping[str, Any], path: Path) -> None:
     if not isinstance(schema, int):
         raise IntegrityError("states no schema version", where=path, remedy=_REMAKE)
     if schema > SCHEMA:
-        raise MismatchError(f"was written in schema {schema}; this gradsift reads up to {SCHEMA}", where=path, remedy=_UPGRADE)
+        raise MismatchError(
+            f"was written in schema {schema}; this gradsift reads up to {SCHEMA}",
+            where=path,
+            remedy=_UPGRADE,
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a complete artifact; None when it has none, or one that is not JSON (then the artifact is resumed, shard by shard).
+    """The manifest of a complete artifact; None when it has none, or one that is not JSON (then the
+    artifact is resumed, shard by shard).
 
     Raises IntegrityError when it was edited, MismatchError when its schema is newer.
     """
@@ -97,7 +147,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 class Artifact:
-    """One stage's result for one recipe. `path` the folder, `digest` the full recipe digest; complete once `finish` has returned.
+    """One stage's result for one recipe. `path` the folder, `digest` the full recipe digest;
+    complete once `finish` has returned.
 
     Opening one deletes temporary files that dead writers left in it.
     """
@@ -105,15 +156,18 @@ class Artifact:
     def __init__(self, root: Path, made_by: Mapping[str, Any], *, create: bool = True) -> None:
         """`made_by`: what `recipe()` returns.
 
-        Raises IntegrityError when the folder is a link or holds another recipe, MismatchError for a newer schema.
+        Raises IntegrityError when the folder is a link or holds another recipe, MismatchError for a
+        newer schema.
         """
         self.recipe = dict(made_by)
         self.stage: str = self.recipe["stage"]
         self.digest = recipe_digest(self.recipe)
         self.path = inside(root, f"{self.stage}-{self.digest[:12]}")
         self._opened = time.monotonic()
-        self.seconds_elsewhere: Callable[[], float] = lambda: 0.0  # spent on other artifacts since this one was opened
-        self.machine: Callable[[], Mapping[str, Any]] = dict  # what stats.json says of the machine: peak memory, versions
+        # spent on other artifacts since this one was opened
+        self.seconds_elsewhere: Callable[[], float] = lambda: 0.0
+        # what stats.json says of the machine: peak memory, versions
+        self.machine: Callable[[], Mapping[str, Any]] = dict
         self._manifest: dict[str, Any] | None = None
         if create:
             make_folder(self.path)
@@ -121,24 +175,35 @@ class Artifact:
             return
         self._check_recipe()
         if not self.complete and create:
-            for folder in (self.path, *(path for path in self.path.rglob("*") if path.is_dir() and not path.is_symlink())):
+            for folder in (
+                self.path,
+                *(path for path in self.path.rglob("*") if path.is_dir() and not path.is_symlink()),
+            ):
                 remove_leftovers(folder)
             if read_json(inside(self.path, RECIPE)) is None:
                 write_atomic(self.path / RECIPE, recipe_file(self.recipe))
 
     @classmethod
     def load(cls, path: Path) -> Artifact | None:
-        """The artifact in an existing folder, complete or not; None where the folder holds none. Writes nothing."""
+        """The artifact in an existing folder, complete or not; None where the folder holds none.
+        Writes nothing.
+        """
         found = read_manifest(path) or read_json(inside(path, RECIPE))
         if found is None:
             return None
         check_schema(found, path)
         if any(field not in found for field in _FIELDS):
-            raise IntegrityError("its recipe lacks a field", where=path, remedy="Delete the folder; the next run makes it anew.")
+            raise IntegrityError(
+                "its recipe lacks a field",
+                where=path,
+                remedy="Delete the folder; the next run makes it anew.",
+            )
         artifact = cls(path.parent, {field: found[field] for field in _FIELDS}, create=False)
         if artifact.path.name != path.name:
             remedy = "Give the folder its name back, or delete it."
-            raise IntegrityError(f"holds the recipe of {artifact.path.name}", where=path, remedy=remedy)
+            raise IntegrityError(
+                f"holds the recipe of {artifact.path.name}", where=path, remedy=remedy
+            )
         return artifact
 
     def _check_recipe(self) -> None:
@@ -148,45 +213,74 @@ class Artifact:
             if found is None:
                 continue
             check_schema(found, self.path / name)
-            if any(found.get(field) != json.loads(canonical_json(value)) for field, value in self.recipe.items()):
-                raise IntegrityError("holds another recipe than its folder name says", where=self.path / name, remedy="Delete that folder.")
+            if any(
+                found.get(field) != json.loads(canonical_json(value))
+                for field, value in self.recipe.items()
+            ):
+                raise IntegrityError(
+                    "holds another recipe than its folder name says",
+                    where=self.path / name,
+                    remedy="Delete that folder.",
+                )
 
     @property
     def complete(self) -> bool:
-        """True when manifest.json exists and parses. Raises IntegrityError for an edited one, MismatchError for a newer schema."""
+        """True when manifest.json exists and parses. Raises IntegrityError for an edited one,
+        MismatchError for a newer schema.
+        """
         if self._manifest is None and self.path.is_dir():
             self._manifest = read_manifest(self.path)
         return self._manifest is not None
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Recipe, counts, hash of every file, content digest. Raises IntegrityError while the artifact is not complete."""
+        """Recipe, counts, hash of every file, content digest. Raises IntegrityError while the
+        artifact is not complete.
+        """
         if not self.complete or self._manifest is None:
-            raise IntegrityError("is not complete", where=self.path, remedy="Run the command that makes it again; it resumes.")
+            raise IntegrityError(
+                "is not complete",
+                where=self.path,
+                remedy="Run the command that makes it again; it resumes.",
+            )
         return self._manifest
 
     @property
     def content(self) -> str:
-        """The content digest: recipe_digest of {file: hash}. Equal for equal bytes, whoever made them, whenever and wherever."""
+        """The content digest: recipe_digest of {file: hash}. Equal for equal bytes, whoever made
+        them, whenever and wherever.
+        """
         return self.manifest["content"]
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Wall time, peak memory, versions and what the stage added; not digested, but sealed. Empty where they are lost."""
+        """Wall time, peak memory, versions and what the stage added; not digested, but sealed.
+        Empty where they are lost.
+        """
         found = read_json(inside(self.path, STATS)) or {}
-        return {} if seal_fault(found) else {key: value for key, value in found.items() if key != "seal"}
+        return (
+            {}
+            if seal_fault(found)
+            else {key: value for key, value in found.items() if key != "seal"}
+        )
 
     def file(self, name: str) -> Path:
-        """The path of a file of this artifact. Raises IntegrityError for a name that leads outside, or through a link."""
+        """The path of a file of this artifact. Raises IntegrityError for a name that leads outside,
+        or through a link.
+        """
         return inside(self.path, name)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a file of a complete artifact, hashed and compared with the manifest. Raises IntegrityError."""
+        """The tensors of a file of a complete artifact, hashed and compared with the manifest.
+        Raises IntegrityError.
+        """
         path = self.file(name)
         with TensorFile(path) as file:
             file.verify()
             if self.manifest["files"].get(name) != file.digest:
-                raise IntegrityError("is not the file that the manifest names", where=path, remedy=REPAIR)
+                raise IntegrityError(
+                    "is not the file that the manifest names", where=path, remedy=REPAIR
+                )
             return {key: file.tensor(key) for key in file.entries}
 
     def finish(
@@ -199,22 +293,28 @@ class Artifact:
     ) -> None:
         """Completes the artifact: stats.json first, manifest.json last.
 
-        `files`: hash by name (default: every file in the folder, hashed now). `extra` goes into the manifest, so it must not hold clocks
-        or paths; `stats` goes into stats.json.
-        Raises IntegrityError when a named file is not there, DiskFull, ResourceError.
+        `files`: hash by name (default: every file in the folder, hashed now). `extra` goes into the
+        manifest, so it must not hold clocks or paths; `stats` goes into stats.json. Raises
+        IntegrityError when a named file is not there, DiskFull, ResourceError.
         """
 
         files = dict(sorted((file_hashes(self.path) if files is None else files).items()))
         for name in files:
             if not inside(self.path, name).is_file():
-                raise IntegrityError("is missing", where=self.path / name, remedy="Run the same command again: it is made anew.")
+                raise IntegrityError(
+                    "is missing",
+                    where=self.path / name,
+                    remedy="Run the same command again: it is made anew.",
+                )
         made = {
             "wall_seconds": round(time.monotonic() - self._opened - self.seconds_elsewhere(), 3),
             "finished": time.time(),
             **self.machine(),
             **(stats or {}),
         }
-        write_atomic(self.path / STATS, json.dumps(sealed(made), indent=1, sort_keys=True).encode() + b"\n")
+        write_atomic(
+            self.path / STATS, json.dumps(sealed(made), indent=1, sort_keys=True).encode() + b"\n"
+        )
         body: dict[str, Any] = {
             "schema": SCHEMA,
             **self.recipe,
@@ -228,5 +328,7 @@ class Artifact:
             ],  # beside `files`: those that carry a digest of themselves
         }
         manifest = sealed(json.loads(canonical_json(body)))
-        write_atomic(self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n")
+        write_atomic(
+            self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n"
+        )
         self._manifest = manifest

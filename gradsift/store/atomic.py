@@ -1,7 +1,9 @@
-"""Files that are there completely or not at all, and that verify themselves: canonical JSON, atomic writes, tensor files, free space.
+"""Files that are there completely or not at all, and that verify themselves: canonical JSON, atomic
+writes, tensor files, free space.
 
-Every file reaches its name by one rename of finished, synced bytes, so a reader never sees half a file, whatever instant the writer
-was killed at. More than 400 lines because all that renames or syncs stands here, and nowhere else: `tests/faults/failpoints.py` strikes it.
+Every file reaches its name by one rename of finished, synced bytes, so a reader never sees half a
+file, whatever instant the writer was killed at. More than 400 lines because all that renames or
+syncs stands here, and nowhere else: `tests/faults/failpoints.py` strikes it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ TEMP = ".gradsift-tmp-"
 _LINK = "is a symbolic link; gradsift follows none inside a run"
 
 
-_REMEDY = "In a run: `gradsift verify RUN`, then the same command again. Elsewhere: copy the file again."
+_REMEDY = (
+    "In a run: `gradsift verify RUN`, then the same command again. Elsewhere: copy the file again."
+)
 
 
 def damaged(what: str, path: Path) -> IntegrityError:
@@ -32,7 +36,9 @@ def damaged(what: str, path: Path) -> IntegrityError:
 
 
 def inside(root: Path, name: str) -> Path:
-    """root / name, for a name read from a file. Raises IntegrityError when `..`, an absolute path or a symbolic link would leave `root`."""
+    """root / name, for a name read from a file. Raises IntegrityError when `..`, an absolute path
+    or a symbolic link would leave `root`.
+    """
     parts = name.split("/")
     if not name or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
         raise IntegrityError(f"the file name {name!r} points outside its folder", where=root)
@@ -45,7 +51,9 @@ def inside(root: Path, name: str) -> Path:
 
 
 def require_space(path: Path, needed: int) -> None:
-    """Raises DiskFull (needed, free: bytes) when less than `needed` bytes are free where `path` is, or will be."""
+    """Raises DiskFull (needed, free: bytes) when less than `needed` bytes are free where `path` is,
+    or will be.
+    """
     free = _free_bytes(path)
     if free < needed:
         raise _disk_full(path, needed, free)
@@ -61,7 +69,13 @@ def _free_bytes(path: Path) -> int:
 
 def _disk_full(path: Path, needed: int, free: int) -> DiskFull:
     remedy = "Free some space, then run the same command again: finished work is kept."
-    return DiskFull(f"no space left: {needed:,} bytes needed, {free:,} free", where=path, remedy=remedy, needed=needed, free=free)
+    return DiskFull(
+        f"no space left: {needed:,} bytes needed, {free:,} free",
+        where=path,
+        remedy=remedy,
+        needed=needed,
+        free=free,
+    )
 
 
 def resource_error(error: OSError, path: Path, needed: int = 0) -> ResourceError:
@@ -69,8 +83,16 @@ def resource_error(error: OSError, path: Path, needed: int = 0) -> ResourceError
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return _disk_full(path, needed, _free_bytes(path.parent))
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ResourceError(f"cannot be written: {error.strerror}", where=path, remedy="Choose a --run folder that you may write to.")
-    return ResourceError(f"cannot be written: {error.strerror}", where=path, remedy="Check the disk, then run the same command again.")
+        return ResourceError(
+            f"cannot be written: {error.strerror}",
+            where=path,
+            remedy="Choose a --run folder that you may write to.",
+        )
+    return ResourceError(
+        f"cannot be written: {error.strerror}",
+        where=path,
+        remedy="Check the disk, then run the same command again.",
+    )
 
 
 def make_folder(path: Path) -> None:
@@ -86,9 +108,11 @@ def make_folder(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces `path` by `data`: all of it or, after a crash at any instant, none of it. Durable when it returns.
+    """Replaces `path` by `data`: all of it or, after a crash at any instant, none of it. Durable
+    when it returns.
 
-    Raises DiskFull (needed, free) when the disk or quota is full, ResourceError when the folder may not be written or the disk fails.
+    Raises DiskFull (needed, free) when the disk or quota is full, ResourceError when the folder may
+    not be written or the disk fails.
     """
     write_buffers(Path(path), [data])
 
@@ -103,16 +127,21 @@ def write_buffers(path: Path, buffers: Sequence[bytes | memoryview]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, needed: int = 0) -> Iterator[IO[bytes]]:
-    """A file to be written that takes the name `path` when the block ends, whole and synced; where the block raises, nothing is left of it.
+    """A file to be written that takes the name `path` when the block ends, whole and synced; where
+    the block raises, nothing is left of it.
 
-    For what is written piece by piece, `needed` bytes in all as far as that is known. Errors as `write_atomic`.
+    For what is written piece by piece, `needed` bytes in all as far as that is known. Errors as
+    `write_atomic`.
     """
     temp = path.with_name(TEMP + secrets.token_hex(8))
     try:
-        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        fd = os.open(
+            temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666
+        )
         try:
             try:
-                # Held until the file has its name: a leftover that can be locked belongs to a dead writer.
+                # Held until the file has its name: a leftover that can be locked belongs to a dead
+                # writer.
                 _try_lock(fd)
                 with open(fd, "wb", closefd=False) as file:
                     yield file
@@ -135,7 +164,8 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            # some network file systems cannot sync a folder
             raise
     finally:
         os.close(fd)
@@ -149,9 +179,11 @@ def rename(path: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def making(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the name `folder` when the block ends, with the files in it synced; where the block raises, nothing is left.
+    """A new folder that takes the name `folder` when the block ends, with the files in it synced;
+    where the block raises, nothing is left.
 
-    Where another process was first, its folder stays; what dead ones have left beside it is deleted. Raises OSError.
+    Where another process was first, its folder stays; what dead ones have left beside it is
+    deleted. Raises OSError.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
@@ -177,7 +209,8 @@ def _locked_folder(parent: Path) -> tuple[Path, int]:
     while True:
         temp = parent / (TEMP + secrets.token_hex(8))
         temp.mkdir()
-        with contextlib.suppress(FileNotFoundError):  # before it was locked it looked like a dead writer's, and was deleted
+        with contextlib.suppress(FileNotFoundError):
+            # before it was locked it looked like a dead writer's, and was deleted
             fd = os.open(temp, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             if _try_lock(fd) and temp.is_dir():
                 return temp, fd
@@ -194,7 +227,8 @@ def _try_lock(fd: int) -> bool:
 
 @contextlib.contextmanager
 def marker(folder: Path) -> Iterator[tuple[Path, str]]:
-    """A temporary file in `folder` and its text, which nobody else can know: who reads the text sees this very folder.
+    """A temporary file in `folder` and its text, which nobody else can know: who reads the text
+    sees this very folder.
 
     Raises ResourceError where this process may not write there.
     """
@@ -207,8 +241,9 @@ def marker(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def remove_leftovers(folder: Path) -> list[str]:
-    """Deletes the temporary files and folders of dead writers in `folder`, and returns their names. Those of living writers are locked, and
-    stay."""
+    """Deletes the temporary files and folders of dead writers in `folder`, and returns their names.
+    Those of living writers are locked, and stay.
+    """
     gone = []
     for entry in os.scandir(folder):
         if not entry.name.startswith(TEMP) or entry.is_symlink():
@@ -225,7 +260,9 @@ def remove_leftovers(folder: Path) -> list[str]:
 
 
 def open_plain(path: Path) -> int:
-    """A descriptor of a regular file that is not a link. O_NONBLOCK: a FIFO must not hang the open."""
+    """A descriptor of a regular file that is not a link. O_NONBLOCK: a FIFO must not hang the
+    open.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -240,7 +277,9 @@ def open_plain(path: Path) -> int:
 
 
 def file_chunks(path: Path) -> Iterator[memoryview]:
-    """The bytes of a plain file, in pieces that are overwritten by the next. Raises IntegrityError (missing, a link), ResourceError."""
+    """The bytes of a plain file, in pieces that are overwritten by the next. Raises IntegrityError
+    (missing, a link), ResourceError.
+    """
     fd = open_plain(path)
     try:
         yield from chunks_from(fd, 0, path)
@@ -263,7 +302,9 @@ def chunks_from(fd: int, offset: int, path: Path) -> Iterator[memoryview]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, or None where there is no file or it holds no JSON object (a zeroed page, a cut file)."""
+    """The object in a JSON file, or None where there is no file or it holds no JSON object (a
+    zeroed page, a cut file).
+    """
     try:
         data = b"".join(bytes(chunk) for chunk in file_chunks(path))
         found = json.loads(data)

@@ -1,4 +1,6 @@
-"""Rows as a store keeps them: unit rows in fp16 or int8, their lengths, quarantine codes; and ids as one string."""
+"""Rows as a store keeps them: unit rows in fp16 or int8, their lengths, quarantine codes; and ids
+as one string.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ QUARANTINE: Mapping[int, str] = {
     OUT_OF_MEMORY: "out of memory",
     ABSURD: "gradient norm beyond fp32",
 }
-_BLOCK = 64  # rows normalised at a time: the fp32 copies stay in the cache instead of doubling the memory of a shard
+# rows normalised at a time: the fp32 copies stay in the cache instead of doubling the memory of a
+# shard
+_BLOCK = 64
 
 
 class Ids(Sequence[str]):
@@ -48,12 +52,18 @@ class Ids(Sequence[str]):
         if isinstance(at, slice):
             return [self[i] for i in range(*at.indices(len(self)))]
         at = range(len(self))[at]
-        return self._text[self._offsets[at] : self._offsets[at + 1]].tobytes().decode("utf-8", "surrogatepass")
+        return (
+            self._text[self._offsets[at] : self._offsets[at + 1]]
+            .tobytes()
+            .decode("utf-8", "surrogatepass")
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
             return NotImplemented
-        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+        return len(self) == len(other) and all(
+            mine == theirs for mine, theirs in zip(self, other, strict=True)
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -62,17 +72,27 @@ class Ids(Sequence[str]):
 
 
 def pack(
-    rows: Tensor, *, norms: Tensor, losses: Tensor, tokens: Tensor, codes: Tensor | None = None, dtype: StoreDtype = "float16"
+    rows: Tensor,
+    *,
+    norms: Tensor,
+    losses: Tensor,
+    tokens: Tensor,
+    codes: Tensor | None = None,
+    dtype: StoreDtype = "float16",
 ) -> dict[str, Tensor]:
-    """The tensors of a shard. rows [r, d] un-normalised -> unit rows, scales, columns and quarantine codes, on the CPU.
+    """The tensors of a shard. rows [r, d] un-normalised -> unit rows, scales, columns and
+    quarantine codes, on the CPU.
 
-    fp16 rounds each entry of a unit row by at most 2^-11 of itself (2^-25 for entries under 6e-5). int8 keeps round(entry / step) with
-    step = largest entry / 127 of the row: an error of at most step / 2 per entry, a cosine of about 1 - d * step^2 / 24 with the row.
-    Quarantined rows become zeros; a norm or loss that is not finite is stored as 0 beside its code.
+    fp16 rounds each entry of a unit row by at most 2^-11 of itself (2^-25 for entries under 6e-5).
+    int8 keeps round(entry / step) with step = largest entry / 127 of the row: an error of at most
+    step / 2 per entry, a cosine of about 1 - d * step^2 / 24 with the row. Quarantined rows become
+    zeros; a norm or loss that is not finite is stored as 0 beside its code.
     """
     count, dim = rows.shape
     scales, found = torch.empty(count), torch.zeros(count, dtype=torch.uint8)
-    out = {"rows": torch.empty((count, dim), dtype=torch.float16 if dtype == "float16" else torch.int8)}
+    out = {
+        "rows": torch.empty((count, dim), dtype=torch.float16 if dtype == "float16" else torch.int8)
+    }
     if dtype == "int8":
         out["steps"] = torch.zeros(count)
     for a in range(0, count, _BLOCK):
@@ -106,7 +126,8 @@ def _unit(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = rows.detach().float()
     scales = torch.linalg.vector_norm(rows, dim=1)
     codes = torch.zeros(len(rows), dtype=torch.uint8, device=rows.device)
-    # Outside this range the squares of fp32 entries under- or overflow; those few rows are measured in fp64.
+    # Outside this range the squares of fp32 entries under- or overflow; those few rows are measured
+    # in fp64.
     odd = ~((scales > 1e-15) & (scales < 1e18))
     if not bool(odd.any()):
         return rows / scales[:, None], scales, codes
@@ -119,7 +140,9 @@ def _unit(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     code = torch.where(finite, code, NON_FINITE).to(torch.uint8)
     good = (code == 0)[:, None]
     units = rows / torch.where(odd, 1.0, scales)[:, None]
-    units[odd] = torch.where(good, wide / torch.where(good[:, 0], lengths, 1.0)[:, None], 0.0).float()
+    units[odd] = torch.where(
+        good, wide / torch.where(good[:, 0], lengths, 1.0)[:, None], 0.0
+    ).float()
     scales[odd] = torch.where(good[:, 0], lengths, 0.0).float()
     codes[odd] = code
     return units, scales, codes

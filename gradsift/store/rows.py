@@ -1,7 +1,8 @@
 """RowStore: n x d rows on disk, in shards that verify themselves.
 
-A store is a folder of `store.json` (what it holds), `ids.safetensors` and one `rows-NNNNN.safetensors` per shard. What is done is read
-off the shards themselves, never off a list kept beside them. Rows are kept at unit length, in fp16 or int8, their length in fp32.
+A store is a folder of `store.json` (what it holds), `ids.safetensors` and one
+`rows-NNNNN.safetensors` per shard. What is done is read off the shards themselves, never off a list
+kept beside them. Rows are kept at unit length, in fp16 or int8, their length in fp32.
 """
 
 from __future__ import annotations
@@ -21,25 +22,38 @@ from gradsift.errors import IntegrityError, MismatchError
 from gradsift.rules.blocks import Raw, take
 from gradsift.store import provenance
 from gradsift.store.artifact import REPAIR, SCHEMA, Artifact, check_schema, read_manifest
-from gradsift.store.atomic import make_folder, read_json, remove_leftovers, require_space, write_atomic
+from gradsift.store.atomic import (
+    make_folder,
+    read_json,
+    remove_leftovers,
+    require_space,
+    write_atomic,
+)
 from gradsift.store.canonical import canonical_json, differences, recipe_digest
 from gradsift.store.packing import QUARANTINE, Ids, StoreDtype, pack
 from gradsift.store.tensors import TensorFile, file_hash, read_tensors, write_tensors
 from gradsift.types import Rows
 
 HEADER, IDS = "store.json", "ids.safetensors"
-_COLUMNS = {"norms": torch.float32, "losses": torch.float32, "scales": torch.float32, "tokens": torch.int32, "codes": torch.uint8}
+_COLUMNS = {
+    "norms": torch.float32,
+    "losses": torch.float32,
+    "scales": torch.float32,
+    "tokens": torch.int32,
+    "codes": torch.uint8,
+}
 _OPEN_SHARDS = 64
 _REACH = 16  # rows: a gap of a few is cheaper to map than a further read
 
 
 class RowStore:
-    """Unit rows [n, d] with `scales` (L2 norm of the projected row: raw row = unit row * scale), `norms` (of the unprojected gradient),
-    `losses`, `tokens` and quarantine `codes`, each [n].
+    """Unit rows [n, d] with `scales` (L2 norm of the projected row: raw row = unit row * scale),
+    `norms` (of the unprojected gradient), `losses`, `tokens` and quarantine `codes`, each [n].
 
-    `[a:b]` gives rows a to b - 1 as a Tensor [b - a, d], fp16 (fp32 from an int8 store), zeros where quarantined; what it returns is
-    mapped from disk page by page as it is read, and may be written to without touching the store.
-    `digest` is the recipe digest it was created with; `spec` whatever describes the rows (projection, modules, transform).
+    `[a:b]` gives rows a to b - 1 as a Tensor [b - a, d], fp16 (fp32 from an int8 store), zeros
+    where quarantined; what it returns is mapped from disk page by page as it is read, and may be
+    written to without touching the store. `digest` is the recipe digest it was created with; `spec`
+    whatever describes the rows (projection, modules, transform).
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], ids: Ids) -> None:
@@ -74,9 +88,10 @@ class RowStore:
     ) -> RowStore:
         """A store to fill: a new one, or what an earlier process left of the same one.
 
-        Shards already there are hashed; damaged or foreign ones are named in `problems` and count as missing.
-        Raises MismatchError naming the field when the folder holds a store of other settings or ids; DiskFull before anything is written
-        when the rows will not fit; ResourceError.
+        Shards already there are hashed; damaged or foreign ones are named in `problems` and count
+        as missing. Raises MismatchError naming the field when the folder holds a store of other
+        settings or ids; DiskFull before anything is written when the rows will not fit;
+        ResourceError.
         """
         if dim < 1 or shard_rows < 1 or dtype not in ("float16", "int8"):
             raise ValueError(f"no store of dim {dim}, shard_rows {shard_rows}, dtype {dtype!r}")
@@ -100,7 +115,9 @@ class RowStore:
             check_schema(stored, path / HEADER)
             for field, theirs, ours in differences(stored, header):
                 what = f"holds rows made with {field} = {theirs!r}, not {ours!r}"
-                raise MismatchError(what, where=path, remedy="Choose another folder, or delete this one.")
+                raise MismatchError(
+                    what, where=path, remedy="Choose another folder, or delete this one."
+                )
         store = cls(path, header, packed)
         if stored is None:
             write_atomic(path / HEADER, canonical_json(header))
@@ -114,7 +131,8 @@ class RowStore:
 
     @classmethod
     def open(cls, path: Path, *, verify: bool = False) -> RowStore:
-        """A complete store, to read. `verify` hashes every shard; else headers, sizes and stated digests are checked.
+        """A complete store, to read. `verify` hashes every shard; else headers, sizes and stated
+        digests are checked.
 
         Raises IntegrityError naming every file at fault, MismatchError for a newer schema.
         """
@@ -127,7 +145,9 @@ class RowStore:
 
     @classmethod
     def partial(cls, path: Path) -> RowStore:
-        """A store as it stands, perhaps with shards missing, to look at. Writes nothing. Errors as `open`, of header and ids alone."""
+        """A store as it stands, perhaps with shards missing, to look at. Writes nothing. Errors as
+        `open`, of header and ids alone.
+        """
         path = Path(path)
         header = read_json(path / HEADER)
         if header is None:
@@ -140,7 +160,9 @@ class RowStore:
         except (KeyError, TypeError) as error:
             raise IntegrityError("is damaged", where=path / HEADER, remedy=REPAIR) from error
         if len(store.ids) != store.shape[0] or _ids_digest(store.ids) != header["ids"]:
-            raise IntegrityError("holds other ids than store.json says", where=path / IDS, remedy=REPAIR)
+            raise IntegrityError(
+                "holds other ids than store.json says", where=path / IDS, remedy=REPAIR
+            )
         store._hashes = None if manifest is None else manifest["files"]
         return store
 
@@ -153,7 +175,9 @@ class RowStore:
         return [slice(a, min(a + self.shard_rows, n)) for a in range(0, n, self.shard_rows)]
 
     def faults(self, *, verify: bool = False) -> dict[int, tuple[str, str]]:
-        """{shard: (file name, what is wrong)} for every shard that is absent or not usable. `verify` hashes them."""
+        """{shard: (file name, what is wrong)} for every shard that is absent or not usable.
+        `verify` hashes them.
+        """
         faults = {}
         for shard in range(len(self.shards)):
             try:
@@ -165,22 +189,41 @@ class RowStore:
         return faults
 
     def missing(self, *, verify: bool = False) -> list[int]:
-        """The shards still to be written: absent, damaged, or of another store. `verify` hashes those that are there."""
+        """The shards still to be written: absent, damaged, or of another store. `verify` hashes
+        those that are there.
+        """
         faults = self.faults(verify=verify)
         if verify:
-            damaged = {shard: fault for shard, fault in faults.items() if (self.path / _shard_name(shard)).exists()}
+            damaged = {
+                shard: fault
+                for shard, fault in faults.items()
+                if (self.path / _shard_name(shard)).exists()
+            }
             self.problems = [f"{self.path / name}: {what}" for name, what in damaged.values()]
             self._distrusted = set(damaged)
         return sorted(set(faults) | self._distrusted)
 
     def _open_shard(self, shard: int) -> TensorFile:
-        """Raises IntegrityError when the file is not this very shard of this very store (whatever its name)."""
+        """Raises IntegrityError when the file is not this very shard of this very store (whatever
+        its name).
+        """
         name, rows = _shard_name(shard), self.shards[shard]
         file = TensorFile(self.path / name)
         try:
-            file.expect({"store": self._key, "recipe": self.digest, "shard": str(shard), "rows": f"{rows.start}:{rows.stop}"})
-            if {key: (entry.dtype, entry.shape) for key, entry in file.entries.items()} != self._layout(shard):
-                raise IntegrityError("holds tensors of other names, types or shapes", where=file.path)
+            file.expect(
+                {
+                    "store": self._key,
+                    "recipe": self.digest,
+                    "shard": str(shard),
+                    "rows": f"{rows.start}:{rows.stop}",
+                }
+            )
+            if {
+                key: (entry.dtype, entry.shape) for key, entry in file.entries.items()
+            } != self._layout(shard):
+                raise IntegrityError(
+                    "holds tensors of other names, types or shapes", where=file.path
+                )
             if self._hashes is not None and self._hashes.get(name) != file.digest:
                 raise IntegrityError("is not the shard that the manifest names", where=file.path)
         except IntegrityError:
@@ -193,10 +236,15 @@ class RowStore:
         if self.dtype == "int8":
             rows = {"rows": torch.int8, "steps": torch.float32}
         shapes = {"rows": (count, self.shape[1])}
-        return {name: (dtype, shapes.get(name, (count,))) for name, dtype in {**rows, **_COLUMNS}.items()}
+        return {
+            name: (dtype, shapes.get(name, (count,)))
+            for name, dtype in {**rows, **_COLUMNS}.items()
+        }
 
     def _shard_bytes(self, shard: int) -> int:
-        return 4096 + sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self._layout(shard).values())
+        return 4096 + sum(
+            dtype.itemsize * int(np.prod(shape)) for dtype, shape in self._layout(shard).values()
+        )
 
     # --- writing
 
@@ -210,16 +258,28 @@ class RowStore:
         tokens: Tensor,
         codes: Tensor | None = None,
     ) -> None:
-        """Writes shard number `shard` atomically; does nothing when it is there already, so finished work is never rewritten.
+        """Writes shard number `shard` atomically; does nothing when it is there already, so
+        finished work is never rewritten.
 
-        `rows` [r, d] un-normalised, on any device; `norms`, `losses` [r]; `tokens` [r], supervised tokens; `codes` [r]: a QUARANTINE code
-        that the caller knows of (out of memory), else 0. Raises DiskFull, ResourceError; ValueError for wrong shapes.
+        `rows` [r, d] un-normalised, on any device; `norms`, `losses` [r]; `tokens` [r], supervised
+        tokens; `codes` [r]: a QUARANTINE code that the caller knows of (out of memory), else 0.
+        Raises DiskFull, ResourceError; ValueError for wrong shapes.
         """
         count = self.shards[shard].stop - self.shards[shard].start
-        if tuple(rows.shape) != (count, self.shape[1]) or any(column.shape != (count,) for column in (norms, losses, tokens)):
-            raise ValueError(f"shard {shard} takes rows [{count}, {self.shape[1]}], not {list(rows.shape)}, and columns [{count}]")
+        if tuple(rows.shape) != (count, self.shape[1]) or any(
+            column.shape != (count,) for column in (norms, losses, tokens)
+        ):
+            raise ValueError(
+                f"shard {shard} takes rows [{count}, {self.shape[1]}], not {list(rows.shape)}, and"
+                f" columns [{count}]"
+            )
         if self._wanted(shard):
-            self.keep(shard, pack(rows, norms=norms, losses=losses, tokens=tokens, codes=codes, dtype=self.dtype))
+            self.keep(
+                shard,
+                pack(
+                    rows, norms=norms, losses=losses, tokens=tokens, codes=codes, dtype=self.dtype
+                ),
+            )
 
     def keep(
         self,
@@ -228,12 +288,19 @@ class RowStore:
         made: Mapping[str, str] | None = None,
         failed: Collection[int] = (),
     ) -> None:
-        """As `write`, of tensors that `packing.pack` made for this store, perhaps in another process. `made`: what `provenance.made_on` says;
-        `failed`: rows that did not fit in memory, which the codes in `tensors` tell already."""
+        """As `write`, of tensors that `packing.pack` made for this store, perhaps in another
+        process. `made`: what `provenance.made_on` says; `failed`: rows that did not fit in memory,
+        which the codes in `tensors` tell already.
+        """
         if not self._wanted(shard):
             return
         place = self.shards[shard]
-        meta = {"store": self._key, "recipe": self.digest, "shard": str(shard), "rows": f"{place.start}:{place.stop}"}
+        meta = {
+            "store": self._key,
+            "recipe": self.digest,
+            "shard": str(shard),
+            "rows": f"{place.start}:{place.stop}",
+        }
         write_tensors(self.path / _shard_name(shard), tensors, {**(made or {}), **meta})
         self._distrusted.discard(shard)
 
@@ -247,16 +314,21 @@ class RowStore:
         return False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RowStore.open, (self.path.absolute(),)  # sent to another process it is opened there, not copied
+        # sent to another process it is opened there, not copied
+        return RowStore.open, (self.path.absolute(),)
 
     def files(self) -> dict[str, str]:
-        """{file name: hash} of the whole store, for Artifact.finish. Raises IntegrityError while shards are missing."""
+        """{file name: hash} of the whole store, for Artifact.finish. Raises IntegrityError while
+        shards are missing.
+        """
         hashes = {}
         for name in (HEADER, IDS):
             hashes[name] = file_hash(self.path / name)
         if faults := self.missing():
             raise IntegrityError(
-                f"{len(faults)} of {len(self.shards)} shards are missing", where=self.path, remedy="Run the command again."
+                f"{len(faults)} of {len(self.shards)} shards are missing",
+                where=self.path,
+                remedy="Run the command again.",
             )
         for shard in range(len(self.shards)):
             with self._open_shard(shard) as file:
@@ -264,7 +336,9 @@ class RowStore:
         return hashes
 
     def counts(self) -> dict[str, Any]:
-        """Rows, usable rows, supervised tokens, and quarantined rows by reason: what a manifest says of a store."""
+        """Rows, usable rows, supervised tokens, and quarantined rows by reason: what a manifest
+        says of a store.
+        """
         return {
             "rows": self.shape[0],
             "usable": int(self.usable.sum()),
@@ -277,18 +351,40 @@ class RowStore:
         found = Counter(code for code in self.codes.tolist() if code)
         return {QUARANTINE.get(code, f"code {code}"): found[code] for code in sorted(found)}
 
-    def seal(self, artifact: Artifact, *, extra: Mapping[str, Any] | None = None, stats: Mapping[str, Any] | None = None) -> None:
-        """Completes the artifact whose folder this store fills. Raises IntegrityError while shards are missing."""
-        made = provenance.summary(self.path / _shard_name(shard) for shard in range(len(self.shards)))
-        artifact.finish(files=self.files(), counts=self.counts(), extra={**(extra or {}), **made}, stats=stats)
+    def seal(
+        self,
+        artifact: Artifact,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        stats: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Completes the artifact whose folder this store fills. Raises IntegrityError while shards
+        are missing.
+        """
+        made = provenance.summary(
+            self.path / _shard_name(shard) for shard in range(len(self.shards))
+        )
+        artifact.finish(
+            files=self.files(), counts=self.counts(), extra={**(extra or {}), **made}, stats=stats
+        )
 
     # --- reading
 
-    norms = property(lambda self: self._column("norms"), doc="fp32 [n], L2 norms of the untransformed, unprojected gradients")
-    losses = property(lambda self: self._column("losses"), doc="fp32 [n], mean over the supervised tokens, nats")
-    scales = property(lambda self: self._column("scales"), doc="fp32 [n], L2 norms of the projected rows; 0 where quarantined")
+    norms = property(
+        lambda self: self._column("norms"),
+        doc="fp32 [n], L2 norms of the untransformed, unprojected gradients",
+    )
+    losses = property(
+        lambda self: self._column("losses"), doc="fp32 [n], mean over the supervised tokens, nats"
+    )
+    scales = property(
+        lambda self: self._column("scales"),
+        doc="fp32 [n], L2 norms of the projected rows; 0 where quarantined",
+    )
     tokens = property(lambda self: self._column("tokens"), doc="int32 [n], supervised tokens")
-    codes = property(lambda self: self._column("codes"), doc="uint8 [n], 0 = usable, else a key of QUARANTINE")
+    codes = property(
+        lambda self: self._column("codes"), doc="uint8 [n], 0 = usable, else a key of QUARANTINE"
+    )
 
     @property
     def usable(self) -> Tensor:
@@ -298,14 +394,18 @@ class RowStore:
     def _column(self, name: str) -> Tensor:
         if name not in self._columns:
             parts = [self._file(shard).tensor(name) for shard in range(len(self.shards))]
-            self._columns[name] = torch.cat(parts) if parts else torch.empty(0, dtype=_COLUMNS[name])
+            self._columns[name] = (
+                torch.cat(parts) if parts else torch.empty(0, dtype=_COLUMNS[name])
+            )
         return self._columns[name]
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def raw(self) -> Raw:
-        """The rows as they were before they were brought to length 1: `[a:b]` gives them as fp32 [b - a, d]."""
+        """The rows as they were before they were brought to length 1: `[a:b]` gives them as fp32 [b
+        - a, d].
+        """
         return Raw(self)
 
     def __getitem__(self, rows: slice) -> Tensor:
@@ -313,7 +413,9 @@ class RowStore:
         if step != 1:
             raise ValueError("rows are read in file order: a step of 1")
         if stop <= start:
-            return torch.empty((0, self.shape[1]), dtype=torch.float32 if self.dtype == "int8" else torch.float16)
+            return torch.empty(
+                (0, self.shape[1]), dtype=torch.float32 if self.dtype == "int8" else torch.float16
+            )
         parts = []
         for shard in range(start // self.shard_rows, -(-stop // self.shard_rows)):
             base = shard * self.shard_rows
@@ -325,16 +427,25 @@ class RowStore:
         rows = file.tensor("rows", start, stop)
         if self.dtype == "float16":
             return rows
-        return rows.float().mul_(file.tensor("steps", start, stop)[:, None])  # int8 times fp32 in one step is 40 times slower
+        # int8 times fp32 in one step is 40 times slower
+        return rows.float().mul_(file.tensor("steps", start, stop)[:, None])
 
     def _file(self, shard: int) -> TensorFile:
-        """The open shard, from the last few used. Raises IntegrityError where it is missing or damaged."""
+        """The open shard, from the last few used. Raises IntegrityError where it is missing or
+        damaged.
+        """
         if shard not in self._files:
             if shard in self._distrusted:
-                raise IntegrityError("is damaged, and not made anew yet", where=self.path / _shard_name(shard), remedy=REPAIR)
+                raise IntegrityError(
+                    "is damaged, and not made anew yet",
+                    where=self.path / _shard_name(shard),
+                    remedy=REPAIR,
+                )
             try:
                 file = self._open_shard(shard)
-                if shard not in self._checked:  # once, when it is first read: at memory speed, and what is read comes from the same pages
+                if shard not in self._checked:
+                    # once, when it is first read: at memory speed, and what is read comes from the
+                    # same pages
                     file.verify()
                     self._checked.add(shard)
             except IntegrityError as error:
@@ -356,7 +467,9 @@ class RowView:
         self.rows = rows
         self.indices = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
         n = rows.shape[0]
-        if self.indices.ndim != 1 or (len(self.indices) and not (int(self.indices.min()) >= 0 and int(self.indices.max()) < n)):
+        if self.indices.ndim != 1 or (
+            len(self.indices) and not (int(self.indices.min()) >= 0 and int(self.indices.max()) < n)
+        ):
             raise ValueError(f"indices of a view must be one row of numbers in 0..{n - 1}")
 
     @property
@@ -365,7 +478,9 @@ class RowView:
 
     @property
     def scales(self) -> Tensor | None:
-        """The norms that unit rows of a store must be multiplied by; None over rows that carry none."""
+        """The norms that unit rows of a store must be multiplied by; None over rows that carry
+        none.
+        """
         scales = getattr(self.rows, "scales", None)
         return None if scales is None else scales[self.indices]
 

@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 
 
 def file_hash(path: Path) -> str:
-    """xxh3-128 hex of a file; of one that carries its own digest, that digest, after checking it. Raises IntegrityError, ResourceError."""
+    """xxh3-128 hex of a file; of one that carries its own digest, that digest, after checking it.
+    Raises IntegrityError, ResourceError.
+    """
     if path.suffix == ".safetensors":
         try:
             file = TensorFile(path)
-        except IntegrityError:  # not a file of ours, or a damaged one: then the plain hash below is not the one in the manifest
+        except IntegrityError:
+            # not a file of ours, or a damaged one: then the plain hash below is not the one in the
+            # manifest
             return _hash_bytes(path)
         with file:
             if file.digest is not None:
@@ -45,16 +49,32 @@ def _hash_bytes(path: Path) -> str:
 
 
 def folder_hash(folder: Path) -> str:
-    """One digest of every file below a folder of the user's, which may hold links (a hub cache does)."""
+    """One digest of every file below a folder of the user's, which may hold links (a hub cache
+    does).
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return recipe_digest({path.relative_to(folder).as_posix(): file_hash(path.resolve()) for path in files})
+    return recipe_digest(
+        {path.relative_to(folder).as_posix(): file_hash(path.resolve()) for path in files}
+    )
 
 
 _NO_DIGEST = "0" * 32
 
 
-# Number formats of the file and the bytes of a number: a header is read, and a file hashed, without torch.
-_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# Number formats of the file and the bytes of a number: a header is read, and a file hashed, without
+# torch.
+_SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 
 @functools.cache
@@ -62,9 +82,17 @@ def _dtypes() -> dict[str, torch.dtype]:
     import torch
 
     return {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-        "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    }  # fmt: skip
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
 
 
 class _Entry(NamedTuple):
@@ -78,31 +106,49 @@ class _Entry(NamedTuple):
         return _dtypes()[self.kind]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], meta: Mapping[str, str]) -> str:
-    """Writes a safetensors file atomically and returns its digest, which stands in the file's metadata under "xxh3".
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], meta: Mapping[str, str]
+) -> str:
+    """Writes a safetensors file atomically and returns its digest, which stands in the file's
+    metadata under "xxh3".
 
-    A list of tensors is written as what `torch.cat` would make of it, without making it: mapped parts need no memory.
+    A list of tensors is written as what `torch.cat` would make of it, without making it: mapped
+    parts need no memory.
 
-    The digest is xxh3-128 of the whole file with the 32 digits of the digest itself read as zeros, so it covers names, shapes, metadata and
-    values. The bytes depend on the arguments alone. Errors as `write_atomic`.
+    The digest is xxh3-128 of the whole file with the 32 digits of the digest itself read as zeros,
+    so it covers names, shapes, metadata and values. The bytes depend on the arguments alone. Errors
+    as `write_atomic`.
     """
     import torch
 
     kinds = {dtype: kind for kind, dtype in _dtypes().items()}
-    arrays = {name: [_plain(t) for t in ([value] if isinstance(value, torch.Tensor) else value)] for name, value in tensors.items()}
+    arrays = {
+        name: [_plain(t) for t in ([value] if isinstance(value, torch.Tensor) else value)]
+        for name, value in tensors.items()
+    }
     header: dict[str, Any] = {"__metadata__": {**meta, "xxh3": _NO_DIGEST}}
-    order = sorted(arrays, key=lambda name: (-arrays[name][0].element_size(), name))  # keeps every tensor aligned to its element
+    # keeps every tensor aligned to its element
+    order = sorted(arrays, key=lambda name: (-arrays[name][0].element_size(), name))
     offset = 0
     for name in order:
         parts = arrays[name]
         end = offset + sum(part.numel() for part in parts) * parts[0].element_size()
         shape = [sum(len(part) for part in parts), *parts[0].shape[1:]] if parts[0].ndim else []
-        header[name] = {"dtype": kinds[parts[0].dtype], "shape": shape, "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": kinds[parts[0].dtype],
+            "shape": shape,
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = canonical_json(header)
     text += b" " * (-(8 + len(text)) % 64)
     head = len(text).to_bytes(8, "little") + text
-    payload = [part.reshape(-1).view(torch.uint8).numpy().data for name in order for part in arrays[name] if part.numel()]
+    payload = [
+        part.reshape(-1).view(torch.uint8).numpy().data
+        for name in order
+        for part in arrays[name]
+        if part.numel()
+    ]
     hasher = xxhash.xxh3_128(head)
     for view in payload:
         hasher.update(view)
@@ -122,10 +168,13 @@ def _put_digest(head: bytes, old: str, new: str, path: Path) -> bytes:
     return head.replace(field, b'"xxh3":"%s"' % new.encode())
 
 
-def read_tensors(path: Path, *, verify: bool = True, expect: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, *, verify: bool = True, expect: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
     """The tensors of a file, mapped from disk (private pages: writing to one changes no file).
 
-    `verify` hashes the file first; `expect` holds metadata that must be there. Raises IntegrityError naming the file and its fault.
+    `verify` hashes the file first; `expect` holds metadata that must be there. Raises
+    IntegrityError naming the file and its fault.
     """
     with TensorFile(path) as file:
         if verify:
@@ -135,9 +184,11 @@ def read_tensors(path: Path, *, verify: bool = True, expect: Mapping[str, str] |
 
 
 class TensorFile:
-    """An open safetensors file with a checked header: `meta`, `entries` (name -> dtype, shape, place), `digest` as the header states it.
+    """An open safetensors file with a checked header: `meta`, `entries` (name -> dtype, shape,
+    place), `digest` as the header states it.
 
-    Raises IntegrityError when the file is missing, a link, not a regular file, cut short or padded, or when its header is damaged.
+    Raises IntegrityError when the file is missing, a link, not a regular file, cut short or padded,
+    or when its header is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -186,7 +237,9 @@ class TensorFile:
                 raise damaged(f"its {key} is {self.meta.get(key)!r}, expected {value!r}", self.path)
 
     def verify(self) -> None:
-        """Hashes the file (about memory speed when cached). Raises IntegrityError when the bytes are not those that were written."""
+        """Hashes the file (about memory speed when cached). Raises IntegrityError when the bytes
+        are not those that were written.
+        """
         if self.digest is None:
             raise damaged("holds no digest", self.path)
         hasher = xxhash.xxh3_128(_put_digest(self._head, self.digest, _NO_DIGEST, self.path))
@@ -194,10 +247,15 @@ class TensorFile:
             hasher.update(chunk)
         found = hasher.hexdigest()
         if found != self.digest:
-            raise damaged(f"its bytes are not what was written (digest {found}, written {self.digest})", self.path)
+            raise damaged(
+                f"its bytes are not what was written (digest {found}, written {self.digest})",
+                self.path,
+            )
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of a tensor (default: all), mapped, not copied. Each call maps anew: writing to it changes nothing else."""
+        """Rows [start, stop) of a tensor (default: all), mapped, not copied. Each call maps anew:
+        writing to it changes nothing else.
+        """
         import torch
 
         entry = self.entries[name]
@@ -205,14 +263,21 @@ class TensorFile:
         if shape and (start or stop is not None):
             stop = shape[0] if stop is None else stop
             each = size // shape[0] if shape[0] else 0
-            place, size, shape = place + start * each, (stop - start) * each, (stop - start, *shape[1:])
+            place, size, shape = (
+                place + start * each,
+                (stop - start) * each,
+                (stop - start, *shape[1:]),
+            )
         if size == 0:
             return torch.empty(shape, dtype=dtype)
-        if os.fstat(self._fd).st_size != self.size:  # reading a map beyond the end of its file kills the process
+        if os.fstat(self._fd).st_size != self.size:
+            # reading a map beyond the end of its file kills the process
             raise damaged("was cut short or grew while it was open", self.path)
         skip = place % mmap.ALLOCATIONGRANULARITY
         pages = mmap.mmap(self._fd, skip + size, access=mmap.ACCESS_COPY, offset=place - skip)
-        return torch.frombuffer(pages, dtype=dtype, count=size // dtype.itemsize, offset=skip).reshape(shape)
+        return torch.frombuffer(
+            pages, dtype=dtype, count=size // dtype.itemsize, offset=skip
+        ).reshape(shape)
 
     def close(self) -> None:
         if self._fd >= 0:

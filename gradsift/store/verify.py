@@ -1,4 +1,6 @@
-"""Checking what a run holds, file by file: what is wrong, where, and whether a run can make it anew."""
+"""Checking what a run holds, file by file: what is wrong, where, and whether a run can make it
+anew.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,10 @@ BY_NAME = "Give the folder its name back, or delete it."
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong in a run: `artifact` is the folder's name ("": the run's own), `file` the name within it ("": the folder itself), `what`
-    the fault. `remedy`: what the user has to do, where no run can make it anew; else empty."""
+    """Something wrong in a run: `artifact` is the folder's name ("": the run's own), `file` the
+    name within it ("": the folder itself), `what` the fault. `remedy`: what the user has to do,
+    where no run can make it anew; else empty.
+    """
 
     artifact: str
     file: str
@@ -27,12 +31,18 @@ class Problem:
     remedy: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.artifact}/{self.file} {self.what}" if self.artifact else f"{self.file} {self.what}"
+        text = (
+            f"{self.artifact}/{self.file} {self.what}"
+            if self.artifact
+            else f"{self.file} {self.what}"
+        )
         return f"{text}. {self.remedy}" if self.remedy else text
 
 
 def own_fault(path: Path, known: Collection[str]) -> str | None:
-    """What is wrong with a JSON file of the run itself, which has no keys but the `known` and its seal; older ones have none."""
+    """What is wrong with a JSON file of the run itself, which has no keys but the `known` and its
+    seal; older ones have none.
+    """
     try:
         found = read_json(path)
     except GradsiftError as error:
@@ -45,21 +55,28 @@ def own_fault(path: Path, known: Collection[str]) -> str | None:
 
 
 def check_folder(folder: Path, only: Collection[str] | None = None) -> list[Problem]:
-    """What is wrong in an artifact's folder. `only`: hash no more than these of a complete one's files."""
+    """What is wrong in an artifact's folder. `only`: hash no more than these of a complete one's
+    files.
+    """
     try:
         artifact = Artifact.load(folder)
     except GradsiftError as error:
         place = Path(error.where or folder)
         file = place.name if place.parent == folder else ""
         by_hand = isinstance(error, MismatchError) or not file
-        return [Problem(folder.name, file, error.what, (error.remedy or BY_NAME) if by_hand else "")]
+        return [
+            Problem(folder.name, file, error.what, (error.remedy or BY_NAME) if by_hand else "")
+        ]
     if artifact is None:
         return [Problem(folder.name, RECIPE, "is damaged")]
     if artifact.complete:
         return _check_files(artifact, only)
-    from gradsift.store.rows import HEADER  # and with it torch: only work that is not complete is read as rows
+    # and with it torch: only work that is not complete is read as rows
+    from gradsift.store.rows import HEADER
 
-    problems = [Problem(folder.name, MANIFEST, "is damaged")] if (folder / MANIFEST).exists() else []
+    problems = (
+        [Problem(folder.name, MANIFEST, "is damaged")] if (folder / MANIFEST).exists() else []
+    )
     if (folder / HEADER).exists():
         problems += _check_shards(folder)
     return problems + _check_parts(folder)
@@ -67,9 +84,18 @@ def check_folder(folder: Path, only: Collection[str] | None = None) -> list[Prob
 
 def _check_files(artifact: Artifact, only: Collection[str] | None) -> list[Problem]:
     stated: Mapping[str, str] = artifact.manifest["files"]
-    problems = _check_named(artifact.path, {name: hash_ for name, hash_ in stated.items() if only is None or name in only}, "the manifest")
-    foreign = sorted(path.name for path in artifact.path.glob("*.safetensors") if path.name not in stated)
-    problems += [Problem(artifact.path.name, name, "is a file that the manifest does not name") for name in foreign]
+    problems = _check_named(
+        artifact.path,
+        {name: hash_ for name, hash_ in stated.items() if only is None or name in only},
+        "the manifest",
+    )
+    foreign = sorted(
+        path.name for path in artifact.path.glob("*.safetensors") if path.name not in stated
+    )
+    problems += [
+        Problem(artifact.path.name, name, "is a file that the manifest does not name")
+        for name in foreign
+    ]
     return problems + _check_beside(artifact)
 
 
@@ -83,12 +109,20 @@ def _check_named(folder: Path, stated: Mapping[str, str], who: str) -> list[Prob
             problems.append(Problem(folder.name, name, error.what))
             continue
         if found != hash_:
-            problems.append(Problem(folder.name, name, f"is not the file that {who} names (hash {found}, stated {hash_})"))
+            problems.append(
+                Problem(
+                    folder.name,
+                    name,
+                    f"is not the file that {who} names (hash {found}, stated {hash_})",
+                )
+            )
     return problems
 
 
 def _check_beside(artifact: Artifact) -> list[Problem]:
-    """The files that the manifest does not hash: the recipe, which it repeats; stats and reports, which tell of clocks and carry seals."""
+    """The files that the manifest does not hash: the recipe, which it repeats; stats and reports,
+    which tell of clocks and carry seals.
+    """
     folder, problems = artifact.path, []
     if (what := _recipe_fault(artifact)) is not None:
         problems.append(Problem(folder.name, RECIPE, what))
@@ -99,7 +133,9 @@ def _check_beside(artifact: Artifact) -> list[Problem]:
         try:
             found = read_json(inside(folder, name))
             what = (
-                ("is damaged" if os.path.lexists(folder / name) else "is missing") if found is None else seal_fault(found, required=sealed)
+                ("is damaged" if os.path.lexists(folder / name) else "is missing")
+                if found is None
+                else seal_fault(found, required=sealed)
             )
         except GradsiftError as error:
             found, what = None, error.what
@@ -117,7 +153,11 @@ def _recipe_fault(artifact: Artifact) -> str | None:
         found = read_json(path)
         if found is None:
             return "is damaged" if path.exists() else "is missing"
-        return None if path.read_bytes() == recipe_file(artifact.recipe, found["schema"]) else "is not as it was written"
+        return (
+            None
+            if path.read_bytes() == recipe_file(artifact.recipe, found["schema"])
+            else "is not as it was written"
+        )
     except GradsiftError as error:
         return error.what
 
@@ -130,12 +170,19 @@ def _check_shards(folder: Path) -> list[Problem]:
         store = RowStore.partial(folder)
     except GradsiftError as error:
         name = Path(error.where or HEADER).name
-        return [Problem(folder.name, name, error.what)] if os.path.lexists(folder / name) else []  # taken away by a repair: made anew
-    return [Problem(folder.name, name, what) for name, what in store.faults(verify=True).values() if os.path.lexists(folder / name)]
+        # taken away by a repair: made anew
+        return [Problem(folder.name, name, error.what)] if os.path.lexists(folder / name) else []
+    return [
+        Problem(folder.name, name, what)
+        for name, what in store.faults(verify=True).values()
+        if os.path.lexists(folder / name)
+    ]
 
 
 def _check_parts(folder: Path) -> list[Problem]:
-    """Damaged parts of an artifact that is being made: what is kept of its shards until all are done."""
+    """Damaged parts of an artifact that is being made: what is kept of its shards until all are
+    done.
+    """
     from gradsift.store.partial import FOLDER
 
     problems = []

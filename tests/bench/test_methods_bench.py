@@ -22,16 +22,24 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("methods")
 
 
-def test_picks_are_read_in_their_order_the_first_ones_and_some_of_the_rest(bench: ModuleType) -> None:
+def test_picks_are_read_in_their_order_the_first_ones_and_some_of_the_rest(
+    bench: ModuleType,
+) -> None:
     table = {"rank": [3, None, 1, None, 2]}
     assert bench.order(table).tolist() == [2, 4, 0]
     read = bench.to_read(np.arange(400) * 2)
     assert read[:10].tolist() == list(range(0, 20, 2)) and len(read) == 20 and read[-1] == 798
-    assert bench.to_read(np.arange(14)).tolist() == list(range(14)) and bench.to_read(np.arange(7)).tolist() == list(range(7))
+    assert bench.to_read(np.arange(14)).tolist() == list(range(14)) and bench.to_read(
+        np.arange(7)
+    ).tolist() == list(range(7))
 
 
 def test_shares_of_sources_in_pool_and_picks(bench: ModuleType) -> None:
-    assert bench.shares(["a", "b", "a", "c"], np.array([1, 3])) == {"b": [0.25, 0.5], "c": [0.25, 0.5], "a": [0.5, 0.0]}
+    assert bench.shares(["a", "b", "a", "c"], np.array([1, 3])) == {
+        "b": [0.25, 0.5],
+        "c": [0.25, 0.5],
+        "a": [0.5, 0.0],
+    }
     assert bench.rounded(float("nan")) is None and bench.rounded(0.12345) == 0.123
 
 
@@ -63,4 +71,6 @@ def test_the_guides_table_is_what_the_methods_say(monkeypatch: pytest.MonkeyPatc
     monkeypatch.syspath_prepend(str(docs))
     text = (docs / "methods.md").read_text(encoding="utf-8")
     assert importlib.import_module("generate_methods").guided(text) == text
-    assert {method["name"] for method in describe()} == set(METHODS) and all(method["source"] and method["cost"] for method in describe())
+    assert {method["name"] for method in describe()} == set(METHODS) and all(
+        method["source"] and method["cost"] for method in describe()
+    )

@@ -42,13 +42,17 @@ def test_a_stratified_part_keeps_shares_and_order(bench: ModuleType) -> None:
 def test_auc_counts_pairs(bench: ModuleType) -> None:
     high, low = np.array([3.0, 1.0, np.nan, 2.0]), np.array([2.0, 0.0])
     pairs = [(h, x) for h in (3.0, 1.0, 2.0) for x in low]
-    assert bench.auc(high, low) == pytest.approx(np.mean([float(h > x) + 0.5 * float(h == x) for h, x in pairs]))
+    assert bench.auc(high, low) == pytest.approx(
+        np.mean([float(h > x) + 0.5 * float(h == x) for h, x in pairs])
+    )
 
 
 def test_a_model_that_is_a_sum_of_its_rows_has_a_score_of_1(bench: ModuleType) -> None:
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(40, 5))
-    members = np.stack([np.isin(np.arange(40), rng.choice(40, 20, replace=False)) for _ in range(30)]).astype(float)
+    members = np.stack(
+        [np.isin(np.arange(40), rng.choice(40, 20, replace=False)) for _ in range(30)]
+    ).astype(float)
     losses = 3 - members @ scores
     assert bench.datamodeling(scores, members, losses, draws=20)["lds"] == pytest.approx(1)
     assert bench.datamodeling(-scores, members, losses, draws=20)["lds"] == pytest.approx(-1)
@@ -60,13 +64,25 @@ def test_a_model_that_is_a_sum_of_its_rows_has_a_score_of_1(bench: ModuleType) -
 def test_the_recovered_gap_is_the_share_of_what_the_oracle_gains(bench: ModuleType) -> None:
     def comparison(random: float, method: float, oracle: float) -> Comparison:
         rng = np.random.default_rng(1)
-        values = {"random": random, "rds": (random + method) / 2, "less": method, "oracle source=x": oracle}
+        values = {
+            "random": random,
+            "rds": (random + method) / 2,
+            "less": method,
+            "oracle source=x": oracle,
+        }
         values |= {"g2is": method, "g2is:preset=paper": method + 0.25}
-        tables = {arm: Measured(value + rng.normal(0, 0.01, (4, 200)), np.ones(200), 3) for arm, value in values.items()}
-        results = compare_measured({"t": tables}, control="random", level=0.95, measure="loss", equal="steps", seed=0)
+        tables = {
+            arm: Measured(value + rng.normal(0, 0.01, (4, 200)), np.ones(200), 3)
+            for arm, value in values.items()
+        }
+        results = compare_measured(
+            {"t": tables}, control="random", level=0.95, measure="loss", equal="steps", seed=0
+        )
         return Comparison("random", 0.95, (), tuple(results))
 
-    found = bench.over_targets({"a": comparison(3, 2.5, 2), "b": comparison(4, 3, 3.2), "c": comparison(2, 1.9, 2)})
+    found = bench.over_targets(
+        {"a": comparison(3, 2.5, 2), "b": comparison(4, 3, 3.2), "c": comparison(2, 1.9, 2)}
+    )
     assert found["clear_oracles"] == ["a", "b"]  # in c the oracle gains nothing
     less = found["arms"]["less"]
     assert less["recovered_gap"][0] == pytest.approx((0.5 + 1.25) / 2, abs=0.01)
@@ -86,13 +102,25 @@ def test_a_table_for_every_way_of_equal_training(bench: ModuleType) -> None:
     made = Comparison("random", 0.95, (), tables, cost={"training_minutes": 1.0})
     found = dict(bench.by_way("targeted", made))
     assert list(found) == ["targeted", "targeted, equal tokens"]
-    assert [(t.test, t.equal) for t in found["targeted, equal tokens"].tables] == [("a", "tokens"), ("b", "tokens")]
+    assert [(t.test, t.equal) for t in found["targeted, equal tokens"].tables] == [
+        ("a", "tokens"),
+        ("b", "tokens"),
+    ]
     assert found["targeted, equal tokens"].table("b").equal == "tokens"
-    assert found["targeted"].cost and not found["targeted, equal tokens"].cost  # it is that of the first way
+    # it is that of the first way
+    assert found["targeted"].cost and not found["targeted, equal tokens"].cost
 
 
 def test_picks_of_a_noisy_pool_are_counted(bench: ModuleType, tmp_path: Path) -> None:
-    rows = [{"noise": noise, "task": task} for noise, task in (("none", "mt_a"), ("none", "mt_b"), ("copied", "mt_a"), ("none", "mt_a"))]
+    rows = [
+        {"noise": noise, "task": task}
+        for noise, task in (
+            ("none", "mt_a"),
+            ("none", "mt_b"),
+            ("copied", "mt_a"),
+            ("none", "mt_a"),
+        )
+    ]
     pq.write_table(pa.table({"score": [3.0, 1.0, 2.0, None]}), tmp_path / "scores.parquet")
 
     class Chosen:
@@ -112,7 +140,9 @@ def test_a_clean_test_shares_no_text_with_the_pool(bench: ModuleType) -> None:
 
 @pytest.fixture(scope="module")
 def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_quality", Path(__file__).parents[2] / "docs" / "generate_quality.py")
+    spec = importlib.util.spec_from_file_location(
+        "generate_quality", Path(__file__).parents[2] / "docs" / "generate_quality.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -120,7 +150,9 @@ def generate() -> ModuleType:
     return module
 
 
-def test_the_readme_shows_the_run_of_most_targets_then_seeds_and_what_it_lacks_from_others(generate: ModuleType) -> None:
+def test_the_readme_shows_the_run_of_most_targets_then_seeds_and_what_it_lacks_from_others(
+    generate: ModuleType,
+) -> None:
     def over(targets: str, **arms: float) -> dict[str, Any]:
         entries = {arm: {"against random": [value, value, value]} for arm, value in arms.items()}
         return {"targets": list(targets), "clear_oracles": [], "arms": {**entries, "random": {}}}
@@ -128,13 +160,23 @@ def test_the_readme_shows_the_run_of_most_targets_then_seeds_and_what_it_lacks_f
     found = generate.summary(
         {
             "targeted (4,000 rows, 5 seeds, bfloat16)": {"5% over targets": over("ab", less=-9)},
-            "targeted (8,000 rows, 2 seeds, bfloat16)": {"5% over targets": over("abc", less=-8, length=-3, perplexity=-4)},
+            "targeted (8,000 rows, 2 seeds, bfloat16)": {
+                "5% over targets": over("abc", less=-8, length=-3, perplexity=-4)
+            },
             "targeted (8,000 rows, 2 seeds)": {"5% over targets": over("abc", rds=-7)},
-            "targeted, equal tokens (8,000 rows, 9 seeds, bfloat16)": {"5% over targets": over("abc", rds=-6)},
-            "targeted (8,000 rows, 5 seeds, bfloat16)": {"5% over targets": over("abc", less=-1, gdig=-2)},
+            "targeted, equal tokens (8,000 rows, 9 seeds, bfloat16)": {
+                "5% over targets": over("abc", rds=-6)
+            },
+            "targeted (8,000 rows, 5 seeds, bfloat16)": {
+                "5% over targets": over("abc", less=-1, gdig=-2)
+            },
         }
     )
-    rows = [line.split("|")[1].strip() + line.split("|")[2] for line in found.splitlines() if line.startswith("| `")]
+    rows = [
+        line.split("|")[1].strip() + line.split("|")[2]
+        for line in found.splitlines()
+        if line.startswith("| `")
+    ]
     assert rows == [
         "`gdig` -2.000 (-2.000 to -2.000) ",
         "`less` -1.000 (-1.000 to -1.000) ",
@@ -146,21 +188,44 @@ def test_the_readme_shows_the_run_of_most_targets_then_seeds_and_what_it_lacks_f
 
 def test_the_readme_shows_what_methods_without_a_target_did(generate: ModuleType) -> None:
     def table(**differences: float) -> dict[str, Any]:
-        lines = [ArmResult(arm, 3 + d, (3 + d,), 75, d, d - 0.5, d + 0.5) for arm, d in differences.items()]
-        lines += [ArmResult("random", 3.0, (3.0,), 75), ArmResult("untrained", 4.0, (4.0,), 0, 1.0, 0.5, 1.5)]
-        return Comparison("random", 0.95, (), (Results("mean of the tests", "loss", "steps", tuple(lines)),)).summary() | {"pairs": {}}
+        lines = [
+            ArmResult(arm, 3 + d, (3 + d,), 75, d, d - 0.5, d + 0.5)
+            for arm, d in differences.items()
+        ]
+        lines += [
+            ArmResult("random", 3.0, (3.0,), 75),
+            ArmResult("untrained", 4.0, (4.0,), 0, 1.0, 0.5, 1.5),
+        ]
+        return Comparison(
+            "random", 0.95, (), (Results("mean of the tests", "loss", "steps", tuple(lines)),)
+        ).summary() | {"pairs": {}}
 
     found = generate.summary(
-        {"agnostic (9 rows, 2 seeds)": {"5%": table(kcenter=1)}, "agnostic (9 rows, 5 seeds)": {"5%": table(tagcos=-1, full=-2)}}
+        {
+            "agnostic (9 rows, 2 seeds)": {"5%": table(kcenter=1)},
+            "agnostic (9 rows, 5 seeds)": {"5%": table(tagcos=-1, full=-2)},
+        }
     )
     assert "(9 rows, 5 seeds; 5% picked). full: rows of the whole pool" in found
     rows = [line for line in found.splitlines() if line.startswith("| `")]
-    assert rows == ["| `full` | -2.000 (-2.500 to -1.500) |", "| `tagcos` | -1.000 (-1.500 to -0.500) |"]
+    assert rows == [
+        "| `full` | -2.000 (-2.500 to -1.500) |",
+        "| `tagcos` | -1.000 (-1.500 to -0.500) |",
+    ]
 
 
 def test_every_table_has_a_title_and_its_place(generate: ModuleType) -> None:
-    tables = ("lds (9 rows)", "several, equal tokens (9 rows, 2 seeds)", "several (9 rows, 2 seeds)", "several (9 rows, 5 seeds)")
-    heads = [line for line in generate.page({name: {} for name in tables}).splitlines() if line.startswith("## ")][1:]
+    tables = (
+        "lds (9 rows)",
+        "several, equal tokens (9 rows, 2 seeds)",
+        "several (9 rows, 2 seeds)",
+        "several (9 rows, 5 seeds)",
+    )
+    heads = [
+        line
+        for line in generate.page({name: {} for name in tables}).splitlines()
+        if line.startswith("## ")
+    ][1:]
     assert heads == [
         "## Several targets at once (9 rows, 5 seeds)",
         "## Several targets at once (9 rows, 2 seeds)",
@@ -178,5 +243,7 @@ def test_the_page_and_the_readme_have_the_shape_of_the_results(generate: ModuleT
     check_measured(page, generate.page(results), "python docs/generate_quality.py")
     readme = (root / "README.md").read_text(encoding="utf-8")
     shown = readme.partition(generate.BEGIN)[2].partition(generate.END)[0]
-    assert {tuple(table[0]) for table in tables(shown)} == {tuple(table[0]) for table in tables(generate.summary(results))}
+    assert {tuple(table[0]) for table in tables(shown)} == {
+        tuple(table[0]) for table in tables(generate.summary(results))
+    }
     assert "| `contrast` |" in generate.summary(results)

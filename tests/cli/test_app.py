@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from gradsift.cli.app import app
 from tests.conftest import rows, write_rows
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"
+)
 
 
 def gradsift(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -23,7 +25,9 @@ def gradsift(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Comp
 
 
 def check_refused(code: int, what: str, *arguments: str | Path) -> None:
-    """The process ends with this code, nothing on stdout, and one last line on stderr that says what; before it, at most what was read."""
+    """The process ends with this code, nothing on stdout, and one last line on stderr that says
+    what; before it, at most what was read.
+    """
     found = gradsift(*arguments)
     *before, last = found.stderr.strip().splitlines()
     assert (found.returncode, found.stdout) == (code, ""), found.stderr
@@ -32,13 +36,30 @@ def check_refused(code: int, what: str, *arguments: str | Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory, pool_file: Path, model_folder: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def done(
+    tmp_path_factory: pytest.TempPathFactory, pool_file: Path, model_folder: Path
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
     run = tmp_path_factory.mktemp("cli") / "run"
-    command = ["select", "length", "--pool", pool_file, "--model", model_folder, "--budget", "10%", "--run", run, "--threads", "1"]
+    command = [
+        "select",
+        "length",
+        "--pool",
+        pool_file,
+        "--model",
+        model_folder,
+        "--budget",
+        "10%",
+        "--run",
+        run,
+        "--threads",
+        "1",
+    ]
     return run, gradsift(*command)
 
 
-def test_select_prints_where_things_are(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_select_prints_where_things_are(
+    done: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
     _, found = done
     assert found.returncode == 0, found.stderr
     assert "selected  7 (9.72% of the rows read) with length" in found.stdout
@@ -47,7 +68,9 @@ def test_select_prints_where_things_are(done: tuple[Path, subprocess.CompletedPr
     assert (subset.parent / "report.html").exists()
 
 
-def test_listings_speak_json(done: tuple[Path, subprocess.CompletedProcess[str]], pool_file: Path) -> None:
+def test_listings_speak_json(
+    done: tuple[Path, subprocess.CompletedProcess[str]], pool_file: Path
+) -> None:
     run, _ = done
     names = [method["name"] for method in json.loads(gradsift("methods", "--json").stdout)]
     assert names == sorted(names) and {"less", "tagcos", "random"} <= set(names)
@@ -55,11 +78,25 @@ def test_listings_speak_json(done: tuple[Path, subprocess.CompletedProcess[str]]
     assert {line["stage"] for line in shown["stages"]} == {"encode", "select"}
     assert shown["commands"][0].startswith("gradsift select length")
     assert json.loads(gradsift("verify", run, "--json").stdout) == {"problems": []}
-    again = gradsift("select", "length", "--pool", pool_file, "--budget", "10%", "--run", run, "--json", "--threads", "1")
+    again = gradsift(
+        "select",
+        "length",
+        "--pool",
+        pool_file,
+        "--budget",
+        "10%",
+        "--run",
+        run,
+        "--json",
+        "--threads",
+        "1",
+    )
     assert json.loads(again.stdout)["selected"] == 7
 
 
-def test_verify_names_damage_and_ends_with_5(done: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_verify_names_damage_and_ends_with_5(
+    done: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
     import shutil
 
     run = tmp_path / "copy"
@@ -76,17 +113,49 @@ def test_errors_are_one_line_with_a_remedy_and_the_right_code(
 ) -> None:
     base = ("--pool", pool_file, "--model", model_folder, "--run", tmp_path / "r", "--budget")
     check_refused(2, r"unknown method 'tagcoss'.*'tagcos'", "select", "tagcoss", *base, "5%")
-    check_refused(2, r"unknown option of tagcos 'cluster'.*'clusters'", "select", "tagcos", *base, "5%", "-o", "cluster=3")
+    check_refused(
+        2,
+        r"unknown option of tagcos 'cluster'.*'clusters'",
+        "select",
+        "tagcos",
+        *base,
+        "5%",
+        "-o",
+        "cluster=3",
+    )
     check_refused(2, r"not KEY=VALUE", "select", "tagcos", *base, "5%", "-o", "clusters")
     check_refused(2, r"nothing to choose", "select", "random", *base, "0")
     check_refused(2, r"72 are usable", "select", "random", *base, "500")
     check_refused(2, r"less selects toward a target.*--target", "select", "less", *base, "5%")
-    check_refused(2, r"takes no target.*Drop --target", "select", "tagcos", *base, "5%", "--target", target_file)
     check_refused(
-        2, r"pool\.json.*(no such|not there|does not exist)", "select", "random", "--pool", pool_file.with_suffix(".json"), *base[2:], "5%"
+        2,
+        r"takes no target.*Drop --target",
+        "select",
+        "tagcos",
+        *base,
+        "5%",
+        "--target",
+        target_file,
     )
     check_refused(
-        2, r"unknown setting 'warmup\.epoch'", "select", "random", *base, "5%", "--config", toml(tmp_path, "[warmup]\nepoch = 3\n")
+        2,
+        r"pool\.json.*(no such|not there|does not exist)",
+        "select",
+        "random",
+        "--pool",
+        pool_file.with_suffix(".json"),
+        *base[2:],
+        "5%",
+    )
+    check_refused(
+        2,
+        r"unknown setting 'warmup\.epoch'",
+        "select",
+        "random",
+        *base,
+        "5%",
+        "--config",
+        toml(tmp_path, "[warmup]\nepoch = 3\n"),
     )
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{\n" * 30)
@@ -106,17 +175,23 @@ def test_a_typo_in_a_flag_is_answered_by_the_parser() -> None:
     assert "--budget" in found.stderr
 
 
-@pytest.mark.parametrize("name", [command.name or command.callback.__name__ for command in app.registered_commands])  # type: ignore[union-attr]
+@pytest.mark.parametrize(
+    "name", [command.name or command.callback.__name__ for command in app.registered_commands]
+)  # type: ignore[union-attr]
 def test_every_help_text_ends_with_an_example(name: str) -> None:
     found = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"})
     assert found.exit_code == 0
     assert f"Example: gradsift {name}" in found.output.strip().splitlines()[-1]
 
 
-def test_inspect_shows_the_funnel_and_the_supervised_tokens(tmp_path: Path, model_folder: Path) -> None:
+def test_inspect_shows_the_funnel_and_the_supervised_tokens(
+    tmp_path: Path, model_folder: Path
+) -> None:
     pool = write_rows(tmp_path / "pool.jsonl", rows(3))
     pool.write_text(pool.read_text() + "{broken\n")
-    found = gradsift("inspect", "--pool", pool, "--model", model_folder, "--rows", "2", "--max-bad-rows", "3")
+    found = gradsift(
+        "inspect", "--pool", pool, "--model", model_folder, "--rows", "2", "--max-bad-rows", "3"
+    )
     assert found.returncode == 0, found.stderr
     assert "4 read" in found.stdout
     assert "pool.jsonl:4" in found.stdout
@@ -126,7 +201,12 @@ def test_inspect_shows_the_funnel_and_the_supervised_tokens(tmp_path: Path, mode
 def test_the_cli_reference_is_what_the_help_says() -> None:
     """docs/cli.md is generated by `python docs/generate_cli.py`."""
     root = Path(__file__).resolve().parents[2]
-    made = subprocess.run([sys.executable, root / "docs" / "generate_cli.py", "--print"], capture_output=True, text=True, check=True)
+    made = subprocess.run(
+        [sys.executable, root / "docs" / "generate_cli.py", "--print"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert made.stdout == (root / "docs" / "cli.md").read_text()
 
 

@@ -1,4 +1,6 @@
-"""The shared flags: on which commands they stand, and that what the user writes reaches the settings and the library call."""
+"""The shared flags: on which commands they stand, and that what the user writes reaches the
+settings and the library call.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +34,40 @@ CALLS = {
     "inspect": "gradsift.commands.inspect",
     "doctor": "gradsift.commands.doctor",
 }
-_CHOICE = ["less", "--pool", "p.jsonl", "--target", "t.jsonl", "--budget", "5%", "--run", "r", "--model", "tiny"]
+_CHOICE = [
+    "less",
+    "--pool",
+    "p.jsonl",
+    "--target",
+    "t.jsonl",
+    "--budget",
+    "5%",
+    "--run",
+    "r",
+    "--model",
+    "tiny",
+]
 LEAST = {
     "select": _CHOICE,
     "plan": _CHOICE,
-    "score": ["--backend", "dot", "--pool", "p.jsonl", "--target", "t.jsonl", "--run", "r", "--model", "tiny"],
+    "score": [
+        "--backend",
+        "dot",
+        "--pool",
+        "p.jsonl",
+        "--target",
+        "t.jsonl",
+        "--run",
+        "r",
+        "--model",
+        "tiny",
+    ],
     "compare": [*_CHOICE, "--test", "t.jsonl"],
     "inspect": ["--pool", "p.jsonl"],
     "doctor": ["--pool", "p.jsonl", "--model", "tiny"],
 }
-# A value of each settings flag that is not the default: as the user writes it (nothing after a switch), and in Config.
+# A value of each settings flag that is not the default: as the user writes it (nothing after a
+# switch), and in Config.
 VALUES: dict[str, tuple[list[str], Any]] = {
     "mode": (["full"], "full"),
     "epochs": (["2"], 2.0),
@@ -70,8 +96,12 @@ VALUES: dict[str, tuple[list[str], Any]] = {
 
 @pytest.fixture(autouse=True)
 def files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The files that the lines of LEAST name, in the folder where they run: they are checked before the library is called."""
-    rows = [{"instruction": f"question {i}", "input": "", "output": f"answer {i}"} for i in range(40)]
+    """The files that the lines of LEAST name, in the folder where they run: they are checked before
+    the library is called.
+    """
+    rows = [
+        {"instruction": f"question {i}", "input": "", "output": f"answer {i}"} for i in range(40)
+    ]
     for name in ("p.jsonl", "t.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
@@ -86,7 +116,9 @@ class Reached(Exception):
 
 
 def arguments(monkeypatch: pytest.MonkeyPatch, command: str, *flags: str) -> dict[str, Any]:
-    """The arguments that the library call of a command gets from the command line; they fit its signature."""
+    """The arguments that the library call of a command gets from the command line; they fit its
+    signature.
+    """
     module = importlib.import_module(CALLS[command])
     signature = inspect.signature(getattr(module, command))
 
@@ -129,8 +161,12 @@ def test_every_settings_flag_stands_on_every_command_that_opens_a_run(command: s
     assert wanted <= set(options(command))
 
 
-@pytest.mark.parametrize(("command", "flag"), [(command, flag) for flag in SETTINGS for command in sorted(flag.commands)])
-def test_a_settings_flag_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, flag: Any) -> None:
+@pytest.mark.parametrize(
+    ("command", "flag"), [(command, flag) for flag in SETTINGS for command in sorted(flag.commands)]
+)
+def test_a_settings_flag_reaches_the_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, flag: Any
+) -> None:
     typed, value = VALUES[flag.name]
     given = arguments(monkeypatch, command, options(command)[flag.name], *typed)
     config = settle_config(Run(tmp_path / "r"), "tiny", given["settings"], given.get("pool_group"))
@@ -140,38 +176,83 @@ def test_a_settings_flag_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.parametrize("command", sorted(CALLS))
-def test_flags_stand_above_the_file_and_the_file_above_the_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str) -> None:
+def test_flags_stand_above_the_file_and_the_file_above_the_defaults(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
     file = tmp_path / "c.toml"
     file.write_text('[pool]\nformat = "sharegpt"\nid_field = "key"\n[encode]\nmax_length = 50\n')
     given = arguments(monkeypatch, command, "--config", str(file), "--format", "alpaca")
-    assert given["settings"] == {"pool": {"format": "alpaca", "id_field": "key"}, "encode": {"max_length": 50}}
+    assert given["settings"] == {
+        "pool": {"format": "alpaca", "id_field": "key"},
+        "encode": {"max_length": 50},
+    }
     file.write_text("max_length = 50\n")
     with pytest.raises(ConfigError, match=r"'max_length' is in no section.*\[pool\]"):
         arguments(monkeypatch, command, "--config", str(file))
 
 
 @pytest.mark.parametrize("command", sorted(CALLS))
-def test_a_command_without_flags_leaves_everything_to_the_library(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+def test_a_command_without_flags_leaves_everything_to_the_library(
+    monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     given = arguments(monkeypatch, command)
     assert given["settings"] == {}
     assert not set(given) & {"pool_group", "target_group", "warmup_from", "decontaminate"}
 
 
 @pytest.mark.parametrize("command", sorted(RUN))
-def test_groups_and_checkpoints_of_the_users_own_reach_the_call(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    given = arguments(monkeypatch, command, "--pool-group", "a", "--target-group", "b", "--warmup-from", "w")
-    assert (given["pool_group"], given["target_group"], given["warmup_from"]) == ("a", "b", Path("w"))
+def test_groups_and_checkpoints_of_the_users_own_reach_the_call(
+    monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    given = arguments(
+        monkeypatch, command, "--pool-group", "a", "--target-group", "b", "--warmup-from", "w"
+    )
+    assert (given["pool_group"], given["target_group"], given["warmup_from"]) == (
+        "a",
+        "b",
+        Path("w"),
+    )
 
 
 def test_a_plan_takes_what_a_selection_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ["--seed", "3", "--allow-short", "--per-group", "code=:5", "--per-group", "chat=2:", "--include-ids", "in.txt"]
-    flags += ["--exclude-ids", "out.txt", "--decontaminate", "exam.jsonl", "--dedup", "near", "--near", "0.9", "--near-by", "embeddings"]
+    flags = [
+        "--seed",
+        "3",
+        "--allow-short",
+        "--per-group",
+        "code=:5",
+        "--per-group",
+        "chat=2:",
+        "--include-ids",
+        "in.txt",
+    ]
+    flags += [
+        "--exclude-ids",
+        "out.txt",
+        "--decontaminate",
+        "exam.jsonl",
+        "--dedup",
+        "near",
+        "--near",
+        "0.9",
+        "--near-by",
+        "embeddings",
+    ]
     flags += ["-o", "preset=released"]
-    planned, selected = arguments(monkeypatch, "plan", *flags), arguments(monkeypatch, "select", *flags)
-    assert {name: value for name, value in selected.items() if name not in ("out", "add_scores", "progress")} == {
-        name: value for name, value in planned.items() if name != "progress"
-    }
-    assert (planned["seed"], planned["allow_short"], planned["options"]) == (3, True, {"preset": "released"})
+    planned, selected = (
+        arguments(monkeypatch, "plan", *flags),
+        arguments(monkeypatch, "select", *flags),
+    )
+    assert {
+        name: value
+        for name, value in selected.items()
+        if name not in ("out", "add_scores", "progress")
+    } == {name: value for name, value in planned.items() if name != "progress"}
+    assert (planned["seed"], planned["allow_short"], planned["options"]) == (
+        3,
+        True,
+        {"preset": "released"},
+    )
     assert planned["constraints"] == {
         "per_group": ["code=:5", "chat=2:"],
         "include_ids": Path("in.txt"),
@@ -185,7 +266,9 @@ def test_a_plan_takes_what_a_selection_takes(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("command", ["select", "plan"])
-def test_near_duplicates_are_a_constraint_and_no_setting(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+def test_near_duplicates_are_a_constraint_and_no_setting(
+    monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     given = arguments(monkeypatch, command, "--dedup", "near")
     assert given["settings"] == {} and given["constraints"] == {"near": 0.95}
     for flag in (["--near", "0.9"], ["--near-by", "rows"]):
@@ -193,8 +276,19 @@ def test_near_duplicates_are_a_constraint_and_no_setting(monkeypatch: pytest.Mon
             arguments(monkeypatch, command, *flag)
 
 
-def test_a_comparison_takes_test_sets_to_leave_out_and_a_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = arguments(monkeypatch, "compare", "--decontaminate", "a.jsonl", "--decontaminate", "b.jsonl", "--level", "0.9")
+def test_a_comparison_takes_test_sets_to_leave_out_and_a_level(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = arguments(
+        monkeypatch,
+        "compare",
+        "--decontaminate",
+        "a.jsonl",
+        "--decontaminate",
+        "b.jsonl",
+        "--level",
+        "0.9",
+    )
     assert (given["decontaminate"], given["level"]) == (["a.jsonl", "b.jsonl"], 0.9)
     assert arguments(monkeypatch, "compare")["level"] == 0.95
     refused = CliRunner().invoke(app, ["compare", *LEAST["compare"], "--level", "95"])
@@ -206,16 +300,37 @@ def test_options_of_a_method_are_read_by_one_parser() -> None:
     from gradsift.methods import options_from
 
     assert options_from(["a-b = 1", "c=x=y"], before="-o ", remedy="") == {"a_b": "1", "c": "x=y"}
-    _, selector = parse(["less:aggregate=max,preset=released"], True)["less:aggregate=max,preset=released"]
+    _, selector = parse(["less:aggregate=max,preset=released"], True)[
+        "less:aggregate=max,preset=released"
+    ]
     assert (selector.aggregate, selector.preset) == ("max", "released")  # type: ignore[attr-defined]
     for faulty in ("=5", " =5", "clusters"):
         with pytest.raises(ConfigError, match=f"^-o {faulty}: not KEY=VALUE"):
             options_from([faulty], before="-o ", remedy="Write it as -o clusters=50.")
-        with pytest.raises(ConfigError, match=rf"less:{faulty}: not KEY=VALUE.*less:aggregate=max,preset=paper"):
+        with pytest.raises(
+            ConfigError, match=rf"less:{faulty}: not KEY=VALUE.*less:aggregate=max,preset=paper"
+        ):
             parse([f"less:preset=paper,{faulty}"], True)
 
 
 def test_the_command_line_loads_no_heavy_library() -> None:
-    heavy = ("torch", "transformers", "pyarrow", "altair", "numpy", "pydantic", "gradsift.config", "gradsift.commands")
-    code = f"import sys, gradsift.cli.app, gradsift.cli.flags; print([name for name in {heavy} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+    heavy = (
+        "torch",
+        "transformers",
+        "pyarrow",
+        "altair",
+        "numpy",
+        "pydantic",
+        "gradsift.config",
+        "gradsift.commands",
+    )
+    code = (
+        f"import sys, gradsift.cli.app, gradsift.cli.flags; print([name for name in {heavy} if name"
+        " in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        == "[]"
+    )

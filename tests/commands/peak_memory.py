@@ -1,4 +1,6 @@
-"""What a plan says of memory and what a run takes, each in a process forked from one that has imported everything."""
+"""What a plan says of memory and what a run takes, each in a process forked from one that has
+imported everything.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,16 @@ from tests.faults.forks import serve
 
 
 def work(order: dict[str, Any]) -> dict[str, float]:
-    """MB beyond what the process held at first: {"peak"} of a selection, and {"gradients"}, the peak at the end of that stage; or {"peak"} as
-    planned."""
+    """MB beyond what the process held at first: {"peak"} of a selection, and {"gradients"}, the
+    peak at the end of that stage; or {"peak"} as planned.
+    """
     machine.settle(1)
     machine.forget_peak()
     held = machine.peak_bytes()
-    arguments = {name: order[name] for name in ("pool", "target", "model", "run", "budget", "settings", "options")}
+    arguments = {
+        name: order[name]
+        for name in ("pool", "target", "model", "run", "budget", "settings", "options")
+    }
     if order["plan"]:
         return {"peak": (plan(order["method"], **arguments).peak_bytes - held) / 1e6}
     made = gradsift.select(order["method"], **arguments)

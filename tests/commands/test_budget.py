@@ -31,7 +31,9 @@ def test_numbers_are_taken_as_they_are_written() -> None:
     assert parse(400).rows(8000) == 400
 
 
-@pytest.mark.parametrize("text", ["0", "0%", "0.0", "", "many", "-5", "5%%", "101%", "1.5", "5 percent", "nan", "1e3"])
+@pytest.mark.parametrize(
+    "text", ["0", "0%", "0.0", "", "many", "-5", "5%%", "101%", "1.5", "5 percent", "nan", "1e3"]
+)
 def test_what_is_no_budget_is_refused_with_a_remedy(text: str) -> None:
     with pytest.raises(BudgetError) as caught:
         parse(text)

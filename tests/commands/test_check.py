@@ -1,4 +1,6 @@
-"""What the check of a command refuses is what the job would refuse; what the job can do, it lets pass."""
+"""What the check of a command refuses is what the job would refuse; what the job can do, it lets
+pass.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,15 @@ def as_parquet(path: Path) -> None:
 
 # Files of twelve rows, in none of which the line ends alone say so.
 FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "lines": ("pool.jsonl", lambda path: path.write_bytes(b"".join(line + b"\n" for line in LINES))),
+    "lines": (
+        "pool.jsonl",
+        lambda path: path.write_bytes(b"".join(line + b"\n" for line in LINES)),
+    ),
     "no last line end": ("pool.jsonl", lambda path: path.write_bytes(b"\n".join(LINES))),
-    "an array on one line": ("pool.json", lambda path: path.write_bytes(b"[" + b", ".join(LINES) + b"]")),
+    "an array on one line": (
+        "pool.json",
+        lambda path: path.write_bytes(b"[" + b", ".join(LINES) + b"]"),
+    ),
     "packed": ("pool.jsonl.gz", lambda path: path.write_bytes(gzip.compress(b"\n".join(LINES)))),
     "parquet": ("pool.parquet", as_parquet),
 }
@@ -91,7 +99,8 @@ def test_shares_and_tokens_count_no_lines(budget: str, tmp_path: Path) -> None:
 def test_usable_rows_are_named_and_not_lines(tmp_path: Path) -> None:
     path = tmp_path / "pool.jsonl"
     path.write_bytes(b"\n".join([*LINES, b"", b"{"]))
-    with pytest.raises(DataError, match=r"1 of 13 rows cannot be used"):  # over max_bad_rows: what reading says comes first, as ever
+    with pytest.raises(DataError, match=r"1 of 13 rows cannot be used"):
+        # over max_bad_rows: what reading says comes first, as ever
         asked(path, 20)
     inputs = Inputs(tmp_path / "run", path, model="tiny", settings={"pool": {"max_bad_rows": 1}})
     with pytest.raises(BudgetError, match="the budget is 20 rows and 12 are usable"):

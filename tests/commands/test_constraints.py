@@ -41,25 +41,41 @@ def naive_near(rows: torch.Tensor, threshold: float, order: list[int]) -> list[i
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.9])
-def test_near_duplicates_are_those_of_a_plain_loop(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_duplicates_are_those_of_a_plain_loop(
+    threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from gradsift.rules import blocks
 
     monkeypatch.setattr(blocks, "BLOCK", 16)
     rows = torch.randn(90, 3, generator=torch.Generator().manual_seed(0))
     order = np.random.default_rng(0).permutation(90)
     assert duplicates.near(rows, threshold).tolist() == naive_near(rows, threshold, list(range(90)))
-    assert duplicates.near(rows, threshold, order=order).tolist() == naive_near(rows, threshold, order.tolist())
+    assert duplicates.near(rows, threshold, order=order).tolist() == naive_near(
+        rows, threshold, order.tolist()
+    )
 
 
 def test_equal_rows_are_duplicates_at_threshold_one_and_zero_rows_of_nothing() -> None:
     row = torch.randn(1, 300, generator=torch.Generator().manual_seed(1))
-    assert duplicates.near(torch.cat([row, 3 * row, torch.zeros(2, 300), row]), 1.0).tolist() == [-1, 0, -1, -1, 0]
+    assert duplicates.near(torch.cat([row, 3 * row, torch.zeros(2, 300), row]), 1.0).tolist() == [
+        -1,
+        0,
+        -1,
+        -1,
+        0,
+    ]
     with pytest.raises(ValueError, match="threshold"):
         duplicates.near(row, 0)
 
 
 def test_words_ignore_case_spacing_punctuation_and_width_and_split_chinese() -> None:
-    assert words("Don't STOP,  well-known \uff21\uff22c") == ["dont", "stop", "well", "known", "abc"]
+    assert words("Don't STOP,  well-known \uff21\uff22c") == [
+        "dont",
+        "stop",
+        "well",
+        "known",
+        "abc",
+    ]
     assert words("我们 是,GPT4吗") == ["我", "们", "是", "gpt4", "吗"]
     assert words("cafe\u0301 café") == ["café", "café"]
 
@@ -71,7 +87,10 @@ def test_words_ignore_case_spacing_punctuation_and_width_and_split_chinese() -> 
         (" ".join(POEM.split()[:13]), True),
         (" ".join(POEM.split()[:12]), False),
         (POEM.replace("lazy", "idle"), False),  # 8 and 8 words on both sides of the change
-        ("nothing in common with it at all, though it has more than thirteen words in it too", False),
+        (
+            "nothing in common with it at all, though it has more than thirteen words in it too",
+            False,
+        ),
     ],
 )
 def test_thirteen_words_in_a_row_are_an_overlap(text: str, hit: bool) -> None:
@@ -90,7 +109,8 @@ def test_thirteen_chinese_characters_are_an_overlap() -> None:
 def test_what_five_instances_share_is_a_template() -> None:
     tests = TestSets([("exam", [example(f"{POEM} question {i}") for i in range(5)])])
     assert tests.overlap(POEM) is None
-    assert tests.counts[0].templates == 5  # 17 words before the number: five 13-grams, shared by all
+    # 17 words before the number: five 13-grams, shared by all
+    assert tests.counts[0].templates == 5
     assert tests.overlap(f"{POEM} question 3") is not None
     four = TestSets([("exam", [example(f"{POEM} question {i}") for i in range(4)])])
     assert four.overlap(POEM) is not None
@@ -100,9 +120,14 @@ def test_what_five_instances_share_is_a_template() -> None:
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("constraints")
     for name, count in (("code", 6), ("chat", 30), ("math", 4)):
-        rows = [{"id": f"{name}{i}", "instruction": f"{name} question {i}", "output": f"answer {i}"} for i in range(count)]
+        rows = [
+            {"id": f"{name}{i}", "instruction": f"{name} question {i}", "output": f"answer {i}"}
+            for i in range(count)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "leak.jsonl").write_text(json.dumps({"id": "leak0", "instruction": POEM, "output": "geese"}) + "\n")
+    (folder / "leak.jsonl").write_text(
+        json.dumps({"id": "leak0", "instruction": POEM, "output": "geese"}) + "\n"
+    )
     return read_pool([folder / f"{name}.jsonl" for name in ("code", "chat", "math", "leak")])
 
 
@@ -112,10 +137,19 @@ def signals(pool: Any, rows: torch.Tensor | None = None) -> Signals:
     return Signals(values, len(pool), tokens=tokens, groups=list(pool.groups))
 
 
-def choice(pool: Any, method: str, bounds: list[str], included: list[int] | None = None, **options: Any) -> Choice:
+def choice(
+    pool: Any, method: str, bounds: list[str], included: list[int] | None = None, **options: Any
+) -> Choice:
     taken = np.array(included or [], dtype=np.int64)
     candidates = np.setdiff1d(np.arange(len(pool)), taken)
-    return Choice(methods.make(method, options), signals(pool), candidates, taken, build(per_group=bounds).per_group, 3)
+    return Choice(
+        methods.make(method, options),
+        signals(pool),
+        candidates,
+        taken,
+        build(per_group=bounds).per_group,
+        3,
+    )
 
 
 def groups(pool: Any, subset: Subset) -> Counter[str]:
@@ -127,22 +161,38 @@ def test_without_constraints_a_choice_is_the_methods_own(pool: Any) -> None:
     plain = selector.select(given, 9, rng=np.random.default_rng(3))
     found = choice(pool, "length", []).rows(9)
     assert found.indices.tolist() == plain.indices.tolist()
-    assert found.gains is not None and plain.gains is not None and found.gains.tolist() == plain.gains.tolist()
+    assert (
+        found.gains is not None
+        and plain.gains is not None
+        and found.gains.tolist() == plain.gains.tolist()
+    )
     assert found.notes["score"].tolist() == plain.notes["score"].tolist()
 
 
 @pytest.mark.parametrize("method", ["length", "random"])
-@pytest.mark.parametrize("bounds", [["chat=:4"], ["math=3:", "code=50%:"], ["chat=20%:40%", "math=10%:20%"], ["code=2:2", "chat=2:2"]])
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        ["chat=:4"],
+        ["math=3:", "code=50%:"],
+        ["chat=20%:40%", "math=10%:20%"],
+        ["code=2:2", "chat=2:2"],
+    ],
+)
 def test_shares_hold_whatever_the_method(pool: Any, method: str, bounds: list[str]) -> None:
     found = choice(pool, method, bounds)
     subset = found.rows(10) if bounds != ["code=2:2", "chat=2:2"] else found.rows(8)
-    assert len(set(subset.indices.tolist())) == len(subset) == (10 if bounds[0] != "code=2:2" else 8)
+    assert (
+        len(set(subset.indices.tolist())) == len(subset) == (10 if bounds[0] != "code=2:2" else 8)
+    )
     for group, (least, most) in found.limits(len(subset)).items():
         assert least <= groups(pool, subset)[group] <= most
 
 
 def test_for_a_ranking_the_shares_cost_as_little_as_they_can(pool: Any) -> None:
-    """Against every way to give seats to the groups: the sum of the chosen lengths is the largest possible."""
+    """Against every way to give seats to the groups: the sum of the chosen lengths is the largest
+    possible.
+    """
     tokens, names = signals(pool).tokens, np.asarray(list(pool.groups))
     assert tokens is not None
     best = 0
@@ -152,7 +202,13 @@ def test_for_a_ranking_the_shares_cost_as_little_as_they_can(pool: Any) -> None:
                 leak = 10 - chat - math - code
                 if leak in (0, 1):
                     seats = {"chat": chat, "math": math, "code": code, "leak": leak}
-                    best = max(best, sum(int(np.sort(tokens[names == g])[::-1][:k].sum()) for g, k in seats.items()))
+                    best = max(
+                        best,
+                        sum(
+                            int(np.sort(tokens[names == g])[::-1][:k].sum())
+                            for g, k in seats.items()
+                        ),
+                    )
     subset = choice(pool, "length", ["chat=:4", "math=2:"]).rows(10)
     assert int(tokens[subset.indices].sum()) == best
 
@@ -161,13 +217,24 @@ def test_included_rows_come_first_and_count(pool: Any) -> None:
     found = choice(pool, "length", ["code=:3"], included=[0, 1]).rows(12)
     assert found.indices[:2].tolist() == [0, 1] and len(found) == 12
     assert groups(pool, found)["code"] <= 3
-    assert found.gains is not None and np.isnan(found.gains[:2]).all() and np.isfinite(found.gains[2:]).all()
+    assert (
+        found.gains is not None
+        and np.isnan(found.gains[:2]).all()
+        and np.isfinite(found.gains[2:]).all()
+    )
 
 
 @pytest.mark.parametrize(
-    ("bounds", "k", "what"), [(["code=7:"], 10, "can be chosen"), (["code=5:", "math=4:"], 8, "least"), (["chat=:1"], 30, "leave 12 rows")]
+    ("bounds", "k", "what"),
+    [
+        (["code=7:"], 10, "can be chosen"),
+        (["code=5:", "math=4:"], 8, "least"),
+        (["chat=:1"], 30, "leave 12 rows"),
+    ],
 )
-def test_shares_that_cannot_hold_are_refused(pool: Any, bounds: list[str], k: int, what: str) -> None:
+def test_shares_that_cannot_hold_are_refused(
+    pool: Any, bounds: list[str], k: int, what: str
+) -> None:
     with pytest.raises(BudgetError, match=what):
         choice(pool, "length", bounds).rows(k)
 
@@ -200,7 +267,17 @@ def test_a_budget_of_tokens_counts_the_whole_row_or_its_answer(pool: Any) -> Non
     screened = screen(Constraints(), pool, given, everything)
 
     def rows(text: str) -> Subset:
-        return choose(methods.make("random"), given, screened, everything, Constraints(), parse(text), read=50, lengths=lengths, seed=0)
+        return choose(
+            methods.make("random"),
+            given,
+            screened,
+            everything,
+            Constraints(),
+            parse(text),
+            read=50,
+            lengths=lengths,
+            seed=0,
+        )
 
     assert len(rows("1k-tokens")) == 10 and len(rows("50%-tokens")) == 20
     assert int(given.tokens[rows("200-supervised-tokens").indices].sum()) <= 200  # type: ignore[index]
@@ -210,7 +287,11 @@ def test_a_screen_names_a_reason_for_every_row(pool: Any) -> None:
     rows = torch.randn(len(pool), 8, generator=torch.Generator().manual_seed(0))
     rows[7], rows[9] = rows[3], rows[3]
     limits = build(
-        exclude_ids=["chat5"], include_ids=["chat3"], near=0.999, decontaminate={"exam.jsonl": [example(POEM)]}, per_group=["chat=:50%"]
+        exclude_ids=["chat5"],
+        include_ids=["chat3"],
+        near=0.999,
+        decontaminate={"exam.jsonl": [example(POEM)]},
+        per_group=["chat=:50%"],
     )
     limits.check(pool)
     left = screen(limits, pool, signals(pool, rows), np.arange(len(pool)))

@@ -59,7 +59,9 @@ def test_the_last_turn_is_the_answer() -> None:
     assert split_answer({"input_ids": [1, 2], "labels": [-100, -100]}) == ([], [])
 
 
-def test_batched_answers_are_those_of_a_plain_greedy_loop(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_batched_answers_are_those_of_a_plain_greedy_loop(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     settings = TinySettings(hidden=32, layers=2, heads=2, intermediate=64, steps=1, tokens=1024)
     name = str(tiny_model(tmp_path_factory.mktemp("cache"), settings=settings))
     model: Any = load_model(name)
@@ -68,7 +70,10 @@ def test_batched_answers_are_those_of_a_plain_greedy_loop(tmp_path_factory: pyte
         generator = torch.Generator().manual_seed(0)
         for weight in (p for p in model.parameters() if p.ndim == 2):
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-    examples = [Example(str(i), tuple(Message(**m) for m in row["messages"]), "g") for i, row in enumerate(generate(0, 100)[:9])]
+    examples = [
+        Example(str(i), tuple(Message(**m) for m in row["messages"]), "g")
+        for i, row in enumerate(generate(0, 100)[:9])
+    ]
     rows = list(encode(examples, tokenizer))
     rows.append({"input_ids": [5, 6], "labels": [-100, -100]})
     model.train()

@@ -17,12 +17,24 @@ from gradsift.errors import UnknownName, UserError
 from gradsift.types import Subset
 
 LINES = [
-    b'{"id": "007", "messages": [{"role": "user", "content": "one\xe2\x80\xa8two"}, {"role": "assistant", "content": "1"}]}',
+    (
+        b'{"id": "007", "messages": [{"role": "user", "content": "one\xe2\x80\xa8two"}, {"role":'
+        b' "assistant", "content": "1"}]}'
+    ),
     b'{"messages":[{"content":"b","role":"user"},{"role":"assistant","content":"2"}],  "id": 2}',
-    b'{"id": "=cmd|\' /C calc\'!A0", "messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "3"}]}',
+    (
+        b'{"id": "=cmd|\' /C calc\'!A0", "messages": [{"role": "user", "content": "c"}, {"role":'
+        b' "assistant", "content": "3"}]}'
+    ),
     b'{"id": "bad", "messages": []}',
-    b'{"id": "1", "messages": [{"role": "user", "content": "d"}, {"role": "assistant", "content": "4"}]}',
-    b'{"id": "e", "messages": [{"role": "user", "content": "e"}, {"role": "assistant", "content": "5"}], "extra": 1.50}',
+    (
+        b'{"id": "1", "messages": [{"role": "user", "content": "d"}, {"role": "assistant",'
+        b' "content": "4"}]}'
+    ),
+    (
+        b'{"id": "e", "messages": [{"role": "user", "content": "e"}, {"role": "assistant",'
+        b' "content": "5"}], "extra": 1.50}'
+    ),
 ]
 
 
@@ -33,7 +45,11 @@ def pool(tmp_path: Path) -> Pool:
     return read_pool(path, max_bad_rows=3)
 
 
-SUBSET = Subset(indices=np.array([4, 0, 2]), gains=np.array([0.5, 0.25, -0.125]), weights=np.array([1.0, 3.0, 2.0]))
+SUBSET = Subset(
+    indices=np.array([4, 0, 2]),
+    gains=np.array([0.5, 0.25, -0.125]),
+    weights=np.array([1.0, 3.0, 2.0]),
+)
 
 
 def read_json_lines(path: Path) -> list[Any]:
@@ -59,13 +75,21 @@ def test_every_file_is_written_and_named(pool: Pool, tmp_path: Path) -> None:
 
 def test_selected_rows_keep_their_bytes(pool: Pool, tmp_path: Path) -> None:
     write_outputs(tmp_path / "out", pool, SUBSET)
-    assert (tmp_path / "out" / "selected.jsonl").read_bytes() == b"\n".join([LINES[0], LINES[2], LINES[5]]) + b"\n"
+    assert (tmp_path / "out" / "selected.jsonl").read_bytes() == b"\n".join(
+        [LINES[0], LINES[2], LINES[5]]
+    ) + b"\n"
 
 
 def test_the_same_selection_gives_the_same_bytes(pool: Pool, tmp_path: Path) -> None:
     columns = {"norm": np.arange(5.0), "why": ["a", None, "b", "c", "d"]}
-    first = {path.name: path.read_bytes() for path in write_outputs(tmp_path / "a", pool, SUBSET, columns=columns)}
-    second = {path.name: path.read_bytes() for path in write_outputs(tmp_path / "b", pool, SUBSET, columns=columns)}
+    first = {
+        path.name: path.read_bytes()
+        for path in write_outputs(tmp_path / "a", pool, SUBSET, columns=columns)
+    }
+    second = {
+        path.name: path.read_bytes()
+        for path in write_outputs(tmp_path / "b", pool, SUBSET, columns=columns)
+    }
     assert first == second
 
 
@@ -103,7 +127,11 @@ def test_scores_hold_every_pool_row(pool: Pool, tmp_path: Path) -> None:
 def test_what_is_not_known_is_null(pool: Pool) -> None:
     table = score_table(pool, Subset(indices=np.array([], dtype=np.int64)), {})
     assert table.schema.equals(SCORES)
-    assert [name for name in SCORES.names if table[name].null_count == 0] == ["id", "group", "selected"]
+    assert [name for name in SCORES.names if table[name].null_count == 0] == [
+        "id",
+        "group",
+        "selected",
+    ]
     assert not any(table["selected"].to_pylist())
 
 
@@ -116,7 +144,11 @@ def test_weights_follow_the_lines_of_the_selection(pool: Pool, tmp_path: Path) -
     write_outputs(tmp_path / "out", pool, SUBSET)
     weights = read_json_lines(tmp_path / "out" / "weights.jsonl")
     rows = read_json_lines(tmp_path / "out" / "selected.jsonl")
-    assert weights == [{"id": "007", "weight": 3.0}, {"id": "=cmd|' /C calc'!A0", "weight": 2.0}, {"id": "e", "weight": 1.0}]
+    assert weights == [
+        {"id": "007", "weight": 3.0},
+        {"id": "=cmd|' /C calc'!A0", "weight": 2.0},
+        {"id": "e", "weight": 1.0},
+    ]
     assert [weight["id"] for weight in weights] == [row["id"] for row in rows]
 
 
@@ -130,7 +162,10 @@ def test_dropped_rows_say_where_and_why(pool: Pool, tmp_path: Path) -> None:
 def test_added_scores_belong_to_their_rows(pool: Pool, tmp_path: Path) -> None:
     write_outputs(tmp_path / "out", pool, SUBSET, add_scores=True)
     rows = read_json_lines(tmp_path / "out" / "selected.jsonl")
-    assert [(row["id"], row["gradsift_rank"], row["gradsift_gain"], row["gradsift_weight"]) for row in rows] == [
+    assert [
+        (row["id"], row["gradsift_rank"], row["gradsift_gain"], row["gradsift_weight"])
+        for row in rows
+    ] == [
         ("007", 2, 0.25, 3.0),
         ("=cmd|' /C calc'!A0", 3, -0.125, 2.0),
         ("e", 1, 0.5, 1.0),
@@ -139,20 +174,39 @@ def test_added_scores_belong_to_their_rows(pool: Pool, tmp_path: Path) -> None:
 
 
 def test_parquet_stays_parquet_with_its_schema(tmp_path: Path) -> None:
-    schema = pa.schema([("instruction", pa.large_string()), ("input", pa.string()), ("output", pa.string()), ("score", pa.float32())])
-    rows = {"instruction": ["a", "b", "c"], "input": ["", "x", ""], "output": ["1", "2", "3"], "score": [0.5, None, 1.5]}
+    schema = pa.schema(
+        [
+            ("instruction", pa.large_string()),
+            ("input", pa.string()),
+            ("output", pa.string()),
+            ("score", pa.float32()),
+        ]
+    )
+    rows = {
+        "instruction": ["a", "b", "c"],
+        "input": ["", "x", ""],
+        "output": ["1", "2", "3"],
+        "score": [0.5, None, 1.5],
+    }
     pq.write_table(pa.table(rows, schema=schema), tmp_path / "pool.parquet")
     found = read_pool(tmp_path / "pool.parquet")
     write_outputs(tmp_path / "out", found, Subset(indices=np.array([2, 1])))
     table = pq.read_table(tmp_path / "out" / "selected.parquet")
     assert table.schema.equals(schema)
-    assert table.to_pydict() == {"instruction": ["b", "c"], "input": ["x", ""], "output": ["2", "3"], "score": [None, 1.5]}
+    assert table.to_pydict() == {
+        "instruction": ["b", "c"],
+        "input": ["x", ""],
+        "output": ["2", "3"],
+        "score": [None, 1.5],
+    }
     assert not (tmp_path / "out" / "weights.jsonl").exists()
 
 
 def test_tables_of_two_schemas_become_lines_and_it_is_said(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["a"], "completion": ["1"]}), tmp_path / "a.parquet")
-    pq.write_table(pa.table({"prompt": ["b"], "completion": ["2"], "n": [1]}), tmp_path / "b.parquet")
+    pq.write_table(
+        pa.table({"prompt": ["b"], "completion": ["2"], "n": [1]}), tmp_path / "b.parquet"
+    )
     found = read_pool([tmp_path / "a.parquet", tmp_path / "b.parquet"])
     said: list[str] = []
     write_outputs(tmp_path / "out", found, Subset(indices=np.array([0, 1])), say=said.append)
@@ -172,7 +226,9 @@ def test_tables_of_two_schemas_become_lines_and_it_is_said(tmp_path: Path) -> No
         (Subset(np.array([1])), {"norm": [1.0]}, "'norm' has 1 values for a pool of 5 rows"),
     ],
 )
-def test_what_does_not_fit_the_pool_is_refused(pool: Pool, tmp_path: Path, subset: Subset, columns: dict[str, Any], text: str) -> None:
+def test_what_does_not_fit_the_pool_is_refused(
+    pool: Pool, tmp_path: Path, subset: Subset, columns: dict[str, Any], text: str
+) -> None:
     with pytest.raises(UserError, match=text):
         write_outputs(tmp_path / "out", pool, subset, columns=columns)
     assert not any(path.is_file() for path in (tmp_path / "out").rglob("*"))

@@ -1,4 +1,6 @@
-"""The stages that a plan lists are those that the selection makes, for every method under every constraint."""
+"""The stages that a plan lists are those that the selection makes, for every method under every
+constraint.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from gradsift.stages.recipe import Recipe
 from gradsift.store.run import Run
 from tests.conftest import SETTINGS, rows, write_rows
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"
+)
 WORDS = "the grey geese fly over the old mill in the late evening light of autumn"
 # name -> (constraints as a user gives them, budget)
 CONSTRAINTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -49,12 +53,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def constraint(name: str, folder: Path) -> tuple[dict[str, Any], str]:
     given, budget = CONSTRAINTS[name]
-    return {key: [folder / file for file in value] if key == "decontaminate" else value for key, value in given.items()}, budget
+    return {
+        key: [folder / file for file in value] if key == "decontaminate" else value
+        for key, value in given.items()
+    }, budget
 
 
 def inputs(folder: Path, model: Path, method: str) -> dict[str, Any]:
     target = [] if methods.load(method).target == "none" else [folder / "dev.jsonl"]
-    return {"pool": folder / "pool.jsonl", "target": target, "model": str(model), "settings": SETTINGS, "pool_group": "kind"}
+    return {
+        "pool": folder / "pool.jsonl",
+        "target": target,
+        "model": str(model),
+        "settings": SETTINGS,
+        "pool_group": "kind",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +91,9 @@ class Asked(Exception):
 
 
 def selected(monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline, *arguments: Any) -> Recipe:
-    """The recipe of the selection that `select_in` makes with these arguments, as it asks for it; nothing is computed."""
+    """The recipe of the selection that `select_in` makes with these arguments, as it asks for it;
+    nothing is computed.
+    """
 
     def make(recipe: Recipe, fill: Any) -> Any:
         raise Asked(recipe)
@@ -96,25 +111,34 @@ def test_a_plan_lists_what_the_selection_makes(
 ) -> None:
     selector = methods.make(method)
     listed: dict[str, list[Recipe]] = {}
-    for targeted in {"required": [True], "optional": [True, False], "none": [False]}[selector.target]:
+    for targeted in {"required": [True], "optional": [True, False], "none": [False]}[
+        selector.target
+    ]:
         pipeline = pipelines[targeted]
         for name in CONSTRAINTS:
             given, budget = constraint(name, folder)
             limits, wanted = limits_of(given, pipeline.config, silent()), budgets.parse(budget)
-            *stages, selection = listed[name] = stage_recipes(pipeline, method, selector, wanted, limits, 3)
+            *stages, selection = listed[name] = stage_recipes(
+                pipeline, method, selector, wanted, limits, 3
+            )
             asked = selected(monkeypatch, pipeline, method, selector, wanted, limits, 3)
             assert (asked.stage, asked.digest) == ("select", selection.digest)
-            assert [f"{key.partition('-')[2]} {digest}" for key, digest in sorted(asked.inputs.items())] == [
-                f"{stage.stage} {stage.digest}" for stage in stages
-            ]
+            assert [
+                f"{key.partition('-')[2]} {digest}" for key, digest in sorted(asked.inputs.items())
+            ] == [f"{stage.stage} {stage.digest}" for stage in stages]
         check_differences(listed, "target" in pipeline.sides)
     assert not (folder / "never").exists()
 
 
 def check_differences(listed: dict[str, list[Recipe]], targeted: bool) -> None:
-    """Each constraint makes another selection; those that read a signal bring its stages, the others none."""
+    """Each constraint makes another selection; those that read a signal bring its stages, the
+    others none.
+    """
     assert len({recipes[-1].digest for recipes in listed.values()}) == len(listed)
-    stages = {name: {recipe.digest: recipe.stage for recipe in recipes[:-1]} for name, recipes in listed.items()}
+    stages = {
+        name: {recipe.digest: recipe.stage for recipe in recipes[:-1]}
+        for name, recipes in listed.items()
+    }
     assert [recipe.stage for recipe in listed["none"]].count("encode") == 1 + targeted
     for name in ("decontaminate", "per group", "tokens"):
         assert stages[name] == stages["none"]
@@ -124,7 +148,11 @@ def check_differences(listed: dict[str, list[Recipe]], targeted: bool) -> None:
 
 
 def complete(run: Path) -> set[str]:
-    return {artifact.path.name for artifact in Run(run).artifacts() if artifact.complete} if run.exists() else set()
+    return (
+        {artifact.path.name for artifact in Run(run).artifacts() if artifact.complete}
+        if run.exists()
+        else set()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -133,19 +161,34 @@ def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Six methods, each under another constraint.
-DRAWN = list(zip(random.Random(18).sample(sorted(methods.METHODS), len(CONSTRAINTS)), CONSTRAINTS, strict=True))
+DRAWN = list(
+    zip(
+        random.Random(18).sample(sorted(methods.METHODS), len(CONSTRAINTS)),
+        CONSTRAINTS,
+        strict=True,
+    )
+)
 
 
 @pytest.mark.parametrize(("method", "name"), DRAWN)
-def test_a_selection_makes_what_the_plan_listed(shared_run: Path, folder: Path, model_folder: Path, method: str, name: str) -> None:
+def test_a_selection_makes_what_the_plan_listed(
+    shared_run: Path, folder: Path, model_folder: Path, method: str, name: str
+) -> None:
     given, budget = constraint(name, folder)
-    arguments = inputs(folder, model_folder, method) | {"budget": budget, "constraints": given, "run": shared_run, "seed": 3}
+    arguments = inputs(folder, model_folder, method) | {
+        "budget": budget,
+        "constraints": given,
+        "run": shared_run,
+        "seed": 3,
+    }
     before = complete(shared_run)
     planned = plan(method, **arguments)
     assert complete(shared_run) == before
     gradsift.select(method, **arguments)
     after = complete(shared_run)
-    assert after - before == {f"{stage.stage}-{stage.digest}" for stage in planned.stages if not stage.reused}
+    assert after - before == {
+        f"{stage.stage}-{stage.digest}" for stage in planned.stages if not stage.reused
+    }
     assert {f"{stage.stage}-{stage.digest}" for stage in planned.stages if stage.reused} <= before
     again = plan(method, **arguments)
     assert all(stage.reused for stage in again.stages) and (again.bytes, again.seconds) == (0, 0)

@@ -1,4 +1,6 @@
-"""The playground: is every label true, is every split apart, and does the built-in model come out the same."""
+"""The playground: is every label true, is every split apart, and does the built-in model come out
+the same.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,19 @@ def texts(row: dict[str, Any]) -> tuple[str, str]:
 def solve_units(text: str) -> str:
     count, big = re.findall(r"(\d+) (\w+)", text)[0]
     seconds = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400, "weeks": 604800}
-    length = {"inches": 1, "feet": 12, "centimeters": 1, "meters": 100, "pieces": 1, "dozens": 12, "months": 1, "years": 12}
-    small = next(unit for unit in seconds | length if unit != big and re.search(rf"\b{unit}\b", text))
+    length = {
+        "inches": 1,
+        "feet": 12,
+        "centimeters": 1,
+        "meters": 100,
+        "pieces": 1,
+        "dozens": 12,
+        "months": 1,
+        "years": 12,
+    }
+    small = next(
+        unit for unit in seconds | length if unit != big and re.search(rf"\b{unit}\b", text)
+    )
     factor = seconds[big] / seconds[small] if big in seconds else length[big] / length[small]
     return f"{int(int(count) * factor)} {small}"
 
@@ -61,7 +74,11 @@ def solve_boolean(text: str) -> str:
             operator = token
         else:
             literal, negate = (token == "true") != negate, False
-            value = literal if value is None else (value and literal if operator == "and" else value or literal)
+            value = (
+                literal
+                if value is None
+                else (value and literal if operator == "and" else value or literal)
+            )
     return "true" if value else "false"
 
 
@@ -76,11 +93,15 @@ def solve_translate(text: str) -> str:
 
 
 def english(text: str) -> str:
-    return re.sub(r"^(Say in Velu:|Translate into Velu:|How do you say)| in Velu\?$", "", text).strip()
+    return re.sub(
+        r"^(Say in Velu:|Translate into Velu:|How do you say)| in Velu\?$", "", text
+    ).strip()
 
 
 SOLVE: dict[str, Callable[[str], str]] = {
-    "lookup": lambda text: dict(re.findall(r"(\w+)=(\w+)", text))[re.findall(r"(?:give|is|Read) the (\w+)", text)[0]],
+    "lookup": lambda text: dict(re.findall(r"(\w+)=(\w+)", text))[
+        re.findall(r"(?:give|is|Read) the (\w+)", text)[0]
+    ],
     "arithmetic": lambda text: str(eval(re.findall(r"\d+ [-+] \d+", text)[0])),
     "sort": lambda text: " ".join(sorted(re.findall(r"\d+", text), key=int)),
     "letters": lambda text: re.findall(r"(?:Spell|the word|Reverse:) ([a-z]+)", text)[0][::-1],
@@ -116,9 +137,19 @@ def test_shares_of_families_noise_and_copies(pool: list[dict[str, Any]]) -> None
         assert 0.15 < noisy / count[family.name] < 0.25
     assert 0.09 < count["translate"] / 2000 < 0.11
     assert 0.19 < sum(row["noise"] != "none" for row in pool) / 2000 < 0.21
-    assert {row["noise"] for row in pool if row["family"] == "translate"} == {"none", *playground.NOISE_KINDS}
-    assert Counter(row["copy"] for row in pool) == {"none": 1800, "duplicate": 100, "paraphrase": 100}
-    noise = {name: [row["noise"] != "none" for row in pool if row["source"] == name] for name in playground.SOURCES}
+    assert {row["noise"] for row in pool if row["family"] == "translate"} == {
+        "none",
+        *playground.NOISE_KINDS,
+    }
+    assert Counter(row["copy"] for row in pool) == {
+        "none": 1800,
+        "duplicate": 100,
+        "paraphrase": 100,
+    }
+    noise = {
+        name: [row["noise"] != "none" for row in pool if row["source"] == name]
+        for name in playground.SOURCES
+    }
     shares = {name: sum(bad) / len(bad) for name, bad in noise.items()}
     assert shares["handbook"] < shares["forum"] < shares["crawl"]
 
@@ -131,7 +162,11 @@ def test_copies_are_what_they_are_called(pool: list[dict[str, Any]]) -> None:
     def core(row: dict[str, Any]) -> tuple[Any, ...]:
         """What is asked, whatever the wording."""
         prompt = texts(row)[0]
-        return row["family"], SOLVE[row["family"]](prompt), tuple(re.findall(r"\d+|\w+=\w+", prompt))
+        return (
+            row["family"],
+            SOLVE[row["family"]](prompt),
+            tuple(re.findall(r"\d+|\w+=\w+", prompt)),
+        )
 
     asked = {core(row) for row in originals}
     for row in pool:
@@ -144,34 +179,63 @@ def test_copies_are_what_they_are_called(pool: list[dict[str, Any]]) -> None:
 
 
 def test_a_seed_decides_every_byte(tmp_path: Path) -> None:
-    one, two, other = (write_playground(tmp_path / name, seed, 200) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
-    for a, b in ((one.pool, two.pool), (one.target, two.target), (one.test, two.test), (one.readme, two.readme)):
+    one, two, other = (
+        write_playground(tmp_path / name, seed, 200)
+        for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    )
+    for a, b in (
+        (one.pool, two.pool),
+        (one.target, two.target),
+        (one.test, two.test),
+        (one.readme, two.readme),
+    ):
         assert a.read_bytes() == b.read_bytes()
     assert one.pool.read_bytes() != other.pool.read_bytes()
 
 
 def test_no_question_is_in_two_splits(pool: list[dict[str, Any]]) -> None:
     weights = {family.name: family.share for family in tiny_tasks.FAMILIES}
-    learned = {text["content"] for chat in islice(tiny_tasks.stream(0, weights), 4000) for text in chat[:1]}
+    learned = {
+        text["content"] for chat in islice(tiny_tasks.stream(0, weights), 4000) for text in chat[:1]
+    }
     assert not learned & {texts(row)[0] for row in pool}
     sentences = {
         "pretrain": {english(text) for text in learned if "Velu" in text},
-        "pool": {english(texts(row)[0]) for seed in (0, 1) for row in generate(seed, 1000) if row["family"] == "translate"},
+        "pool": {
+            english(texts(row)[0])
+            for seed in (0, 1)
+            for row in generate(seed, 1000)
+            if row["family"] == "translate"
+        },
         "dev": {english(texts(row)[0]) for seed in (0, 1) for row in target_rows("dev", 64, seed)},
-        "test": {english(texts(row)[0]) for seed in (0, 1) for row in target_rows("test", 200, seed)},
+        "test": {
+            english(texts(row)[0]) for seed in (0, 1) for row in target_rows("test", 200, seed)
+        },
     }
     assert all(len(found) > 100 for found in sentences.values())
     names = sorted(sentences)
     assert not any(sentences[a] & sentences[b] for a in names for b in names if a < b)
-    assert all(row["noise"] == "none" and texts(row)[1] == solve_translate(texts(row)[0]) for row in target_rows("test", 200))
+    assert all(
+        row["noise"] == "none" and texts(row)[1] == solve_translate(texts(row)[0])
+        for row in target_rows("test", 200)
+    )
 
 
 def test_files_are_read_as_messages(tmp_path: Path) -> None:
     paths = write_playground(tmp_path, seed=1, rows=300)
-    read = {name: read_pool([str(path)]) for name, path in (("pool", paths.pool), ("target", paths.target), ("test", paths.test))}
-    assert {name: len(rows) for name, rows in read.items()} == {"pool": 300, "target": 32, "test": 200}
+    read = {
+        name: read_pool([str(path)])
+        for name, path in (("pool", paths.pool), ("target", paths.target), ("test", paths.test))
+    }
+    assert {name: len(rows) for name, rows in read.items()} == {
+        "pool": 300,
+        "target": 32,
+        "test": 200,
+    }
     rows = generate(1, 300)
-    assert [(example.id, example.messages[1].content) for example in read["pool"]] == [(row["id"], texts(row)[1]) for row in rows]
+    assert [(example.id, example.messages[1].content) for example in read["pool"]] == [
+        (row["id"], texts(row)[1]) for row in rows
+    ]
     readme = paths.readme.read_text()
     assert f"| translate | {sum(row['family'] == 'translate' for row in rows)} |" in readme
 
@@ -190,7 +254,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_tiny_is_built_once_and_the_same_everywhere(small: Path, tmp_path: Path) -> None:
     state, threads, steps = torch.get_rng_state(), torch.get_num_threads(), []
-    again = tiny_model(tmp_path, settings=SMALL, progress=lambda step, total: steps.append((step, total)))
+    again = tiny_model(
+        tmp_path, settings=SMALL, progress=lambda step, total: steps.append((step, total))
+    )
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert torch.equal(state, torch.get_rng_state())
     assert threads == torch.get_num_threads()
@@ -205,17 +271,24 @@ def test_tiny_is_built_once_and_the_same_everywhere(small: Path, tmp_path: Path)
 
 
 def test_transformers_loads_tiny_and_its_tokens_are_bytes(small: Path) -> None:
-    tokenizer, model = AutoTokenizer.from_pretrained(small), AutoModelForCausalLM.from_pretrained(small)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(small),
+        AutoModelForCausalLM.from_pretrained(small),
+    )
     assert sum(p.numel() for p in model.parameters()) < 3_000_000
     assert len(tokenizer) == model.config.vocab_size == 256 + len(tiny.SPECIALS)
-    assert (model.config.pad_token_id, model.config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert (model.config.pad_token_id, model.config.eos_token_id) == (
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+    )
     for text in ("  two  spaces . x\n", "naïve 東京 🙂", bytes(range(32, 127)).decode()):
         ids = tokenizer(text)["input_ids"]
         assert len(ids) == len(text.encode())
         assert tokenizer.decode(ids) == text
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     assert (
-        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == "<|system|>s<|end|><|user|>u<|end|><|assistant|>"
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        == "<|system|>s<|end|><|user|>u<|end|><|assistant|>"
     )
 
 
@@ -228,11 +301,15 @@ def test_training_weights_agree_with_the_encoder(small: Path) -> None:
         for row, factor in zip(ids, weight, strict=True):
             length = int((row != tokenizer.pad_token_id).sum())
             text = tokenizer.decode(row[:length])
-            [(user, answer)] = re.findall(r"^<\|user\|>(.*)<\|end\|><\|assistant\|>(.*)<\|end\|>$", text)
+            [(user, answer)] = re.findall(
+                r"^<\|user\|>(.*)<\|end\|><\|assistant\|>(.*)<\|end\|>$", text
+            )
             example = Example("x", (Message("user", user), Message("assistant", answer)), "g")
             encoded = encode([example], tokenizer)[0]
             assert encoded["input_ids"] == row[:length].tolist()
-            assert factor[:length].tolist() == pytest.approx([0.2 if label == -100 else 1.0 for label in encoded["labels"]])
+            assert factor[:length].tolist() == pytest.approx(
+                [0.2 if label == -100 else 1.0 for label in encoded["labels"]]
+            )
             assert not factor[length:].any()
 
 
@@ -252,9 +329,18 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
 
     losses = []
     for steps in (1, 20):
-        folder = tiny_model(tmp_path, settings=SMALL.model_copy(update={"steps": steps, "target_weight": 5.0}))
-        rows = [Example(row["id"], tuple(Message(**m) for m in row["messages"]), "t") for row in target_rows("test", 20)]
-        losses.append(heldout_loss(load_model(str(folder)), encode(rows, AutoTokenizer.from_pretrained(folder))).loss)
+        folder = tiny_model(
+            tmp_path, settings=SMALL.model_copy(update={"steps": steps, "target_weight": 5.0})
+        )
+        rows = [
+            Example(row["id"], tuple(Message(**m) for m in row["messages"]), "t")
+            for row in target_rows("test", 20)
+        ]
+        losses.append(
+            heldout_loss(
+                load_model(str(folder)), encode(rows, AutoTokenizer.from_pretrained(folder))
+            ).loss
+        )
     assert losses[1] < losses[0] - 1
 
 
@@ -264,14 +350,19 @@ def _build(cache: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_may_build_at_once(small: Path, tmp_path: Path) -> None:
-    workers = [multiprocessing.get_context("spawn").Process(target=_build, args=(str(tmp_path),)) for _ in range(2)]
+    workers = [
+        multiprocessing.get_context("spawn").Process(target=_build, args=(str(tmp_path),))
+        for _ in range(2)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(120)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == [small.name]
-    assert (tmp_path / small.name / "model.safetensors").read_bytes() == (small / "model.safetensors").read_bytes()
+    assert (tmp_path / small.name / "model.safetensors").read_bytes() == (
+        small / "model.safetensors"
+    ).read_bytes()
 
 
 def test_the_second_to_finish_leaves_the_first_ones_folder(small: Path) -> None:
@@ -282,7 +373,9 @@ def test_the_second_to_finish_leaves_the_first_ones_folder(small: Path) -> None:
     assert (small / "config.json").read_bytes() == before
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="GRADSIFT_CACHE"):
         tiny_model(tmp_path / "file", settings=SMALL)
@@ -293,10 +386,14 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     assert machine.cache_folder() == tmp_path / "xdg" / "gradsift"
 
 
-def test_the_page_says_what_runs(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_says_what_runs(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("gradsift.model.tiny.tiny_model", lambda: small)
-    page = (Path(__file__).resolve().parents[2] / "docs" / "playground.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "playground.md").read_text(
+        encoding="utf-8"
+    )
     snippets = [part.split("```")[0] for part in page.split("```python\n")[1:]]
     assert len(snippets) == 2
     capsys.readouterr()

@@ -19,20 +19,38 @@ import gradsift
 from gradsift.commands import runs
 from gradsift.commands.select.select import Selection
 from gradsift.compute.progress import Lines
-from gradsift.errors import BudgetError, ConfigError, DataError, GradsiftError, MismatchError, UnknownName, UserError
+from gradsift.errors import (
+    BudgetError,
+    ConfigError,
+    DataError,
+    GradsiftError,
+    MismatchError,
+    UnknownName,
+    UserError,
+)
 from gradsift.report import ReportData
 from gradsift.store.artifact import Artifact
 from gradsift.store.rows import RowStore
 from gradsift.store.run import Run
 from tests.conftest import SETTINGS, rows, write_rows
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"
+)
 
 
 def select(
-    method: str, pool: Path, model: Path, run: Path, budget: Any = "25%", settings: Mapping[str, Any] = SETTINGS, **more: Any
+    method: str,
+    pool: Path,
+    model: Path,
+    run: Path,
+    budget: Any = "25%",
+    settings: Mapping[str, Any] = SETTINGS,
+    **more: Any,
 ) -> Selection:
-    return gradsift.select(method, pool=pool, model=str(model), run=run, budget=budget, settings=settings, **more)
+    return gradsift.select(
+        method, pool=pool, model=str(model), run=run, budget=budget, settings=settings, **more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +64,9 @@ def tagcos(run: Path, pool_file: Path, model_folder: Path) -> Selection:
 
 
 @pytest.fixture(scope="module")
-def less(run: Path, pool_file: Path, target_file: Path, model_folder: Path, tagcos: Selection) -> Selection:
+def less(
+    run: Path, pool_file: Path, target_file: Path, model_folder: Path, tagcos: Selection
+) -> Selection:
     return select("less", pool_file, model_folder, run, target=target_file)
 
 
@@ -58,7 +78,9 @@ def stages(chosen: Selection) -> dict[str, list[bool]]:
     return found
 
 
-def test_a_subset_holds_the_original_lines_in_file_order(tagcos: Selection, pool_file: Path) -> None:
+def test_a_subset_holds_the_original_lines_in_file_order(
+    tagcos: Selection, pool_file: Path
+) -> None:
     lines = pool_file.read_bytes().splitlines(keepends=True)
     assert len(tagcos) == 18
     assert tagcos.subset_path.read_bytes() == b"".join(lines[i] for i in sorted(tagcos.indices))
@@ -69,7 +91,9 @@ def test_scores_cover_every_pool_row(tagcos: Selection, less: Selection) -> None
     table = pq.read_table(tagcos.folder / "scores.parquet").to_pydict()
     assert len(table["id"]) == 72
     assert sum(table["selected"]) == 18
-    assert [table["id"][i] for i in np.argsort([r or 99 for r in table["rank"]], kind="stable")[:18]] == tagcos.ids
+    assert [
+        table["id"][i] for i in np.argsort([r or 99 for r in table["rank"]], kind="stable")[:18]
+    ] == tagcos.ids
     assert all(c is not None for c in table["cluster"])
     assert all(n > 0 for n in table["norm"])
     scored = pq.read_table(less.folder / "scores.parquet").to_pydict()
@@ -83,9 +107,15 @@ def test_less_scores_are_weighted_cosines_with_the_group_mean(less: Selection, r
     sides: dict[tuple[str, int], RowStore] = {}
     for artifact in gradients:
         store = RowStore.open(artifact.path)
-        sides[("pool" if len(store) == 72 else "target", artifact.recipe["config"]["checkpoint"])] = store
+        sides[
+            ("pool" if len(store) == 72 else "target", artifact.recipe["config"]["checkpoint"])
+        ] = store
     weights = [
-        c["mean_lr"] for c in (json.loads(p.read_text()) for p in sorted(run.glob("warmup-*/checkpoint-*/checkpoint.json"), key=step))
+        c["mean_lr"]
+        for c in (
+            json.loads(p.read_text())
+            for p in sorted(run.glob("warmup-*/checkpoint-*/checkpoint.json"), key=step)
+        )
     ]
     expected = np.zeros(72)
     for c, weight in enumerate(weights):
@@ -101,26 +131,41 @@ def step(path: Path) -> int:
     return json.loads(path.read_text())["step"]
 
 
-def test_the_mean_over_checkpoints_is_weighted_by_their_mean_learning_rates(tagcos: Selection, run: Path) -> None:  # T1.8
+# T1.8
+def test_the_mean_over_checkpoints_is_weighted_by_their_mean_learning_rates(
+    tagcos: Selection, run: Path
+) -> None:
     found = {a.stage: a for a in Run(run).artifacts() if a.stage == "mean"}["mean"]
-    rates = [json.loads(p.read_text())["mean_lr"] for p in sorted(run.glob("warmup-*/checkpoint-*/checkpoint.json"), key=step)]
+    rates = [
+        json.loads(p.read_text())["mean_lr"]
+        for p in sorted(run.glob("warmup-*/checkpoint-*/checkpoint.json"), key=step)
+    ]
     weights = [rate / sum(rates) for rate in rates]
     assert found.manifest["extra"]["weights"] == pytest.approx(weights)
-    parts = {a.digest: RowStore.open(a.path) for a in Run(run).artifacts() if a.stage == "gradients"}
-    expected = sum(w * parts[found.recipe["inputs"][str(c)]][0:72].double() for c, w in enumerate(weights))
+    parts = {
+        a.digest: RowStore.open(a.path) for a in Run(run).artifacts() if a.stage == "gradients"
+    }
+    expected = sum(
+        w * parts[found.recipe["inputs"][str(c)]][0:72].double() for c, w in enumerate(weights)
+    )
     mean = RowStore.open(found.path)
-    assert torch.allclose(mean[0:72].double() * mean.scales[:, None], torch.as_tensor(expected), atol=1e-3)
+    assert torch.allclose(
+        mean[0:72].double() * mean.scales[:, None], torch.as_tensor(expected), atol=1e-3
+    )
     assert mean.scales.max() <= 1.001
 
 
 def test_a_second_method_reuses_warm_up_and_gradients(less: Selection) -> None:
     found = stages(less)
     assert found["warmup"] == [True]
-    assert sorted(found["gradients"]) == [False] * 3 + [True] * 3  # the target's are new, the pool's are there
+    # the target's are new, the pool's are there
+    assert sorted(found["gradients"]) == [False] * 3 + [True] * 3
     assert found["influence"] == [False]
 
 
-def test_a_new_budget_costs_only_the_selection(tagcos: Selection, run: Path, pool_file: Path, model_folder: Path) -> None:
+def test_a_new_budget_costs_only_the_selection(
+    tagcos: Selection, run: Path, pool_file: Path, model_folder: Path
+) -> None:
     smaller = select("tagcos", pool_file, model_folder, run, budget=7, options={"clusters": 4})
     found = stages(smaller)
     assert len(smaller) == 7
@@ -128,18 +173,37 @@ def test_a_new_budget_costs_only_the_selection(tagcos: Selection, run: Path, poo
     assert all(all(reused) for reused in found.values())
 
 
-def test_the_same_command_makes_nothing_and_gives_the_same(tagcos: Selection, run: Path, pool_file: Path, model_folder: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.parent != run}
+def test_the_same_command_makes_nothing_and_gives_the_same(
+    tagcos: Selection, run: Path, pool_file: Path, model_folder: Path
+) -> None:
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in run.rglob("*")
+        if path.is_file() and path.parent != run
+    }
     again = select("tagcos", pool_file, model_folder, run, options={"clusters": 4})
     assert again.indices.tolist() == tagcos.indices.tolist()
     assert all(timing.reused for timing in again.timings)
-    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.parent != run}
+    assert before == {
+        path: path.stat().st_mtime_ns
+        for path in run.rglob("*")
+        if path.is_file() and path.parent != run
+    }
 
 
 def test_work_lost_in_the_middle_is_made_again_with_the_same_bytes(
-    tagcos: Selection, less: Selection, run: Path, pool_file: Path, model_folder: Path, target_file: Path
+    tagcos: Selection,
+    less: Selection,
+    run: Path,
+    pool_file: Path,
+    model_folder: Path,
+    target_file: Path,
 ) -> None:
-    artifact = next(a for a in Run(run).artifacts() if a.stage == "gradients" and len(RowStore.open(a.path)) == 72)
+    artifact = next(
+        a
+        for a in Run(run).artifacts()
+        if a.stage == "gradients" and len(RowStore.open(a.path)) == 72
+    )
     content, shards = artifact.content, sorted(artifact.path.glob("rows-*"))
     kept = {path: path.stat().st_mtime_ns for path in shards[1:]}
     (artifact.path / "manifest.json").unlink()
@@ -167,12 +231,21 @@ def test_shard_size_changes_no_row_beyond_rounding(
     tmp_path: Path, tagcos: Selection, run: Path, pool_file: Path, model_folder: Path
 ) -> None:
     settings = {**SETTINGS, "gradients": {**SETTINGS["gradients"], "shard_rows": 50}}
-    select("tagcos", pool_file, model_folder, tmp_path / "b", settings=settings, options={"clusters": 4})
+    select(
+        "tagcos",
+        pool_file,
+        model_folder,
+        tmp_path / "b",
+        settings=settings,
+        options={"clusters": 4},
+    )
 
     def store(folder: Path) -> RowStore:
         return next(RowStore.open(a.path) for a in Run(folder).artifacts() if a.stage == "mean")
 
-    cosine = torch.nn.functional.cosine_similarity(store(run)[0:72].float(), store(tmp_path / "b")[0:72].float())
+    cosine = torch.nn.functional.cosine_similarity(
+        store(run)[0:72].float(), store(tmp_path / "b")[0:72].float()
+    )
     assert cosine.min() > 0.9999
 
 
@@ -190,43 +263,70 @@ def test_the_report_says_what_was_done(less: Selection) -> None:
 
 
 def test_groups_by_field_and_mixed_files(tmp_path: Path, model_folder: Path) -> None:
-    a, b = write_rows(tmp_path / "a.jsonl", rows(20)), write_rows(tmp_path / "b.jsonl", rows(20, seed=4))
+    a, b = (
+        write_rows(tmp_path / "a.jsonl", rows(20)),
+        write_rows(tmp_path / "b.jsonl", rows(20, seed=4)),
+    )
     chosen = select("random", a, model_folder, tmp_path / "r", budget=6, pool_group="kind")
     data = ReportData.model_validate_json((chosen.folder / "report.json").read_bytes())
     assert {g.name for g in data.groups} == {"back", "twice"}
     two = gradsift.select(
-        "random", pool=[f"first={a}", f"second={b}"], model=str(model_folder), run=tmp_path / "r2", budget="50%", settings=SETTINGS
+        "random",
+        pool=[f"first={a}", f"second={b}"],
+        model=str(model_folder),
+        run=tmp_path / "r2",
+        budget="50%",
+        settings=SETTINGS,
     )
     assert len(two) == 20
-    assert set(pq.read_table(two.folder / "scores.parquet")["group"].to_pylist()) == {"first", "second"}
+    assert set(pq.read_table(two.folder / "scores.parquet")["group"].to_pylist()) == {
+        "first",
+        "second",
+    }
 
 
-def test_dropped_rows_are_listed_and_shares_count_what_was_read(tmp_path: Path, model_folder: Path) -> None:
+def test_dropped_rows_are_listed_and_shares_count_what_was_read(
+    tmp_path: Path, model_folder: Path
+) -> None:
     pool = write_rows(tmp_path / "pool.jsonl", rows(50))
-    pool.write_text(pool.read_text() + "{broken\n" + json.dumps({"id": "x", "messages": [{"role": "user", "content": "?"}]}) + "\n")
+    pool.write_text(
+        pool.read_text()
+        + "{broken\n"
+        + json.dumps({"id": "x", "messages": [{"role": "user", "content": "?"}]})
+        + "\n"
+    )
     chosen = select("random", pool, model_folder, tmp_path / "r", budget="50%")
     assert len(chosen) == 26  # of 52 rows read
-    dropped = [json.loads(line) for line in (chosen.folder / "dropped.jsonl").read_text().splitlines()]
+    dropped = [
+        json.loads(line) for line in (chosen.folder / "dropped.jsonl").read_text().splitlines()
+    ]
     assert [d["line"] for d in dropped] == [51, 52]
     assert all(d["fix"] for d in dropped)
 
 
 def test_exact_duplicates_can_be_dropped(tmp_path: Path, model_folder: Path) -> None:
     items = rows(20)
-    pool = write_rows(tmp_path / "pool.jsonl", items + [{**item, "id": f"again{i}"} for i, item in enumerate(items[:5])])
+    pool = write_rows(
+        tmp_path / "pool.jsonl",
+        items + [{**item, "id": f"again{i}"} for i, item in enumerate(items[:5])],
+    )
     settings = {**SETTINGS, "pool": {"dedup": "exact"}}
     chosen = select("length", pool, model_folder, tmp_path / "r", budget=20, settings=settings)
     assert sorted(chosen.ids) == sorted(item["id"] for item in items)
 
 
-def test_scores_can_be_written_into_the_rows(tmp_path: Path, pool_file: Path, model_folder: Path) -> None:
+def test_scores_can_be_written_into_the_rows(
+    tmp_path: Path, pool_file: Path, model_folder: Path
+) -> None:
     chosen = select("length", pool_file, model_folder, tmp_path / "r", budget=5, add_scores=True)
     first = json.loads(chosen.subset_path.read_text().splitlines()[0])
     assert first["gradsift_rank"] in range(1, 6)
     assert first["messages"]
 
 
-def test_the_subset_is_copied_where_asked(tmp_path: Path, pool_file: Path, model_folder: Path) -> None:
+def test_the_subset_is_copied_where_asked(
+    tmp_path: Path, pool_file: Path, model_folder: Path
+) -> None:
     out = tmp_path / "out" / "chosen.jsonl"
     chosen = select("random", pool_file, model_folder, tmp_path / "r", budget=5, out=out)
     assert chosen.subset_path == out
@@ -259,28 +359,45 @@ def test_wrong_questions_are_refused_before_anything_is_made(
         select("random", empty, model_folder, tmp_path / "r2")
 
 
-def test_a_budget_over_the_pool_needs_allow_short(tmp_path: Path, pool_file: Path, model_folder: Path) -> None:
+def test_a_budget_over_the_pool_needs_allow_short(
+    tmp_path: Path, pool_file: Path, model_folder: Path
+) -> None:
     with pytest.raises(BudgetError, match="100 rows and 72 are usable"):
         select("random", pool_file, model_folder, tmp_path / "r", budget=100)
-    assert len(select("random", pool_file, model_folder, tmp_path / "r", budget=100, allow_short=True)) == 72
+    assert (
+        len(select("random", pool_file, model_folder, tmp_path / "r", budget=100, allow_short=True))
+        == 72
+    )
 
 
-def test_a_run_keeps_its_settings_and_names_the_one_that_differs(tmp_path: Path, pool_file: Path, model_folder: Path) -> None:
+def test_a_run_keeps_its_settings_and_names_the_one_that_differs(
+    tmp_path: Path, pool_file: Path, model_folder: Path
+) -> None:
     run = tmp_path / "r"
     select("random", pool_file, model_folder, run, budget=5)
-    again = gradsift.select("random", pool=pool_file, run=run, budget=4)  # model and settings are the run's
+    # model and settings are the run's
+    again = gradsift.select("random", pool=pool_file, run=run, budget=4)
     assert len(again) == 4
     with pytest.raises(MismatchError, match=r"gradients\.dim = 64, and 128 is asked"):
-        select("random", pool_file, model_folder, run, budget=5, settings={"gradients": {"dim": 128}})
+        select(
+            "random", pool_file, model_folder, run, budget=5, settings={"gradients": {"dim": 128}}
+        )
     with pytest.raises(MismatchError, match=r"machine\.threads = 1"):
-        select("random", pool_file, model_folder, run, budget=5, settings={"machine": {"threads": 2}})
-    again = select("random", pool_file, model_folder, run, budget=5, settings={"machine": {"threads": 0}})  # 0: the run's own
+        select(
+            "random", pool_file, model_folder, run, budget=5, settings={"machine": {"threads": 2}}
+        )
+    # 0: the run's own
+    again = select(
+        "random", pool_file, model_folder, run, budget=5, settings={"machine": {"threads": 0}}
+    )
     assert len(again) == 5
     with pytest.raises(MismatchError, match=r"model\.name"):
         gradsift.select("random", pool=pool_file, run=run, budget=4, model="tiny")
 
 
-def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, pool_file: Path, model_folder: Path) -> None:
+def test_a_folder_that_is_no_run_is_left_alone(
+    tmp_path: Path, pool_file: Path, model_folder: Path
+) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="not a run"):
         select("random", pool_file, model_folder, tmp_path, budget=5)
@@ -297,34 +414,57 @@ def test_target_rows_inside_the_pool_are_pointed_out(
 
 def test_holdings_list_check_and_compare(run: Path, tagcos: Selection, less: Selection) -> None:
     shown = runs.show(run)
-    assert {line["stage"] for line in shown["stages"]} >= {"encode", "warmup", "gradients", "mean", "influence", "select"}
+    assert {line["stage"] for line in shown["stages"]} >= {
+        "encode",
+        "warmup",
+        "gradients",
+        "mean",
+        "influence",
+        "select",
+    }
     assert all(line["complete"] for line in shown["stages"])
     assert runs.verify(run) == []
     assert less.report in runs.report(run)
     table = ReportData.model_validate_json((less.folder / "report.json").read_bytes()).agreement
     assert table is not None
-    names = [f"{m} {s.folder.name.removeprefix('select-')[:6]}" for m, s in (("tagcos", tagcos), ("less", less))]
+    names = [
+        f"{m} {s.folder.name.removeprefix('select-')[:6]}"
+        for m, s in (("tagcos", tagcos), ("less", less))
+    ]
     cells = {row[0]: dict(zip(table.columns[1:], row[1:], strict=True)) for row in table.rows}
     common = len(set(tagcos.indices.tolist()) & set(less.indices.tolist()))
     share = round(common / min(len(tagcos), len(less)), 3)
-    assert cells[names[0]][names[1]] == cells[names[1]][names[0]] == share and cells[names[0]][names[0]] == 1
-    assert "Which selections agree" in less.report.read_text() and "Which selections agree" in less.report.with_suffix(".md").read_text()
+    assert (
+        cells[names[0]][names[1]] == cells[names[1]][names[0]] == share
+        and cells[names[0]][names[0]] == 1
+    )
+    assert (
+        "Which selections agree" in less.report.read_text()
+        and "Which selections agree" in less.report.with_suffix(".md").read_text()
+    )
     found = runs.diff(tagcos.folder, less.folder)
     assert found["common"] == len(set(tagcos.indices.tolist()) & set(less.indices.tolist()))
     assert found["settings"]["config.method"] == ["tagcos", "less"]
     first, second = tagcos.indices.tolist(), less.indices.tolist()
     assert list(found["overlap_at"]) == [10, min(len(first), len(second))]
     assert found["overlap_at"][10] == len(set(first[:10]) & set(second[:10])) / 10
-    scores = [pq.read_table(s.folder / "scores.parquet")["score"].to_numpy() for s in (tagcos, less)]
+    scores = [
+        pq.read_table(s.folder / "scores.parquet")["score"].to_numpy() for s in (tagcos, less)
+    ]
     good = np.isfinite(scores[0]) & np.isfinite(scores[1])
     assert found["spearman"] == pytest.approx(spearmanr(scores[0][good], scores[1][good])[0])
-    assert runs.diff(less.folder, less.folder)["spearman"] == pytest.approx(1) and runs.diff(less.folder, less.folder)["jaccard"] == 1
+    assert (
+        runs.diff(less.folder, less.folder)["spearman"] == pytest.approx(1)
+        and runs.diff(less.folder, less.folder)["jaccard"] == 1
+    )
     assert all(line["seconds"] >= 0 for line in shown["stages"])
     with pytest.raises(UserError, match="not a run"):
         runs.show(run.parent / "none")
 
 
-def test_selections_of_the_same_rows_are_compared_across_runs(tmp_path: Path, pool_file: Path, model_folder: Path) -> None:
+def test_selections_of_the_same_rows_are_compared_across_runs(
+    tmp_path: Path, pool_file: Path, model_folder: Path
+) -> None:
     first = select("length", pool_file, model_folder, tmp_path / "a", budget=8)
     other = {**SETTINGS, "encode": {"max_length": 500}}  # another encoding of the same rows
     second = select("length", pool_file, model_folder, tmp_path / "b", budget=8, settings=other)
@@ -332,10 +472,14 @@ def test_selections_of_the_same_rows_are_compared_across_runs(tmp_path: Path, po
     assert runs.diff(first.folder, second.folder)["common"] == common
     fewer = write_rows(tmp_path / "fewer.jsonl", rows(72)[:50])
     with pytest.raises(MismatchError, match="different pools"):
-        runs.diff(first.folder, select("length", fewer, model_folder, tmp_path / "c", budget=8).folder)
+        runs.diff(
+            first.folder, select("length", fewer, model_folder, tmp_path / "c", budget=8).folder
+        )
 
 
-def test_a_flipped_bit_is_found_and_mended(tmp_path: Path, pool_file: Path, model_folder: Path) -> None:
+def test_a_flipped_bit_is_found_and_mended(
+    tmp_path: Path, pool_file: Path, model_folder: Path
+) -> None:
     run = tmp_path / "r"
     chosen = select("perplexity", pool_file, model_folder, run, budget=5)
     (path,) = run.glob("loss-*/loss.safetensors")
@@ -352,37 +496,66 @@ def test_a_flipped_bit_is_found_and_mended(tmp_path: Path, pool_file: Path, mode
 
 @pytest.mark.slow
 def test_a_run_of_ones_own_serves_as_the_warm_up(
-    tmp_path: Path, tagcos: Selection, run: Path, pool_file: Path, target_file: Path, model_folder: Path
+    tmp_path: Path,
+    tagcos: Selection,
+    run: Path,
+    pool_file: Path,
+    target_file: Path,
+    model_folder: Path,
 ) -> None:
     (warmup,) = run.glob("warmup-*")
     own = tmp_path / "own"
-    shutil.copytree(warmup, own, ignore=shutil.ignore_patterns("manifest.json", "recipe.json", "stats.json"))
-    chosen = select("tagcos", pool_file, model_folder, tmp_path / "r", warmup_from=own, options={"clusters": 4})
+    shutil.copytree(
+        warmup, own, ignore=shutil.ignore_patterns("manifest.json", "recipe.json", "stats.json")
+    )
+    chosen = select(
+        "tagcos", pool_file, model_folder, tmp_path / "r", warmup_from=own, options={"clusters": 4}
+    )
     assert chosen.indices.tolist() == tagcos.indices.tolist()
     for moments in own.glob("*/moments.safetensors"):
         moments.unlink()
     with pytest.raises(GradsiftError, match=r"moments\.safetensors: is missing"):
-        select("less", pool_file, model_folder, tmp_path / "r2", warmup_from=own, target=target_file)
+        select(
+            "less", pool_file, model_folder, tmp_path / "r2", warmup_from=own, target=target_file
+        )
 
 
 def test_an_adapter_without_moments_offers_plain_gradients(
-    tmp_path: Path, run: Path, tagcos: Selection, pool_file: Path, target_file: Path, model_folder: Path
+    tmp_path: Path,
+    run: Path,
+    tagcos: Selection,
+    pool_file: Path,
+    target_file: Path,
+    model_folder: Path,
 ) -> None:
     own = tmp_path / "own"
     source = sorted(run.glob("warmup-*/checkpoint-*"))[-1]
-    shutil.copytree(source, own / source.name, ignore=shutil.ignore_patterns("moments.safetensors", "checkpoint.json"))
+    shutil.copytree(
+        source,
+        own / source.name,
+        ignore=shutil.ignore_patterns("moments.safetensors", "checkpoint.json"),
+    )
     more = {"warmup_from": own, "target": target_file}
     with pytest.raises(GradsiftError, match="transform=none"):
         select("less", pool_file, model_folder, tmp_path / "r", **more)
-    plain = select("less", pool_file, model_folder, tmp_path / "r", options={"transform": "none"}, **more)
+    plain = select(
+        "less", pool_file, model_folder, tmp_path / "r", options={"transform": "none"}, **more
+    )
     assert len(plain) == 18
 
 
-def test_what_happens_is_said_aloud(tmp_path: Path, pool_file: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    select("tagcos", pool_file, model_folder, tmp_path / "r", options={"clusters": 4}, progress=Lines())
+def test_what_happens_is_said_aloud(
+    tmp_path: Path, pool_file: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    select(
+        "tagcos", pool_file, model_folder, tmp_path / "r", options={"clusters": 4}, progress=Lines()
+    )
     said = capsys.readouterr().err
     assert "pool.jsonl: messages rows" in said
-    assert re.search(r"checkpoint \d+: \d+ modules, 100.0% of the trainable parameters; mean pairwise cosine", said)
+    assert re.search(
+        r"checkpoint \d+: \d+ modules, 100.0% of the trainable parameters; mean pairwise cosine",
+        said,
+    )
 
 
 @pytest.mark.slow
@@ -392,19 +565,27 @@ def test_any_backend_under_a_methods_rule_reads_the_rows_that_backend_takes(
     given = {"target": target_file, "budget": 6}
     cosine = select("less", pool_file, model_folder, run, options={"backend": "cosine"}, **given)
     assert reads(cosine) == {"none"} and reads(less) == {"adam", "none"}
-    adam = select("gdig", pool_file, model_folder, run, options={"backend": "less", "clusters": 3}, **given)
+    adam = select(
+        "gdig", pool_file, model_folder, run, options={"backend": "less", "clusters": 3}, **given
+    )
     assert "adam" in reads(adam)
     through = select("bids", pool_file, model_folder, run, options={"backend": "ekfac"}, **given)
     assert len(through) == 6 and {t.stage for t in through.timings} >= {"curvature", "influence"}
     margin = select("bids", pool_file, model_folder, run, options={"backend": "trak"}, **given)
-    assert {artifact.recipe["config"].get("loss") for artifact in gradients_of(margin)} == {"margin"}
+    assert {artifact.recipe["config"].get("loss") for artifact in gradients_of(margin)} == {
+        "margin"
+    }
     with pytest.raises(UnknownName, match="backend"):
         select("bids", pool_file, model_folder, run, options={"backend": "ekfak"}, **given)
 
 
 def gradients_of(chosen: Selection) -> list[Artifact]:
     """The stored gradients that a selection was made of, target rows' included."""
-    found = [Artifact.load(chosen.folder.parent / f"gradients-{t.digest[:12]}") for t in chosen.timings if t.stage == "gradients"]
+    found = [
+        Artifact.load(chosen.folder.parent / f"gradients-{t.digest[:12]}")
+        for t in chosen.timings
+        if t.stage == "gradients"
+    ]
     return [artifact for artifact in found if artifact is not None]
 
 
@@ -413,14 +594,39 @@ def reads(chosen: Selection) -> set[str]:
 
 
 @pytest.mark.slow
-def test_all_linear_layers_by_two_sided_products(tmp_path: Path, pool_file: Path, target_file: Path, model_folder: Path) -> None:
-    gradients = {**SETTINGS["gradients"], "modules": "linear", "projection": "rademacher", "dim": [4, 4], "norms": "sketched"}
+def test_all_linear_layers_by_two_sided_products(
+    tmp_path: Path, pool_file: Path, target_file: Path, model_folder: Path
+) -> None:
+    gradients = {
+        **SETTINGS["gradients"],
+        "modules": "linear",
+        "projection": "rademacher",
+        "dim": [4, 4],
+        "norms": "sketched",
+    }
     settings = {**SETTINGS, "gradients": gradients}
-    with pytest.raises(UserError, match="Adam moments are those of its LoRA layers"):  # before anything is trained
-        select("less", pool_file, model_folder, tmp_path / "a", target=target_file, settings=settings)
+    with pytest.raises(UserError, match="Adam moments are those of its LoRA layers"):
+        # before anything is trained
+        select(
+            "less", pool_file, model_folder, tmp_path / "a", target=target_file, settings=settings
+        )
     assert not list((tmp_path / "a").glob("warmup-*"))
-    chosen = select("less", pool_file, model_folder, tmp_path / "a", target=target_file, settings=settings, options={"transform": "none"})
+    chosen = select(
+        "less",
+        pool_file,
+        model_folder,
+        tmp_path / "a",
+        target=target_file,
+        settings=settings,
+        options={"transform": "none"},
+    )
     store = RowStore.open(next((tmp_path / "a").glob("gradients-*")))
     assert store.shape[1] % 16 == 0 and store.shape[1] > 64 and len(chosen) == 18
     with pytest.raises(ConfigError, match="rademacher"):
-        select("tagcos", pool_file, model_folder, tmp_path / "b", settings={**SETTINGS, "gradients": {"dim": [4, 4]}})
+        select(
+            "tagcos",
+            pool_file,
+            model_folder,
+            tmp_path / "b",
+            settings={**SETTINGS, "gradients": {"dim": [4, 4]}},
+        )

@@ -12,11 +12,27 @@ from gradsift.commands.compare.statistics import DRAWS, Measured, compare_measur
 
 
 def compared(
-    a: np.ndarray, b: np.ndarray, tokens: np.ndarray, *, seed: int = 0, level: float = 0.95, draws: int = DRAWS
+    a: np.ndarray,
+    b: np.ndarray,
+    tokens: np.ndarray,
+    *,
+    seed: int = 0,
+    level: float = 0.95,
+    draws: int = DRAWS,
 ) -> tuple[float, float, float]:
-    """The difference of arm a to the control b and its interval. a [seeds a, m], b [seeds b, m]: nats per test row."""
+    """The difference of arm a to the control b and its interval. a [seeds a, m], b [seeds b, m]:
+    nats per test row.
+    """
     arms = {"a": Measured(a, tokens, 1), "b": Measured(b, tokens, 1)}
-    tables = compare_measured({"test": arms}, control="b", level=level, measure="loss", equal="steps", seed=seed, draws=draws)
+    tables = compare_measured(
+        {"test": arms},
+        control="b",
+        level=level,
+        measure="loss",
+        equal="steps",
+        seed=seed,
+        draws=draws,
+    )
     assert len(tables) == 1
     control: ArmResult = tables[0].line("b")
     assert (control.difference, control.low, control.high) == (None, None, None)
@@ -46,14 +62,21 @@ def test_the_interval_is_that_of_all_resamples() -> None:
             values.append((side[r] - b[0, r]).sum() / tokens[r].sum())
     for level in (0.5, 0.8):
         difference, low, high = compared(a, b, tokens, seed=1, level=level, draws=60_000)
-        # The list is discrete: the quantile of the draws must lie between those of slightly lower and higher probability.
+        # The list is discrete: the quantile of the draws must lie between those of slightly lower
+        # and higher probability.
         for at, end in (((1 - level) / 2, low), ((1 + level) / 2, high)):
-            assert np.quantile(values, at - 0.01) - 1e-9 <= end <= np.quantile(values, at + 0.01) + 1e-9
+            assert (
+                np.quantile(values, at - 0.01) - 1e-9
+                <= end
+                <= np.quantile(values, at + 0.01) + 1e-9
+            )
         assert difference == pytest.approx((a.mean(axis=0) - b[0]).sum() / 7)
 
 
 def test_the_interval_knows_the_luck_of_seeds() -> None:
-    """Seeds shift all rows alike, so the variance is var / k of each side, without the (k - 1) / k that plain resampling gives."""
+    """Seeds shift all rows alike, so the variance is var / k of each side, without the (k - 1) / k
+    that plain resampling gives.
+    """
     shifts, rows = np.array([-0.3, 0.1, 0.2]), np.full(50, 2.0)
     a, b = rows + shifts[:, None], np.stack([rows, rows])
     _, low, high = compared(a, b, np.ones(50), level=0.6827, draws=20_000)

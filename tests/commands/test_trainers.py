@@ -1,4 +1,6 @@
-"""The written trainer files: the TRL script trains for real, and the other two name the fields that the rows have."""
+"""The written trainer files: the TRL script trains for real, and the other two name the fields that
+the rows have.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,15 @@ from gradsift.data.pool import read_pool
 from gradsift.types import Subset
 
 TEMPLATE = (
-    "{% if tools %}<|tools|>{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
-    "{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% if tools %}<|tools|>{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|{{ m['role']"
+    " }}|>{{ m['content'] }}{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif"
+    " %}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"
+    ),
 ]
 
 
@@ -40,7 +44,9 @@ pytestmark = [
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, and a token that ends a turn."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE(vocab={symbol: place for place, symbol in enumerate(alphabet)}, merges=[]))
+    raw = Tokenizer(
+        models.BPE(vocab={symbol: place for place, symbol in enumerate(alphabet)}, merges=[])
+    )
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     raw.add_special_tokens([AddedToken(text, special=True) for text in ("<|end|>", "<pad>")])
@@ -50,10 +56,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(
+    tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id, **size)
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id,
+        **size,
+    )
     config.pad_token_id = tokenizer.pad_token_id
     folder = tmp_path_factory.mktemp("model")
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -72,19 +91,33 @@ TURNS = [
 ]
 ROWS: dict[str, list[dict[str, Any]]] = {
     "alpaca": [
-        {"instruction": "Add.", "input": "1 + 1", "output": "2", "system": "Be brief.", "history": [["hi", "ho"]]},
+        {
+            "instruction": "Add.",
+            "input": "1 + 1",
+            "output": "2",
+            "system": "Be brief.",
+            "history": [["hi", "ho"]],
+        },
         {"instruction": "Say hi\u2028now.", "input": "", "output": "hi", "extra": 7},
     ],
     "messages": [
         {"messages": TURNS, "tools": [{"type": "function", "function": {"name": "add"}}]},
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            ]
+        },
         {"messages": [*TURNS[:2], {**TURNS[2], "weight": 0}, *TURNS[3:5]]},
     ],
     "sharegpt": [
         {
             "conversations": [
                 {"from": "human", "value": "what is 1 + 1?"},
-                {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1, "b": 1}}'},
+                {
+                    "from": "function_call",
+                    "value": '{"name": "add", "arguments": {"a": 1, "b": 1}}',
+                },
                 {"from": "observation", "value": "2"},
                 {"from": "gpt", "value": "two"},
             ],
@@ -93,26 +126,41 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         },
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
     ],
-    "prompt-completion": [{"prompt": "The sum is ", "completion": "2."}, {"prompt": "", "completion": "alone<|end|>"}],
+    "prompt-completion": [
+        {"prompt": "The sum is ", "completion": "2."},
+        {"prompt": "", "completion": "alone<|end|>"},
+    ],
     "text": [{"text": "All of this is learned."}, {"text": "And this, é."}],
-    "tokenised": [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}, {"input_ids": [5, 6], "labels": [-100, 6]}],
+    "tokenised": [
+        {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]},
+        {"input_ids": [5, 6], "labels": [-100, 6]},
+    ],
 }
-ROWS["prompt-completion turns"] = [{"prompt": TURNS[:4], "completion": TURNS[4:5]}, {"prompt": TURNS[1:2], "completion": TURNS[2:3]}]
+ROWS["prompt-completion turns"] = [
+    {"prompt": TURNS[:4], "completion": TURNS[4:5]},
+    {"prompt": TURNS[1:2], "completion": TURNS[2:3]},
+]
 
 
-def written(folder: Path, rows: list[dict[str, Any]], *, weights: list[float] | None = None, **settings: Any) -> Path:
+def written(
+    folder: Path, rows: list[dict[str, Any]], *, weights: list[float] | None = None, **settings: Any
+) -> Path:
     """A selection of all rows, written as a user would have it; returns its folder."""
     path = folder / "pool.jsonl"
     path.write_bytes(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
     pool = read_pool(path, mapping=settings.pop("mapping", None))
     assert len(pool) == len(rows)
     given = None if weights is None else np.array(weights)
-    write_outputs(folder / "out", pool, Subset(indices=np.arange(len(rows)), weights=given), **settings)
+    write_outputs(
+        folder / "out", pool, Subset(indices=np.arange(len(rows)), weights=given), **settings
+    )
     return folder / "out"
 
 
 def script(out: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("written_train_trl", out / "trainers" / "train_trl.py")
+    spec = importlib.util.spec_from_file_location(
+        "written_train_trl", out / "trainers" / "train_trl.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -124,37 +172,58 @@ def script(out: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))
-def test_the_script_supervises_the_tokens_that_were_scored(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_the_script_supervises_the_tokens_that_were_scored(
+    name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     ours, theirs = both(tmp_path, ROWS[name], tokenizer, 400)
     assert theirs == ours
 
 
-def both(folder: Path, rows: list[dict[str, Any]], tokenizer: Any, max_length: int) -> tuple[list[Any], list[Any]]:
-    """(input_ids, labels that count) of each row, by gradsift.data.encode and by the written script; nothing predicts the first."""
+def both(
+    folder: Path, rows: list[dict[str, Any]], tokenizer: Any, max_length: int
+) -> tuple[list[Any], list[Any]]:
+    """(input_ids, labels that count) of each row, by gradsift.data.encode and by the written
+    script; nothing predicts the first.
+    """
     module = script(written(folder, rows, max_length=max_length))
-    ours = encode(read_pool(folder / "pool.jsonl"), tokenizer, EncodeSettings(max_length=max_length))
+    ours = encode(
+        read_pool(folder / "pool.jsonl"), tokenizer, EncodeSettings(max_length=max_length)
+    )
     assert not ours.codes.any()
-    return tuple([(row["input_ids"], row["labels"][1:]) for row in rows] for rows in (list(ours), list(module.make_dataset(tokenizer))))  # type: ignore[return-value]
+    return tuple(
+        [(row["input_ids"], row["labels"][1:]) for row in rows]
+        for rows in (list(ours), list(module.make_dataset(tokenizer)))
+    )  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("name", ["text", "prompt-completion"])
-def test_a_first_token_is_added_where_the_tokenizer_adds_one(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_first_token_is_added_where_the_tokenizer_adds_one(
+    name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     raw = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     raw.add_special_tokens([AddedToken("<s>", special=True)])
-    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", raw.token_to_id("<s>"))])
-    with_start = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<|end|>", pad_token="<pad>")
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", raw.token_to_id("<s>"))]
+    )
+    with_start = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="<|end|>", pad_token="<pad>"
+    )
     ours, theirs = both(tmp_path, ROWS[name], with_start, 400)
     assert theirs == ours
     assert all(ids[0] == with_start.bos_token_id for ids, _ in ours)
 
 
-def test_long_rows_are_cut_as_they_were_when_scored(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_long_rows_are_cut_as_they_were_when_scored(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     ours, theirs = both(tmp_path, ROWS["text"], tokenizer, 15)
     assert theirs == ours
     assert max(len(ids) for ids, _ in theirs) == 15
 
 
-def test_a_template_that_rewrites_turns_stops_the_script(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_template_that_rewrites_turns_stops_the_script(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     content = "{{ m['content'] if loop.last or m['role'] != 'assistant' else '...' }}"
     rewriting = "{% for m in messages %}<|{{ m['role'] }}|>" + content + "<|end|>{% endfor %}"
     module = script(written(tmp_path, [{"messages": TURNS[:5]}], template=rewriting))
@@ -162,25 +231,39 @@ def test_a_template_that_rewrites_turns_stops_the_script(tokenizer: PreTrainedTo
         module.make_dataset(tokenizer)
 
 
-def test_a_mapped_and_a_mixed_pool_are_read_by_their_fields(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_mapped_and_a_mixed_pool_are_read_by_their_fields(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     rows = [{"question": "Add.", "answer": "2"}, {"question": "Sub.", "answer": "0"}]
     mapping = {"instruction": "question", "output": "answer"}
     module = script(written(tmp_path, rows, mapping=mapping))
     ours = encode(read_pool(tmp_path / "pool.jsonl", mapping=mapping), tokenizer)
-    assert [row["labels"] for row in module.make_dataset(tokenizer)] == [ours[0]["labels"], ours[1]["labels"]]
+    assert [row["labels"] for row in module.make_dataset(tokenizer)] == [
+        ours[0]["labels"],
+        ours[1]["labels"],
+    ]
 
     for name in ("alpaca", "messages"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]), encoding="utf-8")
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in ROWS[name]), encoding="utf-8"
+        )
     pool = read_pool([tmp_path / "alpaca.jsonl", tmp_path / "messages.jsonl"])
     written_files = write_outputs(tmp_path / "mixed", pool, Subset(indices=np.arange(len(pool))))
-    assert [path.name for path in written_files if path.parent.name == "trainers"] == ["train_trl.py"]
+    assert [path.name for path in written_files if path.parent.name == "trainers"] == [
+        "train_trl.py"
+    ]
     ours = encode(pool, tokenizer)
     theirs = script(tmp_path / "mixed").make_dataset(tokenizer)
     assert [row["labels"] for row in theirs] == [ours[i]["labels"] for i in range(len(pool))]
 
 
-def test_a_parquet_selection_is_read_too(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist([{"messages": TURNS[1:5]}, {"messages": TURNS[:3]}]), tmp_path / "pool.parquet")
+def test_a_parquet_selection_is_read_too(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    pq.write_table(
+        pa.Table.from_pylist([{"messages": TURNS[1:5]}, {"messages": TURNS[:3]}]),
+        tmp_path / "pool.parquet",
+    )
     pool = read_pool(tmp_path / "pool.parquet")
     write_outputs(tmp_path / "out", pool, Subset(indices=np.array([1, 0])))
     ours = encode(pool, tokenizer)
@@ -190,22 +273,36 @@ def test_a_parquet_selection_is_read_too(tokenizer: PreTrainedTokenizerFast, tmp
 
 @pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
 def test_two_steps_of_the_real_sft_trainer(
-    weights: list[float] | None, tokenizer: PreTrainedTokenizerFast, model_folder: Path, tmp_path: Path
+    weights: list[float] | None,
+    tokenizer: PreTrainedTokenizerFast,
+    model_folder: Path,
+    tmp_path: Path,
 ) -> None:
     module = script(written(tmp_path, ROWS["alpaca"], weights=weights))
     model = LlamaForCausalLM.from_pretrained(model_folder)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trainer = module.make_trainer(
-        model, tokenizer, output_dir=str(tmp_path / "trained"), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2,
-        logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, seed=0,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        output_dir=str(tmp_path / "trained"),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        seed=0,
+    )
     assert type(trainer).__name__ == ("SFTTrainer" if weights is None else "WeightedSFTTrainer")
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert trainer.state.global_step == 2
     assert len(losses) == 2
     assert losses[1] < losses[0]
-    assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert any(
+        not torch.equal(before[name], parameter) for name, parameter in model.named_parameters()
+    )
 
 
 def test_the_weighted_loss_is_the_weighted_mean_of_row_losses(
@@ -214,7 +311,9 @@ def test_the_weighted_loss_is_the_weighted_mean_of_row_losses(
     rows = ROWS["alpaca"] + ROWS["alpaca"][:1]
     module = script(written(tmp_path, rows, weights=[1.0, 3.0, 0.0]))
     model = LlamaForCausalLM.from_pretrained(model_folder).eval()
-    trainer = module.make_trainer(model, tokenizer, output_dir=str(tmp_path / "trained"), report_to="none", use_cpu=True)
+    trainer = module.make_trainer(
+        model, tokenizer, output_dir=str(tmp_path / "trained"), report_to="none", use_cpu=True
+    )
     batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
     assert batch["weight"].tolist() == [0.75, 2.25, 0.0]
     expected = []
@@ -222,7 +321,9 @@ def test_the_weighted_loss_is_the_weighted_mean_of_row_losses(
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
         with torch.no_grad():
             logits = LlamaForCausalLM.from_pretrained(model_folder).eval()(input_ids=ids).logits
-        expected.append(weight * torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:]).item())
+        expected.append(
+            weight * torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:]).item()
+        )
     with torch.no_grad():
         loss = trainer.compute_loss(model, dict(batch))
     assert loss.item() == pytest.approx(sum(expected) / 3, rel=1e-5)
@@ -230,7 +331,16 @@ def test_the_weighted_loss_is_the_weighted_mean_of_row_losses(
 
 def test_the_script_runs_from_the_command_line(model_folder: Path, tmp_path: Path) -> None:
     out = written(tmp_path, ROWS["messages"][2:], weights=[2.0], model=str(model_folder))
-    command = [sys.executable, str(out / "trainers" / "train_trl.py"), "--out", "trained", "--max-steps", "2", "--batch-size", "1"]
+    command = [
+        sys.executable,
+        str(out / "trainers" / "train_trl.py"),
+        "--out",
+        "trained",
+        "--max-steps",
+        "2",
+        "--batch-size",
+        "1",
+    ]
     environment = {
         "PATH": "/usr/bin:/bin",
         "OMP_NUM_THREADS": "1",
@@ -238,7 +348,9 @@ def test_the_script_runs_from_the_command_line(model_folder: Path, tmp_path: Pat
         "HOME": str(tmp_path),
         "CUDA_VISIBLE_DEVICES": "",
     }
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "trained" / "model.safetensors").exists()
 
@@ -254,7 +366,9 @@ def test_constants_are_data_not_code(tmp_path: Path) -> None:
 
 
 def factory(out: Path) -> dict[str, Any]:
-    info = json.loads((out / "trainers" / "dataset_info.json").read_text(encoding="utf-8"))["gradsift"]
+    info = json.loads((out / "trainers" / "dataset_info.json").read_text(encoding="utf-8"))[
+        "gradsift"
+    ]
     assert (out / "trainers" / info["file_name"]).resolve() == (out / "selected.jsonl").resolve()
     return info
 
@@ -262,14 +376,30 @@ def factory(out: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "name, formatting, columns",
     [
-        ("alpaca", "alpaca", {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}),
+        (
+            "alpaca",
+            "alpaca",
+            {
+                "prompt": "instruction",
+                "query": "input",
+                "response": "output",
+                "system": "system",
+                "history": "history",
+            },
+        ),
         ("prompt-completion", "alpaca", {"prompt": "prompt", "response": "completion"}),
         ("text", "alpaca", {"prompt": "text"}),
-        ("sharegpt", "sharegpt", {"messages": "conversations", "system": "system", "tools": "tools"}),
+        (
+            "sharegpt",
+            "sharegpt",
+            {"messages": "conversations", "system": "system", "tools": "tools"},
+        ),
         ("messages", "openai", {"messages": "messages", "tools": "tools"}),
     ],
 )
-def test_llama_factory_gets_the_fields_that_the_rows_have(name: str, formatting: str, columns: dict[str, str], tmp_path: Path) -> None:
+def test_llama_factory_gets_the_fields_that_the_rows_have(
+    name: str, formatting: str, columns: dict[str, str], tmp_path: Path
+) -> None:
     info = factory(written(tmp_path, ROWS[name]))
     assert (info["formatting"], info["columns"]) == (formatting, columns)
     keys = {key for row in ROWS[name] for key in row}
@@ -282,7 +412,10 @@ def test_llama_factory_gets_the_fields_that_the_rows_have(name: str, formatting:
 
 
 def test_llama_factory_is_not_told_of_columns_no_row_has(tmp_path: Path) -> None:
-    assert factory(written(tmp_path, [{"instruction": "a", "output": "b"}]))["columns"] == {"prompt": "instruction", "response": "output"}
+    assert factory(written(tmp_path, [{"instruction": "a", "output": "b"}]))["columns"] == {
+        "prompt": "instruction",
+        "response": "output",
+    }
 
 
 def test_plain_chats_need_no_openai_converter(tmp_path: Path) -> None:
@@ -301,7 +434,11 @@ def axolotl(out: Path) -> dict[str, Any]:
     config = yaml.safe_load((out / "trainers" / "axolotl.yml").read_text(encoding="utf-8"))
     (dataset,) = config["datasets"]
     assert (out / "trainers" / dataset["path"]).resolve() == (out / "selected.jsonl").resolve()
-    assert (dataset["ds_type"], config["train_on_inputs"], config["sample_packing"]) == ("json", False, False)
+    assert (dataset["ds_type"], config["train_on_inputs"], config["sample_packing"]) == (
+        "json",
+        False,
+        False,
+    )
     return dataset
 
 
@@ -317,12 +454,18 @@ def test_axolotl_chats_name_roles_and_fields(tmp_path: Path) -> None:
 
 def test_axolotl_messages(tmp_path: Path) -> None:
     found = axolotl(written(tmp_path, ROWS["messages"]))
-    assert (found["field_messages"], found["message_property_mappings"]) == ("messages", {"role": "role", "content": "content"})
+    assert (found["field_messages"], found["message_property_mappings"]) == (
+        "messages",
+        {"role": "role", "content": "content"},
+    )
     assert "roles" not in found
 
 
 def test_axolotl_pairs_and_texts(tmp_path: Path) -> None:
-    for name, fields in (("alpaca", ("instruction", "output")), ("prompt-completion", ("prompt", "completion"))):
+    for name, fields in (
+        ("alpaca", ("instruction", "output")),
+        ("prompt-completion", ("prompt", "completion")),
+    ):
         (tmp_path / name).mkdir()
         found = axolotl(written(tmp_path / name, ROWS[name]))["type"]
         assert (found["field_instruction"], found["field_output"]) == fields

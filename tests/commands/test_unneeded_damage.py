@@ -1,4 +1,6 @@
-"""An artifact that a method does not need may be damaged: the selection goes on, says so, and chooses the same rows."""
+"""An artifact that a method does not need may be damaged: the selection goes on, says so, and
+chooses the same rows.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,13 @@ def damage(folder: Path) -> None:
 def test_what_a_method_does_not_need_cannot_end_its_selection(
     tmp_path: Path, pool_file: Path, target_file: Path, model_folder: Path
 ) -> None:
-    given: dict[str, Any] = {"pool": pool_file, "budget": 6, "run": tmp_path / "run", "model": str(model_folder), "settings": SETTINGS}
+    given: dict[str, Any] = {
+        "pool": pool_file,
+        "budget": 6,
+        "run": tmp_path / "run",
+        "model": str(model_folder),
+        "settings": SETTINGS,
+    }
     gradsift.select("less", target=target_file, **given)
     gradsift.select("random", **given)
     gradsift.select("ifd", seed=3, **given)
@@ -48,7 +56,13 @@ def test_what_a_method_does_not_need_cannot_end_its_selection(
     (scores,) = run.artifacts("ifd")
     needed = {scores.digest, scores.recipe["inputs"]["rows"]}
     others = [artifact.path for artifact in run.artifacts() if artifact.digest not in needed]
-    assert {path.name.partition("-")[0] for path in others} == {"encode", "warmup", "gradients", "influence", "select"}
+    assert {path.name.partition("-")[0] for path in others} == {
+        "encode",
+        "warmup",
+        "gradients",
+        "influence",
+        "select",
+    }
     clean = gradsift.select("ifd", seed=4, **given).ids
     for number, folder in enumerate(others):
         before = (folder / "manifest.json").read_bytes()
@@ -56,12 +70,22 @@ def test_what_a_method_does_not_need_cannot_end_its_selection(
         notes = Notes()
         chosen = gradsift.select("ifd", seed=100 + number, progress=notes, **given)
         assert chosen.ids == clean, "ifd reads no seed"
-        assert [text for text in notes.texts if text.startswith("not needed and not read") and folder.name in text]
+        assert [
+            text
+            for text in notes.texts
+            if text.startswith("not needed and not read") and folder.name in text
+        ]
         (folder / "manifest.json").write_bytes(before)
 
 
 def test_what_it_needs_is_refused(tmp_path: Path, pool_file: Path, model_folder: Path) -> None:
-    given: dict[str, Any] = {"pool": pool_file, "budget": 6, "run": tmp_path / "run", "model": str(model_folder), "settings": SETTINGS}
+    given: dict[str, Any] = {
+        "pool": pool_file,
+        "budget": 6,
+        "run": tmp_path / "run",
+        "model": str(model_folder),
+        "settings": SETTINGS,
+    }
     gradsift.select("ifd", **given)
     damage(Run(tmp_path / "run").artifacts("ifd")[0].path)
     with pytest.raises(IntegrityError, match="edited"):

@@ -1,4 +1,6 @@
-"""Attention of short rows against the formula written out in fp64, and what models it is given to."""
+"""Attention of short rows against the formula written out in fp64, and what models it is given
+to.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,16 @@ from tests.gradients.one_by_one import build
 def dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     share, t = query.shape[1] // key.shape[1], query.shape[2]
     key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
-    scores = (query @ key.transpose(2, 3) * scale).masked_fill(torch.ones(t, t).triu(1).bool(), -torch.inf)
+    scores = (query @ key.transpose(2, 3) * scale).masked_fill(
+        torch.ones(t, t).triu(1).bool(), -torch.inf
+    )
     return scores.softmax(-1) @ value
 
 
 def drawn(groups: int, t: int, dtype: torch.dtype) -> list[Tensor]:
-    """Queries, keys and values of two rows and four heads as layers make them, and an output gradient; values are wider than keys."""
+    """Queries, keys and values of two rows and four heads as layers make them, and an output
+    gradient; values are wider than keys.
+    """
     torch.manual_seed(t)
     shapes = ((4, 12), (groups, 12), (groups, 20), (4, 20))
     return [torch.randn(2, t, heads, width).to(dtype).transpose(1, 2) for heads, width in shapes]
@@ -40,20 +46,34 @@ def drawn(groups: int, t: int, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("t", [1, 7, 97, 150])
 def test_outputs_and_gradients_are_those_of_the_formula(groups: int, t: int) -> None:
     sides = drawn(groups, t, torch.float32)
-    ours, exact = ([a.detach().to(dtype).requires_grad_() for a in sides[:3]] for dtype in (torch.float32, torch.float64))
+    ours, exact = (
+        [a.detach().to(dtype).requires_grad_() for a in sides[:3]]
+        for dtype in (torch.float32, torch.float64)
+    )
     out, expected = causal_attention(*ours, 0.3), dense(*exact, 0.3)  # type: ignore[call-arg]
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
-    for mine, theirs in zip(torch.autograd.grad(out, ours, sides[3]), torch.autograd.grad(expected, exact, sides[3].double()), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(out, ours, sides[3]),
+        torch.autograd.grad(expected, exact, sides[3].double()),
+        strict=True,
+    ):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_16_bit_inputs_are_rounded_once() -> None:
     sides = drawn(2, 40, torch.bfloat16)
-    ours, exact = ([a.detach().to(dtype).requires_grad_() for a in sides[:3]] for dtype in (torch.bfloat16, torch.float64))
+    ours, exact = (
+        [a.detach().to(dtype).requires_grad_() for a in sides[:3]]
+        for dtype in (torch.bfloat16, torch.float64)
+    )
     out, expected = causal_attention(*ours, 0.3), dense(*exact, 0.3)  # type: ignore[call-arg]
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-4)
-    for mine, theirs in zip(torch.autograd.grad(out, ours, sides[3]), torch.autograd.grad(expected, exact, sides[3].double()), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(out, ours, sides[3]),
+        torch.autograd.grad(expected, exact, sides[3].double()),
+        strict=True,
+    ):
         torch.testing.assert_close(mine.double(), theirs, rtol=2**-8, atol=1e-4)
 
 
@@ -71,7 +91,8 @@ def test_a_model_computes_what_it_did(family: str) -> None:
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is usual and set(calls) == {20}
     exact = outputs(model, 20)
     assert (short - exact).abs().max() < 2**-4 * exact.abs().max()
-    assert torch.equal(long, outputs(model, 40))  # more than four times a head's width of 8: torch's own
+    # more than four times a head's width of 8: torch's own
+    assert torch.equal(long, outputs(model, 40))
 
 
 @contextmanager
@@ -93,8 +114,16 @@ def patched(calls: list[int]) -> Iterator[None]:
 def falcon(dtype: torch.dtype) -> Any:
     """A model that asks its config, by name, which of its own ways to take."""
     torch.manual_seed(0)
-    sizes = dict(vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_hidden_size=64)
-    model: Any = FalconForCausalLM(FalconConfig(**sizes, alibi=False, multi_query=True, new_decoder_architecture=False))
+    sizes = dict(
+        vocab_size=101,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_hidden_size=64,
+    )
+    model: Any = FalconForCausalLM(
+        FalconConfig(**sizes, alibi=False, multi_query=True, new_decoder_architecture=False)
+    )
     return model.to(dtype).eval()
 
 
@@ -111,7 +140,9 @@ def test_a_model_that_asks_its_config_what_to_compute_is_told_the_truth(dtype: t
     ids = torch.tensor([rows[0]["input_ids"]])
     torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, 9:-1], ids[0, 10:]).backward()
     tracked = [m.weight.grad for m in tracked_modules(model, "linear").values()]
-    assert float(batch.norms[0]) == pytest.approx(float(torch.stack([g.norm() for g in tracked]).norm()), rel=1e-4)
+    assert float(batch.norms[0]) == pytest.approx(
+        float(torch.stack([g.norm() for g in tracked]).norm()), rel=1e-4
+    )
 
 
 def test_masks_are_left_to_torch() -> None:
@@ -140,7 +171,9 @@ def test_mixed_precision_is_autocast_s_own() -> None:
         with short_rows(wanted), torch.autocast("cpu", torch.bfloat16), patched(calls):
             nats = token_nats(model, rows)[0]
         nats.sum().backward()
-        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        found.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
         assert bool(calls) and not torch.is_autocast_enabled("cpu")
     assert calls == [20] * model.config.num_hidden_layers
     assert torch.cosine_similarity(found[0], found[1], dim=0) > tol.BF16_COSINE

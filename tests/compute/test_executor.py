@@ -34,7 +34,8 @@ def squares(made: list[int] | None = None, kill_at: int = -1, number: int = sign
 @pytest.fixture(autouse=True)
 def _handlers_are_put_back() -> Iterator[None]:
     inherited = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with SIGINT ignored
+    # a background job of a shell starts with SIGINT ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     yield
     after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -54,7 +55,9 @@ def test_shards_in_order_by_one_worker() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_shard_in_hand_finish_and_begins_no_other(number: int) -> None:
     done = []
-    with pytest.raises(Interrupted, match=f"stopped by {signal.Signals(number).name}.*resumes") as caught:
+    with pytest.raises(
+        Interrupted, match=f"stopped by {signal.Signals(number).name}.*resumes"
+    ) as caught:
         for shard, _ in Serial().map(squares(kill_at=1, number=number), range(5)):
             done.append(shard)
     assert done == [0, 1]
@@ -80,7 +83,10 @@ def test_a_second_signal_stops_at_once() -> None:
 
 
 def test_the_error_tells_the_command_that_resumes() -> None:
-    with pytest.raises(Interrupted, match="Resume with: gradsift select less --run r"), interruptible("gradsift select less --run r"):
+    with (
+        pytest.raises(Interrupted, match="Resume with: gradsift select less --run r"),
+        interruptible("gradsift select less --run r"),
+    ):
         os.kill(os.getpid(), signal.SIGTERM)
         list(Serial().map(squares(), [1]))
 

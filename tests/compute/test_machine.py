@@ -15,13 +15,15 @@ BOUND = (
     "print(machine.settle(0), torch.get_num_threads(), machine.settle(2))"
 )
 
-# Blocks that came by mmap of 8 MB asked for once settled: glibc's own threshold is 128 kB, ours 32 MB.
+# Blocks that came by mmap of 8 MB asked for once settled: glibc's own threshold is 128 kB, ours 32
+# MB.
 MAPPED = (
-    "import ctypes; from gradsift.compute import machine\n"
-    "class Info(ctypes.Structure): _fields_ = [(n, ctypes.c_size_t) for n in 'arena ordblks smblks hblks hblkhd usmblks'.split()]\n"
-    "class Whole(Info): _fields_ = [(n, ctypes.c_size_t) for n in 'fsmblks uordblks fordblks keepcost'.split()]\n"
-    "libc = ctypes.CDLL(None); libc.mallinfo2.restype = Whole; libc.malloc.restype = ctypes.c_void_p\n"
-    "machine.settle(1); before = libc.mallinfo2().hblks; libc.malloc(ctypes.c_size_t(8 << 20)); print(libc.mallinfo2().hblks - before)"
+    "import ctypes; from gradsift.compute import machine\nclass Info(ctypes.Structure): _fields_ ="
+    " [(n, ctypes.c_size_t) for n in 'arena ordblks smblks hblks hblkhd usmblks'.split()]\nclass"
+    " Whole(Info): _fields_ = [(n, ctypes.c_size_t) for n in 'fsmblks uordblks fordblks"
+    " keepcost'.split()]\nlibc = ctypes.CDLL(None); libc.mallinfo2.restype = Whole;"
+    " libc.malloc.restype = ctypes.c_void_p\nmachine.settle(1); before = libc.mallinfo2().hblks;"
+    " libc.malloc(ctypes.c_size_t(8 << 20)); print(libc.mallinfo2().hblks - before)"
 )
 
 
@@ -29,10 +31,14 @@ def test_as_many_threads_as_physical_cores():
     assert 1 <= machine.usable_cores() <= (psutil.cpu_count(logical=False) or os.cpu_count() or 1)
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be bound to CPUs here")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="processes cannot be bound to CPUs here"
+)
 def test_a_process_bound_to_one_cpu_takes_one_thread_unless_told():
     cpu = min(os.sched_getaffinity(0))
-    said = subprocess.run([sys.executable, "-c", BOUND, str(cpu)], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", BOUND, str(cpu)], capture_output=True, text=True, check=True
+    ).stdout
     assert said.split() == ["1", "1", "2"]
 
 
@@ -46,9 +52,21 @@ def test_a_process_bound_to_one_cpu_takes_one_thread_unless_told():
         ({"MALLOC_TOP_PAD_": "0"}, 0),
     ],
 )
-def test_the_allocator_is_set_but_for_what_the_user_has_set(own: dict[str, str], mapped: int) -> None:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"}
-    said = subprocess.run([sys.executable, "-c", MAPPED], capture_output=True, text=True, check=True, env={**clean, **own}).stdout
+def test_the_allocator_is_set_but_for_what_the_user_has_set(
+    own: dict[str, str], mapped: int
+) -> None:
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"
+    }
+    said = subprocess.run(
+        [sys.executable, "-c", MAPPED],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**clean, **own},
+    ).stdout
     assert said.split() == [str(mapped)]
 
 

@@ -1,4 +1,6 @@
-"""Products by oneDNN: the same numbers as torch's usual ones, wherever the operands lie, forward and backward, and only where they apply."""
+"""Products by oneDNN: the same numbers as torch's usual ones, wherever the operands lie, forward
+and backward, and only where they apply.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from gradsift.signals.embeddings import embed
 from tests import tolerances as tol
 from tests.gradients.one_by_one import build, make_rows
 
-pytestmark = pytest.mark.skipif(not machine.has_onednn_linear(), reason="this build of torch has no oneDNN")
+pytestmark = pytest.mark.skipif(
+    not machine.has_onednn_linear(), reason="this build of torch has no oneDNN"
+)
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "torch's own"], autouse=True)
@@ -74,9 +78,15 @@ def test_a_batch_of_products_is_one_by_one(rows: int) -> None:
 
 
 def test_a_layer_gives_the_gradients_of_its_own_forward(preferred: bool) -> None:
-    layer, x, wanted = nn.Linear(160, 224), numbers(3, 64, 160).requires_grad_(True), numbers(3, 64, 224)
+    layer, x, wanted = (
+        nn.Linear(160, 224),
+        numbers(3, 64, 160).requires_grad_(True),
+        numbers(3, 64, 224),
+    )
     inputs = [x, layer.weight, layer.bias]
-    expected = torch.autograd.grad(layer.double()(x.double()), [x, layer.weight, layer.bias], wanted.double())
+    expected = torch.autograd.grad(
+        layer.double()(x.double()), [x, layer.weight, layer.bias], wanted.double()
+    )
     layer.float()
     with matmul.quick_layers([layer]):
         out = layer(x)
@@ -88,7 +98,11 @@ def test_a_layer_gives_the_gradients_of_its_own_forward(preferred: bool) -> None
 
 
 def test_direct_products_do_not_lose_a_gradient() -> None:
-    a, b, bias = numbers(192, 160).requires_grad_(True), numbers(160, 224), torch.zeros(224, requires_grad=True)
+    a, b, bias = (
+        numbers(192, 160).requires_grad_(True),
+        numbers(160, 224),
+        torch.zeros(224, requires_grad=True),
+    )
     matmul.matmul(a, b).sum().backward()
     assert a.grad is not None
     check_close(a.grad, b.double().sum(1).expand(192, 160))
@@ -99,10 +113,16 @@ def test_direct_products_do_not_lose_a_gradient() -> None:
     check_close(left.grad, numbers(2, 128, 96).double().sum(2)[:, None].expand(2, 160, 128))  # type: ignore[arg-type]
 
 
-def test_what_does_not_apply_is_left_to_torch(preferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_apply_is_left_to_torch(
+    preferred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[str] = []
     own = nn.functional.linear
-    monkeypatch.setattr(nn.functional, "linear", lambda x, weight, bias=None: (calls.append("own"), own(x, weight, bias))[1])
+    monkeypatch.setattr(
+        nn.functional,
+        "linear",
+        lambda x, weight, bias=None: (calls.append("own"), own(x, weight, bias))[1],
+    )
     a, b = numbers(192, 160), numbers(224, 160)
     matmul.linear(a, b)
     assert calls == ([] if preferred else ["own"])
@@ -117,7 +137,9 @@ def test_what_does_not_apply_is_left_to_torch(preferred: bool, monkeypatch: pyte
 
 @pytest.fixture
 def products(preferred: bool, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Products are worth the way however small they are; the list grows by one for each that takes it."""
+    """Products are worth the way however small they are; the list grows by one for each that takes
+    it.
+    """
     found: list[int] = []
     own = matmul.contiguous
     monkeypatch.setattr(matmul, "LEAST", 1)
@@ -132,7 +154,11 @@ def test_passes_of_a_model_take_them(preferred: bool, products: list[int]) -> No
         lambda: embed(model, rows),
         lambda: list(extract(model, rows, projection=Projection(64))),
         lambda: fit(model, rows),
-        lambda: finetune(lambda: build("llama", lora=False), rows, settings=FinetuneSettings(mode="full", steps=1)),
+        lambda: finetune(
+            lambda: build("llama", lora=False),
+            rows,
+            settings=FinetuneSettings(mode="full", steps=1),
+        ),
     ]
     for work in works:
         products.clear()
@@ -150,12 +176,19 @@ def test_a_model_with_checkpointed_blocks_trains_alike(products: list[int], bf16
             return made
 
         settings = FinetuneSettings(mode="full", steps=2, batch_size=4, bf16=bf16)
-        return torch.cat([p.detach().flatten() for p in finetune(model, make_rows(6), settings=settings).parameters()])
+        return torch.cat(
+            [
+                p.detach().flatten()
+                for p in finetune(model, make_rows(6), settings=settings).parameters()
+            ]
+        )
 
     assert torch.equal(trained(True), trained(False))
 
 
-def test_a_layer_used_twice_whose_outputs_do_not_all_reach_the_loss(products: list[int], preferred: bool) -> None:
+def test_a_layer_used_twice_whose_outputs_do_not_all_reach_the_loss(
+    products: list[int], preferred: bool
+) -> None:
     """What is still held when the backward pass is over is multiplied out then."""
     model: Any = build("llama", lora=False)
     mlp = model.model.layers[0].mlp
@@ -165,7 +198,9 @@ def test_a_layer_used_twice_whose_outputs_do_not_all_reach_the_loss(products: li
     assert torch.isfinite(batch.rows).all() and not batch.norms.requires_grad
 
 
-def test_losses_of_a_model_are_the_same_both_ways(products: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_of_a_model_are_the_same_both_ways(
+    products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, rows = build("llama", lora=False), make_rows(6)
     found = row_losses(model, rows).total
     monkeypatch.setattr(matmul, "prefers_onednn", lambda: False)
@@ -174,16 +209,24 @@ def test_losses_of_a_model_are_the_same_both_ways(products: list[int], monkeypat
 
 @pytest.mark.parametrize(
     ("vendor", "capability", "expected"),
-    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX2", False),
+        ("GenuineIntel", "AVX512", False),
+    ],
 )
-def test_the_processor_decides(vendor: str, capability: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_processor_decides(
+    vendor: str, capability: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Path, "read_text", lambda self: f"vendor_id\t: {vendor}\n")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert machine.prefers_onednn.__wrapped__() == expected
 
 
-def test_a_system_that_does_not_tell_its_processor_has_torch_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_does_not_tell_its_processor_has_torch_s_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def denied(self: Path) -> str:
         raise PermissionError
 
@@ -191,6 +234,8 @@ def test_a_system_that_does_not_tell_its_processor_has_torch_s_own(monkeypatch: 
     assert machine.prefers_onednn.__wrapped__() is False
 
 
-def test_the_kind_of_cpu_says_which_products_it_takes(preferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kind_of_cpu_says_which_products_it_takes(
+    preferred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(machine, "prefers_onednn", lambda: preferred)
     assert machine.cpu_kind().endswith("-oneDNN") == preferred

@@ -35,7 +35,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def scarce(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Outside training a forward pass over more than MOST padded tokens runs out of memory; the sizes that were tried."""
+    """Outside training a forward pass over more than MOST padded tokens runs out of memory; the
+    sizes that were tried.
+    """
     forward, tried = LlamaForCausalLM.forward, []
 
     def limited(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
@@ -50,8 +52,18 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def given(files: tuple[Path, Path], model: Path, run: Path) -> dict[str, Any]:
     tuning = {"mode": "full", "epochs": 1, "batch_size": 4}
-    settings = {**SETTINGS, "gradients": {**SETTINGS["gradients"], "token_budget": 1024}, "tuning": tuning}
-    return {"pool": files[0], "target": files[1], "model": str(model), "run": run, "settings": settings}
+    settings = {
+        **SETTINGS,
+        "gradients": {**SETTINGS["gradients"], "token_budget": 1024},
+        "tuning": tuning,
+    }
+    return {
+        "pool": files[0],
+        "target": files[1],
+        "model": str(model),
+        "run": run,
+        "settings": settings,
+    }
 
 
 SIGNALS = {
@@ -83,19 +95,34 @@ def test_every_signal_leaves_out_the_row_that_never_fits_and_says_so(
     assert max(scarce) > MOST
     for stage in ("embeddings", "loss", "ifd", "tuned", "gradients", "influence"):
         made = [json.loads(path.read_bytes()) for path in run.glob(f"{stage}-*/manifest.json")]
-        ours = [manifest for manifest in made if manifest["counts"]["rows"] == 40 and "quarantined" in manifest["counts"]]
+        ours = [
+            manifest
+            for manifest in made
+            if manifest["counts"]["rows"] == 40 and "quarantined" in manifest["counts"]
+        ]
         assert ours, stage
-        assert all(manifest["counts"]["quarantined"] == {"out of memory": 1} for manifest in ours), stage
-        assert any(manifest["extra"].get("batch_halvings", {}).get("times", 0) > 0 for manifest in ours), stage
+        assert all(
+            manifest["counts"]["quarantined"] == {"out of memory": 1} for manifest in ours
+        ), stage
+        assert any(
+            manifest["extra"].get("batch_halvings", {}).get("times", 0) > 0 for manifest in ours
+        ), stage
     (fitted,) = (json.loads(path.read_bytes()) for path in run.glob("curvature-*/manifest.json"))
     assert fitted["counts"]["rows"] == 39
     assert fitted["extra"]["batch_halvings"]["times"] > 0
 
 
 @pytest.mark.slow
-def test_a_selection_and_scores_go_on_without_it(files: tuple[Path, Path], model_folder: Path, tmp_path: Path, scarce: list[int]) -> None:
+def test_a_selection_and_scores_go_on_without_it(
+    files: tuple[Path, Path], model_folder: Path, tmp_path: Path, scarce: list[int]
+) -> None:
     options = given(files, model_folder, tmp_path / "run")
-    assert LONG not in select("perplexity", budget="100%", allow_short=True, **{**options, "target": ()}).indices
+    assert (
+        LONG
+        not in select(
+            "perplexity", budget="100%", allow_short=True, **{**options, "target": ()}
+        ).indices
+    )
     assert len(select("contrast", budget="100%", allow_short=True, **options)) == 39
     found = score("ekfac", **options)
     assert (found.rows, found.usable, len(found.columns)) == (40, 39, 7)
@@ -103,7 +130,11 @@ def test_a_selection_and_scores_go_on_without_it(files: tuple[Path, Path], model
 
 
 def test_where_too_many_rows_do_not_fit_the_stage_stops(
-    files: tuple[Path, Path], model_folder: Path, tmp_path: Path, scarce: list[int], monkeypatch: pytest.MonkeyPatch
+    files: tuple[Path, Path],
+    model_folder: Path,
+    tmp_path: Path,
+    scarce: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tests.compute.test_memory.MOST", 30)
     with (
@@ -131,7 +162,11 @@ def test_what_fits_is_learned_once() -> None:
         return batch.tolist()
 
     for _ in range(2):  # one object may serve several passes
-        made = [m for _, m, _ in halving.run([np.arange(32), np.arange(32, 64)], lengths, work) if m is not None]
+        made = [
+            m
+            for _, m, _ in halving.run([np.arange(32), np.arange(32, 64)], lengths, work)
+            if m is not None
+        ]
         assert sorted(i for m in made for i in m) == list(range(64))
     assert tried == [32, 16] + [8] * 16
     assert halving.failed == set()

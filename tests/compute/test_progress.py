@@ -52,7 +52,9 @@ def test_short_stages_are_quiet_and_notes_are_not() -> None:
     ]
 
 
-@pytest.mark.parametrize("seconds, text", [(0.2, "0 s"), (59.6, "1 min 00 s"), (190, "3 min 10 s"), (7500, "2 h 05 min")])
+@pytest.mark.parametrize(
+    "seconds, text", [(0.2, "0 s"), (59.6, "1 min 00 s"), (190, "3 min 10 s"), (7500, "2 h 05 min")]
+)
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
@@ -93,5 +95,8 @@ def test_choosing_tells_its_rounds_and_changes_no_result() -> None:
         return x * x
 
     assert list(told(slow, range(3))) == [0, 1, 4] and list(told(slow, iter(range(3)))) == [0, 1, 4]
-    assert lines.getvalue().splitlines() == ["choosing: round 1, 3 of 3 parts, 12 s", "choosing: round 2, 3 of 3 parts, 24 s"]
+    assert lines.getvalue().splitlines() == [
+        "choosing: round 1, 3 of 3 parts, 12 s",
+        "choosing: round 2, 3 of 3 parts, 24 s",
+    ]
     assert pickle.loads(pickle.dumps(told)) is map

@@ -1,4 +1,6 @@
-"""One row at a time: bytes to records, records to messages, and a code for everything that is wrong with either."""
+"""One row at a time: bytes to records, records to messages, and a code for everything that is wrong
+with either.
+"""
 
 import json
 from pathlib import Path
@@ -7,7 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsift.data.formats import FAULTS, FORMATS, MAX_DEPTH, Fields, RowFault, check_strings, convert, detect, parse_row, supervised, vote
+from gradsift.data.formats import (
+    FAULTS,
+    FORMATS,
+    MAX_DEPTH,
+    Fields,
+    RowFault,
+    check_strings,
+    convert,
+    detect,
+    parse_row,
+    supervised,
+    vote,
+)
 from gradsift.types import Message
 
 PLAIN = Fields()
@@ -93,7 +107,13 @@ def said(record: dict, format: str, fields: Fields = PLAIN) -> list[tuple[str, s
 
 
 def test_alpaca() -> None:
-    row = {"instruction": "Add.", "input": "1 1", "output": "2", "system": "Be brief.", "history": [["Hi", "Hello"]]}
+    row = {
+        "instruction": "Add.",
+        "input": "1 1",
+        "output": "2",
+        "system": "Be brief.",
+        "history": [["Hi", "Hello"]],
+    }
     assert said(row, "alpaca") == [
         ("system", "Be brief.", False),
         ("user", "Hi", False),
@@ -102,7 +122,10 @@ def test_alpaca() -> None:
         ("assistant", "2", True),
     ]
     for empty in ({"input": ""}, {"input": None}, {}):
-        assert said({"instruction": "Add.", "output": "2", **empty}, "alpaca") == [("user", "Add.", False), ("assistant", "2", True)]
+        assert said({"instruction": "Add.", "output": "2", **empty}, "alpaca") == [
+            ("user", "Add.", False),
+            ("assistant", "2", True),
+        ]
 
 
 def test_sharegpt() -> None:
@@ -118,7 +141,9 @@ def test_sharegpt() -> None:
     }
     content = convert(row, "sharegpt", PLAIN)
     assert content.tools == ({"name": "add"},)
-    call = {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}
+    call = {
+        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    }
     assert content.messages == (
         Message("system", "S"),
         Message("user", "q"),
@@ -126,17 +151,29 @@ def test_sharegpt() -> None:
         Message("tool", "2"),
         Message("assistant", "a"),
     )
-    plain = {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "not json"}]}
+    plain = {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": "not json"},
+        ]
+    }
     assert said(plain, "sharegpt")[1] == ("assistant", "not json", True)
 
 
 def test_messages() -> None:
     row = {
         "messages": [
-            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            },
             {"role": "assistant", "content": "x", "weight": 0},
             {"role": "user", "content": "c", "name": "Ann"},
-            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+            },
             {"role": "tool", "content": "1", "tool_call_id": "t"},
             {"role": "assistant", "content": "y", "tool_calls": None},
         ]
@@ -150,13 +187,24 @@ def test_messages() -> None:
         ("assistant", "y", True),
     ]
     found = convert(row, "messages", PLAIN).messages
-    assert found[2].extra == {"name": "Ann"} and found[4].extra == {"tool_call_id": "t"} and found[5].extra is None
+    assert (
+        found[2].extra == {"name": "Ann"}
+        and found[4].extra == {"tool_call_id": "t"}
+        and found[5].extra is None
+    )
 
 
 def test_prompt_completion() -> None:
-    assert said({"prompt": "p", "completion": " c"}, "prompt-completion") == [("prompt", "p", False), ("completion", " c", False)]
+    assert said({"prompt": "p", "completion": " c"}, "prompt-completion") == [
+        ("prompt", "p", False),
+        ("completion", " c", False),
+    ]
     chat = {
-        "prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "old"}, {"role": "user", "content": "r"}],
+        "prompt": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "old"},
+            {"role": "user", "content": "r"},
+        ],
         "completion": [{"role": "assistant", "content": "new"}],
     }
     assert [turn[2] for turn in said(chat, "prompt-completion")] == [False, False, False, True]
@@ -175,7 +223,16 @@ def test_text_and_tokenised() -> None:
         ("messages", {"messages": "hi"}, "wrong-type"),
         ("messages", {"messages": []}, "no-answer"),
         ("messages", {"messages": [{"role": "user", "content": "q"}]}, "no-answer"),
-        ("messages", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " \n"}]}, "no-answer"),
+        (
+            "messages",
+            {
+                "messages": [
+                    {"role": "user", "content": "q"},
+                    {"role": "assistant", "content": " \n"},
+                ]
+            },
+            "no-answer",
+        ),
         ("messages", {"messages": ["q"]}, "wrong-type"),
         ("messages", {"messages": [{"role": "wizard", "content": "q"}]}, "unknown-role"),
         ("messages", {"messages": [{"role": "text", "content": "q"}]}, "unknown-role"),
@@ -183,15 +240,31 @@ def test_text_and_tokenised() -> None:
         ("messages", {"messages": [{"content": "q"}]}, "missing-field"),
         ("messages", {"messages": [{"role": "user"}]}, "missing-field"),
         ("messages", {"messages": [{"role": "user", "content": 5}]}, "wrong-type"),
-        ("messages", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "not-text"),
-        ("messages", {"messages": [{"role": "assistant", "content": "a"}], "tools": "not json"}, "wrong-type"),
-        ("messages", {"messages": [{"role": "assistant", "content": "a"}], "tools": [1]}, "wrong-type"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "not-text",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "content": "a"}], "tools": "not json"},
+            "wrong-type",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "content": "a"}], "tools": [1]},
+            "wrong-type",
+        ),
         ("alpaca", {"instruction": "i"}, "missing-field"),
         ("alpaca", {"instruction": 1, "output": "o"}, "wrong-type"),
         ("alpaca", {"instruction": "i", "output": ""}, "no-answer"),
         ("alpaca", {"instruction": "i", "output": "o", "history": [["q"]]}, "wrong-type"),
         ("prompt-completion", {"prompt": "p", "completion": ""}, "no-answer"),
-        ("prompt-completion", {"prompt": "p", "completion": [{"role": "assistant", "content": "a"}]}, "wrong-type"),
+        (
+            "prompt-completion",
+            {"prompt": "p", "completion": [{"role": "assistant", "content": "a"}]},
+            "wrong-type",
+        ),
         ("text", {"text": " "}, "no-answer"),
         ("tokenised", {"input_ids": [1, 2], "labels": [1]}, "wrong-type"),
         ("tokenised", {"input_ids": [1, True], "labels": [1, 2]}, "wrong-type"),
@@ -212,25 +285,48 @@ def test_a_row_of_another_format_is_named() -> None:
 
 
 def test_a_chat_list_is_preferred_to_the_text_made_from_it() -> None:
-    row = {"prompt": "p", "completion": "c", "text": "t", "messages": [{"role": "assistant", "content": "a"}]}
+    row = {
+        "prompt": "p",
+        "completion": "c",
+        "text": "t",
+        "messages": [{"role": "assistant", "content": "a"}],
+    }
     assert detect(row, PLAIN) == "messages"
-    assert detect({"prompt": "p", "messages": None, "completion": "c"}, PLAIN) == "prompt-completion"
+    assert (
+        detect({"prompt": "p", "messages": None, "completion": "c"}, PLAIN) == "prompt-completion"
+    )
     assert detect({"q": 1}, PLAIN) is None
 
 
 def test_the_vote_counts_rows() -> None:
-    rows = [{"text": "t"}, {"instruction": "i", "output": "o"}, {"instruction": "i", "output": "o"}, {"q": 1}]
+    rows = [
+        {"text": "t"},
+        {"instruction": "i", "output": "o"},
+        {"instruction": "i", "output": "o"},
+        {"q": 1},
+    ]
     assert vote(rows, PLAIN) == ("alpaca", {"alpaca": 2, "text": 1})
     assert vote([{"q": 1}], PLAIN) == (None, {})
-    assert vote([{"text": "t"}, {"prompt": "p", "completion": "c"}], PLAIN)[0] == "prompt-completion"
+    assert (
+        vote([{"text": "t"}, {"prompt": "p", "completion": "c"}], PLAIN)[0] == "prompt-completion"
+    )
 
 
 def test_a_mapping_renames_fields_of_rows_and_turns() -> None:
     fields = Fields({"messages": "chat", "role": "who", "content": "says"})
-    row = {"chat": [{"who": "user", "says": "q"}, {"who": "assistant", "says": "a", "mood": "calm"}]}
+    row = {
+        "chat": [{"who": "user", "says": "q"}, {"who": "assistant", "says": "a", "mood": "calm"}]
+    }
     assert said(row, "messages", fields) == [("user", "q", False), ("assistant", "a", True)]
     assert convert(row, "messages", fields).messages[1].extra == {"mood": "calm"}
-    assert list(FORMATS) == ["tokenised", "messages", "sharegpt", "prompt-completion", "alpaca", "text"]
+    assert list(FORMATS) == [
+        "tokenised",
+        "messages",
+        "sharegpt",
+        "prompt-completion",
+        "alpaca",
+        "text",
+    ]
 
 
 def test_the_manual_names_every_format_and_code() -> None:

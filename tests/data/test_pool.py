@@ -1,4 +1,6 @@
-"""Pools: every container with every format, stable ids, quarantine by file and line, and what a pool promises about itself."""
+"""Pools: every container with every format, stable ids, quarantine by file and line, and what a
+pool promises about itself.
+"""
 
 import gzip
 import json
@@ -20,18 +22,38 @@ from gradsift.data.pool import Pool, read_pool
 from gradsift.errors import DataError, UnknownName, UserError
 from gradsift.types import Message
 
-SHARED = Path(os.environ.get("GRADSIFT_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
+SHARED = Path(
+    os.environ.get("GRADSIFT_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared")
+)
 GOOD = b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
 
 ROWS: dict[str, list[dict]] = {
-    "alpaca": [{"id": f"r{i}", "instruction": f"Say {i}.", "input": "", "output": f"{i} \u2028 \u00e9"} for i in range(7)],
-    "sharegpt": [{"id": f"r{i}", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": f"{i}"}]} for i in range(7)],
+    "alpaca": [
+        {"id": f"r{i}", "instruction": f"Say {i}.", "input": "", "output": f"{i} \u2028 \u00e9"}
+        for i in range(7)
+    ],
+    "sharegpt": [
+        {
+            "id": f"r{i}",
+            "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": f"{i}"}],
+        }
+        for i in range(7)
+    ],
     "messages": [
-        {"id": f"r{i}", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"{i}"}]} for i in range(7)
+        {
+            "id": f"r{i}",
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": f"{i}"},
+            ],
+        }
+        for i in range(7)
     ],
     "prompt-completion": [{"id": f"r{i}", "prompt": "p", "completion": f"{i}"} for i in range(7)],
     "text": [{"id": f"r{i}", "text": f"t {i}"} for i in range(7)],
-    "tokenised": [{"id": f"r{i}", "input_ids": [1, i, 3], "labels": [-100, i, 3]} for i in range(7)],
+    "tokenised": [
+        {"id": f"r{i}", "input_ids": [1, i, 3], "labels": [-100, i, 3]} for i in range(7)
+    ],
 }
 
 
@@ -42,7 +64,11 @@ def lines(rows: list[dict]) -> bytes:
 def put(folder: Path, container: str, rows: list[dict]) -> str:
     """Writes rows in a container; returns the source for read_pool."""
     path = folder / ("rows" if container == "datasets" else f"rows.{container}")
-    text = json.dumps(rows, ensure_ascii=False, indent=1).encode() if container.startswith("json.") or container == "json" else lines(rows)
+    text = (
+        json.dumps(rows, ensure_ascii=False, indent=1).encode()
+        if container.startswith("json.") or container == "json"
+        else lines(rows)
+    )
     if container.endswith(".gz"):
         path.write_bytes(gzip.compress(text))
     elif container.endswith(".zst"):
@@ -61,13 +87,27 @@ def put(folder: Path, container: str, rows: list[dict]) -> str:
     return str(path)
 
 
-CONTAINERS = ["jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "json.zst", "parquet", "arrow", "datasets"]
+CONTAINERS = [
+    "jsonl",
+    "jsonl.gz",
+    "jsonl.zst",
+    "json",
+    "json.gz",
+    "json.zst",
+    "parquet",
+    "arrow",
+    "datasets",
+]
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning:datasets.*", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning:datasets.*", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("format", ROWS)
-def test_every_format_in_every_container_says_the_same(tmp_path: Path, format: str, container: str) -> None:
+def test_every_format_in_every_container_says_the_same(
+    tmp_path: Path, format: str, container: str
+) -> None:
     plain = tmp_path / "plain.jsonl"
     plain.write_bytes(lines(ROWS[format]))
     expected = read_pool([f"rows={plain}"])
@@ -85,11 +125,17 @@ def pool_of(folder: Path, text: bytes, name: str = "p.jsonl", **options) -> Pool
 
 
 def ids_of(folder: Path, ids: list[str], **options) -> Pool:
-    return pool_of(folder, b"".join(b'{"id": %s, "text": "t%d"}\n' % (id.encode(), i) for i, id in enumerate(ids)), **options)
+    return pool_of(
+        folder,
+        b"".join(b'{"id": %s, "text": "t%d"}\n' % (id.encode(), i) for i, id in enumerate(ids)),
+        **options,
+    )
 
 
 def test_ids_are_kept_exactly(tmp_path: Path) -> None:
-    pool = ids_of(tmp_path, ['"1"', "2", '"007"', '" a "', "12345678901234567890123", '"\u00e9/../x"'])
+    pool = ids_of(
+        tmp_path, ['"1"', "2", '"007"', '" a "', "12345678901234567890123", '"\u00e9/../x"']
+    )
     assert pool.ids == ["1", "2", "007", " a ", "12345678901234567890123", "\u00e9/../x"]
     assert any("mixed types" in text for text in pool.warnings)
     assert ids_of(tmp_path, ['"a"', '"b"']).warnings == []
@@ -121,25 +167,40 @@ def test_ids_do_not_depend_on_line_ends_or_containers(tmp_path: Path) -> None:
 def test_groups_are_names_files_or_fields(tmp_path: Path) -> None:
     for name in ("a.b.jsonl", "c.jsonl.gz"):
         (tmp_path / name).write_bytes(gzip.compress(GOOD) if name.endswith("gz") else GOOD)
-    pool = read_pool([tmp_path / "a.b.jsonl", f"code={tmp_path / 'c.jsonl.gz'}", str(tmp_path / "c.jsonl.gz")])
+    pool = read_pool(
+        [tmp_path / "a.b.jsonl", f"code={tmp_path / 'c.jsonl.gz'}", str(tmp_path / "c.jsonl.gz")]
+    )
     assert pool.groups == ["a.b", "code", "c"]
     (tmp_path / "x=y.jsonl").write_bytes(GOOD)
     assert read_pool([str(tmp_path / "x=y.jsonl")]).groups == ["x=y"]
-    text = b'{"text": "a", "src": "s1"}\n{"text": "b"}\n{"text": "c", "src": 3}\n{"text": "d", "src": null}\n'
+    text = (
+        b'{"text": "a", "src": "s1"}\n{"text": "b"}\n{"text": "c", "src": 3}\n{"text": "d", "src":'
+        b" null}\n"
+    )
     pool = pool_of(tmp_path, text, group_field="src")
-    assert pool.groups == ["s1", "?", "3", "?"] and [example.group for example in pool] == pool.groups
+    assert (
+        pool.groups == ["s1", "?", "3", "?"] and [example.group for example in pool] == pool.groups
+    )
     assert any("2 rows have no field 'src'" in text for text in pool.warnings)
 
 
 def test_an_explicit_format_and_a_mapping_win(tmp_path: Path) -> None:
-    text = b'{"messages": [{"role": "assistant", "content": "a"}], "text": "t", "question": "q", "answer": "r"}\n'
+    text = (
+        b'{"messages": [{"role": "assistant", "content": "a"}], "text": "t", "question": "q",'
+        b' "answer": "r"}\n'
+    )
     assert pool_of(tmp_path, text).formats == {str(tmp_path / "p.jsonl"): "messages"}
     assert pool_of(tmp_path, text, format="text")[0].messages == (Message("text", "t"),)
     pool = pool_of(tmp_path, text, mapping={"prompt": "question", "completion": "answer"})
     assert pool[0].messages == (Message("prompt", "q"), Message("completion", "r"))
-    assert pool_of(tmp_path, text, mapping={"text": "answer"}, format="text")[0].messages[0].content == "r"
+    assert (
+        pool_of(tmp_path, text, mapping={"text": "answer"}, format="text")[0].messages[0].content
+        == "r"
+    )
     pool = pool_of(tmp_path, text, mapping={"id": "question", "group": "answer", "text": "text"})
-    assert pool.ids == ["q"] and pool.groups == ["r"] and pool[0].messages == (Message("text", "t"),)
+    assert (
+        pool.ids == ["q"] and pool.groups == ["r"] and pool[0].messages == (Message("text", "t"),)
+    )
     assert read_pool(**pool.arguments).digest == pool.digest
     with pytest.raises(UnknownName, match="Did you mean 'sharegpt'"):
         pool_of(tmp_path, text, format="sharegptt")
@@ -148,9 +209,17 @@ def test_an_explicit_format_and_a_mapping_win(tmp_path: Path) -> None:
 
 
 def test_the_first_thousand_rows_vote(tmp_path: Path) -> None:
-    text = b'{"text": "t"}\n' * 400 + b'{"instruction": "i", "output": "o"}\n' * 600 + b'{"text": "t"}\n' * 500
+    text = (
+        b'{"text": "t"}\n' * 400
+        + b'{"instruction": "i", "output": "o"}\n' * 600
+        + b'{"text": "t"}\n' * 500
+    )
     pool = pool_of(tmp_path, text, max_bad_rows=900)
-    assert set(pool.formats.values()) == {"alpaca"} and len(pool) == 600 and pool.funnel["quarantined:missing-field"] == 900
+    assert (
+        set(pool.formats.values()) == {"alpaca"}
+        and len(pool) == 600
+        and pool.funnel["quarantined:missing-field"] == 900
+    )
     assert pool.funnel["read"] == 1500
     assert "looks like text" in pool.dropped[0].reason
 
@@ -210,11 +279,31 @@ def test_a_file_that_changes_under_the_pool_is_an_error(tmp_path: Path) -> None:
 
 def test_duplicates_are_of_content_not_of_bytes(tmp_path: Path) -> None:
     rows = [
-        {"id": 1, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-        {"id": 2, "messages": [{"content": "q", "role": "user"}, {"content": "a", "role": "assistant"}], "x": 1},
-        {"id": 3, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "tools": [{"name": "f"}]},
-        {"id": 4, "messages": [{"role": "user", "content": "q", "name": "Ann"}, {"role": "assistant", "content": "a"}]},
-        {"id": 5, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {
+            "id": 1,
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+        },
+        {
+            "id": 2,
+            "messages": [{"content": "q", "role": "user"}, {"content": "a", "role": "assistant"}],
+            "x": 1,
+        },
+        {
+            "id": 3,
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+            "tools": [{"name": "f"}],
+        },
+        {
+            "id": 4,
+            "messages": [
+                {"role": "user", "content": "q", "name": "Ann"},
+                {"role": "assistant", "content": "a"},
+            ],
+        },
+        {
+            "id": 5,
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+        },
     ]
     pool = pool_of(tmp_path, lines(rows))
     assert pool.exact_duplicates() == {1: 0, 4: 0}
@@ -223,15 +312,22 @@ def test_duplicates_are_of_content_not_of_bytes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_order_of_a_set_or_a_locale_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "p\u00e9.jsonl").write_bytes(lines(ROWS["alpaca"]) * 2)
-    code = "import sys; from gradsift.data.pool import read_pool; p = read_pool([sys.argv[1]]); print(p.digest, p.ids[-1])"
+    code = (
+        "import sys; from gradsift.data.pool import read_pool; p = read_pool([sys.argv[1]]);"
+        " print(p.digest, p.ids[-1])"
+    )
     env = {**os.environ, "PYTHONHASHSEED": "1", "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
     file = str(tmp_path / "p\u00e9.jsonl")
-    told = subprocess.run([sys.executable, "-c", code, file], env=env, check=True, capture_output=True, text=True).stdout
+    told = subprocess.run(
+        [sys.executable, "-c", code, file], env=env, check=True, capture_output=True, text=True
+    ).stdout
     here = read_pool([file])
     assert told.split() == [here.digest, here.ids[-1]]
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 def test_hub_names_go_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
@@ -240,7 +336,12 @@ def test_hub_names_go_through_datasets(tmp_path: Path, monkeypatch: pytest.Monke
     folder.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(ROWS["messages"]), folder / "train.parquet")
     pool = read_pool([f"hf:{folder}"])
-    assert len(pool) == 7 and pool.groups[0] == "chats" and pool.ids[3] == "r3" and pool[3].messages[1].content == "3"
+    assert (
+        len(pool) == 7
+        and pool.groups[0] == "chats"
+        and pool.ids[3] == "r3"
+        and pool[3].messages[1].content == "3"
+    )
     saved = put(tmp_path, "datasets", ROWS["messages"])
     assert list(read_pool([f"chats=hf:{saved}"])) == list(pool)
     with pytest.raises(UserError, match="cannot be loaded"):
@@ -250,7 +351,9 @@ def test_hub_names_go_through_datasets(tmp_path: Path, monkeypatch: pytest.Monke
 def test_splits_of_a_saved_folder(tmp_path: Path) -> None:
     datasets.disable_progress_bars()
     rows = datasets.Dataset.from_list(ROWS["text"])
-    datasets.DatasetDict({"train": rows, "test": rows.select(range(2))}).save_to_disk(tmp_path / "d")
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(2))}).save_to_disk(
+        tmp_path / "d"
+    )
     assert len(read_pool([tmp_path / "d"])) == 7 and len(read_pool([tmp_path / "d" / "test"])) == 2
     datasets.DatasetDict({"a": rows, "b": rows}).save_to_disk(tmp_path / "e")
     with pytest.raises(UserError, match="holds the splits a, b"):

@@ -1,4 +1,6 @@
-"""Pools of damaged, hostile and foreign files: what is quarantined by line, what is refused by name."""
+"""Pools of damaged, hostile and foreign files: what is quarantined by line, what is refused by
+name.
+"""
 
 import gzip
 import json
@@ -16,13 +18,27 @@ from gradsift.errors import DataError, ResourceError, TooManyBadRows, UserError
 from tests.data.test_pool import GOOD, ROWS, lines, pool_of
 
 
-def test_bad_rows_are_quarantined_by_line_and_the_good_ones_stay_as_they_are(tmp_path: Path) -> None:
+def test_bad_rows_are_quarantined_by_line_and_the_good_ones_stay_as_they_are(
+    tmp_path: Path,
+) -> None:
     good = [GOOD, b'{"id": 7, ' + GOOD[1:] + b"\r", GOOD.replace(b'"q"', '"\u2028\u0085"'.encode())]
     bad = [
-        b"{broken", b"[1, 2]", b'{"a": NaN}', b"\0\0", b'{"messages": []}', b'{"messages": "x", "messages": "y"}',
-        b"[" * 100_000, b'{"m": "\\ud800"}', b'{"other": 1}', b'{"messages": [{"role": "user", "content": "q"}]}', b"\xff\xfe{", b"3",
-    ]  # fmt: skip
-    text = b"\xef\xbb\xbf" + b"\n".join([good[0], b"", *bad[:6], good[1], b"  \r", *bad[6:], good[2]])
+        b"{broken",
+        b"[1, 2]",
+        b'{"a": NaN}',
+        b"\0\0",
+        b'{"messages": []}',
+        b'{"messages": "x", "messages": "y"}',
+        b"[" * 100_000,
+        b'{"m": "\\ud800"}',
+        b'{"other": 1}',
+        b'{"messages": [{"role": "user", "content": "q"}]}',
+        b"\xff\xfe{",
+        b"3",
+    ]
+    text = b"\xef\xbb\xbf" + b"\n".join(
+        [good[0], b"", *bad[:6], good[1], b"  \r", *bad[6:], good[2]]
+    )
     pool = pool_of(tmp_path, text, max_bad_rows=12)
     assert [pool.raw(i) for i in range(3)] == good
     assert [pool.place(i).rpartition(":")[2] for i in range(3)] == ["1", "9", "17"]
@@ -30,11 +46,17 @@ def test_bad_rows_are_quarantined_by_line_and_the_good_ones_stay_as_they_are(tmp
     codes = ["bad-json", "not-object", "nan", "nul", "no-answer", "duplicate-key"]
     codes += ["too-deep", "surrogate", "missing-field", "no-answer", "not-utf8", "not-object"]
     assert [row.code for row in pool.dropped] == codes
-    assert pool.funnel["read"] == 15 and pool.funnel["blank"] == 2 and pool.funnel["quarantined:no-answer"] == 2
+    assert (
+        pool.funnel["read"] == 15
+        and pool.funnel["blank"] == 2
+        and pool.funnel["quarantined:no-answer"] == 2
+    )
     assert pool.ids[1] == "7" and pool.ids[0] == xxhash.xxh3_128_hexdigest(GOOD)
     assert pool[2].messages[0].content == "\u2028\u0085"
     write_dropped(pool, tmp_path / "dropped.jsonl")
-    told = [json.loads(line) for line in (tmp_path / "dropped.jsonl").read_bytes().split(b"\n")[:-1]]
+    told = [
+        json.loads(line) for line in (tmp_path / "dropped.jsonl").read_bytes().split(b"\n")[:-1]
+    ]
     assert [row["line"] for row in told] == [row.line for row in pool.dropped]
     assert [row["reason"].partition(":")[0] for row in told] == codes
     assert all(row["file"] == str(tmp_path / "p.jsonl") and row["fix"] for row in told)
@@ -42,7 +64,9 @@ def test_bad_rows_are_quarantined_by_line_and_the_good_ones_stay_as_they_are(tmp
 
 def test_a_row_over_the_limit_costs_no_memory_and_is_named(tmp_path: Path) -> None:
     long = GOOD.replace(b'"q"', b'"' + b"x" * 9_000_000 + b'"')
-    pool = pool_of(tmp_path, b"\n".join([GOOD, long, GOOD, long]) + b"\n", max_row_bytes=1000, max_bad_rows=2)
+    pool = pool_of(
+        tmp_path, b"\n".join([GOOD, long, GOOD, long]) + b"\n", max_row_bytes=1000, max_bad_rows=2
+    )
     assert [(row.line, row.code) for row in pool.dropped] == [(2, "too-long"), (4, "too-long")]
     assert f"{len(long):,}" in pool.dropped[0].reason and [pool.raw(0), pool.raw(1)] == [GOOD, GOOD]
     assert pool.place(1).endswith(":3")
@@ -53,7 +77,15 @@ def test_a_row_over_the_limit_costs_no_memory_and_is_named(tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 def test_rows_before_a_cut_survive_and_the_cut_is_told(tmp_path: Path, kind: str) -> None:
     rng = np.random.default_rng(0)
-    rows = lines([{"prompt": bytes(rng.integers(97, 123, 500, dtype=np.uint8)).decode(), "completion": str(i)} for i in range(500)])
+    rows = lines(
+        [
+            {
+                "prompt": bytes(rng.integers(97, 123, 500, dtype=np.uint8)).decode(),
+                "completion": str(i),
+            }
+            for i in range(500)
+        ]
+    )
     packed = gzip.compress(rows) if kind == "gz" else zstandard.compress(rows)
     whole = pool_of(tmp_path, packed, f"p.jsonl.{kind}")
     assert len(whole) == 500 and not whole.warnings
@@ -88,13 +120,18 @@ def test_the_kind_of_compression_is_read_from_the_bytes(tmp_path: Path) -> None:
 def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gradsift.data.limits.EXPANSION_FROM", 1 << 22)
     bomb = b" " * (1 << 25)
-    for name, packed in (("b.jsonl.gz", gzip.compress(bomb)), ("b.jsonl.zst", zstandard.compress(bomb))):
+    for name, packed in (
+        ("b.jsonl.gz", gzip.compress(bomb)),
+        ("b.jsonl.zst", zstandard.compress(bomb)),
+    ):
         with pytest.raises(ResourceError, match="expands beyond 100 times"):
             pool_of(tmp_path, packed, name, max_expansion=100)
 
 
 @pytest.mark.parametrize("limit, allowed", [(0.05, 5), (4, 4), (1.0, 99), (0, 0)])
-def test_too_many_bad_rows_stop_with_the_first_of_them(tmp_path: Path, limit: float, allowed: int) -> None:
+def test_too_many_bad_rows_stop_with_the_first_of_them(
+    tmp_path: Path, limit: float, allowed: int
+) -> None:
     rows = [GOOD] * (100 - allowed) + [b"{x"] * allowed
     assert len(pool_of(tmp_path, b"\n".join(rows), max_bad_rows=limit)) == 100 - allowed
     if limit == 1.0:
@@ -102,7 +139,9 @@ def test_too_many_bad_rows_stop_with_the_first_of_them(tmp_path: Path, limit: fl
     rows[99 - allowed] = b"{x"
     with pytest.raises(TooManyBadRows, match=f"^{allowed + 1} of 100 rows") as error:
         pool_of(tmp_path, b"\n".join(rows), max_bad_rows=limit)
-    assert f"p.jsonl:{100 - allowed}: bad-json" in str(error.value) and "max_bad_rows" in str(error.value)
+    assert f"p.jsonl:{100 - allowed}: bad-json" in str(error.value) and "max_bad_rows" in str(
+        error.value
+    )
     assert error.value.exit_code == 3
 
 
@@ -164,16 +203,34 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_array_keeps_what_came_before(tmp_path: Path) -> None:
-    pool = pool_of(tmp_path, b'[{"text": "a"}, 5, "x", {"text": "]}\\"["}, {"text": 3}, [1]\n, {"text": "b"}]', "p.json", max_bad_rows=4)
+    pool = pool_of(
+        tmp_path,
+        b'[{"text": "a"}, 5, "x", {"text": "]}\\"["}, {"text": 3}, [1]\n, {"text": "b"}]',
+        "p.json",
+        max_bad_rows=4,
+    )
     assert [pool[i].messages[0].content for i in range(3)] == ["a", ']}"[', "b"]
-    assert [(row.line, row.code) for row in pool.dropped] == [(2, "not-object"), (3, "not-object"), (5, "wrong-type"), (6, "not-object")]
-    pool = pool_of(tmp_path, b'[{"text": "a"}, {"text": "b"}, {"text": "c', "p.json", max_bad_rows=1)
+    assert [(row.line, row.code) for row in pool.dropped] == [
+        (2, "not-object"),
+        (3, "not-object"),
+        (5, "wrong-type"),
+        (6, "not-object"),
+    ]
+    pool = pool_of(
+        tmp_path, b'[{"text": "a"}, {"text": "b"}, {"text": "c', "p.json", max_bad_rows=1
+    )
     assert len(pool) == 2 and pool.dropped[0].code == "cut-file" and pool.dropped[0].line == 3
     pool = pool_of(tmp_path, b'[{"text": "a"}, {"text": "b"}', "p.json")
     assert len(pool) == 2 and [row.code for row in pool.dropped] == ["cut-file"]
     pool = pool_of(tmp_path, b'[{"text": "a"}] {"text": "b"}', "p.json", max_bad_rows=1)
     assert len(pool) == 1 and pool.dropped[0].code == "bad-json"
-    pool = pool_of(tmp_path, b'[{"text": "' + b"y" * 500 + b'"}, {"text": "b"}]', "p.json", max_bad_rows=1, max_row_bytes=100)
+    pool = pool_of(
+        tmp_path,
+        b'[{"text": "' + b"y" * 500 + b'"}, {"text": "b"}]',
+        "p.json",
+        max_bad_rows=1,
+        max_row_bytes=100,
+    )
     assert len(pool) == 1 and pool.dropped[0].code == "too-long"
     pool = pool_of(tmp_path, b"[1]\n" + GOOD + b"\n" + GOOD, "p.json", max_bad_rows=1)
     assert len(pool) == 2 and pool.dropped[0].line == 1

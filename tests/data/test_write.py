@@ -26,22 +26,34 @@ def unpacked(path: Path) -> bytes:
     data = path.read_bytes()
     if path.suffix == ".gz":
         return gzip.decompress(data)
-    return zstandard.ZstdDecompressor().stream_reader(data).read() if path.suffix == ".zst" else data
+    return (
+        zstandard.ZstdDecompressor().stream_reader(data).read() if path.suffix == ".zst" else data
+    )
 
 
 def row_text(i: int, spaced: bool, return_: bool) -> bytes:
-    text = json.dumps({"id": i, "text": f"t {i} \u00e9"}, ensure_ascii=i % 2 == 0, separators=(", ", ": ") if spaced else (",", ":"))
+    text = json.dumps(
+        {"id": i, "text": f"t {i} \u00e9"},
+        ensure_ascii=i % 2 == 0,
+        separators=(", ", ": ") if spaced else (",", ":"),
+    )
     return text.encode() + (b"\r" if return_ else b"")
 
 
-MANY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 SHAPES = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=8)
 
 
 @MANY
 @given(rows=SHAPES, ended=st.booleans(), packing=st.sampled_from(["", ".gz", ".zst"]))
-def test_all_rows_of_a_jsonl_are_the_file(tmp_path: Path, rows: list[tuple[bool, bool]], ended: bool, packing: str) -> None:
-    text = b"\n".join(row_text(i, *shape) for i, shape in enumerate(rows)) + (b"\n" if ended else b"")
+def test_all_rows_of_a_jsonl_are_the_file(
+    tmp_path: Path, rows: list[tuple[bool, bool]], ended: bool, packing: str
+) -> None:
+    text = b"\n".join(row_text(i, *shape) for i, shape in enumerate(rows)) + (
+        b"\n" if ended else b""
+    )
     (tmp_path / "p.jsonl").write_bytes(text)
     pool = read_pool([tmp_path / "p.jsonl"])
     out = tmp_path / f"out.jsonl{packing}"
@@ -55,9 +67,13 @@ def test_all_rows_of_a_jsonl_are_the_file(tmp_path: Path, rows: list[tuple[bool,
     head=st.sampled_from(["[", "[\n  ", " [ "]),
     tail=st.sampled_from(["]", "\n]\n"]),
 )
-def test_all_rows_of_an_array_are_the_file(tmp_path: Path, gaps: list[str], head: str, tail: str) -> None:
+def test_all_rows_of_an_array_are_the_file(
+    tmp_path: Path, gaps: list[str], head: str, tail: str
+) -> None:
     rows = [json.dumps({"id": i, "text": f'],[{{"{i}'}) for i in range(len(gaps) + 1)]
-    text = head + rows[0] + "".join(gap + row for gap, row in zip(gaps, rows[1:], strict=True)) + tail
+    text = (
+        head + rows[0] + "".join(gap + row for gap, row in zip(gaps, rows[1:], strict=True)) + tail
+    )
     (tmp_path / "p.json").write_text(text, newline="")
     pool = read_pool([tmp_path / "p.json"])
     write_subset(pool, range(len(pool)), tmp_path / "out.json")
@@ -71,8 +87,13 @@ def made(folder: Path, container: str) -> Pool:
     return read_pool([put(folder, container, ROWS["alpaca"])])
 
 
-@pytest.mark.parametrize("container, suffix", [("jsonl.gz", ".jsonl"), ("json.zst", ".json"), ("parquet", ".parquet"), ("arrow", ".arrow")])
-def test_a_subset_reads_back_as_the_rows_chosen(tmp_path: Path, container: str, suffix: str) -> None:
+@pytest.mark.parametrize(
+    "container, suffix",
+    [("jsonl.gz", ".jsonl"), ("json.zst", ".json"), ("parquet", ".parquet"), ("arrow", ".arrow")],
+)
+def test_a_subset_reads_back_as_the_rows_chosen(
+    tmp_path: Path, container: str, suffix: str
+) -> None:
     pool = made(tmp_path, container)
     assert subset_suffix(pool) == suffix
     out = tmp_path / f"out{suffix}"
@@ -84,7 +105,9 @@ def test_a_subset_reads_back_as_the_rows_chosen(tmp_path: Path, container: str, 
 
 
 def test_lines_stay_as_they_were_in_the_order_of_the_pool(tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + b"".join(row_text(i, i % 2 == 0, i % 3 == 0) + b"\n" for i in range(6)))
+    (tmp_path / "p.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + b"".join(row_text(i, i % 2 == 0, i % 3 == 0) + b"\n" for i in range(6))
+    )
     pool = read_pool([tmp_path / "p.jsonl"])
     write_subset(pool, [4, 0], tmp_path / "a.jsonl")
     first, last = pool.raw(0) + b"\n", pool.raw(4) + b"\n"
@@ -107,7 +130,16 @@ def test_a_table_keeps_schema_metadata_and_values(tmp_path: Path) -> None:
         ],
         metadata={"made": "by hand"},
     )
-    rows = [{"id": i, "text": f"t{i}", "when": i, "kind": "ab"[i % 2], "score": None if i == 3 else i / 2} for i in range(9)]
+    rows = [
+        {
+            "id": i,
+            "text": f"t{i}",
+            "when": i,
+            "kind": "ab"[i % 2],
+            "score": None if i == 3 else i / 2,
+        }
+        for i in range(9)
+    ]
     table = pa.Table.from_pylist(rows, schema)
     pq.write_table(table, tmp_path / "p.parquet", row_group_size=2)
     pool = read_pool([tmp_path / "p.parquet"])
@@ -117,9 +149,15 @@ def test_a_table_keeps_schema_metadata_and_values(tmp_path: Path) -> None:
     assert found.schema.equals(table.schema, check_metadata=True)
     assert found.to_pylist() == table.take([0, 3, 7]).to_pylist()
     write_subset(pool, [7, 3, 0], tmp_path / "out.arrow")
-    assert pa.ipc.open_file(tmp_path / "out.arrow").read_all().to_pylist() == table.take([0, 3, 7]).to_pylist()
+    assert (
+        pa.ipc.open_file(tmp_path / "out.arrow").read_all().to_pylist()
+        == table.take([0, 3, 7]).to_pylist()
+    )
     write_subset(pool, [8, 2], tmp_path / "more.parquet", add={"gain": [0.5, 0.25]})
-    assert pq.read_table(tmp_path / "more.parquet").select(["id", "gain"]).to_pylist() == [{"id": 2, "gain": 0.25}, {"id": 8, "gain": 0.5}]
+    assert pq.read_table(tmp_path / "more.parquet").select(["id", "gain"]).to_pylist() == [
+        {"id": 2, "gain": 0.25},
+        {"id": 8, "gain": 0.5},
+    ]
 
 
 def test_several_files_follow_each_other(tmp_path: Path) -> None:
@@ -132,22 +170,46 @@ def test_several_files_follow_each_other(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS["text"][:2]), tmp_path / "d.parquet")
     tables = read_pool([tmp_path / "c.parquet", tmp_path / "d.parquet"])
     write_subset(tables, [8, 6, 0], tmp_path / "out.parquet")
-    assert [row["id"] for row in pq.read_table(tmp_path / "out.parquet").to_pylist()] == ["r0", "r6", "r1"]
+    assert [row["id"] for row in pq.read_table(tmp_path / "out.parquet").to_pylist()] == [
+        "r0",
+        "r6",
+        "r1",
+    ]
 
 
 def test_files_of_several_kinds_become_lines_and_that_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text":  "kept as it is"}\n')
-    sources = [tmp_path / "a.jsonl", Path(put(tmp_path, "json", ROWS["text"][:2])), Path(put(tmp_path, "parquet", ROWS["text"][:2]))]
+    sources = [
+        tmp_path / "a.jsonl",
+        Path(put(tmp_path, "json", ROWS["text"][:2])),
+        Path(put(tmp_path, "parquet", ROWS["text"][:2])),
+    ]
     pool = read_pool(sources)
     assert subset_suffix(pool) == ".jsonl"
     notes = write_subset(pool, range(5), tmp_path / "out.jsonl")
-    assert len(notes) == 1 and notes[0].startswith("4 rows that are no line of JSON") and "several kinds" in notes[0]
+    assert (
+        len(notes) == 1
+        and notes[0].startswith("4 rows that are no line of JSON")
+        and "several kinds" in notes[0]
+    )
     found = (tmp_path / "out.jsonl").read_bytes().split(b"\n")
-    assert found[0] == b'{"text":  "kept as it is"}' and found[1] == b'{"id": "r0", "text": "t 0"}' and len(found) == 6
+    assert (
+        found[0] == b'{"text":  "kept as it is"}'
+        and found[1] == b'{"id": "r0", "text": "t 0"}'
+        and len(found) == 6
+    )
     with pytest.raises(UserError, match="types would change"):
         write_subset(pool, [0], tmp_path / "out.parquet")
-    assert write_subset(pool, range(5), tmp_path / "out.json") == [notes[0].replace("4 rows", "2 rows")]
-    assert [row["text"] for row in json.loads((tmp_path / "out.json").read_bytes())] == ["kept as it is", "t 0", "t 1", "t 0", "t 1"]
+    assert write_subset(pool, range(5), tmp_path / "out.json") == [
+        notes[0].replace("4 rows", "2 rows")
+    ]
+    assert [row["text"] for row in json.loads((tmp_path / "out.json").read_bytes())] == [
+        "kept as it is",
+        "t 0",
+        "t 1",
+        "t 0",
+        "t 1",
+    ]
 
 
 def test_added_columns_follow_the_picks(tmp_path: Path) -> None:
@@ -155,7 +217,11 @@ def test_added_columns_follow_the_picks(tmp_path: Path) -> None:
     gains = np.array([3.0, np.nan, 1.0], dtype=np.float32)
     write_subset(pool, [5, 1, 3], tmp_path / "out.jsonl", add={"gain": gains, "rank": [1, 2, 3]})
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_bytes().split(b"\n")[:-1]]
-    assert [(row["id"], row["gain"], row["rank"]) for row in found] == [("r1", None, 2), ("r3", 1.0, 3), ("r5", 3.0, 1)]
+    assert [(row["id"], row["gain"], row["rank"]) for row in found] == [
+        ("r1", None, 2),
+        ("r3", 1.0, 3),
+        ("r5", 3.0, 1),
+    ]
     assert found[0]["output"] == ROWS["alpaca"][1]["output"]
     with pytest.raises(UserError, match="2 values for 1 picks"):
         write_subset(pool, [5], tmp_path / "x.jsonl", add={"gain": [1, 2]})
@@ -203,7 +269,9 @@ def test_table_values_without_a_json_word_are_written_as_text_or_null(tmp_path: 
     pq.write_table(table, tmp_path / "p.parquet")
     pool = read_pool([tmp_path / "p.parquet"])
     assert len(write_subset(pool, [0], tmp_path / "out.jsonl")) == 1
-    assert (tmp_path / "out.jsonl").read_bytes() == b'{"text": "t", "x": null, "b": "01", "when": "1970-01-01 00:00:00"}\n'
+    assert (
+        tmp_path / "out.jsonl"
+    ).read_bytes() == b'{"text": "t", "x": null, "b": "01", "when": "1970-01-01 00:00:00"}\n'
     assert read_pool([tmp_path / "out.jsonl"])[0].messages == pool[0].messages
 
 

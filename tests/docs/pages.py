@@ -1,4 +1,6 @@
-"""The shape of a page of measurements: what stays the same when a bench runs again and its page is not yet written again."""
+"""The shape of a page of measurements: what stays the same when a bench runs again and its page is
+not yet written again.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def tables(page: str) -> list[list[list[str]]]:
 
 
 def check_measured(page: str, generated: str, command: str) -> None:
-    """Both have the generator's title and name its command; every line of a table fills its columns, and no cell holds a missing number."""
+    """Both have the generator's title and name its command; every line of a table fills its
+    columns, and no cell holds a missing number.
+    """
     assert titles(page)[0] == titles(generated)[0]
     for text in (page, generated):
         assert command in text
@@ -36,4 +40,6 @@ def check_measured(page: str, generated: str, command: str) -> None:
             for cells in lines:
                 assert len(cells) == len(head), cells
                 assert not {"nan", "inf", "None"} & set(cells), cells
-    assert {tuple(table[0]) for table in tables(page)} & {tuple(table[0]) for table in tables(generated)}
+    assert {tuple(table[0]) for table in tables(page)} & {
+        tuple(table[0]) for table in tables(generated)
+    }

@@ -1,4 +1,6 @@
-"""docs/methods.md names every method, only options that exist, and the source that the docstring states."""
+"""docs/methods.md names every method, only options that exist, and the source that the docstring
+states.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def test_commands_in_the_tables_are_taken() -> None:
     found = re.findall(r"`(\w+)((?: -o \w+=[\w.-]+)+)`", PAGE)
     assert found
     for name, options in found:
-        assert isinstance(methods.make(name, dict(re.findall(r"-o (\w+)=([\w.-]+)", options))), methods.load(name))
+        assert isinstance(
+            methods.make(name, dict(re.findall(r"-o (\w+)=([\w.-]+)", options))), methods.load(name)
+        )
 
 
 def test_targets_and_sources_are_those_of_the_code() -> None:

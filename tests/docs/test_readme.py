@@ -26,7 +26,9 @@ def test_the_quickstart_runs(tmp_path: Path, model_folder: Path) -> None:
     shutil.copytree(model_folder, tmp_path / "my-model")
     script = snippets(ROOT / "README.md")[0]
     assert script == snippets(ROOT / "docs" / "quickstart.md")[0]
-    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     count, subset, report = ran.stdout.split()
     assert int(count) == 15
@@ -36,7 +38,9 @@ def test_the_quickstart_runs(tmp_path: Path, model_folder: Path) -> None:
 
 def test_the_rules_and_methods_take_any_vectors(tmp_path: Path) -> None:
     script = snippets(ROOT / "docs" / "quickstart.md")[1] + "\nprint(len(subset))\n"
-    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert ran.stdout.strip() == "50", ran.stderr
 
 

@@ -1,4 +1,6 @@
-"""Every published setting in recipes/: a valid config whose own command line works, for a method that exists."""
+"""Every published setting in recipes/: a valid config whose own command line works, for a method
+that exists.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ BY_NAME = pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 
 
 def command(path: Path) -> list[str]:
-    """METHOD and its options as the recipe's own first comment names them, without the dots that stand for files."""
+    """METHOD and its options as the recipe's own first comment names them, without the dots that
+    stand for files.
+    """
     text = re.sub(r"\n#\s*", " ", path.read_text(encoding="utf-8").split("\n\n")[0])
     found = re.search(r"Use: gradsift (?:select|compare) (\S+)(.*?) --config recipes/(\S+)", text)
     assert found and found[3] == path.name, text
@@ -34,9 +38,15 @@ def test_every_recipe_is_a_valid_config(path: Path) -> None:
 
 
 @BY_NAME
-def test_its_command_line_plans_a_selection(path: Path, pool_file: Path, target_file: Path, model_folder: Path, tmp_path: Path) -> None:
+def test_its_command_line_plans_a_selection(
+    path: Path, pool_file: Path, target_file: Path, model_folder: Path, tmp_path: Path
+) -> None:
     method, *options = command(path)
-    files = ["--pool", pool_file, *(["--target", target_file] if methods.load(method).target == "required" else [])]
+    files = [
+        "--pool",
+        pool_file,
+        *(["--target", target_file] if methods.load(method).target == "required" else []),
+    ]
     budget = [] if "--budget" in options else ["--budget", "10%"]
     given = [
         method,
@@ -60,15 +70,35 @@ def test_its_command_line_plans_a_selection(path: Path, pool_file: Path, target_
 
 def test_the_papers_have_their_recipe_and_the_guide_names_each() -> None:
     named = {path.stem.split("-")[0] for path in RECIPES}
-    assert named == {"bids", "dsir", "g2is", "gdig", "gist", "gradmatch", "ifd", "less", "rds", "selffilter", "tagcos"}
+    assert named == {
+        "bids",
+        "dsir",
+        "g2is",
+        "gdig",
+        "gist",
+        "gradmatch",
+        "ifd",
+        "less",
+        "rds",
+        "selffilter",
+        "tagcos",
+    }
     guide = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert set(re.findall(r"`(\w+-\w+\.toml)`", guide)) == {path.name for path in RECIPES}
 
 
 def test_dsir_reads_no_model_and_leaves_no_long_row_out(tmp_path: Path) -> None:
-    turns = [[{"role": "user", "content": f"row {i} " * (1 if i else 9000)}, {"role": "assistant", "content": "yes"}] for i in range(8)]
+    turns = [
+        [
+            {"role": "user", "content": f"row {i} " * (1 if i else 9000)},
+            {"role": "assistant", "content": "yes"},
+        ]
+        for i in range(8)
+    ]
     pool = tmp_path / "pool.jsonl"
-    pool.write_text("".join(json.dumps({"id": f"r{i}", "messages": m}) + "\n" for i, m in enumerate(turns)))
+    pool.write_text(
+        "".join(json.dumps({"id": f"r{i}", "messages": m}) + "\n" for i, m in enumerate(turns))
+    )
     given = [
         "dsir",
         "--pool",

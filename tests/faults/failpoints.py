@@ -1,9 +1,11 @@
-"""Dies at every rename and every sync of the package, one after the other: serves orders (see forks.py).
+"""Dies at every rename and every sync of the package, one after the other: serves orders (see
+forks.py).
 
-An order is a job of job.py, or {"call": name of a function here, "folder"}, with "record", a file. The child kills itself, by SIGKILL, at the
-first point that the record does not hold, and writes it down there before. A point is (call, "before" | "after", site): the site of a rename is
-the function of the package that asked `store.atomic` or `store.tensors` for it; of syncs there is one in a file and one in a folder, for what
-a dead process leaves is the same before and after either.
+An order is a job of job.py, or {"call": name of a function here, "folder"}, with "record", a file.
+The child kills itself, by SIGKILL, at the first point that the record does not hold, and writes it
+down there before. A point is (call, "before" | "after", site): the site of a rename is the function
+of the package that asked `store.atomic` or `store.tensors` for it; of syncs there is one in a file
+and one in a folder, for what a dead process leaves is the same before and after either.
 """
 
 from __future__ import annotations
@@ -30,8 +32,11 @@ from tests.faults.forks import serve
 
 PACKAGE = Path(gradsift.__file__).parent
 DURABLE = {Path(module.__file__ or "") for module in (atomic, tensors)}
-WRITERS = ("write_atomic", "write_tensors", "replacing", "rename", "making")  # what these offer to those who write
-PROBES = ("blind",)  # functions that write a temporary file for others to look at, which is no work and is gone with the dead writers' own
+# what these offer to those who write
+WRITERS = ("write_atomic", "write_tensors", "replacing", "rename", "making")
+# functions that write a temporary file for others to look at, which is no work and is gone with the
+# dead writers' own
+PROBES = ("blind",)
 CALLS = ("replace", "rename", "fsync")
 SMALL = tiny.TinySettings(hidden=16, layers=1, heads=1, intermediate=16, steps=1, tokens=64)
 
@@ -45,7 +50,9 @@ def sites() -> set[str]:
             line = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             function = f"{path.relative_to(PACKAGE)}:{line} {node.name}"
         called = node.func if isinstance(node, ast.Call) else None
-        if getattr(called, "id", getattr(called, "attr", "")) in WRITERS and not function.endswith(PROBES):
+        if getattr(called, "id", getattr(called, "attr", "")) in WRITERS and not function.endswith(
+            PROBES
+        ):
             found.add(function)
         for child in ast.iter_child_nodes(node):
             visit(child, path, function)
@@ -61,21 +68,36 @@ def elsewhere() -> list[str]:
     found = []
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if path not in DURABLE and isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if (
+                path not in DURABLE
+                and isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+            ):
                 owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
-                own = {"os": (*CALLS, "renames", "link", "symlink", "fdatasync", "sync"), "shutil": ("move",)}
+                own = {
+                    "os": (*CALLS, "renames", "link", "symlink", "fdatasync", "sync"),
+                    "shutil": ("move",),
+                }
                 if node.func.attr in own.get(owner, ("rename", "symlink_to", "hardlink_to")):
                     found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
     return found
 
 
 def _site() -> str:
-    """The innermost function of the package below this call that is not of DURABLE, as in `sites`."""
+    """The innermost function of the package below this call that is not of DURABLE, as in
+    `sites`.
+    """
     frame: Any = sys._getframe(2)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PACKAGE) and path not in DURABLE and not frame.f_code.co_name.startswith("<"):
-            return f"{path.relative_to(PACKAGE)}:{frame.f_code.co_firstlineno} {frame.f_code.co_name}"
+        if (
+            path.is_relative_to(PACKAGE)
+            and path not in DURABLE
+            and not frame.f_code.co_name.startswith("<")
+        ):
+            return (
+                f"{path.relative_to(PACKAGE)}:{frame.f_code.co_firstlineno} {frame.f_code.co_name}"
+            )
         frame = frame.f_back
     return "elsewhere"
 
@@ -95,7 +117,8 @@ def _die_at_new_points(record: Path) -> None:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if Path(sys._getframe(1).f_code.co_filename) != Path(atomic.__file__):
-                return real(*args, **kwargs)  # another library's, of files that are nobody's work yet
+                # another library's, of files that are nobody's work yet
+                return real(*args, **kwargs)
             place = sys._getframe(1).f_code.co_name if name == "fsync" else _site()
             point(name, "before", place)
             found = real(*args, **kwargs)

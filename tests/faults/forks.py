@@ -1,8 +1,10 @@
-"""Processes that may be killed cheaply: one server imports everything once and forks a child for each order.
+"""Processes that may be killed cheaply: one server imports everything once and forks a child for
+each order.
 
-`Server(module)` starts `python -m module`, whose main is `serve(work)`. Each order is a JSON line, answered by {"pid"} of a fresh child that
-does work(order); after a further line, {"status", "answer"} once the child is gone ("answer" is what work returned, null where it was
-killed). Until that line the child stays at least a zombie, so its pid is safe to kill.
+`Server(module)` starts `python -m module`, whose main is `serve(work)`. Each order is a JSON line,
+answered by {"pid"} of a fresh child that does work(order); after a further line, {"status",
+"answer"} once the child is gone ("answer" is what work returned, null where it was killed). Until
+that line the child stays at least a zombie, so its pid is safe to kill.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ class Server:
     def __init__(self, module: str) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", module]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def order(self, **order: Any) -> int:
         """Returns the pid of the child that works on it."""
@@ -62,5 +66,13 @@ def serve(work: Callable[[dict[str, Any]], Any]) -> None:
         _, status = os.waitpid(pid, 0)
         answer = os.read(reading, 1 << 16)
         os.close(reading)
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status), "answer": json.loads(answer or b"null")}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "status": os.waitstatus_to_exitcode(status),
+                    "answer": json.loads(answer or b"null"),
+                }
+            ),
+            flush=True,
+        )
     os._exit(0)

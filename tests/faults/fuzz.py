@@ -1,7 +1,9 @@
-"""Reads damaged copies of valid files, one after the other: `python -m tests.faults.fuzz KIND FIRST COUNT FOLDER`.
+"""Reads damaged copies of valid files, one after the other: `python -m tests.faults.fuzz KIND FIRST
+COUNT FOLDER`.
 
-Copy number k is the same in every process. Each must come to an error of gradsift or to a pool whose counts add up; the number of the one
-being read stands in FOLDER/at, so that a crash can be told from its number. Ends with 1, and a traceback, at the first that does not.
+Copy number k is the same in every process. Each must come to an error of gradsift or to a pool
+whose counts add up; the number of the one being read stands in FOLDER/at, so that a crash can be
+told from its number. Ends with 1, and a traceback, at the first that does not.
 """
 
 from __future__ import annotations
@@ -19,9 +21,21 @@ from gradsift.data.write import write_subset
 from gradsift.errors import GradsiftError
 from tests.faults.corpus.tables import arrow, in_list, parquet
 
-ROWS = [{"id": f"r{i}", "prompt": f"question {i} " * (i % 5 + 1), "completion": "é" * (i % 7 + 1), "n": [i, None]} for i in range(40)]
+ROWS = [
+    {
+        "id": f"r{i}",
+        "prompt": f"question {i} " * (i % 5 + 1),
+        "completion": "é" * (i % 7 + 1),
+        "n": [i, None],
+    }
+    for i in range(40)
+]
 CHATS = in_list(pa.table({"text": [f"answer {i}" for i in range(40)]}))
-TEXT = b"".join(b'{"id": "%d", "prompt": "q\\u00e9 %d", "completion": "a\\n%d", "x": [1, {"y": null}]}\n' % (i, i, i) for i in range(40))
+TEXT = b"".join(
+    b'{"id": "%d", "prompt": "q\\u00e9 %d", "completion": "a\\n%d", "x": [1, {"y": null}]}\n'
+    % (i, i, i)
+    for i in range(40)
+)
 ARRAY = b"[\n  " + b",\n  ".join(TEXT.splitlines()) + b"\n]\n"
 KINDS: dict[str, tuple[str, bytes]] = {
     "jsonl": (".jsonl", TEXT),
@@ -36,7 +50,9 @@ KINDS: dict[str, tuple[str, bytes]] = {
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """One to four things done to the bytes: flip a bit, set a few bytes, cut, drop, repeat or move a stretch."""
+    """One to four things done to the bytes: flip a bit, set a few bytes, cut, drop, repeat or move
+    a stretch.
+    """
     out = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         if not out:
@@ -47,7 +63,9 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
         if what == 0:
             out[at] ^= 1 << rng.randrange(8)
         elif what == 1:
-            out[at : at + size] = rng.choice((b"\0", b"\xff", b"\x80", b'"', b"\\", b"[", b"]", b"\n", b"\x7f")) * len(stretch)
+            out[at : at + size] = rng.choice(
+                (b"\0", b"\xff", b"\x80", b'"', b"\\", b"[", b"]", b"\n", b"\x7f")
+            ) * len(stretch)
         elif what == 2:
             del out[at:]
         elif what == 3:
@@ -63,7 +81,9 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def check_read(path: Path) -> bool:
-    """Whether the file is read; then what is read adds up, and written out it is read as the same again."""
+    """Whether the file is read; then what is read adds up, and written out it is read as the same
+    again.
+    """
     try:
         pool = read_pool([path], max_bad_rows=1000)
         messages = [example.messages for example in pool]

@@ -1,4 +1,6 @@
-"""Runs `gradsift` commands to be killed: serves orders {"arguments", "log"} (see forks.py). Answers the exit code."""
+"""Runs `gradsift` commands to be killed: serves orders {"arguments", "log"} (see forks.py). Answers
+the exit code.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,14 @@
-"""Kills real `gradsift select`s at random instants, again and again, and checks what is left and what comes of it.
+"""Kills real `gradsift select`s at random instants, again and again, and checks what is left and
+what comes of it.
 
     python -m tests.faults.killed --kills 200 --seed 0
 
-A run is a selection by each of METHODS in one folder: stored rows, the kept parts of a curvature and its scores, means and graphs. Each is
-killed a few times, then left to end; then another run begins. After every kill, each shard that had its name still is the same file (inode and
-time of change), and so is every file of a finished artifact, and every part that is still there. Every run that ends has the content digests
-of one that was left alone, and the same chosen bytes, verifies, and holds no file of a dead writer.
+A run is a selection by each of METHODS in one folder: stored rows, the kept parts of a curvature
+and its scores, means and graphs. Each is killed a few times, then left to end; then another run
+begins. After every kill, each shard that had its name still is the same file (inode and time of
+change), and so is every file of a finished artifact, and every part that is still there. Every run
+that ends has the content digests of one that was left alone, and the same chosen bytes, verifies,
+and holds no file of a dead writer.
 """
 
 from __future__ import annotations
@@ -64,12 +67,21 @@ class Tally:
 
     def __str__(self) -> str:
         runs = f"{self.runs} runs ended with the digests of the uninterrupted one"
-        kills = f"{self.kills} kills ({', '.join(f'{name} {count}' for name, count in self.struck.items())}) in {self.seconds:.0f} s"
-        return f"{kills}; {runs}; {self.shards} finished shards and {self.parts} parts were looked at, none was rewritten"
+        kills = (
+            f"{self.kills} kills"
+            f" ({', '.join(f'{name} {count}' for name, count in self.struck.items())}) in"
+            f" {self.seconds:.0f} s"
+        )
+        return (
+            f"{kills}; {runs}; {self.shards} finished shards and {self.parts} parts were looked at,"
+            " none was rewritten"
+        )
 
 
 def prepare(folder: Path, rows: int = 100) -> list[str]:
-    """A playground, a random model and the settings; returns the command of `less` without --run and --out."""
+    """A playground, a random model and the settings; returns the command of `less` without --run
+    and --out.
+    """
     from gradsift.commands.demo.playground import write_playground
 
     files = write_playground(folder / "playground", rows=rows, dev=16, test=16)
@@ -78,8 +90,18 @@ def prepare(folder: Path, rows: int = 100) -> list[str]:
     made.chat_template = TEMPLATE
     made.save_pretrained(folder / "model")
     (folder / "settings.toml").write_text(TOML)
-    named = {"pool": files.pool, "target": files.target, "model": folder / "model", "config": folder / "settings.toml", "budget": "10%"}
-    return ["select", "less", *(text for name, value in named.items() for text in (f"--{name}", str(value)))]
+    named = {
+        "pool": files.pool,
+        "target": files.target,
+        "model": folder / "model",
+        "config": folder / "settings.toml",
+        "budget": "10%",
+    }
+    return [
+        "select",
+        "less",
+        *(text for name, value in named.items() for text in (f"--{name}", str(value))),
+    ]
 
 
 def digests(root: Path) -> dict[str, str]:
@@ -88,16 +110,27 @@ def digests(root: Path) -> dict[str, str]:
 
 
 def finished(root: Path) -> dict[str, tuple[int, int]]:
-    """(inode, time of change) of every shard that has its name, and of every file that the manifest of an artifact names."""
+    """(inode, time of change) of every shard that has its name, and of every file that the manifest
+    of an artifact names.
+    """
     found = set(root.glob("*/rows-*.safetensors"))
     for manifest in root.glob("*/manifest.json"):
-        found |= {manifest, *(manifest.parent / name for name in json.loads(manifest.read_bytes())["files"])}
-    return {path.relative_to(root).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+        found |= {
+            manifest,
+            *(manifest.parent / name for name in json.loads(manifest.read_bytes())["files"]),
+        }
+    return {
+        path.relative_to(root).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in found
+    }
 
 
 def parts(root: Path) -> dict[str, tuple[int, int]]:
     """The same of what finished shards of a stage gave: it goes when the stage is complete."""
-    return {path.relative_to(root).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns) for path in root.glob("*/parts/*.safetensors")}
+    return {
+        path.relative_to(root).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in root.glob("*/parts/*.safetensors")
+    }
 
 
 def strays(root: Path) -> list[str]:
@@ -119,7 +152,10 @@ class _Runs:
             at = own.index("--target")
             del own[at : at + 2]
         out = self.folder / f"{root.name}-{method}.jsonl"
-        return {"arguments": [*own, "--run", str(root), "--out", str(out)], "log": str(self.folder / f"{root.name}.log")}
+        return {
+            "arguments": [*own, "--run", str(root), "--out", str(out)],
+            "log": str(self.folder / f"{root.name}.log"),
+        }
 
     def alone(self, root: Path) -> None:
         self.server.order(
@@ -130,7 +166,9 @@ class _Runs:
             started, order = time.monotonic(), self.order(method, root)
             self.server.order(**order)
             status = self.server.answer()
-            assert (status["status"], status["answer"]) == (0, 0), Path(order["log"]).read_text()[-2000:]
+            assert (status["status"], status["answer"]) == (0, 0), Path(order["log"]).read_text()[
+                -2000:
+            ]
             self.seconds[method] = time.monotonic() - started
 
     def killed(self, method: str, root: Path, kills: int) -> None:
@@ -145,14 +183,21 @@ class _Runs:
             status = self.server.answer()
             after, parts_after = finished(root), parts(root)
             lost = {name for name, stamp in before.items() if after.get(name) != stamp}
-            lost |= {name for name, stamp in parts_before.items() if parts_after.get(name, stamp) != stamp}
+            lost |= {
+                name
+                for name, stamp in parts_before.items()
+                if parts_after.get(name, stamp) != stamp
+            }
             assert not lost, f"rewritten after kill {tally.kills}, of {method}: {sorted(lost)}"
             before, parts_before = after, parts_after
             tally.shards += sum("rows-" in name for name in after)
             tally.parts += len(parts_after)
             if status["status"] != -signal.SIGKILL:
-                assert (status["status"], status["answer"]) == (0, 0), Path(order["log"]).read_text()[-2000:]
-                self.seconds[method] *= 0.7 if kills else 1.0  # the machine may be faster now: strike earlier
+                assert (status["status"], status["answer"]) == (0, 0), Path(
+                    order["log"]
+                ).read_text()[-2000:]
+                # the machine may be faster now: strike earlier
+                self.seconds[method] *= 0.7 if kills else 1.0
                 return
             self.seconds[method] *= 1.05
             kills -= 1
@@ -160,8 +205,11 @@ class _Runs:
             tally.struck[method] += 1
 
 
-def kill(folder: Path, kills: int, seed: int, *, minutes: float = float("inf"), say: bool = False) -> Tally:
-    """Kills runs in `folder` until `kills` have struck, or so many minutes are over, and the last run has ended by itself.
+def kill(
+    folder: Path, kills: int, seed: int, *, minutes: float = float("inf"), say: bool = False
+) -> Tally:
+    """Kills runs in `folder` until `kills` have struck, or so many minutes are over, and the last
+    run has ended by itself.
 
     Raises AssertionError.
     """
@@ -171,20 +219,34 @@ def kill(folder: Path, kills: int, seed: int, *, minutes: float = float("inf"), 
         runs.alone(alone)
         wanted = digests(alone)
         if say:
-            took = ", ".join(f"{method} {seconds:.1f} s" for method, seconds in runs.seconds.items())
-            print(f"seed {seed}; {took}; a run has {len(wanted)} artifacts, {len(finished(alone))} files", flush=True)
+            took = ", ".join(
+                f"{method} {seconds:.1f} s" for method, seconds in runs.seconds.items()
+            )
+            print(
+                f"seed {seed}; {took}; a run has {len(wanted)} artifacts, {len(finished(alone))}"
+                " files",
+                flush=True,
+            )
         begun = time.monotonic()
         until = begun + 60 * minutes
         while tally.kills < kills and time.monotonic() < until:
             root = folder / f"run-{tally.runs}"
             for number, method in enumerate(METHODS):
-                runs.killed(method, root, min(MOST, -(-(kills - tally.kills) // (len(METHODS) - number))))
+                runs.killed(
+                    method, root, min(MOST, -(-(kills - tally.kills) // (len(METHODS) - number)))
+                )
             if say:
-                print(f"{tally.kills} kills, {tally.runs + 1} runs ended, {time.monotonic() - begun:.0f} s", flush=True)
+                print(
+                    f"{tally.kills} kills, {tally.runs + 1} runs ended,"
+                    f" {time.monotonic() - begun:.0f} s",
+                    flush=True,
+                )
             assert digests(root) == wanted
             for method in METHODS:
                 name = f"{{}}-{method}.jsonl"
-                assert (folder / name.format(root.name)).read_bytes() == (folder / name.format("alone")).read_bytes(), method
+                assert (folder / name.format(root.name)).read_bytes() == (
+                    folder / name.format("alone")
+                ).read_bytes(), method
             assert Run(root).verify() == []
             assert strays(root) == []
             assert [path.name for path in folder.glob(".*")] == []
@@ -203,7 +265,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gradsift-faults-") as folder:
-        print(kill(Path(folder), arguments.kills, arguments.seed, minutes=arguments.minutes, say=True))
+        print(
+            kill(Path(folder), arguments.kills, arguments.seed, minutes=arguments.minutes, say=True)
+        )
 
 
 if __name__ == "__main__":

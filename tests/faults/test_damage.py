@@ -1,4 +1,6 @@
-"""Damage done to a store on disk is named; where the store is unfinished it is made anew, where it is complete it is refused."""
+"""Damage done to a store on disk is named; where the store is unfinished it is made anew, where it
+is complete it is refused.
+"""
 
 from __future__ import annotations
 
@@ -91,18 +93,32 @@ def change(path: Path, how: Callable[[bytes], bytes]) -> None:
 
 def reopened(folder: Path) -> RowStore:
     digest = fill(folder.parent, SHARDS).digest
-    return RowStore.create(folder, recipe_digest=digest, ids=[f"row-{i}" for i in range(SHARDS * ROWS)], dim=DIM, spec={}, shard_rows=ROWS)
+    return RowStore.create(
+        folder,
+        recipe_digest=digest,
+        ids=[f"row-{i}" for i in range(SHARDS * ROWS)],
+        dim=DIM,
+        spec={},
+        shard_rows=ROWS,
+    )
 
 
 @damage
-def test_in_an_unfinished_store_it_is_named_and_made_anew(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+def test_in_an_unfinished_store_it_is_named_and_made_anew(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
     artifact = fill(tmp_path / "run", SHARDS)
     content, folder = artifact.content, artifact.path
     (artifact.path / MANIFEST).unlink()
-    untouched = {name: (folder / name).stat() for name in ("rows-00000.safetensors", "rows-00003.safetensors")}
+    untouched = {
+        name: (folder / name).stat()
+        for name in ("rows-00000.safetensors", "rows-00003.safetensors")
+    }
     harm(folder)
     ids = [f"row-{i}" for i in range(SHARDS * ROWS)]
-    store = RowStore.create(folder, recipe_digest=artifact.digest, ids=ids, dim=DIM, spec={}, shard_rows=ROWS)
+    store = RowStore.create(
+        folder, recipe_digest=artifact.digest, ids=ids, dim=DIM, spec={}, shard_rows=ROWS
+    )
     assert store.missing() == ([1, 2] if harm is swap else [1])
     if harm is not remove:
         assert ONE in store.problems[0]
@@ -112,14 +128,19 @@ def test_in_an_unfinished_store_it_is_named_and_made_anew(tmp_path: Path, harm: 
     again = fill(tmp_path / "run", SHARDS)
     assert again.content == content
     for name, stat in untouched.items():
-        assert ((folder / name).stat().st_ino, (folder / name).stat().st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
+        assert ((folder / name).stat().st_ino, (folder / name).stat().st_mtime_ns) == (
+            stat.st_ino,
+            stat.st_mtime_ns,
+        )
     if harm is link:
         assert (tmp_path / "aside").read_bytes() == (folder / ONE).read_bytes()
         assert not (folder / ONE).is_symlink()
 
 
 @damage
-def test_in_a_complete_store_it_is_refused_then_only_that_shard_is_made_anew(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+def test_in_a_complete_store_it_is_refused_then_only_that_shard_is_made_anew(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
     artifact = fill(tmp_path / "run", SHARDS)
     content, folder = artifact.content, artifact.path
     zero = (folder / "rows-00000.safetensors").stat()
@@ -146,7 +167,9 @@ def test_in_a_complete_store_it_is_refused_then_only_that_shard_is_made_anew(tmp
     assert run.verify() == []
 
 
-def test_a_flipped_bit_of_an_unfinished_store_is_found_by_verify_and_by_the_next_run(tmp_path: Path) -> None:
+def test_a_flipped_bit_of_an_unfinished_store_is_found_by_verify_and_by_the_next_run(
+    tmp_path: Path,
+) -> None:
     artifact = fill(tmp_path / "run", SHARDS)
     (artifact.path / MANIFEST).unlink()
     flip_in_payload(artifact.path)
@@ -157,8 +180,14 @@ def test_a_flipped_bit_of_an_unfinished_store_is_found_by_verify_and_by_the_next
 
 
 @pytest.mark.parametrize("name", ["store.json", "ids.safetensors"])
-@pytest.mark.parametrize("how", [lambda data: b"", lambda data: b"\0" * len(data), lambda data: data[:-3]], ids=["empty", "zero", "cut"])
-def test_header_and_ids_are_covered_too(tmp_path: Path, name: str, how: Callable[[bytes], bytes]) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [lambda data: b"", lambda data: b"\0" * len(data), lambda data: data[:-3]],
+    ids=["empty", "zero", "cut"],
+)
+def test_header_and_ids_are_covered_too(
+    tmp_path: Path, name: str, how: Callable[[bytes], bytes]
+) -> None:
     artifact = fill(tmp_path / "run", SHARDS)
     content = artifact.content
     change(artifact.path / name, how)
@@ -179,12 +208,16 @@ def test_other_ids_with_a_valid_digest_are_refused(tmp_path: Path) -> None:
         RowStore.open(artifact.path)
 
 
-def test_a_whole_other_shard_of_the_same_store_is_not_the_one_of_the_manifest(tmp_path: Path) -> None:
+def test_a_whole_other_shard_of_the_same_store_is_not_the_one_of_the_manifest(
+    tmp_path: Path,
+) -> None:
     """Same recipe, same place, self-consistent, but other values: the manifest knows."""
     artifact = fill(tmp_path / "run", SHARDS)
     (artifact.path / ONE).unlink()
     ids = [f"row-{i}" for i in range(SHARDS * ROWS)]
-    store = RowStore.create(artifact.path, recipe_digest=artifact.digest, ids=ids, dim=DIM, spec={}, shard_rows=ROWS)
+    store = RowStore.create(
+        artifact.path, recipe_digest=artifact.digest, ids=ids, dim=DIM, spec={}, shard_rows=ROWS
+    )
     ones = torch.ones(ROWS)
     store.write(1, rows_of(99), norms=ones, losses=ones, tokens=ones)
     with pytest.raises(IntegrityError, match=f"{ONE} is not the shard that the manifest names"):

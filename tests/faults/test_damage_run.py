@@ -1,5 +1,7 @@
-"""Damage anywhere in a finished run: the command refuses it or has no use for it, verify names it with exit 5, and after that the next run
-makes only it anew, says so, and keeps the damaged bytes aside."""
+"""Damage anywhere in a finished run: the command refuses it or has no use for it, verify names it
+with exit 5, and after that the next run makes only it anew, says so, and keeps the damaged bytes
+aside.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from tests.faults.killed import digests, finished
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"
+    ),
 ]
 
 
@@ -32,7 +36,13 @@ def select(pool_file: Path, target_file: Path, model_folder: Path) -> Callable[.
 
     def call(run: Path, budget: str = "25%") -> Selection:
         return gradsift.select(
-            "less", pool=pool_file, target=target_file, model=str(model_folder), run=run, budget=budget, settings=settings
+            "less",
+            pool=pool_file,
+            target=target_file,
+            model=str(model_folder),
+            run=run,
+            budget=budget,
+            settings=settings,
         )
 
     return call
@@ -54,13 +64,19 @@ def named(run: Path) -> list[str]:
     """Every file that a manifest of the run names."""
     found = []
     for manifest in sorted(run.glob("*/manifest.json")):
-        found += [f"{manifest.parent.name}/{name}" for name in json.loads(manifest.read_bytes())["files"]]
+        found += [
+            f"{manifest.parent.name}/{name}" for name in json.loads(manifest.read_bytes())["files"]
+        ]
     return found
 
 
 def done(run: Path) -> dict[str, str]:
     """The content digest of every complete artifact."""
-    return {artifact.path.name: artifact.content for artifact in Run(run).artifacts() if artifact.complete}
+    return {
+        artifact.path.name: artifact.content
+        for artifact in Run(run).artifacts()
+        if artifact.complete
+    }
 
 
 def flip(path: Path) -> None:
@@ -94,9 +110,13 @@ def test_a_flipped_bit_in_every_file_of_a_run(run: Path, select: Callable[..., S
     assert digests(run) == contents
     assert verify(run) == []
     for name, data in damaged.items():
-        assert any(text.startswith(f"set aside as damaged: {name} ") for text in again.warnings), name
+        assert any(text.startswith(f"set aside as damaged: {name} ") for text in again.warnings), (
+            name
+        )
         folder, file = name.split("/")[0], name.split("/")[-1]
-        assert data in [path.read_bytes() for path in (run / "damaged" / folder).glob(f"{file}*")], name
+        assert data in [
+            path.read_bytes() for path in (run / "damaged" / folder).glob(f"{file}*")
+        ], name
     assert not [text for text in select(run).warnings if "damaged" in text]
 
 
@@ -109,7 +129,9 @@ def kinds(run: Path) -> list[str]:
     return sorted(found.values())
 
 
-def outcome(select: Callable[..., Selection], run: Path, budget: str) -> tuple[list[str], IntegrityError | None]:
+def outcome(
+    select: Callable[..., Selection], run: Path, budget: str
+) -> tuple[list[str], IntegrityError | None]:
     """The chosen ids, or the refusal."""
     try:
         return select(run, budget).ids, None
@@ -120,7 +142,9 @@ def outcome(select: Callable[..., Selection], run: Path, budget: str) -> tuple[l
 def test_a_flipped_bit_is_refused_or_of_no_use_and_only_it_is_made_anew(
     whole: Path, tmp_path: Path, select: Callable[..., Selection]
 ) -> None:
-    """A later command over the same rows either names the damaged file, or never reads it and chooses the same rows."""
+    """A later command over the same rows either names the damaged file, or never reads it and
+    chooses the same rows.
+    """
     budget, contents = "30%", digests(whole)
     expected = select(shutil.copytree(whole, tmp_path / "same"), budget).ids
     refused = set()
@@ -176,7 +200,11 @@ def duplicate_under_a_new_name(run: Path) -> set[str]:
 
 def foreign(run: Path) -> set[str]:
     one = shards(run)[0]
-    (other,) = [path for path in run.glob("gradients-*") if path != one.parent and len(list(path.glob("rows-*"))) == len(shards(run))][:1]
+    (other,) = [
+        path
+        for path in run.glob("gradients-*")
+        if path != one.parent and len(list(path.glob("rows-*"))) == len(shards(run))
+    ][:1]
     shutil.copy(other / one.name, one)
     return {one.name}
 
@@ -198,7 +226,11 @@ def zero(run: Path) -> set[str]:
     return {shards(run)[2].name}
 
 
-@pytest.mark.parametrize("harm", [swap, duplicate, duplicate_under_a_new_name, foreign, remove, edit, zero], ids=lambda harm: harm.__name__)
+@pytest.mark.parametrize(
+    "harm",
+    [swap, duplicate, duplicate_under_a_new_name, foreign, remove, edit, zero],
+    ids=lambda harm: harm.__name__,
+)
 def test_what_is_wrong_with_shards_is_named_and_only_they_are_rewritten(
     run: Path, select: Callable[..., Selection], harm: Callable[[Path], set[str]]
 ) -> None:
@@ -208,18 +240,30 @@ def test_what_is_wrong_with_shards_is_named_and_only_they_are_rewritten(
         with pytest.raises(IntegrityError):
             select(run, "30%")
     lines = told(run)
-    assert {line.split()[0] for line in lines if line.startswith(folder)} == {f"{folder}/{name}" for name in wrong}, lines
+    assert {line.split()[0] for line in lines if line.startswith(folder)} == {
+        f"{folder}/{name}" for name in wrong
+    }, lines
     select(run)
-    assert {path.name for path in (run / "damaged").rglob("*.*")} == (set() if harm is remove else wrong)
+    assert {path.name for path in (run / "damaged").rglob("*.*")} == (
+        set() if harm is remove else wrong
+    )
     assert done(run) == contents
     after = finished(run)
     rewritten = {name for name in before if before[name] != after[name]}
-    assert rewritten == {f"{folder}/{name}" for name in {*wrong, "manifest.json"} if f"{folder}/{name}" in before}
+    assert rewritten == {
+        f"{folder}/{name}" for name in {*wrong, "manifest.json"} if f"{folder}/{name}" in before
+    }
 
 
-@pytest.mark.parametrize("how", [lambda data: b"", lambda data: b"\0" * len(data), lambda data: data[:-9]], ids=["empty", "zero", "cut"])
+@pytest.mark.parametrize(
+    "how",
+    [lambda data: b"", lambda data: b"\0" * len(data), lambda data: data[:-9]],
+    ids=["empty", "zero", "cut"],
+)
 @pytest.mark.parametrize("name", ["run.json", "settings.json"])
-def test_the_runs_own_files_are_checked_too(run: Path, select: Callable[..., Selection], name: str, how: Callable[[bytes], bytes]) -> None:
+def test_the_runs_own_files_are_checked_too(
+    run: Path, select: Callable[..., Selection], name: str, how: Callable[[bytes], bytes]
+) -> None:
     contents = digests(run)
     (run / name).write_bytes(how((run / name).read_bytes()))
     assert told(run)[0] == f"{name} is damaged"
@@ -232,7 +276,9 @@ def test_the_runs_own_files_are_checked_too(run: Path, select: Callable[..., Sel
     assert verify(run) == []
 
 
-def test_a_run_of_a_newer_gradsift_is_refused_and_nothing_in_it_is_touched(run: Path, select: Callable[..., Selection]) -> None:
+def test_a_run_of_a_newer_gradsift_is_refused_and_nothing_in_it_is_touched(
+    run: Path, select: Callable[..., Selection]
+) -> None:
     manifest = shards(run)[0].with_name("manifest.json")
     manifest.write_bytes(manifest.read_bytes().replace(b'"schema": 1', b'"schema": 2'))
     before = finished(run)
@@ -249,8 +295,12 @@ def test_a_damaged_report_is_an_error_with_a_remedy(run: Path) -> None:
     assert error.value.remedy
 
 
-def test_links_in_a_run_are_never_followed(run: Path, tmp_path: Path, select: Callable[..., Selection]) -> None:
-    """A shard, a folder and a manifest that are links to files outside: refused; what they lead to is neither read as ours nor changed."""
+def test_links_in_a_run_are_never_followed(
+    run: Path, tmp_path: Path, select: Callable[..., Selection]
+) -> None:
+    """A shard, a folder and a manifest that are links to files outside: refused; what they lead to
+    is neither read as ours nor changed.
+    """
     outside = tmp_path / "outside"
     shutil.copytree(shards(run)[0].parent, outside)
     kept = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
@@ -272,18 +322,34 @@ def test_links_in_a_run_are_never_followed(run: Path, tmp_path: Path, select: Ca
 
 
 @pytest.mark.parametrize("file", ["checkpoint.json", "adapter_config.json", "moments.safetensors"])
-def test_a_changed_warmup_makes_no_other_numbers_under_the_same_name(run: Path, pool_file: Path, model_folder: Path, file: str) -> None:
-    """A second method takes more from the checkpoints than is stored already: it must not take it from files that were changed since."""
+def test_a_changed_warmup_makes_no_other_numbers_under_the_same_name(
+    run: Path, pool_file: Path, model_folder: Path, file: str
+) -> None:
+    """A second method takes more from the checkpoints than is stored already: it must not take it
+    from files that were changed since.
+    """
     settings = {**SETTINGS, "warmup": {**SETTINGS["warmup"], "checkpoints": 2}}
 
     def tagcos() -> Selection:
         return gradsift.select(
-            "tagcos", pool=pool_file, model=str(model_folder), run=run, budget=6, settings=settings, options={"clusters": 3}
+            "tagcos",
+            pool=pool_file,
+            model=str(model_folder),
+            run=run,
+            budget=6,
+            settings=settings,
+            options={"clusters": 3},
         )
 
-    changed = next(path for path in sorted(run.glob("warmup-*/checkpoint-*/*")) if path.name == file)
+    changed = next(
+        path for path in sorted(run.glob("warmup-*/checkpoint-*/*")) if path.name == file
+    )
     before = changed.read_bytes()
-    changed.write_bytes(before.replace(b'"mean_lr":', b'"mean_lr":1') if file == "checkpoint.json" else before[:-1] + b" ")
+    changed.write_bytes(
+        before.replace(b'"mean_lr":', b'"mean_lr":1')
+        if file == "checkpoint.json"
+        else before[:-1] + b" "
+    )
     assert changed.read_bytes() != before
     with pytest.raises(IntegrityError, match=file):
         tagcos()
@@ -292,7 +358,9 @@ def test_a_changed_warmup_makes_no_other_numbers_under_the_same_name(run: Path, 
     assert changed.read_bytes() == before and verify(run) == []
 
 
-def test_a_checkpoint_that_somebody_put_there_is_none(run: Path, select: Callable[..., Selection]) -> None:
+def test_a_checkpoint_that_somebody_put_there_is_none(
+    run: Path, select: Callable[..., Selection]
+) -> None:
     stages = digests(run)
     first = sorted(run.glob("warmup-*/checkpoint-*"))[0]
     shutil.copytree(first, first.parent / "checkpoint-1")

@@ -7,7 +7,11 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LINES = [line for line in (ROOT / "docs" / "faults.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+LINES = [
+    line
+    for line in (ROOT / "docs" / "faults.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("| ")
+]
 ROWS = [line for line in LINES if not line.startswith("| fault |")]
 
 
@@ -17,7 +21,11 @@ def test_every_fault_names_tests_that_exist() -> None:
         named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
         assert named, row
         for path, name in named:
-            functions = {node.name for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.FunctionDef)}
+            functions = {
+                node.name
+                for node in ast.parse((ROOT / path).read_text()).body
+                if isinstance(node, ast.FunctionDef)
+            }
             assert name in functions, f"{path}::{name}"
 
 

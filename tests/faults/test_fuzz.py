@@ -1,4 +1,6 @@
-"""Damaged copies of valid files: each is an error of gradsift, or a pool whose counts add up and which reads back as it was written."""
+"""Damaged copies of valid files: each is an error of gradsift, or a pool whose counts add up and
+which reads back as it was written.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,18 @@ def test_damaged_copies(tmp_path: Path, kind: str) -> None:
     assert f" of {COUNT} read" in done.stdout
 
 
-PLACES = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 9), st.binary(max_size=6)), max_size=5)
+PLACES = st.lists(
+    st.tuples(st.integers(0, 10_000), st.integers(0, 9), st.binary(max_size=6)), max_size=5
+)
 
 
-@settings(max_examples=COUNT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=COUNT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(base=st.sampled_from([TEXT, ARRAY]), changes=PLACES)
-def test_any_bytes_put_anywhere(tmp_path: Path, base: bytes, changes: list[tuple[int, int, bytes]]) -> None:
+def test_any_bytes_put_anywhere(
+    tmp_path: Path, base: bytes, changes: list[tuple[int, int, bytes]]
+) -> None:
     data = base
     for at, gone, put in changes:
         at %= len(data) + 1
@@ -44,8 +52,15 @@ def test_any_bytes_put_anywhere(tmp_path: Path, base: bytes, changes: list[tuple
     assert check_read(path) or changes
 
 
-@settings(max_examples=COUNT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=200), st.sampled_from([".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", "", ".txt"]))
+@settings(
+    max_examples=COUNT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.binary(max_size=200),
+    st.sampled_from(
+        [".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", "", ".txt"]
+    ),
+)
 def test_any_bytes_under_any_name(tmp_path: Path, data: bytes, suffix: str) -> None:
     (tmp_path / f"p{suffix}").write_bytes(data)
     check_read(tmp_path / f"p{suffix}")

@@ -1,6 +1,8 @@
-"""Every hostile input of the corpus comes to what it should: rows read, rows quarantined by line and code, or one error with a remedy.
+"""Every hostile input of the corpus comes to what it should: rows read, rows quarantined by line
+and code, or one error with a remedy.
 
-They are read in another process with a limit on its memory, so that a crash or a bomb is told by name and ends no test run.
+They are read in another process with a limit on its memory, so that a crash or a bomb is told by
+name and ends no test run.
 """
 
 from __future__ import annotations
@@ -22,16 +24,26 @@ SECONDS = 120  # that all of them may take together without a word from the proc
 
 
 def read_all(folder: Path) -> dict[str, dict[str, Any]]:
-    """name -> what __main__.py told; a case that ended the process has {"died": how}, and the rest is read by a new one."""
+    """name -> what __main__.py told; a case that ended the process has {"died": how}, and the rest
+    is read by a new one.
+    """
     found: dict[str, dict[str, Any]] = {}
     while len(found) < len(CORPUS):
         rest = [name for name in CORPUS if name not in found]
         place = folder / str(len(found))
         place.mkdir()
         command = [sys.executable, "-m", "tests.faults.corpus", str(place), *rest]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(folder / "hub"),
+        }
         try:
-            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=SECONDS)
+            done = subprocess.run(
+                command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=SECONDS
+            )
             told, how = done.stdout, f"ended with {done.returncode}: {done.stderr[-2000:]}"
         except subprocess.TimeoutExpired as error:
             told, how = (error.stdout or b"").decode(), f"hung for {SECONDS} s"
@@ -71,7 +83,9 @@ def test_it_comes_to_what_it_should(outcomes: dict[str, dict[str, Any]], name: s
         assert [tuple(row) for row in found["dropped"]] == list(expected.dropped)
         assert not expected.ids or tuple(found["ids"]) == expected.ids
     else:
-        assert re.fullmatch(expected.error, found.get("error", f"read {found.get('rows')} rows")), found
+        assert re.fullmatch(expected.error, found.get("error", f"read {found.get('rows')} rows")), (
+            found
+        )
         assert re.search(expected.words, found["text"]), found["text"]
         assert found["remedy"]
         assert "\n" not in found["text"]

@@ -1,4 +1,6 @@
-"""Models, adapters, tokenizers and checkpoints from elsewhere: nothing in them runs, whatever their files are called."""
+"""Models, adapters, tokenizers and checkpoints from elsewhere: nothing in them runs, whatever their
+files are called.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from gradsift.model.load import load_model, load_tokenizer
 from gradsift.model.lora import load_adapter
 from tests.faults.corpus import SENTINEL, Ran
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 
 
 @pytest.fixture
@@ -43,7 +47,10 @@ def pickled(path: Path, folder: Path, zipped: bool = False) -> None:
 
 
 def code(folder: Path) -> str:
-    return f"import os\nos.makedirs({str(folder / SENTINEL)!r}, exist_ok=True)\nclass C: pass\nclass M: pass\nclass T: pass\n"
+    return (
+        f"import os\nos.makedirs({str(folder / SENTINEL)!r}, exist_ok=True)\nclass C: pass\nclass"
+        " M: pass\nclass T: pass\n"
+    )
 
 
 def safetensors_pickle(model: Path, folder: Path) -> None:
@@ -62,7 +69,11 @@ def bin_only(model: Path, folder: Path) -> None:
 def sharded_bin(model: Path, folder: Path) -> None:
     bin_only(model, folder)
     (model / "pytorch_model.bin").rename(model / "part.bin")
-    set_json(model / "pytorch_model.bin.index.json", metadata={}, weight_map={"lm_head.weight": "part.bin"})
+    set_json(
+        model / "pytorch_model.bin.index.json",
+        metadata={},
+        weight_map={"lm_head.weight": "part.bin"},
+    )
 
 
 def index_leads_out(model: Path, folder: Path) -> None:
@@ -72,7 +83,11 @@ def index_leads_out(model: Path, folder: Path) -> None:
 
 
 def remote_model(model: Path, folder: Path) -> None:
-    set_json(model / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"})
+    set_json(
+        model / "config.json",
+        model_type="mine",
+        auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"},
+    )
     (model / "mine.py").write_text(code(folder))
 
 
@@ -98,7 +113,9 @@ HARMS: list[Callable[[Path, Path], None]] = [
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["pickle", "zip"])
 def test_the_sentinel_is_there_where_a_pickle_is_loaded(tmp_path: Path, zipped: bool) -> None:
-    """What the tests below rest on: these very files do run something in a program that trusts them."""
+    """What the tests below rest on: these very files do run something in a program that trusts
+    them.
+    """
     pickled(tmp_path / "x.bin", tmp_path, zipped)
     if zipped:
         torch.load(tmp_path / "x.bin", weights_only=False)
@@ -107,22 +124,30 @@ def test_the_sentinel_is_there_where_a_pickle_is_loaded(tmp_path: Path, zipped: 
     assert (tmp_path / SENTINEL).exists()
 
 
-def test_the_sentinel_is_there_where_remote_code_is_trusted(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_the_sentinel_is_there_where_remote_code_is_trusted(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     remote_model(model, tmp_path)
     with contextlib.suppress(Exception):  # its class is none; the file has run by then
         AutoConfig.from_pretrained(str(model), trust_remote_code=True)
     assert (tmp_path / SENTINEL).exists()
 
 
-def test_the_sentinel_is_there_where_a_template_has_no_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sentinel_is_there_where_a_template_has_no_sandbox(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     jinja2.Environment().from_string(PAYLOADS[1]).render()
     assert (tmp_path / SENTINEL).exists()
 
 
 @pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
-def test_a_model_is_refused_and_nothing_of_it_runs(model: Path, tmp_path: Path, harm: Callable[[Path, Path], None]) -> None:
+def test_a_model_is_refused_and_nothing_of_it_runs(
+    model: Path, tmp_path: Path, harm: Callable[[Path, Path], None]
+) -> None:
     harm(model, tmp_path)
     with pytest.raises(GradsiftError) as error:
         load_model(str(model))
@@ -132,7 +157,9 @@ def test_a_model_is_refused_and_nothing_of_it_runs(model: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
 def test_code_of_a_tokenizer_does_not_run(model: Path, tmp_path: Path, name: str) -> None:
-    """Either it is refused, or the ordinary tokenizer in the folder is read; the file beside it is not."""
+    """Either it is refused, or the ordinary tokenizer in the folder is read; the file beside it is
+    not.
+    """
     set_json(model / name, tokenizer_class="T", auto_map={"AutoTokenizer": ["mine.T", "mine.T"]})
     (model / "mine.py").write_text(code(tmp_path))
     try:
@@ -146,7 +173,14 @@ def test_code_of_a_tokenizer_does_not_run(model: Path, tmp_path: Path, name: str
 
 
 def test_a_model_with_code_beside_it_is_read_without_it(model: Path, tmp_path: Path) -> None:
-    for name in ("modeling_llama.py", "configuration_llama.py", "__init__.py", "conftest.py", "sitecustomize.py", "torch.py"):
+    for name in (
+        "modeling_llama.py",
+        "configuration_llama.py",
+        "__init__.py",
+        "conftest.py",
+        "sitecustomize.py",
+        "torch.py",
+    ):
         (model / name).write_text(code(tmp_path))
     pickled(model / "pytorch_model.bin", tmp_path, zipped=True)
     pickled(model / "training_args.bin", tmp_path, zipped=True)
@@ -157,10 +191,19 @@ def test_a_model_with_code_beside_it_is_read_without_it(model: Path, tmp_path: P
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["pickle", "zip"])
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
-def test_a_pickled_adapter_does_not_run(model: Path, tmp_path: Path, name: str, zipped: bool) -> None:
+def test_a_pickled_adapter_does_not_run(
+    model: Path, tmp_path: Path, name: str, zipped: bool
+) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    set_json(adapter / "adapter_config.json", peft_type="LORA", r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    set_json(
+        adapter / "adapter_config.json",
+        peft_type="LORA",
+        r=2,
+        lora_alpha=4,
+        target_modules=["q_proj"],
+        task_type="CAUSAL_LM",
+    )
     pickled(adapter / name, tmp_path, zipped)
     with pytest.raises(GradsiftError) as error:
         load_adapter(load_model(str(model)), adapter)
@@ -169,14 +212,27 @@ def test_a_pickled_adapter_does_not_run(model: Path, tmp_path: Path, name: str, 
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["pickle", "zip"])
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "optimizer.bin"])
-def test_pickles_of_a_checkpoint_do_not_run(model: Path, tmp_path: Path, name: str, zipped: bool) -> None:
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "optimizer.bin"]
+)
+def test_pickles_of_a_checkpoint_do_not_run(
+    model: Path, tmp_path: Path, name: str, zipped: bool
+) -> None:
     folder = tmp_path / "out" / "checkpoint-5"
     folder.mkdir(parents=True)
     set_json(
-        folder / "adapter_config.json", peft_type="LORA", r=2, lora_alpha=4, target_modules=["q_proj"], base_model_name_or_path=str(model)
+        folder / "adapter_config.json",
+        peft_type="LORA",
+        r=2,
+        lora_alpha=4,
+        target_modules=["q_proj"],
+        base_model_name_or_path=str(model),
     )
-    set_json(folder / "trainer_state.json", global_step=5, log_history=[{"step": 5, "learning_rate": 1e-4}])
+    set_json(
+        folder / "trainer_state.json",
+        global_step=5,
+        log_history=[{"step": 5, "learning_rate": 1e-4}],
+    )
     shutil.copy(model / "model.safetensors", folder / "adapter_model.safetensors")
     pickled(folder / name, tmp_path, zipped)
     try:
@@ -199,7 +255,9 @@ PAYLOADS = [
 
 
 @pytest.mark.parametrize("template", PAYLOADS)
-def test_a_chat_template_cannot_reach_python(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+def test_a_chat_template_cannot_reach_python(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
     from gradsift.config import EncodeSettings
     from gradsift.data.encode import encode
     from gradsift.data.pool import read_pool
@@ -207,7 +265,9 @@ def test_a_chat_template_cannot_reach_python(model: Path, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     (model / "chat_template.jinja").write_text(template)
     set_json(model / "tokenizer_config.json", chat_template=template)
-    (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n')
+    (tmp_path / "p.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
+    )
     pool = read_pool([tmp_path / "p.jsonl"])
     try:
         encoded = encode(pool, load_tokenizer(str(model)), EncodeSettings())

@@ -1,4 +1,6 @@
-"""A real SIGTERM and a real SIGINT to a real `gradsift select`, in the warm-up and between two shards."""
+"""A real SIGTERM and a real SIGINT to a real `gradsift select`, in the warm-up and between two
+shards.
+"""
 
 from __future__ import annotations
 
@@ -42,18 +44,29 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
     command, server = prepare(folder), Server("tests.faults.job")
     try:
         found = Alone(folder, command, server, {}, b"")
-        assert found.run([*command, "--run", str(folder / "alone"), "--out", str(folder / "alone.jsonl")]) == {"status": 0, "answer": 0}
-        found.digests, found.subset = digests(folder / "alone"), (folder / "alone.jsonl").read_bytes()
+        assert found.run(
+            [*command, "--run", str(folder / "alone"), "--out", str(folder / "alone.jsonl")]
+        ) == {"status": 0, "answer": 0}
+        found.digests, found.subset = (
+            digests(folder / "alone"),
+            (folder / "alone.jsonl").read_bytes(),
+        )
         yield found
     finally:
         server.close()
 
 
-def stopped(arguments: list[str], number: signal.Signals, run: Path, reached: str) -> tuple[int, str, str]:
-    """Runs the command, sends it the signal once `reached` is there, and returns its status, stdout and stderr."""
+def stopped(
+    arguments: list[str], number: signal.Signals, run: Path, reached: str
+) -> tuple[int, str, str]:
+    """Runs the command, sends it the signal once `reached` is there, and returns its status, stdout
+    and stderr.
+    """
     command = [str(Path(sys.executable).parent / "gradsift"), *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         until = time.monotonic() + 600
         while not list(run.glob(reached)) and process.poll() is None:
@@ -66,14 +79,23 @@ def stopped(arguments: list[str], number: signal.Signals, run: Path, reached: st
     return process.returncode, said, told
 
 
-@pytest.mark.parametrize(("number", "reached"), [(signal.SIGTERM, "gradients-*/rows-*"), (signal.SIGINT, "warmup-*")])
-def test_a_signal_ends_the_process_with_130_and_the_command_it_names_resumes(number: signal.Signals, reached: str, alone: Alone) -> None:
+@pytest.mark.parametrize(
+    ("number", "reached"), [(signal.SIGTERM, "gradients-*/rows-*"), (signal.SIGINT, "warmup-*")]
+)
+def test_a_signal_ends_the_process_with_130_and_the_command_it_names_resumes(
+    number: signal.Signals, reached: str, alone: Alone
+) -> None:
     status, attempt, until = 0, 0, time.monotonic() + 600
     while status == 0:  # on a busy machine the job may end before it is seen to have begun
         assert time.monotonic() < until
         attempt += 1
-        run, out = alone.folder / f"{number.name}{attempt}", alone.folder / f"{number.name}{attempt}.jsonl"
-        status, said, told = stopped([*alone.command, "--run", str(run), "--out", str(out)], number, run, reached)
+        run, out = (
+            alone.folder / f"{number.name}{attempt}",
+            alone.folder / f"{number.name}{attempt}.jsonl",
+        )
+        status, said, told = stopped(
+            [*alone.command, "--run", str(run), "--out", str(out)], number, run, reached
+        )
     assert status == 130, told
     assert said == ""
     assert f"stopped by {number.name}" in told

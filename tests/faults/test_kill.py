@@ -1,4 +1,6 @@
-"""Killed at any instant, or failed by the disk at any call, a run completes with the digest of one that was left alone."""
+"""Killed at any instant, or failed by the disk at any call, a run completes with the digest of one
+that was left alone.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class Filler(Server):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """In memory where that can be had: a killed process loses nothing the kernel has, and hundreds of runs are synced here."""
+    """In memory where that can be had: a killed process loses nothing the kernel has, and hundreds
+    of runs are synced here.
+    """
     if not os.access("/dev/shm", os.W_OK):
         yield tmp_path
         return
@@ -53,7 +57,10 @@ def worker() -> Iterator[Filler]:
 
 def finished(root: Path) -> dict[str, tuple[int, int]]:
     """(inode, mtime) of every shard that has its name."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in root.glob("gradients-*/rows-*")}
+    return {
+        path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in root.glob("gradients-*/rows-*")
+    }
 
 
 def check_whole(root: Path, content: str) -> None:
@@ -69,7 +76,9 @@ def check_whole(root: Path, content: str) -> None:
 
 
 def test_killed_before_any_call_that_touches_the_disk(worker: Filler, folder: Path) -> None:
-    """Every instant at which the disk can differ from the one before: as many runs as there are calls."""
+    """Every instant at which the disk can differ from the one before: as many runs as there are
+    calls.
+    """
     content = filler.fill(folder / "reference", 2).content
     worker.fill(folder / "counted", 2)
     calls = worker.answer()["answer"]
@@ -118,8 +127,12 @@ def test_sigkill_frees_the_lock(worker: Filler, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_a_disk_that_fails_at_any_call(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each failing call is an error of the right kind; the same command then completes the same bytes."""
+def test_a_disk_that_fails_at_any_call(
+    number: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each failing call is an error of the right kind; the same command then completes the same
+    bytes.
+    """
     content = filler.fill(folder / "reference", 2).content
     fail_at = [0]
 
@@ -128,7 +141,8 @@ def test_a_disk_that_fails_at_any_call(number: int, folder: Path, monkeypatch: p
             half()
             raise OSError(number, os.strerror(number))
 
-    names = ("open", "write", "fsync", "replace")  # a close that fails loses nothing: what it closes is synced before
+    # a close that fails loses nothing: what it closes is synced before
+    names = ("open", "write", "fsync", "replace")
     for name in names:
         monkeypatch.setattr(os, name, getattr(os, name))  # so that the wrappers are taken off again
     calls = filler.count_calls(fail, names)

@@ -1,4 +1,6 @@
-"""Payloads in rows, ids, groups and file names, through a whole selection: nothing runs in a real browser, nothing is a formula anywhere."""
+"""Payloads in rows, ids, groups and file names, through a whole selection: nothing runs in a real
+browser, nothing is a formula anywhere.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from tests.report.test_report_browser import Page, page  # noqa: F401  (a fixtur
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.browser,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"
+    ),
 ]
 
 RUN = "window.__pwned = 1; document.title = 'pwned'; fetch('http://127.0.0.1:9/x')"
@@ -29,7 +33,10 @@ PAYLOADS = [
     f'<svg/onload="{RUN}">',
     f'"><iframe srcdoc="<script>parent.{RUN}</script>">',
     f'<a href="javascript:{RUN}" autofocus onfocus="{RUN}">x</a>',
-    "<style>@import 'http://127.0.0.1:9/x.css';</style><link rel=stylesheet href=http://127.0.0.1:9/x.css>",
+    (
+        "<style>@import 'http://127.0.0.1:9/x.css';</style><link rel=stylesheet"
+        " href=http://127.0.0.1:9/x.css>"
+    ),
     "<meta http-equiv=refresh content='0;url=http://127.0.0.1:9/'><base href=http://127.0.0.1:9/>",
     "<form action=http://127.0.0.1:9/><button autofocus>",
     "-->]]><!--<![CDATA[</textarea></title></style></noscript></template>",
@@ -49,7 +56,10 @@ def chosen(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Sele
     for i, item in enumerate(items):
         payload = PAYLOADS[i % len(PAYLOADS)]
         item |= {"id": f"{payload} {i}", "kind": payload, "note": payload}
-        item["messages"] = [{"role": "user", "content": payload[:40]}, {"role": "assistant", "content": payload}]
+        item["messages"] = [
+            {"role": "user", "content": payload[:40]},
+            {"role": "assistant", "content": payload},
+        ]
     name = folder / "<img src=x onerror=window.__pwned=1>=1+1.jsonl"
     write_rows(name, items)
     with name.open("a") as file:
@@ -78,9 +88,27 @@ def test_nothing_runs_in_a_browser(page: Page, chosen: Selection) -> None:  # no
     assert page.complaints() == []
     assert [url for url in page.requests() if url not in (chosen.report.as_uri(), "data:,")] == []
     own = 'link[rel=icon][href="data:,"], form.vega-bindings'
-    tags = ("iframe", "img", "object", "embed", "form", "base", "link", "meta[http-equiv=refresh]", "[onerror]", "[onload]", "[onfocus]")
+    tags = (
+        "iframe",
+        "img",
+        "object",
+        "embed",
+        "form",
+        "base",
+        "link",
+        "meta[http-equiv=refresh]",
+        "[onerror]",
+        "[onload]",
+        "[onfocus]",
+    )
     foreign = ", ".join(f"{tag}:not({own})" for tag in tags)
-    assert page.js(f"[...document.querySelectorAll({json.dumps(foreign)})].map(found => found.outerHTML.slice(0, 200))") == []
+    assert (
+        page.js(
+            f"[...document.querySelectorAll({json.dumps(foreign)})].map(found =>"
+            " found.outerHTML.slice(0, 200))"
+        )
+        == []
+    )
     assert page.js("document.querySelectorAll('a[href^=\"javascript:\"]').length") == 0
     shown = page.js("document.documentElement.innerText")
     assert "<script>window.__pwned" in shown
@@ -91,7 +119,11 @@ def test_tables_hold_texts_and_no_file_is_a_spreadsheet(chosen: Selection) -> No
     table = pq.read_table(chosen.folder / "scores.parquet")
     assert str(table.schema.field("id").type) == "string"
     assert table["id"].to_pylist() == [f"{PAYLOADS[i % len(PAYLOADS)]} {i}" for i in range(72)]
-    assert not [path for path in chosen.folder.rglob("*") if path.suffix in (".csv", ".tsv", ".xls", ".xlsx", ".pkl", ".pt")]
+    assert not [
+        path
+        for path in chosen.folder.rglob("*")
+        if path.suffix in (".csv", ".tsv", ".xls", ".xlsx", ".pkl", ".pt")
+    ]
     for line in (chosen.folder / "selected.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
         assert json.loads(line)["note"] in PAYLOADS
     told = json.loads((chosen.folder / "dropped.jsonl").read_text(encoding="utf-8").split("\n")[0])
@@ -104,4 +136,6 @@ def test_files_for_trainers_hold_no_code_of_rows(chosen: Selection, tmp_path: Pa
         compile(text, path.name, "exec")
         assert not any(payload in text for payload in PAYLOADS)
     copied = shutil.copytree(chosen.folder, tmp_path / "moved")
-    assert sorted(path.name for path in copied.iterdir()) == sorted(path.name for path in chosen.folder.iterdir())
+    assert sorted(path.name for path in copied.iterdir()) == sorted(
+        path.name for path in chosen.folder.iterdir()
+    )

@@ -1,7 +1,9 @@
-"""Recipe digests of every stage of every method, preset and constraint, of every score and of a comparison's trainings.
+"""Recipe digests of every stage of every method, preset and constraint, of every score and of a
+comparison's trainings.
 
-`python -m tests.golden.digests` writes them to digests.json. A digest is the name of work that users have on disk: it changes on purpose
-only, with a new version of its stage in VERSIONS. What belongs to a machine (kind of CPU, build of torch, the model's weights) is pinned.
+`python -m tests.golden.digests` writes them to digests.json. A digest is the name of work that
+users have on disk: it changes on purpose only, with a new version of its stage in VERSIONS. What
+belongs to a machine (kind of CPU, build of torch, the model's weights) is pinned.
 """
 
 from __future__ import annotations
@@ -31,17 +33,36 @@ from tests.conftest import SETTINGS, TEMPLATE, rows, write_rows
 from tests.model.small_models import llama, tokenizer
 
 FILE = Path(__file__).parent / "digests.json"
-TEST_SET = [Example("t", (Message("user", "one two three four five six seven"), Message("assistant", "a b c d e f g")), "test")]
+TEST_SET = [
+    Example(
+        "t",
+        (
+            Message("user", "one two three four five six seven"),
+            Message("assistant", "a b c d e f g"),
+        ),
+        "test",
+    )
+]
 
 
 def selectors() -> Iterator[tuple[str, str, Any]]:
-    """(name with its preset, method, selector) of every method and preset, and of every variant of an option that changes the signals."""
+    """(name with its preset, method, selector) of every method and preset, and of every variant of
+    an option that changes the signals.
+    """
     for name in methods.METHODS:
         cls = methods.load(name)
         presets = get_args(get_type_hints(cls).get("preset", type(None)))
         for preset in presets or (None,):
-            yield (f"{name} {preset}" if preset else name), name, methods.make(name, {"preset": preset} if preset else {})
-    for name, options in (("less", {"backend": "ekfac"}), ("less", {"transform": "none"}), ("gdig", {"backend": "kfac"})):
+            yield (
+                (f"{name} {preset}" if preset else name),
+                name,
+                methods.make(name, {"preset": preset} if preset else {}),
+            )
+    for name, options in (
+        ("less", {"backend": "ekfac"}),
+        ("less", {"transform": "none"}),
+        ("gdig", {"backend": "kfac"}),
+    ):
         yield f"{name} {options}", name, methods.make(name, options)
 
 
@@ -65,23 +86,40 @@ def _lines(pipeline: Pipeline, name: str, selector: Any) -> dict[str, Any]:
         select = select_recipe(pipeline, name, selector, budgets.parse(budget), limits, seed=3)
         found[constraint] = [f"{recipe.stage} {recipe.digest[:16]}" for recipe in (*stages, select)]
     # Only what a constraint adds or changes: the file stays readable.
-    return {key: value if key == "none" else [line for line in value if line not in found["none"]] for key, value in found.items()}
+    return {
+        key: value if key == "none" else [line for line in value if line not in found["none"]]
+        for key, value in found.items()
+    }
 
 
 def digests(folder: Path) -> dict[str, Any]:
-    """The digests as digests.json holds them; `folder` is where the model and the rows are written."""
+    """The digests as digests.json holds them; `folder` is where the model and the rows are
+    written.
+    """
     model = folder / "model"
     llama().save_pretrained(model)
     words = tokenizer()
     words.chat_template = TEMPLATE
     words.save_pretrained(model)
-    pool, target = write_rows(folder / "pool.jsonl", rows(72)), write_rows(folder / "target.jsonl", rows(12, seed=9))
+    pool, target = (
+        write_rows(folder / "pool.jsonl", rows(72)),
+        write_rows(folder / "target.jsonl", rows(12, seed=9)),
+    )
     found: dict[str, Any] = {}
-    with mock.patch.object(machine, "cpu_kind", return_value="golden"), mock.patch("torch.__version__", "golden"):
+    with (
+        mock.patch.object(machine, "cpu_kind", return_value="golden"),
+        mock.patch("torch.__version__", "golden"),
+    ):
         for targets in ([], [target]):
             for modules in ("lora", "linear"):
                 settings = {**SETTINGS, "gradients": {**SETTINGS["gradients"], "modules": modules}}
-                arguments = {"pool": pool, "target": targets, "model": str(model), "settings": settings, "pool_group": "kind"}
+                arguments = {
+                    "pool": pool,
+                    "target": targets,
+                    "model": str(model),
+                    "settings": settings,
+                    "pool_group": "kind",
+                }
                 with opened(Inputs(folder / "run", **arguments), keep=False) as pipeline:
                     pipeline.model_identity = {"kind": "golden"}
                     where = f"{modules}, {'with' if targets else 'without'} a target"
@@ -102,9 +140,17 @@ def _entries(pipeline: Pipeline, targeted: bool, modules: str) -> Iterator[tuple
     if targeted:
         for backend, line in BACKENDS.items():
             for checkpoints in ("last",) if line.curvature is not None else ("mean", "last"):
-                signal = Signal("influence", transform=line.transform, checkpoints=checkpoints, backend=backend)  # type: ignore[arg-type]
+                signal = Signal(
+                    "influence", transform=line.transform, checkpoints=checkpoints, backend=backend
+                )  # type: ignore[arg-type]
                 try:
-                    yield f"score {backend} {checkpoints}", [scores_recipe(pipeline, signal, c).digest[:16] for c in ("rows", "groups")]
+                    yield (
+                        f"score {backend} {checkpoints}",
+                        [
+                            scores_recipe(pipeline, signal, c).digest[:16]
+                            for c in ("rows", "groups")
+                        ],
+                    )
                 except Exception as error:
                     yield f"score {backend} {checkpoints}", f"{type(error).__name__}"
     trials, recipe = Trials(pipeline), pipeline.config.finetune

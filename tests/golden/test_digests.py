@@ -1,4 +1,6 @@
-"""The names of finished work stay what they were: a changed digest throws a user's gradients away."""
+"""The names of finished work stay what they were: a changed digest throws a user's gradients
+away.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What each released version of the format wrote is read today, with the same values. The folders are never made anew (see make.py)."""
+"""What each released version of the format wrote is read today, with the same values. The folders
+are never made anew (see make.py).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ each_version = pytest.mark.parametrize("golden", FOLDERS, ids=lambda path: path.
 
 def test_there_is_one_for_every_version() -> None:
     assert [path.name for path in FOLDERS] == [f"v{number}" for number in range(1, SCHEMA + 1)]
-    assert sum(path.stat().st_size for path in Path(__file__).parent.rglob("v*/**/*") if path.is_file()) < 200_000
+    assert (
+        sum(
+            path.stat().st_size for path in Path(__file__).parent.rglob("v*/**/*") if path.is_file()
+        )
+        < 200_000
+    )
 
 
 @each_version
@@ -33,7 +40,13 @@ def test_it_verifies_and_has_its_contents(golden: Path) -> None:
     found = {artifact.path.name: artifact.content for artifact in Run(golden / "run").artifacts()}
     assert found == json.loads((golden / "contents.json").read_bytes())
     told = show(golden / "run")
-    assert [stage["stage"] for stage in told["stages"]] == ["encode", "gradients", "gradients", "influence", "select"]
+    assert [stage["stage"] for stage in told["stages"]] == [
+        "encode",
+        "gradients",
+        "gradients",
+        "influence",
+        "select",
+    ]
     assert all(stage["complete"] for stage in told["stages"])
     assert diff(golden / "run", golden / "run")["common"] == 3
     assert {path: path.stat().st_mtime_ns for path in golden.rglob("*")} == before
@@ -42,7 +55,11 @@ def test_it_verifies_and_has_its_contents(golden: Path) -> None:
 @each_version
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_rows_and_columns_are_what_was_put_in(golden: Path, dtype: str) -> None:
-    (found,) = [a for a in Run(golden / "run").artifacts() if a.stage == "gradients" and a.recipe["config"]["store_dtype"] == dtype]
+    (found,) = [
+        a
+        for a in Run(golden / "run").artifacts()
+        if a.stage == "gradients" and a.recipe["config"]["store_dtype"] == dtype
+    ]
     store = RowStore.open(found.path, verify=True)
     usable = [i for i in range(len(IDS)) if i not in (ZERO, NOT_FINITE)]
     assert list(store.ids) == IDS
@@ -51,7 +68,9 @@ def test_rows_and_columns_are_what_was_put_in(golden: Path, dtype: str) -> None:
     assert sorted(store.quarantined().values()) == [1, 1]
     expected = raw(range(len(IDS)))[usable]
     unit = expected / expected.norm(dim=1, keepdim=True)
-    assert (store[0:8][usable].float() - unit).abs().max() <= (2**-11 if dtype == "float16" else 1 / 127 / 2 + 1e-6)
+    assert (store[0:8][usable].float() - unit).abs().max() <= (
+        2**-11 if dtype == "float16" else 1 / 127 / 2 + 1e-6
+    )
     assert store.scales[usable].tolist() == [13.0 * 2**i for i in usable]
     assert store.norms[usable].tolist() == [i + 0.5 for i in usable]
     assert store.losses[usable].tolist() == [i / 4 for i in usable]

@@ -1,4 +1,6 @@
-"""The engine, the curvature and the main job on a CUDA device, against the same on the CPU. Skipped, aloud, where there is none."""
+"""The engine, the curvature and the main job on a CUDA device, against the same on the CPU.
+Skipped, aloud, where there is none.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,17 @@ DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"
+    ),
 ]
 TWO_SIDED = Projection((4, 4), kind="rademacher", per_module=True)
 
 
 def check_close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a.cpu(), b.cpu(), rtol=tol.GPU_RTOL, atol=tol.GPU_ATOL * float(b.abs().max()))
+    torch.testing.assert_close(
+        a.cpu(), b.cpu(), rtol=tol.GPU_RTOL, atol=tol.GPU_ATOL * float(b.abs().max())
+    )
 
 
 def options(model: nn.Module, kind: str) -> dict[str, Any]:
@@ -63,7 +69,9 @@ def options(model: nn.Module, kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-@pytest.mark.parametrize("kind", ["lora", "lora adam", "lora dense", "linear", "linear sketch", "linear factored adam"])
+@pytest.mark.parametrize(
+    "kind", ["lora", "lora adam", "lora dense", "linear", "linear sketch", "linear factored adam"]
+)
 def test_rows_on_a_gpu_are_those_of_the_cpu(family: str, kind: str) -> None:
     model, rows = build(family, lora=kind.startswith("lora")), make_rows()
     chosen = options(model, kind)
@@ -78,9 +86,13 @@ def test_rows_on_a_gpu_are_those_of_the_cpu(family: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["lora", "linear"])
 def test_bf16_rows_on_a_gpu_point_where_fp32_rows_do(kind: str) -> None:
     model, rows = build("llama", lora=kind == "lora"), make_rows()
-    chosen = options(model, kind) | {"projection": Projection(4096) if kind == "lora" else TWO_SIDED}
+    chosen = options(model, kind) | {
+        "projection": Projection(4096) if kind == "lora" else TWO_SIDED
+    }
     expected = collect(extract(model, rows, **chosen), len(rows))
-    got = collect(extract(copy.deepcopy(model).to(DEVICE, torch.bfloat16), rows, **chosen), len(rows))
+    got = collect(
+        extract(copy.deepcopy(model).to(DEVICE, torch.bfloat16), rows, **chosen), len(rows)
+    )
     assert torch.cosine_similarity(got.rows, expected.rows).min() > tol.BF16_COSINE
     torch.testing.assert_close(got.norms, expected.norms, rtol=tol.BF16_NORM_RTOL, atol=0)
 
@@ -105,14 +117,21 @@ def peak(batches: Iterator[GradientBatch], n: int) -> tuple[GradientBatch, int]:
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same_rows(memory_limit: Any) -> None:
-    model = llama(hidden_size=256, intermediate_size=1024, num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=1024).to(
-        DEVICE
-    )
+    model = llama(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        max_position_embeddings=1024,
+    ).to(DEVICE)
     ids = torch.randint(0, 256, (16, 512), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [{"input_ids": row, "labels": row} for row in ids]
 
     def run(budget: int) -> tuple[GradientBatch, int]:
-        return peak(extract(model, rows, projection=Projection(256), modules="linear", token_budget=budget), len(rows))
+        return peak(
+            extract(model, rows, projection=Projection(256), modules="linear", token_budget=budget),
+            len(rows),
+        )
 
     run(512)  # what libraries keep for themselves is there afterwards
     (one, least), (_, most) = run(512), run(16 * 512)
@@ -133,14 +152,24 @@ def test_curvature_and_scores_on_a_gpu_are_those_of_the_cpu() -> None:
     found = []
     for one in (model, copy.deepcopy(model).to(DEVICE)):
         fitted = fit(one, rows, modules="linear", token_budget=64)
-        parts = list(influence_scores(one, rows, rows[:4], fitted.inverse(), modules="linear", token_budget=64))
+        parts = list(
+            influence_scores(
+                one, rows, rows[:4], fitted.inverse(), modules="linear", token_budget=64
+            )
+        )
         order = torch.cat([torch.as_tensor(indices) for indices, _ in parts]).argsort()
-        found.append(({n: fitted.factors(n) for n in fitted.names}, torch.cat([scores for _, scores in parts])[order]))
+        found.append(
+            (
+                {n: fitted.factors(n) for n in fitted.names},
+                torch.cat([scores for _, scores in parts])[order],
+            )
+        )
     (factors, scores), (others, on_gpu) = found
     for name, pair in factors.items():
         for a, b in zip(others[name], pair, strict=True):
             check_close(a, b)
-    torch.testing.assert_close(on_gpu, scores, rtol=0.02, atol=0.02 * float(scores.abs().max()))  # eigenvectors of equal values may turn
+    # eigenvectors of equal values may turn
+    torch.testing.assert_close(on_gpu, scores, rtol=0.02, atol=0.02 * float(scores.abs().max()))
 
 
 def test_losses_on_a_gpu_are_those_of_the_cpu() -> None:
@@ -150,28 +179,45 @@ def test_losses_on_a_gpu_are_those_of_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("method", ["less", "tagcos"])
-def test_the_main_job_on_a_gpu(method: str, tmp_path: Path, pool_file: Path, target_file: Path, model_folder: Path) -> None:
+def test_the_main_job_on_a_gpu(
+    method: str, tmp_path: Path, pool_file: Path, target_file: Path, model_folder: Path
+) -> None:
     settings: Mapping[str, Any] = {**SETTINGS, "model": {"device": DEVICE}}
-    more: dict[str, Any] = {"target": target_file} if method == "less" else {"options": {"clusters": 4}}
+    more: dict[str, Any] = (
+        {"target": target_file} if method == "less" else {"options": {"clusters": 4}}
+    )
 
     def select() -> Any:
         return gradsift.select(
-            method, pool=pool_file, model=str(model_folder), run=tmp_path / "run", budget="25%", settings=settings, **more
+            method,
+            pool=pool_file,
+            model=str(model_folder),
+            run=tmp_path / "run",
+            budget="25%",
+            settings=settings,
+            **more,
         )
 
     first, again = select(), select()
     assert len(first) == 18
     assert first.ids == again.ids
     assert all(timing.reused for timing in again.timings)
-    stores = [RowStore.open(path.parent, verify=True) for path in sorted((tmp_path / "run").glob("gradients-*/store.json"))]
+    stores = [
+        RowStore.open(path.parent, verify=True)
+        for path in sorted((tmp_path / "run").glob("gradients-*/store.json"))
+    ]
     assert stores
     for store in stores:
         assert bool(store.usable.all())
-        assert torch.allclose(store[0 : len(store)].float().norm(dim=1), torch.ones(len(store)), atol=1e-3)
+        assert torch.allclose(
+            store[0 : len(store)].float().norm(dim=1), torch.ones(len(store)), atol=1e-3
+        )
 
 
 def test_tagcos_follows_the_device_of_its_rows() -> None:
-    rows = torch.nn.functional.normalize(torch.randn(300, 24, generator=torch.Generator().manual_seed(0)), dim=1)
+    rows = torch.nn.functional.normalize(
+        torch.randn(300, 24, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     selector = make("tagcos", {"clusters": 5})
     (signal,) = selector.needs()
     for place in (rows, rows.to(DEVICE)):
@@ -179,10 +225,17 @@ def test_tagcos_follows_the_device_of_its_rows() -> None:
         assert len(set(chosen.indices.tolist())) == 40
 
 
-def test_an_adapter_and_a_model_are_loaded_on_to_the_device(tmp_path: Path, model_folder: Path) -> None:
+def test_an_adapter_and_a_model_are_loaded_on_to_the_device(
+    tmp_path: Path, model_folder: Path
+) -> None:
     model = attach_lora(load_model(str(model_folder), device=DEVICE))
     model.save_pretrained(tmp_path)
-    loaded, rows = load_adapter(load_model(str(model_folder), device=DEVICE), tmp_path), token_rows(4)
+    loaded, rows = (
+        load_adapter(load_model(str(model_folder), device=DEVICE), tmp_path),
+        token_rows(4),
+    )
     assert {p.device.type for p in loaded.parameters()} == {DEVICE}
-    made = [collect(extract(one, rows, projection=Projection(64)), len(rows)) for one in (model, loaded)]
+    made = [
+        collect(extract(one, rows, projection=Projection(64)), len(rows)) for one in (model, loaded)
+    ]
     check_close(made[1].rows, made[0].rows)

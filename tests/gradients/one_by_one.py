@@ -1,4 +1,6 @@
-"""Tiny random models of each family, real rows of ids, and the naive twin of the engine: one example at a time through autograd."""
+"""Tiny random models of each family, real rows of ids, and the naive twin of the engine: one
+example at a time through autograd.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,13 @@ from transformers import (
 from gradsift.gradients.passes import GradientBatch
 
 VOCAB = 101
-_SHAPE = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 _GROUPED = {**_SHAPE, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
 
 Row = dict[str, list[int]]
@@ -60,12 +68,20 @@ def qwen3() -> nn.Module:
 
 
 def gemma2() -> nn.Module:
-    softcaps = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8, "sliding_window": 6}
-    return Gemma2ForCausalLM(Gemma2Config(**_GROUPED, **softcaps, attn_implementation="eager"))  # tied embeddings
+    softcaps = {
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 6,
+    }
+    # tied embeddings
+    return Gemma2ForCausalLM(Gemma2Config(**_GROUPED, **softcaps, attn_implementation="eager"))
 
 
 def gemma3() -> nn.Module:
-    return Gemma3ForCausalLM(Gemma3TextConfig(**_GROUPED, query_pre_attn_scalar=8, sliding_window=6))
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(**_GROUPED, query_pre_attn_scalar=8, sliding_window=6)
+    )
 
 
 def mistral() -> nn.Module:
@@ -74,20 +90,33 @@ def mistral() -> nn.Module:
 
 def olmo() -> nn.Module:
     grouped = {name: value for name, value in _GROUPED.items() if name != "head_dim"}
-    return OlmoForCausalLM(OlmoConfig(**grouped, clip_qkv=0.1))  # changes the outputs of q, k and v in place
+    # changes the outputs of q, k and v in place
+    return OlmoForCausalLM(OlmoConfig(**grouped, clip_qkv=0.1))
 
 
 def falcon() -> nn.Module:
     shape = {name: value for name, value in _SHAPE.items() if name != "intermediate_size"}
-    return FalconForCausalLM(FalconConfig(**shape, ffn_hidden_size=48, alibi=False, bias=True))  # adds to its MLP's output in place
+    # adds to its MLP's output in place
+    return FalconForCausalLM(FalconConfig(**shape, ffn_hidden_size=48, alibi=False, bias=True))
 
 
 def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCAB,
+            n_embd=32,
+            n_layer=3,
+            n_head=4,
+            n_positions=64,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
 
 
 def neox() -> nn.Module:
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**_SHAPE, max_position_embeddings=64))  # attention and feed-forward side by side
+    # attention and feed-forward side by side
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**_SHAPE, max_position_embeddings=64))
 
 
 def mixtral() -> nn.Module:
@@ -96,17 +125,44 @@ def mixtral() -> nn.Module:
 
 def qwen2_moe() -> nn.Module:
     grouped = {name: value for name, value in _GROUPED.items() if name != "head_dim"}
-    sizes = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2}
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**grouped, **sizes))  # a shared expert, and a gate on it, besides those that are routed to
+    sizes = {
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    # a shared expert, and a gate on it, besides those that are routed to
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**grouped, **sizes))
 
 
 def stretched(kind: str) -> nn.Module:
-    """Rotary factors that are others in a batch with a row of over 12 tokens: Phi-3's, or a Llama's."""
-    grouped = {name: value for name, value in _GROUPED.items() if name not in ("head_dim", "max_position_embeddings")}
+    """Rotary factors that are others in a batch with a row of over 12 tokens: Phi-3's, or a
+    Llama's.
+    """
+    grouped = {
+        name: value
+        for name, value in _GROUPED.items()
+        if name not in ("head_dim", "max_position_embeddings")
+    }
     if kind == "dynamic":
-        return LlamaForCausalLM(LlamaConfig(**grouped, rope_scaling={"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=12))
-    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 4.0, 6.0, 8.0]}
-    sizes = {"original_max_position_embeddings": 12, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 0}
+        return LlamaForCausalLM(
+            LlamaConfig(
+                **grouped,
+                rope_scaling={"rope_type": "dynamic", "factor": 4.0},
+                max_position_embeddings=12,
+            )
+        )
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0, 4.0, 6.0, 8.0],
+    }
+    sizes = {
+        "original_max_position_embeddings": 12,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "eos_token_id": 0,
+    }
     return Phi3ForCausalLM(Phi3Config(**grouped, **sizes, rope_scaling=scaling))
 
 
@@ -127,13 +183,20 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Sequence[str]]] = {
 
 
 def build(family: str, *, lora: bool) -> nn.Module:
-    """A seeded model in evaluation mode; with lora=True its adapter has non-zero B, so that A has a gradient."""
+    """A seeded model in evaluation mode; with lora=True its adapter has non-zero B, so that A has a
+    gradient.
+    """
     make, targets = FAMILIES[family]
     torch.manual_seed(0)
     model = make()
     if lora:
         fan_in_fan_out = family == "gpt2"
-        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), fan_in_fan_out=fan_in_fan_out))
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=4, lora_alpha=8, target_modules=list(targets), fan_in_fan_out=fan_in_fan_out
+            ),
+        )
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(p, std=0.1)
@@ -141,7 +204,9 @@ def build(family: str, *, lora: bool) -> nn.Module:
 
 
 def make_rows(n: int = 11, seed: int = 0, longest: int = 24) -> list[Row]:
-    """Rows of 4..longest tokens; the prompt of each is masked, one also in the middle and at the end."""
+    """Rows of 4..longest tokens; the prompt of each is masked, one also in the middle and at the
+    end.
+    """
     rng = np.random.default_rng(seed)
     rows = []
     for k in range(n):
@@ -155,14 +220,22 @@ def make_rows(n: int = 11, seed: int = 0, longest: int = 24) -> list[Row]:
     return rows
 
 
-def one_by_one(model: nn.Module, rows: Iterable[Row], weights: Sequence[Tensor]) -> tuple[list[list[Tensor]], Tensor]:
-    """(gradients [row][parameter], losses [row]) by torch.autograd.grad of the model's own loss, batch 1, no padding."""
+def one_by_one(
+    model: nn.Module, rows: Iterable[Row], weights: Sequence[Tensor]
+) -> tuple[list[list[Tensor]], Tensor]:
+    """(gradients [row][parameter], losses [row]) by torch.autograd.grad of the model's own loss,
+    batch 1, no padding.
+    """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     for p in model.parameters():
         p.requires_grad_(any(p is w for w in weights))
     grads, losses = [], []
     for row in rows:
-        out: Any = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]]), use_cache=False)
+        out: Any = model(
+            input_ids=torch.tensor([row["input_ids"]]),
+            labels=torch.tensor([row["labels"]]),
+            use_cache=False,
+        )
         grads.append(list(torch.autograd.grad(out.loss, list(weights))))
         losses.append(out.loss.detach())
     for p, flag in flags:
@@ -176,6 +249,11 @@ def collect(batches: Iterable[GradientBatch], n: int) -> GradientBatch:
     indices = np.concatenate([p.indices for p in parts])
     assert sorted(indices) == list(range(n))
     order = torch.from_numpy(np.argsort(indices))
-    joined = [torch.cat([getattr(p, field) for p in parts])[order] for field in ("rows", "norms", "losses", "tokens")]
+    joined = [
+        torch.cat([getattr(p, field) for p in parts])[order]
+        for field in ("rows", "norms", "losses", "tokens")
+    ]
     failed = tuple(k for p in parts for k in p.failed)
-    return GradientBatch(np.arange(n), *joined, halvings=max(p.halvings for p in parts), failed=failed)
+    return GradientBatch(
+        np.arange(n), *joined, halvings=max(p.halvings for p in parts), failed=failed
+    )

@@ -22,7 +22,9 @@ M, V, G = torch.tensor([[0.0, 0.1]]), torch.tensor([[0.0, 0.01]]), torch.tensor(
 
 def test_released_form() -> None:
     adam = Adam({"p": M}, {"p": V}, step=0)
-    assert adam.materialised("p", G)[0, 0].tolist() == pytest.approx([3.16226, -0.09539], abs=tol.ADAM_ATOL)
+    assert adam.materialised("p", G)[0, 0].tolist() == pytest.approx(
+        [3.16226, -0.09539], abs=tol.ADAM_ATOL
+    )
 
 
 def test_eps_inside_or_outside_the_root() -> None:
@@ -34,8 +36,11 @@ def test_eps_inside_or_outside_the_root() -> None:
 def test_paper_form_has_bias_correction_at_the_next_step() -> None:
     adam = Adam({"p": M}, {"p": V}, step=0, form="paper")
     assert adam.materialised("p", G)[0, 0].tolist() == pytest.approx([1.0, -0.0302], abs=5e-5)
-    late = Adam({"p": M}, {"p": V}, step=10**6, form="paper")  # no correction left: eps outside the root only
-    assert late.materialised("p", G)[0, 0].tolist() == pytest.approx([3.16228, -0.09539], abs=tol.ADAM_ATOL)
+    # no correction left: eps outside the root only
+    late = Adam({"p": M}, {"p": V}, step=10**6, form="paper")
+    assert late.materialised("p", G)[0, 0].tolist() == pytest.approx(
+        [3.16228, -0.09539], abs=tol.ADAM_ATOL
+    )
 
 
 def test_paper_form_is_the_step_that_torch_takes() -> None:
@@ -46,18 +51,29 @@ def test_paper_form_is_the_step_that_torch_takes() -> None:
         p.grad = torch.randn_like(p)
         optimizer.step()
     state = optimizer.state[p]
-    adam = Adam({"p": state["exp_avg"].clone()}, {"p": state["exp_avg_sq"].clone()}, step=5, betas=(0.8, 0.95), eps=1e-3, form="paper")
+    adam = Adam(
+        {"p": state["exp_avg"].clone()},
+        {"p": state["exp_avg_sq"].clone()},
+        step=5,
+        betas=(0.8, 0.95),
+        eps=1e-3,
+        form="paper",
+    )
     p.grad = torch.randn_like(p)
     direction = adam.materialised("p", p.grad[None].float())[0]
     before = p.detach().clone()
     optimizer.step()
-    torch.testing.assert_close(direction, ((before - p.detach()) / 0.01).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        direction, ((before - p.detach()) / 0.01).float(), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_fresh_moments_saturate() -> None:
     zero = torch.zeros(5, 6)
     g = torch.rand(3, 5, 6) + 0.3
-    got = Adam({"p": zero}, {"p": zero}, step=0).materialised("p", torch.where(torch.rand(3, 5, 6) < 0.5, g, -g))
+    got = Adam({"p": zero}, {"p": zero}, step=0).materialised(
+        "p", torch.where(torch.rand(3, 5, 6) < 0.5, g, -g)
+    )
     torch.testing.assert_close(got.abs(), torch.full_like(got, 3.1623), rtol=1e-4, atol=0)
 
 
@@ -68,7 +84,9 @@ def test_each_example_alone_and_the_gradient_untouched() -> None:
     kept = g.clone()
     whole = adam.materialised("p", g)
     assert torch.equal(g, kept)
-    torch.testing.assert_close(whole, torch.cat([adam.materialised("p", g[k : k + 1]) for k in range(6)]))
+    torch.testing.assert_close(
+        whole, torch.cat([adam.materialised("p", g[k : k + 1]) for k in range(6)])
+    )
 
 
 @pytest.mark.parametrize("stored", ["a.b", "a.b.weight"])
@@ -85,13 +103,17 @@ def test_missing_or_misshapen_moments_name_the_parameter() -> None:
         adam.check({"a": (1, 2)})
     with pytest.raises(MismatchError, match="first moment for parameter other"):
         adam.materialised("other", G)
-    with pytest.raises(MismatchError, match=r"first moment of a has shape \(1, 2\), the parameter \(2, 2\)"):
+    with pytest.raises(
+        MismatchError, match=r"first moment of a has shape \(1, 2\), the parameter \(2, 2\)"
+    ):
         Adam({"a": M}, {"a": V}, step=0).materialised("a", torch.ones(1, 2, 2))
 
 
 @pytest.mark.parametrize("form", ["released", "paper"])
 @pytest.mark.parametrize("bad", [-1e-12, float("nan"), float("inf")])
-def test_a_second_moment_that_is_no_mean_of_squares_names_the_parameter(form: Any, bad: float) -> None:
+def test_a_second_moment_that_is_no_mean_of_squares_names_the_parameter(
+    form: Any, bad: float
+) -> None:
     broken = torch.tensor([[bad, 0.01]])
     with pytest.raises(ConfigError, match="second moment of p is negative or not finite"):
         Adam({"p": M}, {"p": broken}, step=3, form=form).materialised("p", G)
@@ -141,7 +163,9 @@ def test_factored_rows_equal_materialised_rows_and_it_says_which_it_used(family:
     model, rows = build(family, lora=False), make_rows()
     generator = torch.Generator().manual_seed(1)
     shapes = {n: m.weight.shape for n, m in tracked_modules(model, "linear").items()}  # type: ignore[union-attr]
-    v = {f"{n}.weight": torch.rand(shape, generator=generator) * 1e-3 for n, shape in shapes.items()}  # type: ignore[arg-type]
+    v = {
+        f"{n}.weight": torch.rand(shape, generator=generator) * 1e-3 for n, shape in shapes.items()
+    }  # type: ignore[arg-type]
     two_sided = Projection((5, 7), kind="rademacher", per_module=True)
 
     class Materialised(FactoredAdam):
@@ -150,9 +174,17 @@ def test_factored_rows_equal_materialised_rows_and_it_says_which_it_used(family:
 
     ours, twin = FactoredAdam(v, 40), Materialised(v, 40)
     taken, formed = (
-        collect(extract(model, rows, projection=two_sided, transform=t, modules="linear", token_budget=60), len(rows)) for t in (ours, twin)
+        collect(
+            extract(
+                model, rows, projection=two_sided, transform=t, modules="linear", token_budget=60
+            ),
+            len(rows),
+        )
+        for t in (ours, twin)
     )
-    torch.testing.assert_close(taken.rows, formed.rows, rtol=tol.GRADIENT_RTOL, atol=1e-5 * float(formed.rows.abs().max()))
+    torch.testing.assert_close(
+        taken.rows, formed.rows, rtol=tol.GRADIENT_RTOL, atol=1e-5 * float(formed.rows.abs().max())
+    )
     torch.testing.assert_close(taken.norms, formed.norms, rtol=tol.NORM_RTOL, atol=0)
     assert set(ours.used.values()) == {"factored"} and set(twin.used.values()) == {"materialised"}
     assert str(ours) == f"FactoredAdam: {len(shapes)} parameters factored, 0 materialised"
@@ -165,7 +197,9 @@ def test_factored_adam_refuses_what_it_cannot_use() -> None:
     assert isinstance(FactoredAdam({"p": V2}, 1), Transform)
     with pytest.raises(MismatchError, match="no second moment for parameter other"):
         FactoredAdam({"p": V2}, 1).factors("other")
-    with pytest.raises(MismatchError, match=r"second moment of p has shape \(2, 3\), the parameter \(3, 3\)"):
+    with pytest.raises(
+        MismatchError, match=r"second moment of p has shape \(2, 3\), the parameter \(3, 3\)"
+    ):
         FactoredAdam({"p": V2}, 1).check({"p": (3, 3)})
     with pytest.raises(ConfigError, match="negative or not finite"):
         FactoredAdam({"p": -V2}, 1).factors("p")

@@ -1,4 +1,6 @@
-"""A consumer of the engine is told of every parameter once, and can make of it what `extract` does."""
+"""A consumer of the engine is told of every parameter once, and can make of it what `extract`
+does.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Whole:
     def gradient(self, name: str, calls: list[Call]) -> None:
         assert not torch.is_grad_enabled()
         self.told.append(name)
-        self.grads[name] = torch.stack([product(source.by_example, g) for source, g in calls]).sum(0)
+        self.grads[name] = torch.stack([product(source.by_example, g) for source, g in calls]).sum(
+            0
+        )
 
 
 def labelled(rows: list[dict[str, list[int]]]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -42,8 +46,14 @@ def test_a_consumer_is_told_of_the_batch_and_then_of_every_parameter_once() -> N
     capture = Capture(model, "linear")
     losses = capture.run(labelled(rows), whole)
     assert whole.told[0] == "begin" and sorted(whole.told[1:]) == sorted(capture.shapes)
-    expected = collect(extract(model, rows, modules="linear", projection=Projection(None, kind="identity")), 5)
-    norms = torch.stack([grad.flatten(1).square().sum(1) for grad in whole.grads.values()]).sum(0).sqrt()
+    expected = collect(
+        extract(model, rows, modules="linear", projection=Projection(None, kind="identity")), 5
+    )
+    norms = (
+        torch.stack([grad.flatten(1).square().sum(1) for grad in whole.grads.values()])
+        .sum(0)
+        .sqrt()
+    )
     torch.testing.assert_close(norms, expected.norms, rtol=tol.NORM_RTOL, atol=0)
     torch.testing.assert_close(losses, expected.losses, rtol=tol.LOSS_RTOL, atol=0)
 
@@ -62,4 +72,6 @@ def test_other_labels_come_from_the_logits_of_the_same_rows() -> None:
     (logits,) = seen
     counts = [int((labels >= 0).sum()) for _, labels in given]
     nats = torch.split(-logits.log_softmax(1).amax(1), counts)
-    torch.testing.assert_close(losses, torch.stack([part.mean() for part in nats]), rtol=tol.LOSS_RTOL, atol=0)
+    torch.testing.assert_close(
+        losses, torch.stack([part.mean() for part in nats]), rtol=tol.LOSS_RTOL, atol=0
+    )

@@ -1,4 +1,6 @@
-"""Margins: their gradient against autograd's, at the logits and through a model, and where the model is sure."""
+"""Margins: their gradient against autograd's, at the logits and through a model, and where the
+model is sure.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +39,18 @@ def test_the_gradient_of_the_margin_equals_autograd(in_place: bool, dtype: torch
     nll, grad = margin(logits, targets, weights, in_place=in_place)
     assert (grad.data_ptr() == logits.data_ptr()) == in_place
     torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(grad.float(), leaf.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        grad.float(), leaf.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6
+    )
 
 
 def test_a_sure_model_still_has_a_margin_gradient() -> None:
     logits = torch.tensor([[90.0, 1.0, 0.0]])
     nll, grad = margin(logits, torch.tensor([0]), torch.ones(1), in_place=False)
     assert float(nll) == pytest.approx(0, abs=1e-30)
-    assert grad[0].tolist() == pytest.approx([-1.0, 1 / (1 + torch.e**-1), torch.e**-1 / (1 + torch.e**-1)])
+    assert grad[0].tolist() == pytest.approx(
+        [-1.0, 1 / (1 + torch.e**-1), torch.e**-1 / (1 + torch.e**-1)]
+    )
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -57,13 +63,20 @@ def test_rows_of_the_margin_equal_autograd_one_example_at_a_time(lora: bool) -> 
     expected, losses = [], []
     for row in rows:
         labels = torch.tensor(row["labels"])[1:]
-        logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0, :-1][labels != -100]
+        logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0, :-1][
+            labels != -100
+        ]
         labels = labels[labels != -100]
         grads = torch.autograd.grad(-log_odds(logits, labels).mean(), weights)  # type: ignore[arg-type]
         expected.append(torch.cat([g.flatten() for g in grads]))
         losses.append(torch.nn.functional.cross_entropy(logits, labels).detach())
-    got = collect(extract(model, rows, projection=IDENTITY, modules=modules, token_budget=60, loss="margin"), len(rows))  # type: ignore[arg-type]
-    torch.testing.assert_close(got.rows, torch.stack(expected), rtol=tol.GRADIENT_RTOL, atol=5 * tol.GRADIENT_ATOL)
+    got = collect(
+        extract(model, rows, projection=IDENTITY, modules=modules, token_budget=60, loss="margin"),
+        len(rows),
+    )  # type: ignore[arg-type]
+    torch.testing.assert_close(
+        got.rows, torch.stack(expected), rtol=tol.GRADIENT_RTOL, atol=5 * tol.GRADIENT_ATOL
+    )
     torch.testing.assert_close(got.losses, torch.stack(losses), rtol=tol.LOSS_RTOL, atol=0)
 
 

@@ -1,4 +1,6 @@
-"""The engine as a caller sees it: invariances, restored models, rows it cannot use, memory that runs out."""
+"""The engine as a caller sees it: invariances, restored models, rows it cannot use, memory that
+runs out.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def moments(model: nn.Module, seed: int = 0) -> Adam:
 @pytest.mark.parametrize("lora", [True, False])
 def test_batch_size_padding_and_order_do_not_matter(lora: bool) -> None:
     model, rows = build("llama", lora=lora), make_rows(17)
-    options: dict[str, Any] = {"projection": SKETCH} if lora else {"projection": TWO_SIDED, "modules": "linear"}
+    options: dict[str, Any] = (
+        {"projection": SKETCH} if lora else {"projection": TWO_SIDED, "modules": "linear"}
+    )
     alone = collect(extract(model, rows, token_budget=1, **options), len(rows))
     for budget in (50, 200, 5000):
         batched = collect(extract(model, rows, token_budget=budget, **options), len(rows))
@@ -53,13 +57,18 @@ def test_batch_size_padding_and_order_do_not_matter(lora: bool) -> None:
         torch.testing.assert_close(batched.losses, alone.losses, rtol=tol.LOSS_RTOL, atol=0)
         assert torch.equal(batched.tokens, alone.tokens)
     order = np.random.default_rng(0).permutation(len(rows))
-    shuffled = collect(extract(model, [rows[k] for k in order], token_budget=200, **options), len(rows))
+    shuffled = collect(
+        extract(model, [rows[k] for k in order], token_budget=200, **options), len(rows)
+    )
     check_close(shuffled.rows, alone.rows[torch.from_numpy(order)])
 
 
 def test_the_same_call_gives_the_same_bytes() -> None:
     model, rows = build("qwen3", lora=True), make_rows()
-    first, second = (collect(extract(model, rows, projection=SKETCH, transform=moments(model)), len(rows)) for _ in range(2))
+    first, second = (
+        collect(extract(model, rows, projection=SKETCH, transform=moments(model)), len(rows))
+        for _ in range(2)
+    )
     assert torch.equal(first.rows, second.rows)
     assert torch.equal(first.norms, second.norms)
 
@@ -84,7 +93,10 @@ class RankOne:
     def __init__(self, model: nn.Module) -> None:
         torch.manual_seed(1)
         weights = {n: m.weight for n, m in tracked_modules(model, "linear").items()}
-        self.kept = {n: (torch.rand(w.shape[0]) + 0.5, torch.rand(w.shape[1]) + 0.5) for n, w in weights.items()}  # type: ignore[union-attr]
+        self.kept = {
+            n: (torch.rand(w.shape[0]) + 0.5, torch.rand(w.shape[1]) + 0.5)
+            for n, w in weights.items()
+        }  # type: ignore[union-attr]
 
     def materialised(self, name: str, grad: Tensor) -> Tensor:
         row, col = self.kept[name]
@@ -95,12 +107,18 @@ class RankOne:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_transform_that_factors_gives_the_same_rows_either_way(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transform_that_factors_gives_the_same_rows_either_way(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, rows = build(family, lora=False), make_rows()
     transform = RankOne(model)
-    factored = collect(extract(model, rows, projection=TWO_SIDED, transform=transform, modules="linear"), len(rows))
+    factored = collect(
+        extract(model, rows, projection=TWO_SIDED, transform=transform, modules="linear"), len(rows)
+    )
     monkeypatch.setattr(RankOne, "factors", lambda self, name: None)
-    formed = collect(extract(model, rows, projection=TWO_SIDED, transform=transform, modules="linear"), len(rows))
+    formed = collect(
+        extract(model, rows, projection=TWO_SIDED, transform=transform, modules="linear"), len(rows)
+    )
     check_close(factored.rows, formed.rows)
     torch.testing.assert_close(factored.norms, formed.norms, rtol=tol.NORM_RTOL, atol=0)
 
@@ -108,7 +126,9 @@ def test_a_transform_that_factors_gives_the_same_rows_either_way(family: str, mo
 @pytest.mark.parametrize("lora", [True, False])
 def test_bf16_rows_point_where_fp32_rows_do(lora: bool) -> None:
     model, rows = build("llama", lora=lora), make_rows()
-    options: dict[str, Any] = {"projection": Projection(4096)} if lora else {"projection": TWO_SIDED, "modules": "linear"}
+    options: dict[str, Any] = (
+        {"projection": Projection(4096)} if lora else {"projection": TWO_SIDED, "modules": "linear"}
+    )
     exact = collect(extract(model, rows, **options), len(rows))
     rounded = collect(extract(model.bfloat16(), rows, **options), len(rows))
     assert rounded.rows.dtype == rounded.norms.dtype == rounded.losses.dtype == torch.float32
@@ -117,10 +137,19 @@ def test_bf16_rows_point_where_fp32_rows_do(lora: bool) -> None:
 
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()]
+    hooks = [
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+        for m in model.modules()
+    ]
     flags = [p.requires_grad for p in model.parameters()]
     grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    return hooks, flags, [m.training for m in model.modules()], [sorted(m.__dict__) for m in model.modules()], grads
+    return (
+        hooks,
+        flags,
+        [m.training for m in model.modules()],
+        [sorted(m.__dict__) for m in model.modules()],
+        grads,
+    )
 
 
 def in_odd_state() -> nn.Module:
@@ -145,7 +174,11 @@ def test_the_model_is_what_it_was_after_every_batch_a_close_and_an_error() -> No
     batches.close()  # type: ignore[attr-defined]
     assert state_of(model) == before
     with pytest.raises(IndexError):
-        list(extract(model, [*rows, {"input_ids": [1, 10**6, 2], "labels": [1, 1, 2]}], projection=SKETCH))
+        list(
+            extract(
+                model, [*rows, {"input_ids": [1, 10**6, 2], "labels": [1, 1, 2]}], projection=SKETCH
+            )
+        )
     assert state_of(model) == before
     with torch.no_grad():
         collect(extract(model, rows, projection=SKETCH), len(rows))
@@ -178,16 +211,32 @@ def test_rows_without_supervised_tokens_are_zero() -> None:
 
 def test_a_malformed_row_is_named() -> None:
     with pytest.raises(DataError, match="row 1 has 3 tokens and 2 labels"):
-        list(extract(build("llama", lora=True), [make_rows(1)[0], {"input_ids": [1, 2, 3], "labels": [1, 2]}], projection=SKETCH))
+        list(
+            extract(
+                build("llama", lora=True),
+                [make_rows(1)[0], {"input_ids": [1, 2, 3], "labels": [1, 2]}],
+                projection=SKETCH,
+            )
+        )
 
 
 def test_a_batch_in_place_of_a_row_is_not_read_as_silence() -> None:
     ids = torch.tensor([[5, 6, 7, 8]])  # what a tokenizer gives with return_tensors="pt"
     with pytest.raises(DataError, match=r"row 0 holds .* not one list of each"):
-        list(extract(build("llama", lora=True), [{"input_ids": ids, "labels": ids}], projection=SKETCH))  # type: ignore[dict-item]
+        list(
+            extract(
+                build("llama", lora=True), [{"input_ids": ids, "labels": ids}], projection=SKETCH
+            )
+        )  # type: ignore[dict-item]
     for labels in ([-1, 2, 3], [1.0, 2.0, 3.0]):
         with pytest.raises(DataError, match="row 0 has labels"):
-            list(extract(build("llama", lora=True), [{"input_ids": [1, 2, 3], "labels": labels}], projection=SKETCH))  # type: ignore[dict-item]
+            list(
+                extract(
+                    build("llama", lora=True),
+                    [{"input_ids": [1, 2, 3], "labels": labels}],
+                    projection=SKETCH,
+                )
+            )  # type: ignore[dict-item]
 
 
 def test_faults_of_the_call_come_before_any_work() -> None:
@@ -208,18 +257,34 @@ def test_faults_of_the_call_come_before_any_work() -> None:
 @pytest.mark.parametrize("factored", [False, True])
 def test_sketched_norms_are_right_on_average_and_rows_are_the_same(factored: bool) -> None:
     model, rows = build("llama", lora=False), make_rows()
-    options: dict[str, Any] = {"transform": RankOne(model) if factored else None, "modules": "linear"}
+    options: dict[str, Any] = {
+        "transform": RankOne(model) if factored else None,
+        "modules": "linear",
+    }
     whole = collect(extract(model, rows, projection=TWO_SIDED, **options), len(rows))
     squares = torch.empty(200, len(rows), dtype=torch.float64)
     for seed in range(len(squares)):
         projection = Projection((4, 4), seed, "rademacher", per_module=True)
-        squares[seed] = collect(extract(model, rows, projection=projection, norms="sketched", **options), len(rows)).norms.double() ** 2
-    errors = (squares.mean(0) - whole.norms.double() ** 2).abs() / (squares.std(0) / len(squares) ** 0.5)
+        squares[seed] = (
+            collect(
+                extract(model, rows, projection=projection, norms="sketched", **options), len(rows)
+            ).norms.double()
+            ** 2
+        )
+    errors = (squares.mean(0) - whole.norms.double() ** 2).abs() / (
+        squares.std(0) / len(squares) ** 0.5
+    )
     assert errors.max() < tol.STANDARD_ERRORS
-    sketched = collect(extract(model, rows, projection=TWO_SIDED, norms="sketched", **options), len(rows))
-    torch.testing.assert_close(sketched.rows, whole.rows, rtol=tol.GRADIENT_RTOL, atol=tol.GRADIENT_ATOL)
+    sketched = collect(
+        extract(model, rows, projection=TWO_SIDED, norms="sketched", **options), len(rows)
+    )
+    torch.testing.assert_close(
+        sketched.rows, whole.rows, rtol=tol.GRADIENT_RTOL, atol=tol.GRADIENT_ATOL
+    )
     if not factored:
-        torch.testing.assert_close(sketched.norms, sketched.rows.norm(dim=1), rtol=tol.NORM_RTOL, atol=0)
+        torch.testing.assert_close(
+            sketched.norms, sketched.rows.norm(dim=1), rtol=tol.NORM_RTOL, atol=0
+        )
 
 
 def test_sketched_norms_still_tell_a_gradient_of_zero_and_one_that_is_not_finite() -> None:
@@ -229,20 +294,29 @@ def test_sketched_norms_still_tell_a_gradient_of_zero_and_one_that_is_not_finite
         head = model.get_output_embeddings().weight  # type: ignore[operator]
         kept = head.clone()
         head.zero_()
-        assert collect(extract(model, rows, **options), len(rows)).norms.tolist() == [0.0] * len(rows)
+        assert collect(extract(model, rows, **options), len(rows)).norms.tolist() == [0.0] * len(
+            rows
+        )
         head.copy_(kept)[0, 0] = torch.inf
         assert not collect(extract(model, rows, **options), len(rows)).norms.isfinite().any()
 
 
 def test_where_gradients_are_formed_norms_are_exact_in_either_case() -> None:
     model, rows = build("llama", lora=True), make_rows()
-    exact, other = (collect(extract(model, rows, projection=SKETCH, norms=n), len(rows)) for n in ("exact", "sketched"))  # type: ignore[arg-type]
+    exact, other = (
+        collect(extract(model, rows, projection=SKETCH, norms=n), len(rows))
+        for n in ("exact", "sketched")
+    )  # type: ignore[arg-type]
     assert torch.equal(exact.norms, other.norms)
 
 
 @contextmanager
-def memory_for(model: nn.Module, tokens: int, error: Callable[[], Exception]) -> Iterator[list[int]]:
-    """While this lasts, a forward pass over more than `tokens` padded tokens runs out of memory; yields the sizes tried."""
+def memory_for(
+    model: nn.Module, tokens: int, error: Callable[[], Exception]
+) -> Iterator[list[int]]:
+    """While this lasts, a forward pass over more than `tokens` padded tokens runs out of memory;
+    yields the sizes tried.
+    """
     tried: list[int] = []
 
     def refuse(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -261,13 +335,20 @@ def memory_for(model: nn.Module, tokens: int, error: Callable[[], Exception]) ->
     "error",
     [
         lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-        lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        lambda: RuntimeError(
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+        ),
         lambda: RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-        lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        lambda: RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate"
+            " memory"
+        ),
         lambda: MemoryError(),
     ],
 )
-def test_out_of_memory_halves_the_batch_and_says_so(error: Callable[[], Exception], caplog: pytest.LogCaptureFixture) -> None:
+def test_out_of_memory_halves_the_batch_and_says_so(
+    error: Callable[[], Exception], caplog: pytest.LogCaptureFixture
+) -> None:
     model, rows = build("llama", lora=True), make_rows(12)
     plenty = collect(extract(model, rows, projection=SKETCH, token_budget=500), len(rows))
     assert plenty.halvings == 0
@@ -280,11 +361,16 @@ def test_out_of_memory_halves_the_batch_and_says_so(error: Callable[[], Exceptio
     assert sum(size > 60 for size in tried) <= 4  # what follows keeps to the size that fits
 
 
-def test_a_row_that_never_fits_is_nan_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_row_that_never_fits_is_nan_and_the_others_go_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model, rows = build("llama", lora=True), make_rows(8)
     rows[3] = {"input_ids": list(range(40)), "labels": list(range(40))}
     expected = collect(extract(model, rows, projection=SKETCH), len(rows))
-    with caplog.at_level(logging.WARNING, "gradsift"), memory_for(model, 30, lambda: RuntimeError("out of memory")):
+    with (
+        caplog.at_level(logging.WARNING, "gradsift"),
+        memory_for(model, 30, lambda: RuntimeError("out of memory")),
+    ):
         got = collect(extract(model, rows, projection=SKETCH, token_budget=100), len(rows))
     assert got.failed == (3,)
     assert got.rows[3].isnan().all()
@@ -298,7 +384,10 @@ def test_a_row_that_never_fits_is_nan_and_the_others_go_on(caplog: pytest.LogCap
 
 def test_other_errors_are_not_taken_for_memory() -> None:
     model = build("llama", lora=True)
-    with memory_for(model, 0, lambda: RuntimeError("something else")), pytest.raises(RuntimeError, match="something else"):
+    with (
+        memory_for(model, 0, lambda: RuntimeError("something else")),
+        pytest.raises(RuntimeError, match="something else"),
+    ):
         list(extract(model, make_rows(3), projection=SKETCH))
 
 
@@ -308,7 +397,9 @@ def test_batches_hold_every_row_once_within_the_budget(budget: int) -> None:
     batches = plan_batches(lengths, budget)
     assert sorted(np.concatenate(batches)) == np.flatnonzero(lengths).tolist()
     assert all(len(b) == 1 or len(b) * lengths[b].max() <= budget for b in batches)
-    assert all(np.array_equal(a, b) for a, b in zip(batches, plan_batches(lengths, budget), strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(batches, plan_batches(lengths, budget), strict=True)
+    )
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -323,7 +414,9 @@ def test_cross_entropy_equals_autograd(in_place: bool, dtype: torch.dtype) -> No
     nll, grad = cross_entropy(logits, targets, weights, in_place=in_place)
     assert (grad.data_ptr() == logits.data_ptr()) == in_place
     torch.testing.assert_close(nll, expected.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(grad.float(), leaf.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        grad.float(), leaf.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6
+    )
 
 
 def test_the_last_feed_forward_is_found_and_checked() -> None:

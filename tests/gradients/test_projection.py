@@ -1,4 +1,6 @@
-"""Random projections: unbiased, as concentrated as the bound says, the same everywhere, and honest about what they refuse."""
+"""Random projections: unbiased, as concentrated as the bound says, the same everywhere, and honest
+about what they refuse.
+"""
 
 from __future__ import annotations
 
@@ -46,14 +48,18 @@ def random_grads(b: int = 2, seed: int = 0, spiky: bool = False) -> dict[str, Te
     ],
     ids=["sketch", "rademacher", "two-sided", "sketch per module"],
 )
-def test_inner_products_are_kept_without_bias_and_within_the_bound(projection: Projection, spiky: bool) -> None:
+def test_inner_products_are_kept_without_bias_and_within_the_bound(
+    projection: Projection, spiky: bool
+) -> None:
     grads = random_grads(spiky=spiky)
     flat = torch.cat([g.flatten(1) for g in grads.values()], 1).double()
     x, y = flat
     seeds = 400
     estimates = torch.empty(seeds, 2, dtype=torch.float64)
     for seed in range(seeds):
-        rows = project(Projection(projection.dim, seed, projection.kind, projection.per_module), grads).double()
+        rows = project(
+            Projection(projection.dim, seed, projection.kind, projection.per_module), grads
+        ).double()
         estimates[seed] = torch.stack([rows[0] @ rows[1], rows[0] @ rows[0]])
     truth = torch.stack([x @ y, x @ x])
     errors = (estimates - truth).mean(0).abs() / (estimates.std(0) / math.sqrt(seeds))
@@ -69,15 +75,22 @@ def test_inner_products_are_kept_without_bias_and_within_the_bound(projection: P
 
 @pytest.mark.slow
 def test_cosines_of_rows_at_right_angles_spread_as_one_over_the_root_of_the_width() -> None:  # T6.5
-    shapes = {"model.a": (64, 512), "model.b": (512, 64)}  # more numbers than columns: of fewer, less collide, and the spread is smaller
-    x, y = torch.randn(2, sum(o * i for o, i in shapes.values()), generator=torch.Generator().manual_seed(3))
+    # more numbers than columns: of fewer, less collide, and the spread is smaller
+    shapes = {"model.a": (64, 512), "model.b": (512, 64)}
+    x, y = torch.randn(
+        2, sum(o * i for o, i in shapes.values()), generator=torch.Generator().manual_seed(3)
+    )
     y = y - (x @ y) / (x @ x) * x
     parts = torch.stack([x, y]).split([o * i for o, i in shapes.values()], dim=1)
-    grads = {name: part.unflatten(1, shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    grads = {
+        name: part.unflatten(1, shape)
+        for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
     for dim, expected in ((8192, 0.01105), (1024, 0.03125)):
         rows = [project(Projection(dim, seed), grads) for seed in range(300)]
         spread = float(torch.stack([torch.cosine_similarity(a, b, dim=0) for a, b in rows]).std())
-        assert spread == pytest.approx(expected, rel=0.15)  # a standard error of 300 draws is one part in 24
+        # a standard error of 300 draws is one part in 24
+        assert spread == pytest.approx(expected, rel=0.15)
 
 
 def test_different_seeds_give_unrelated_rows() -> None:
@@ -101,22 +114,33 @@ def test_the_two_ways_to_apply_a_sketch_agree(d: int) -> None:
 
 def test_maps_do_not_change_between_releases() -> None:
     """Stored rows stay comparable only while the maps stay what they are."""
-    rows = project(Projection(8, seed=3), {"layer.lora_A.default": torch.arange(12.0).view(1, 3, 4)})
+    rows = project(
+        Projection(8, seed=3), {"layer.lora_A.default": torch.arange(12.0).view(1, 3, 4)}
+    )
     assert rows[0].tolist() == PINNED_SKETCH
     two_sided = Projection((2, 2), seed=3, kind="rademacher", per_module=True)
-    assert project(two_sided, {"layer": torch.arange(12.0).view(1, 3, 4)})[0].tolist() == PINNED_TWO_SIDED
+    assert (
+        project(two_sided, {"layer": torch.arange(12.0).view(1, 3, 4)})[0].tolist()
+        == PINNED_TWO_SIDED
+    )
 
 
 def test_a_map_depends_on_its_own_parameter_only() -> None:
     grads = random_grads()
     alone = project(Projection(64), {"model.b": grads["model.b"]})
-    silent = project(Projection(64), {"model.a": torch.zeros(2, 6, 50), "model.b": grads["model.b"]})
+    silent = project(
+        Projection(64), {"model.a": torch.zeros(2, 6, 50), "model.b": grads["model.b"]}
+    )
     assert torch.equal(alone, silent)
 
 
 def test_maps_that_do_not_fit_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     grads = random_grads()
-    for projection in (Projection(64), Projection(64, kind="rademacher"), Projection((4, 4), kind="rademacher", per_module=True)):
+    for projection in (
+        Projection(64),
+        Projection(64, kind="rademacher"),
+        Projection((4, 4), kind="rademacher", per_module=True),
+    ):
         kept = project(projection, grads)
         with monkeypatch.context() as patch:
             patch.setattr(module, "CACHE_BYTES", 0)
@@ -140,10 +164,15 @@ def test_factors_give_what_the_gradient_gives() -> None:
 
 def test_identity_is_the_flat_gradient() -> None:
     grads = random_grads()
-    assert torch.equal(project(Projection(None, kind="identity"), grads), torch.cat([g.flatten(1) for g in grads.values()], 1))
+    assert torch.equal(
+        project(Projection(None, kind="identity"), grads),
+        torch.cat([g.flatten(1) for g in grads.values()], 1),
+    )
 
 
-@pytest.mark.parametrize("projection, width", [(Projection(64), 64), (Projection(64, per_module=True), 128)])
+@pytest.mark.parametrize(
+    "projection, width", [(Projection(64), 64), (Projection(64, per_module=True), 128)]
+)
 def test_width(projection: Projection, width: int) -> None:
     assert projection.bind(SHAPES).width == width
     assert Projection((3, 4), kind="rademacher", per_module=True).bind(SHAPES).width == 24
@@ -176,7 +205,11 @@ def test_a_gradient_of_another_shape_is_refused() -> None:
 def test_wrappers_do_not_change_the_name_a_map_is_drawn_for() -> None:
     inner = "base_model.model.model.layers.0"
     names = [f"{inner}.q_proj.lora_A.default", f"{inner}.up_proj.base_layer", "module.x.weight"]
-    assert list(canonical_names(dict.fromkeys(names)).values()) == ["model.layers.0.q_proj.lora_A", "model.layers.0.up_proj", "x"]
+    assert list(canonical_names(dict.fromkeys(names)).values()) == [
+        "model.layers.0.q_proj.lora_A",
+        "model.layers.0.up_proj",
+        "x",
+    ]
     two = ["m.q.lora_A.first", "m.q.lora_A.second"]
     assert list(canonical_names(dict.fromkeys(two)).values()) == two
 
@@ -198,7 +231,9 @@ def test_the_same_number_of_another_library_is_the_same_map() -> None:
     plain = project(Projection(32, seed=3), grads)
     assert torch.equal(project(Projection(np.int64(32), seed=np.uint8(3)), grads), plain)  # type: ignore[arg-type]
     pair = Projection([np.int64(4), 4], kind="rademacher", per_module=True)  # type: ignore[arg-type]
-    assert torch.equal(project(pair, grads), project(Projection((4, 4), kind="rademacher", per_module=True), grads))
+    assert torch.equal(
+        project(pair, grads), project(Projection((4, 4), kind="rademacher", per_module=True), grads)
+    )
     for seed in (True, 1.0, "1", None):
         with pytest.raises(ConfigError, match="seed"):
             Projection(32, seed=seed)  # type: ignore[arg-type]

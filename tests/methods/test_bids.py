@@ -16,7 +16,9 @@ from tests.methods.vectors import choose, random_rows
 SMALL = torch.tensor([[10, 0, 0], [9, 0, 0.1], [0, 1, 0], [0, 0, 0.5], [1, 0.2, 0.1]])
 
 
-def bids(scores: Tensor, budget: int, standardise: bool = True, groups: tuple[str, ...] = ()) -> Subset:
+def bids(
+    scores: Tensor, budget: int, standardise: bool = True, groups: tuple[str, ...] = ()
+) -> Subset:
     return choose(make("bids", {"standardise": standardise}), scores, None, budget, groups=groups)
 
 
@@ -34,7 +36,8 @@ def naive(scores: Tensor, budget: int) -> list[int]:
 
 def test_order_and_gains_of_the_small_case() -> None:  # T4.1
     chosen = bids(SMALL, 5)
-    assert chosen.indices.tolist() == [2, 3, 0, 1, 4]  # taking the best row of the worst column (T4.3) would give 0, 3, 2, 1, 4
+    # taking the best row of the worst column (T4.3) would give 0, 3, 2, 1, 4
+    assert chosen.indices.tolist() == [2, 3, 0, 1, 4]
     assert chosen.gains is not None
     assert np.allclose(chosen.gains, [1.75281, 2.41121, 1.98030, 1.12217, -0.11532], atol=1e-4)
     assert bids(SMALL, 5, standardise=False).indices.tolist() == [0, 2, 1, 3, 4]
@@ -44,15 +47,27 @@ def test_each_preset_reads_its_influence() -> None:
     plain = Signal("influence", transform="none", checkpoints="last", backend="less")
     of_less = Signal("influence", transform="backend", checkpoints="mean", backend="less")
     assert make("bids").needs() == {plain}
-    assert make("bids", {"preset": "paper"}).needs() == {of_less} == make("less", {"preset": "released"}).needs()
-    assert make("bids", {"backend": "ekfac"}).needs() == {dataclasses.replace(of_less, backend="ekfac")}
-    assert make("bids", {"preset": "paper", "transform": "none", "checkpoints": "last"}).needs() == {plain}
-    assert make("less", {"preset": "released", "transform": "none", "checkpoints": "last"}).needs() == {plain}
+    assert (
+        make("bids", {"preset": "paper"}).needs()
+        == {of_less}
+        == make("less", {"preset": "released"}).needs()
+    )
+    assert make("bids", {"backend": "ekfac"}).needs() == {
+        dataclasses.replace(of_less, backend="ekfac")
+    }
+    assert make(
+        "bids", {"preset": "paper", "transform": "none", "checkpoints": "last"}
+    ).needs() == {plain}
+    assert make(
+        "less", {"preset": "released", "transform": "none", "checkpoints": "last"}
+    ).needs() == {plain}
 
 
 def test_scale_and_shift_of_a_column_change_nothing() -> None:  # T4.2
     scores = random_rows(60, 5, 1)
-    moved = scores * torch.tensor([1.0, 100.0, 0.01, 3.0, 1.0]) + torch.tensor([0.0, 5.0, -0.2, 40.0, 1.0])
+    moved = scores * torch.tensor([1.0, 100.0, 0.01, 3.0, 1.0]) + torch.tensor(
+        [0.0, 5.0, -0.2, 40.0, 1.0]
+    )
     assert bids(scores, 25).indices.tolist() == bids(moved, 25).indices.tolist()
 
 
@@ -75,13 +90,16 @@ def test_picks_are_those_of_evaluating_every_row() -> None:
 
 
 def test_notes_say_how_far_each_row_stands_above_the_final_means_and_for_which_group() -> None:
-    scores = torch.cat([random_rows(30, 4, 5), torch.full((30, 1), 0.3)], dim=1)  # the last column is constant
+    # the last column is constant
+    scores = torch.cat([random_rows(30, 4, 5), torch.full((30, 1), 0.3)], dim=1)
     chosen = bids(scores, 6, groups=("a", "b", "b", "c", "constant"))
     values = scores[:, :4].double().numpy()
     values = (values - values.mean(0)) / values.std(0, ddof=1)
     gap = values - values[chosen.indices].mean(0)
     assert np.allclose(chosen.notes["score"], gap.max(1))
-    assert chosen.notes["nearest_group"].tolist() == [("a", "b", "b", "c")[j] for j in gap.argmax(1)]
+    assert chosen.notes["nearest_group"].tolist() == [
+        ("a", "b", "b", "c")[j] for j in gap.argmax(1)
+    ]
     assert np.allclose(chosen.notes["influence"], scores.amax(1))
 
 

@@ -47,7 +47,12 @@ def value(signal: Signal, n: int, seed: int, kind: str = "random") -> Any:
     if signal.name in ("rows", "embeddings", "features"):
         made = torch.nn.functional.normalize(torch.randn(rows, D, generator=generator), dim=1)
     elif signal.name == "influence":
-        made = torch.randn(n, len(set(GROUPS)) if signal.backend == "less-mean" else M, generator=generator) * 0.1
+        made = (
+            torch.randn(
+                n, len(set(GROUPS)) if signal.backend == "less-mean" else M, generator=generator
+            )
+            * 0.1
+        )
     elif signal.name == "tuned":
         made = torch.rand(n, len(set(GROUPS)), generator=generator)
     else:
@@ -59,7 +64,13 @@ def value(signal: Signal, n: int, seed: int, kind: str = "random") -> Any:
     return [made, made.flip(1) if made.ndim > 1 else made] if signal.checkpoints == "each" else made
 
 
-def signals(selector: Selector, n: int = N, seed: int = 0, kind: str = "random", order: np.ndarray | None = None) -> Signals:
+def signals(
+    selector: Selector,
+    n: int = N,
+    seed: int = 0,
+    kind: str = "random",
+    order: np.ndarray | None = None,
+) -> Signals:
     values = {}
     for signal in sorted(selector.needs(), key=repr):
         made = value(signal, n, seed, kind)
@@ -85,12 +96,24 @@ def cases() -> list[Any]:
         if "preset" in fields:
             default, *others = get_args(get_type_hints(methods.load(name))["preset"])
             assert methods.make(name).preset == default  # type: ignore[attr-defined]
-            found += [pytest.param(methods.make(name, {**options, "preset": preset}), id=f"{name}-{preset}") for preset in others]
-    return [*found, pytest.param(methods.make("selffilter", {"features": "quality, vector"}), id="selffilter-features")]
+            found += [
+                pytest.param(
+                    methods.make(name, {**options, "preset": preset}), id=f"{name}-{preset}"
+                )
+                for preset in others
+            ]
+    return [
+        *found,
+        pytest.param(
+            methods.make("selffilter", {"features": "quality, vector"}), id="selffilter-features"
+        ),
+    ]
 
 
 def floored(selector: Selector) -> bool:
-    """Whether fewer rows than asked may come back, as the docstring says: released TAGCOS rounds its clusters' budgets down."""
+    """Whether fewer rows than asked may come back, as the docstring says: released TAGCOS rounds
+    its clusters' budgets down.
+    """
     return isinstance(selector, Tagcos) and not selector.exact
 
 
@@ -103,7 +126,8 @@ def selector(request: pytest.FixtureRequest) -> Selector:
 @pytest.mark.parametrize("kind", ["random", "equal", "duplicates"])
 def test_exact_size_no_repeats_in_range(selector: Selector, budget: int, kind: str) -> None:
     if kind == "equal" and isinstance(selector, G2is) and selector.preset == "released":
-        with pytest.raises(ValueError, match="no principal direction"):  # centred, equal target rows leave none
+        with pytest.raises(ValueError, match="no principal direction"):
+            # centred, equal target rows leave none
             choose(selector, budget, signals(selector, kind=kind))
         return
     chosen = choose(selector, budget, signals(selector, kind=kind))
@@ -119,12 +143,18 @@ def test_exact_size_no_repeats_in_range(selector: Selector, budget: int, kind: s
 
 def test_the_same_rng_gives_the_same_subset_and_the_input_is_left_alone(selector: Selector) -> None:
     given = signals(selector)
-    before = {s: [t.clone() for t in (v if isinstance(v, list) else [v])] for s, v in given.values.values_.items()}  # type: ignore[attr-defined]
+    before = {
+        s: [t.clone() for t in (v if isinstance(v, list) else [v])]
+        for s, v in given.values.values_.items()
+    }  # type: ignore[attr-defined]
     first, second = choose(selector, 7, given), choose(selector, 7, signals(selector))
     assert first.indices.tolist() == second.indices.tolist()
     for s, tensors in before.items():
         now = given.values.values_[s]  # type: ignore[attr-defined]
-        assert all(torch.equal(a, b) for a, b in zip(tensors, now if isinstance(now, list) else [now], strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(tensors, now if isinstance(now, list) else [now], strict=True)
+        )
 
 
 @pytest.mark.parametrize("budget", [7, N])
@@ -138,12 +168,19 @@ def test_a_nan_row_is_refused_and_never_picked(selector: Selector, budget: int) 
         assert len(choose(selector, budget, given)) == budget
         return
     scores = names - {"rows", "embeddings", "features"}
-    with pytest.raises(ValueError, match=rf"({'|'.join(scores)}) is NaN or infinite in 1 of {N}" if scores else "NaN or infinite"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            rf"({'|'.join(scores)}) is NaN or infinite in 1 of {N}" if scores else "NaN or infinite"
+        ),
+    ):
         choose(selector, budget, given)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_signals_are_read_as_the_numbers_they_are(selector: Selector, dtype: torch.dtype) -> None:
+def test_half_precision_signals_are_read_as_the_numbers_they_are(
+    selector: Selector, dtype: torch.dtype
+) -> None:
     half, same = signals(selector), signals(selector)
     for given, kind in ((half, dtype), (same, torch.float32)):
         for signal, made in given.values.items():
@@ -158,14 +195,18 @@ def test_minus_infinity_is_a_weight_that_dsir_never_draws() -> None:
     selector = methods.make("dsir")
     given = signals(selector)
     given.values[Signal("ngrams")][3] = -torch.inf
-    assert sorted(choose(selector, N - 1, given).indices.tolist()) == [i for i in range(N) if i != 3]
+    assert sorted(choose(selector, N - 1, given).indices.tolist()) == [
+        i for i in range(N) if i != 3
+    ]
     with pytest.raises(ValueError, match="ngrams is NaN or infinite in 1 of"):
         choose(methods.make("dsir", {"draw": "top"}), 7, given)
 
 
 def test_permuting_the_pool_permutes_the_choice(selector: Selector) -> None:
     if type(selector).__name__ in {"Dsir", "Gdig", "Kcenter", "Random", "Tagcos"}:
-        pytest.skip("draws by position (random, dsir) or starts from a drawn row (tagcos, gdig, kcenter)")
+        pytest.skip(
+            "draws by position (random, dsir) or starts from a drawn row (tagcos, gdig, kcenter)"
+        )
     order = np.random.default_rng(1).permutation(N)
     plain, permuted = choose(selector, 7), choose(selector, 7, signals(selector, order=order))
     assert sorted(order[permuted.indices].tolist()) == sorted(plain.indices.tolist())
@@ -200,13 +241,18 @@ def test_rows_may_be_anything_that_slices(selector: Selector) -> None:
     assert isinstance(Sliced(torch.zeros(2, 2)), Rows)
     plain = choose(selector, 7)
     given = signals(selector)
-    wrapped = {s: Sliced(v) if s.name in ("rows", "embeddings", "features") else v for s, v in given.values.values_.items()}  # type: ignore[attr-defined]
+    wrapped = {
+        s: Sliced(v) if s.name in ("rows", "embeddings", "features") else v
+        for s, v in given.values.values_.items()
+    }  # type: ignore[attr-defined]
     again = choose(selector, 7, dataclasses.replace(given, values=wrapped))
     assert again.indices.tolist() == plain.indices.tolist()
 
 
 def test_options_are_converted_and_wrong_ones_refused_with_the_nearest_name() -> None:
-    assert methods.make("tagcos", {"clusters": "50", "cosine": "true"}) == methods.load("tagcos")(clusters=50, cosine=True)
+    assert methods.make("tagcos", {"clusters": "50", "cosine": "true"}) == methods.load("tagcos")(
+        clusters=50, cosine=True
+    )
     with pytest.raises(UnknownName, match="'clusters'"):
         methods.make("tagcos", {"cluster": "50"})
     with pytest.raises(UnknownName, match="'tagcos'"):
@@ -220,17 +266,29 @@ def test_options_are_converted_and_wrong_ones_refused_with_the_nearest_name() ->
 NONSENSE: dict[str, dict[str, list[Any]]] = {
     "dsir": {"temperature": [0, -1, "nan"]},
     "gdig": {"clusters": [0, -2], "iterations": [0], "restarts": [0]},
-    "g2is": {"keep": [0, -1], "neighbours": [-3], "consistency": [-1]},  # keep: its range is looked at before its core
+    # keep: its range is looked at before its core
+    "g2is": {"keep": [0, -1], "neighbours": [-3], "consistency": [-1]},
     "gist": {"rank": [0, -1], "variance": [0, 1.5]},
     "gradmatch": {"ridge": [-1], "tol": [-1e-4]},
     "ifd": {"most": [0, -1]},
     "selffilter": {"neighbours": [-3], "gamma": [-1, "nan"]},
-    "tagcos": {"clusters": [0], "iterations": [0], "restarts": [0], "ridge": [-1, "-1"], "tol": [-1]},
+    "tagcos": {
+        "clusters": [0],
+        "iterations": [0],
+        "restarts": [0],
+        "ridge": [-1, "-1"],
+        "tol": [-1],
+    },
 }
 
 
-@pytest.mark.parametrize(("name", "key", "wrong"), [(m, key, v) for m, of in NONSENSE.items() for key, vs in of.items() for v in vs])
-def test_a_value_outside_an_options_range_is_refused_by_name(name: str, key: str, wrong: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "key", "wrong"),
+    [(m, key, v) for m, of in NONSENSE.items() for key, vs in of.items() for v in vs],
+)
+def test_a_value_outside_an_options_range_is_refused_by_name(
+    name: str, key: str, wrong: Any
+) -> None:
     with pytest.raises(ConfigError, match=rf"option {key} of {name}: .*not '?{wrong}"):
         methods.make(name, {key: wrong})
 
@@ -238,9 +296,15 @@ def test_a_value_outside_an_options_range_is_refused_by_name(name: str, key: str
 def test_the_ends_of_a_range_and_every_default_are_taken() -> None:
     for name in methods.METHODS:
         assert methods.make(name, methods.options_of(methods.make(name))) == methods.make(name)
-    assert methods.make("selffilter", {"neighbours": 0, "gamma": "0"}) == methods.load("selffilter")(neighbours=0, gamma=0)
-    assert methods.make("tagcos", {"clusters": 1, "ridge": 0, "tol": 0}) == methods.load("tagcos")(clusters=1, ridge=0, tol=0)
-    assert methods.make("gist", {"rank": 1, "variance": 1}) == methods.load("gist")(rank=1, variance=1)
+    assert methods.make("selffilter", {"neighbours": 0, "gamma": "0"}) == methods.load(
+        "selffilter"
+    )(neighbours=0, gamma=0)
+    assert methods.make("tagcos", {"clusters": 1, "ridge": 0, "tol": 0}) == methods.load("tagcos")(
+        clusters=1, ridge=0, tol=0
+    )
+    assert methods.make("gist", {"rank": 1, "variance": 1}) == methods.load("gist")(
+        rank=1, variance=1
+    )
 
 
 def test_advice_on_a_lopsided_clustering_never_asks_for_more_clusters() -> None:

@@ -1,4 +1,6 @@
-"""The methods through a whole run on a small random model: stages shared, optional targets, target rows without a signal."""
+"""The methods through a whole run on a small random model: stages shared, optional targets, target
+rows without a signal.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from tests.conftest import SETTINGS, rows, write_rows
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning"
+    ),
 ]
 
 SHORT = {**SETTINGS, "warmup": {**SETTINGS["warmup"], "checkpoints": 1}}
@@ -36,7 +40,9 @@ def target(folder: Path) -> Path:
     """25 rows of two kinds; the prompt of the fourth leaves no room for its answer."""
     items = [item for item in rows(44, seed=9) if item["kind"] == "back"] + rows(6, seed=5)[::2]
     items[3]["messages"][0]["content"] = "too long " * 20
-    return write_rows(folder / "dev.jsonl", [{**item, "id": f"t{i}"} for i, item in enumerate(items)])
+    return write_rows(
+        folder / "dev.jsonl", [{**item, "id": f"t{i}"} for i, item in enumerate(items)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,16 @@ def select(folder: Path, pool_file: Path, model_folder: Path) -> Any:
     def chosen(method: str, **more: Any) -> Selection:
         given = {"target_group": "kind"} if "target" in more else {}
         run = folder / "run"
-        return gradsift.select(method, pool=pool_file, model=str(model_folder), run=run, budget=9, settings=SHORT, **given, **more)
+        return gradsift.select(
+            method,
+            pool=pool_file,
+            model=str(model_folder),
+            run=run,
+            budget=9,
+            settings=SHORT,
+            **given,
+            **more,
+        )
 
     return chosen
 
@@ -59,11 +74,17 @@ def made(chosen: Selection) -> dict[str, list[bool]]:
 
 def stores(folder: Path, stage: str) -> dict[int, RowStore]:
     """Complete stores of a stage, by number of rows."""
-    found = [RowStore.open(path) for path in (folder / "run").glob(f"{stage}-*") if Artifact.load(path) is not None]
+    found = [
+        RowStore.open(path)
+        for path in (folder / "run").glob(f"{stage}-*")
+        if Artifact.load(path) is not None
+    ]
     return {store.shape[0]: store for store in found}
 
 
-def test_embeddings_are_made_once_and_a_target_row_without_one_is_left_out(select: Any, folder: Path, target: Path) -> None:
+def test_embeddings_are_made_once_and_a_target_row_without_one_is_left_out(
+    select: Any, folder: Path, target: Path
+) -> None:
     first = select("rds", target=target)
     assert made(first)["embeddings"] == [False, False] and "warmup" not in made(first)
     assert made(select("kcenter"))["embeddings"] == [True]
@@ -87,16 +108,24 @@ def test_a_stopped_embedding_goes_on_where_it_was(select: Any, folder: Path) -> 
     assert len(again) == 9
 
 
-def test_groups_of_the_target_follow_its_usable_rows(select: Any, folder: Path, target: Path) -> None:
+def test_groups_of_the_target_follow_its_usable_rows(
+    select: Any, folder: Path, target: Path
+) -> None:
     chosen = select("gist", target=target)
-    store = RowStore.open(next(p for p in (folder / "run").glob("gradients-*") if RowStore.open(p).shape[0] == 25))
-    pool = RowStore.open(next(p for p in (folder / "run").glob("gradients-*") if RowStore.open(p).shape[0] == 72))
+    store = RowStore.open(
+        next(p for p in (folder / "run").glob("gradients-*") if RowStore.open(p).shape[0] == 25)
+    )
+    pool = RowStore.open(
+        next(p for p in (folder / "run").glob("gradients-*") if RowStore.open(p).shape[0] == 72)
+    )
     raw = (store[0:25].float() * store.scales[:, None])[store.usable].double()
     assert len(raw) == 24
     basis = torch.linalg.svd(raw, full_matrices=False).Vh
     means = torch.stack([raw[:21].mean(0), raw[21:].mean(0)]) @ basis.T
     inside = pool[0:72].double() @ basis.T
-    cosine = torch.nn.functional.normalize(inside, dim=1) @ torch.nn.functional.normalize(means, dim=1).T
+    cosine = (
+        torch.nn.functional.normalize(inside, dim=1) @ torch.nn.functional.normalize(means, dim=1).T
+    )
     assert sorted(chosen.indices.tolist()) == sorted(topk.top(cosine.amax(1), 9).tolist())
 
 

@@ -1,4 +1,6 @@
-"""GRAD-MATCH: known solutions, weights that reproduce the mean, and what fills a budget that matching leaves open."""
+"""GRAD-MATCH: known solutions, weights that reproduce the mean, and what fills a budget that
+matching leaves open.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +42,14 @@ def test_without_a_target_the_weights_reproduce_the_pools_mean() -> None:  # T1.
     pool = random_rows(200, 10, 1) * torch.linspace(0.2, 5, 200)[:, None] + 0.5
     chosen = choose(make("gradmatch", RAW), Stored(pool), None, 10)
     matched = chosen.notes["matched"]
-    made = torch.as_tensor(weights(chosen)[:matched]) @ pool[torch.as_tensor(chosen.indices[:matched])].double()
+    made = (
+        torch.as_tensor(weights(chosen)[:matched])
+        @ pool[torch.as_tensor(chosen.indices[:matched])].double()
+    )
     mean = pool.double().mean(0)
-    assert float((made - mean).norm() / mean.norm()) == pytest.approx(chosen.notes["residual"], abs=1e-5)
+    assert float((made - mean).norm() / mean.norm()) == pytest.approx(
+        chosen.notes["residual"], abs=1e-5
+    )
     assert chosen.notes["residual"] < 0.05 and (weights(chosen) >= 0).all()
 
 
@@ -59,7 +66,12 @@ def test_unit_rows_free_the_choice_from_lengths_on_both_sides() -> None:
     assert choose(make("gradmatch"), pool, target, 1).indices.tolist() == [1]
     rows, goal = random_rows(40, 8, 2), random_rows(3, 8, 3)
     plain = choose(make("gradmatch"), rows, goal, 6)
-    scaled = choose(make("gradmatch"), Stored(rows * torch.linspace(0.1, 9, 40)[:, None]), goal * torch.tensor([[3.0], [0.2], [1.0]]), 6)
+    scaled = choose(
+        make("gradmatch"),
+        Stored(rows * torch.linspace(0.1, 9, 40)[:, None]),
+        goal * torch.tensor([[3.0], [0.2], [1.0]]),
+        6,
+    )
     assert plain.indices.tolist() == scaled.indices.tolist()
     assert np.allclose(weights(plain), weights(scaled), atol=1e-5)
 
@@ -67,10 +79,18 @@ def test_unit_rows_free_the_choice_from_lengths_on_both_sides() -> None:
 def test_repeat_fills_with_the_next_best_and_random_draws() -> None:
     pool = torch.cat([torch.eye(4), 0.9 * torch.eye(4), -torch.eye(4)])
     repeat = choose(make("gradmatch", RAW), pool, GOAL, 6)
-    # eye and 0.9 eye rows match 3 e0 + 2 e2; of the rest e1, e3 and so on have product 0, the negative ones come last
+    # eye and 0.9 eye rows match 3 e0 + 2 e2; of the rest e1, e3 and so on have product 0, the
+    # negative ones come last
     assert repeat.indices.tolist() == [0, 2, 4, 6, 1, 3]
     assert weights(repeat)[2:].tolist() == pytest.approx([1 / 12] * 4)
-    draws = {tuple(choose(make("gradmatch", {**RAW, "refill": "random"}), pool, GOAL, 6, seed=s).indices.tolist()) for s in range(6)}
+    draws = {
+        tuple(
+            choose(
+                make("gradmatch", {**RAW, "refill": "random"}), pool, GOAL, 6, seed=s
+            ).indices.tolist()
+        )
+        for s in range(6)
+    }
     assert len(draws) > 1 and all(d[:2] == (0, 2) for d in draws)
 
 
@@ -80,7 +100,9 @@ def test_gains_are_products_with_the_mean() -> None:
 
 
 @pytest.mark.parametrize("options", [RAW, {**RAW, "refill": "random"}])
-def test_a_first_matching_that_ended_early_is_not_made_again(monkeypatch: pytest.MonkeyPatch, options: dict[str, str]) -> None:
+def test_a_first_matching_that_ended_early_is_not_made_again(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, str]
+) -> None:
     firsts: list[int] = []
 
     class Counted(omp.Search):

@@ -22,7 +22,10 @@ def test_the_seed_draws_the_first_row_and_budgets_nest() -> None:
     rows = random_rows(50, 4, 2)
     starts = {choose(make("kcenter"), rows, None, 1, seed=s).indices[0] for s in range(8)}
     assert len(starts) > 1
-    assert choose(make("kcenter"), rows, None, 6).indices.tolist() == choose(make("kcenter"), rows, None, 15).indices.tolist()[:6]
+    assert (
+        choose(make("kcenter"), rows, None, 6).indices.tolist()
+        == choose(make("kcenter"), rows, None, 15).indices.tolist()[:6]
+    )
 
 
 def test_it_reads_embeddings_or_gradient_rows() -> None:

@@ -17,17 +17,26 @@ def choose(name: str, values: dict[str, Any], budget: int, seed: int = 0, **opti
     selector = methods.make(name, options)
     given = {signal: values[signal.name] for signal in selector.needs()}
     n = len(next(iter(values.values())))
-    return selector.select(Signals(given, n, target_groups=["t"] * 3), budget, rng=np.random.default_rng(seed))
+    return selector.select(
+        Signals(given, n, target_groups=["t"] * 3), budget, rng=np.random.default_rng(seed)
+    )
 
 
-SCORES = torch.tensor([[1, 2, 3], [1, -1, 9], [5, 5, -0.1], [0.1, 0.1, 0.1], [-1, -1, -1], [0, 1, 1], [2, 2, 2]], dtype=torch.float32)
+SCORES = torch.tensor(
+    [[1, 2, 3], [1, -1, 9], [5, 5, -0.1], [0.1, 0.1, 0.1], [-1, -1, -1], [0, 1, 1], [2, 2, 2]],
+    dtype=torch.float32,
+)
 ROWS = torch.tensor([[1.0, 0], [0, 1], [1, 1], [0.9, 0.1], [3, 3], [2, 2], [0, 1]])
 
 
 def test_gdig_keeps_only_what_helps_every_target_row() -> None:
     found = choose("gdig", {"influence": SCORES, "rows": ROWS}, 3, clusters=2)
     assert sorted(found.indices.tolist()) == [0, 3, 6]
-    assert (found.notes["helps_every_target"], found.notes["survivors"], found.notes["quantile"]) == (3, 3, 1.0)
+    assert (
+        found.notes["helps_every_target"],
+        found.notes["survivors"],
+        found.notes["quantile"],
+    ) == (3, 3, 1.0)
     assert found.notes["cluster"].tolist()[1:3] == [-1, -1] and "note" not in found.notes
     assert found.notes["cluster"][0] == found.notes["cluster"][3] != found.notes["cluster"][6]
 
@@ -43,13 +52,26 @@ def test_gdig_lowers_the_share_as_little_as_it_can_and_says_so() -> None:
     assert set(found.indices.tolist()) <= {0, 1, 2, 3, 5, 6} and len(found) == 5
     assert found.notes["survivors"] == 6 and found.notes["quantile"] == pytest.approx(2 / 3)
     assert "3 rows help all 3" in found.notes["note"]
-    assert sorted(choose("gdig", {"influence": SCORES, "rows": ROWS}, 5, clusters=2, fill="none").indices.tolist()) == [0, 3, 6]
-    with pytest.raises(ValueError, match=r"no row helps all 3 target rows \(the most that one helps is 2\)"):
-        choose("gdig", {"influence": SCORES.abs() * torch.tensor([1, 1, -1]), "rows": ROWS}, 2, fill="none")
+    assert sorted(
+        choose(
+            "gdig", {"influence": SCORES, "rows": ROWS}, 5, clusters=2, fill="none"
+        ).indices.tolist()
+    ) == [0, 3, 6]
+    with pytest.raises(
+        ValueError, match=r"no row helps all 3 target rows \(the most that one helps is 2\)"
+    ):
+        choose(
+            "gdig",
+            {"influence": SCORES.abs() * torch.tensor([1, 1, -1]), "rows": ROWS},
+            2,
+            fill="none",
+        )
 
 
 def test_t26_a_repeated_target_changes_nothing_and_a_further_one_only_takes_away() -> None:
-    helped = {m: set(np.flatnonzero((SCORES[:, :m] > 0).all(dim=1).numpy()).tolist()) for m in (1, 2, 3)}
+    helped = {
+        m: set(np.flatnonzero((SCORES[:, :m] > 0).all(dim=1).numpy()).tolist()) for m in (1, 2, 3)
+    }
     assert helped[3] <= helped[2] <= helped[1]
     twice = torch.cat([SCORES, SCORES[:, :1]], dim=1)
     assert threshold((twice > 0).sum(1).numpy(), 4, 3) == 4
@@ -58,7 +80,8 @@ def test_t26_a_repeated_target_changes_nothing_and_a_further_one_only_takes_away
 
 def test_gdig_as_released_ranks_by_the_mean() -> None:
     found = choose("gdig", {"influence": SCORES}, 3, preset="released")
-    assert found.indices.tolist() == [2, 1, 0]  # means 3.3, 3, 2 (and 2 for row 6: the lower row first)
+    # means 3.3, 3, 2 (and 2 for row 6: the lower row first)
+    assert found.indices.tolist() == [2, 1, 0]
     (signal,) = methods.make("gdig", {"preset": "released"}).needs()
     assert signal.backend == "kfac-released"
 
@@ -73,7 +96,10 @@ def test_even_resampling_shares_what_small_clusters_cannot_give() -> None:
 
 def test_t51_and_t52_self_filter_lowers_its_neighbours() -> None:
     embeddings = torch.tensor([[1.0, 0], [0.8, 0.6], [0, 1]])
-    values = {"difficulty": torch.tensor([1.0, 0.9, 0.8], dtype=torch.float64), "embeddings": embeddings}
+    values = {
+        "difficulty": torch.tensor([1.0, 0.9, 0.8], dtype=torch.float64),
+        "embeddings": embeddings,
+    }
     found = choose("selffilter", values, 3, neighbours=2)
     assert found.indices.tolist() == [0, 2, 1]
     assert found.gains is not None and np.allclose(found.gains, [1, 0.8, -0.028], atol=1e-6)
@@ -105,10 +131,16 @@ def test_ifd_discards_rows_whose_prompt_does_not_help() -> None:
 def test_gdig_says_how_many_survivors_help_nothing() -> None:
     found = choose("gdig", {"influence": -SCORES.abs() - 1, "rows": ROWS}, 4, clusters=2)
     assert len(found) == 4 and found.notes["quantile"] == 0
-    assert "the 7 rows that help at least 0 of them (0.0%) were clustered; 7 of these help none" in found.notes["note"]
+    assert (
+        "the 7 rows that help at least 0 of them (0.0%) were clustered; 7 of these help none"
+        in found.notes["note"]
+    )
     mixed = choose("gdig", {"influence": SCORES, "rows": ROWS}, 7, clusters=2)
     assert len(mixed) == 7 and "; 1 of these help none" in mixed.notes["note"]
-    assert "help none" not in choose("gdig", {"influence": SCORES, "rows": ROWS}, 5, clusters=2).notes["note"]
+    assert (
+        "help none"
+        not in choose("gdig", {"influence": SCORES, "rows": ROWS}, 5, clusters=2).notes["note"]
+    )
 
 
 @pytest.mark.parametrize("n", [9, 10])
@@ -118,5 +150,10 @@ def test_the_middle_of_perplexity_does_not_depend_on_the_order_of_rows(n: int) -
         plain = choose("perplexity", {"loss": losses}, budget).indices.tolist()
         for seed in range(50):
             order = np.random.default_rng(seed).permutation(n)
-            assert order[choose("perplexity", {"loss": losses[torch.as_tensor(order)]}, budget).indices].tolist() == plain
+            assert (
+                order[
+                    choose("perplexity", {"loss": losses[torch.as_tensor(order)]}, budget).indices
+                ].tolist()
+                == plain
+            )
     assert plain[:3] == ([4, 3, 5] if n == 9 else [4, 5, 3])

@@ -28,7 +28,9 @@ def test_groups_take_turns_with_the_best_of_their_rows() -> None:
 def test_max_takes_the_highest_whoever_they_serve() -> None:
     chosen = choose(make("rds", {"aggregate": "max"}), POOL, TARGET, 3)
     assert chosen.indices.tolist() == [3, 1, 0]
-    assert chosen.gains is not None and chosen.gains.tolist() == pytest.approx(np.cos(np.deg2rad([1, 2, 4])).tolist(), abs=1e-6)
+    assert chosen.gains is not None and chosen.gains.tolist() == pytest.approx(
+        np.cos(np.deg2rad([1, 2, 4])).tolist(), abs=1e-6
+    )
 
 
 def test_scores_are_cosines_with_the_nearest_target_row() -> None:

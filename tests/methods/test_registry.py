@@ -14,7 +14,14 @@ from gradsift.rules import kmeans, omp, topk
 from gradsift.types import Selector, Signal, Signals, Subset
 
 
-def choose(selector: Selector, value: Tensor, budget: int, *, target_groups: list[str] | None = None, seed: int = 0) -> Subset:
+def choose(
+    selector: Selector,
+    value: Tensor,
+    budget: int,
+    *,
+    target_groups: list[str] | None = None,
+    seed: int = 0,
+) -> Subset:
     (signal,) = selector.needs()
     given = Signals({signal: value}, n=value.shape[0], target_groups=target_groups or [])
     return selector.select(given, budget, rng=np.random.default_rng(seed))
@@ -23,7 +30,10 @@ def choose(selector: Selector, value: Tensor, budget: int, *, target_groups: lis
 def clustered(sizes: list[int], d: int = 24, spread: float = 0.05, seed: int = 0) -> Tensor:
     """Unit rows around well separated directions, one per cluster."""
     generator = torch.Generator().manual_seed(seed)
-    rows = [torch.eye(d)[c] + spread * torch.randn(size, d, generator=generator) for c, size in enumerate(sizes)]
+    rows = [
+        torch.eye(d)[c] + spread * torch.randn(size, d, generator=generator)
+        for c, size in enumerate(sizes)
+    ]
     return torch.nn.functional.normalize(torch.cat(rows), dim=1)
 
 
@@ -36,7 +46,12 @@ def test_tagcos_budgets_by_largest_remainder_or_floored() -> None:  # T1.7
     sizes = [19, 20, 39, 41]
     assert topk.apportion(5, sizes) == [1, 1, 1, 2]
     rows = clustered(sizes)
-    assert per_cluster(choose(make("tagcos", {"clusters": 4, "restarts": 3}), rows, 5), sizes) == [1, 1, 1, 2]
+    assert per_cluster(choose(make("tagcos", {"clusters": 4, "restarts": 3}), rows, 5), sizes) == [
+        1,
+        1,
+        1,
+        2,
+    ]
     released = choose(make("tagcos", {"clusters": 4, "restarts": 3, "preset": "released"}), rows, 6)
     assert per_cluster(released, sizes) == [0, 1, 1, 2]
 
@@ -44,21 +59,33 @@ def test_tagcos_budgets_by_largest_remainder_or_floored() -> None:  # T1.7
 def test_tagcos_in_tight_clusters_halves_the_error_of_random() -> None:  # T1.9
     generator = torch.Generator().manual_seed(3)
     centre = torch.nn.functional.normalize(torch.randn(256, generator=generator), dim=0)
-    rows = torch.nn.functional.normalize(centre + 0.058 * torch.randn(1000, 256, generator=generator), dim=1)
+    rows = torch.nn.functional.normalize(
+        centre + 0.058 * torch.randn(1000, 256, generator=generator), dim=1
+    )
     mean = rows.mean(0)
     assert mean.norm() >= 0.7
     chosen = choose(make("tagcos", {"clusters": 1}), rows, 50)
     error = float((rows[torch.as_tensor(chosen.indices)].mean(0) - mean).norm())
     rng = np.random.default_rng(0)
-    random = np.mean([float((rows[torch.as_tensor(rng.permutation(1000)[:50])].mean(0) - mean).norm()) for _ in range(40)])
+    random = np.mean(
+        [
+            float((rows[torch.as_tensor(rng.permutation(1000)[:50])].mean(0) - mean).norm())
+            for _ in range(40)
+        ]
+    )
     assert error <= 0.6 * random
 
 
 def test_tagcos_presets_set_ridge_and_repeats_and_options_override_them() -> None:
     rows = clustered([60], spread=0.4)
-    paper, released = (choose(make("tagcos", {"clusters": 1, "preset": p}), rows, 12) for p in ("paper", "released"))
+    paper, released = (
+        choose(make("tagcos", {"clusters": 1, "preset": p}), rows, 12)
+        for p in ("paper", "released")
+    )
     assert paper.indices.tolist() != released.indices.tolist()
-    as_released = choose(make("tagcos", {"clusters": 1, "ridge": 1.0, "on_repeat": "stop"}), rows, 12)
+    as_released = choose(
+        make("tagcos", {"clusters": 1, "ridge": 1.0, "on_repeat": "stop"}), rows, 12
+    )
     assert as_released.indices.tolist() == released.indices.tolist()
 
 
@@ -70,7 +97,11 @@ def test_tagcos_notes_carry_the_clusters_and_each_rows_agreement() -> None:
     own = torch.stack([rows[labels == c].mean(0) for c in labels])
     assert np.allclose(chosen.notes["score"], (rows * own).sum(1), atol=1e-4)
     assert np.allclose(chosen.gains, chosen.notes["score"][chosen.indices], atol=1e-5)
-    assert np.allclose(sorted(chosen.notes["centroid_norms"]), sorted(float(rows[labels == c].mean(0).norm()) for c in (0, 1)), atol=1e-4)
+    assert np.allclose(
+        sorted(chosen.notes["centroid_norms"]),
+        sorted(float(rows[labels == c].mean(0).norm()) for c in (0, 1)),
+        atol=1e-4,
+    )
 
 
 def test_tagcos_says_where_one_cluster_holds_most_rows() -> None:
@@ -81,10 +112,17 @@ def test_tagcos_says_where_one_cluster_holds_most_rows() -> None:
 
 
 def mixed(seed: int = 0) -> Tensor:
-    """Two loose clusters of unit rows and one whose rows go both ways, so that most of it points away from its centroid."""
+    """Two loose clusters of unit rows and one whose rows go both ways, so that most of it points
+    away from its centroid.
+    """
     generator = torch.Generator().manual_seed(seed)
     axis = torch.eye(24)[23] * torch.where(torch.arange(40) % 2 == 0, 1.0, -0.9)[:, None]
-    return torch.cat([clustered([33, 28], spread=0.3, seed=seed), axis + 0.02 * torch.randn(40, 24, generator=generator)])
+    return torch.cat(
+        [
+            clustered([33, 28], spread=0.3, seed=seed),
+            axis + 0.02 * torch.randn(40, 24, generator=generator),
+        ]
+    )
 
 
 def test_tagcos_released_leaves_seats_open_and_says_how_many() -> None:
@@ -94,7 +132,10 @@ def test_tagcos_released_leaves_seats_open_and_says_how_many() -> None:
     seats = np.floor(70 / 101 * sizes).astype(int)
     assert chosen.notes["seats"] == seats.sum() < 70 and len(chosen) <= seats.sum()
     told = chosen.notes["note"]
-    assert f"rounded down, ask for {seats.sum()} of 70 rows" in told and "-o fill=nearest meets the budget" in told
+    assert (
+        f"rounded down, ask for {seats.sum()} of 70 rows" in told
+        and "-o fill=nearest meets the budget" in told
+    )
     if len(chosen) < seats.sum():
         assert f"left {seats.sum() - len(chosen)} of {seats.sum()} seats open" in told
     exact = choose(make("tagcos", {**options, "fill": "nearest"}), rows, 70)
@@ -104,12 +145,22 @@ def test_tagcos_released_leaves_seats_open_and_says_how_many() -> None:
 
 
 def test_tagcos_open_seats_are_those_that_no_row_fits() -> None:
-    rows = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-0.5, 0.0], [-0.5, 0.0]])  # mean (0.25, 0): two rows point its way, two away
+    # mean (0.25, 0): two rows point its way, two away
+    rows = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-0.5, 0.0], [-0.5, 0.0]])
     for preset in ("paper", "released"):
         few = choose(make("tagcos", {"clusters": 1, "preset": preset, "fill": "none"}), rows, 4)
         assert sorted(few.indices.tolist()) == [0, 1]
-        assert few.notes["note"] == "matching left 2 of 4 seats open: -o fill=nearest meets the budget"
-        assert len(choose(make("tagcos", {"clusters": 1, "preset": preset, "fill": "nearest"}), rows, 4)) == 4
+        assert (
+            few.notes["note"] == "matching left 2 of 4 seats open: -o fill=nearest meets the budget"
+        )
+        assert (
+            len(
+                choose(
+                    make("tagcos", {"clusters": 1, "preset": preset, "fill": "nearest"}), rows, 4
+                )
+            )
+            == 4
+        )
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
@@ -118,19 +169,31 @@ def test_tagcos_weights_are_each_clusters_coefficients_by_its_share(preset: str)
     options = {"clusters": 3, "restarts": 5, "preset": preset}
     chosen = choose(make("tagcos", {**options, "weights": True}), rows, 60)
     plain = choose(make("tagcos", options), rows, 60)
-    assert plain.weights is None and plain.indices.tolist() == chosen.indices.tolist() and chosen.weights is not None
-    labels, weight = chosen.notes["cluster"], dict(zip(chosen.indices.tolist(), chosen.weights.tolist(), strict=True))
+    assert (
+        plain.weights is None
+        and plain.indices.tolist() == chosen.indices.tolist()
+        and chosen.weights is not None
+    )
+    labels, weight = (
+        chosen.notes["cluster"],
+        dict(zip(chosen.indices.tolist(), chosen.weights.tolist(), strict=True)),
+    )
     matched = 0
     for c in range(3):
         members = np.flatnonzero(labels == c)
         seats = int(np.isin(chosen.indices, members).sum())
         ridge, repeat = (0.0, "mask") if preset == "paper" else (1.0, "stop")
-        found = omp.match(rows[members], rows[members].mean(0), seats, ridge=ridge, on_repeat=repeat)  # type: ignore[arg-type]
+        found = omp.match(
+            rows[members], rows[members].mean(0), seats, ridge=ridge, on_repeat=repeat
+        )  # type: ignore[arg-type]
         matched += len(found)
         for i, x in zip(members[found.indices.numpy()], found.coefficients.tolist(), strict=True):
             assert weight.pop(int(i)) == pytest.approx(x * len(members) / 101, rel=1e-4, abs=1e-6)
     assert weight and set(weight.values()) == {1 / 101} and chosen.notes["matched"] == matched
-    assert f"{len(weight)} of {len(chosen)} rows are no atom of a cluster's first match and weigh 1/n" in chosen.notes["note"]
+    assert (
+        f"{len(weight)} of {len(chosen)} rows are no atom of a cluster's first match and weigh 1/n"
+        in chosen.notes["note"]
+    )
 
 
 def test_tagcos_weighted_rows_sum_to_the_pools_mean() -> None:
@@ -148,7 +211,11 @@ class Counted:
     """Rows that count how often each is read."""
 
     def __init__(self, rows: Tensor) -> None:
-        self.rows, self.shape, self.reads = rows, tuple(rows.shape), np.zeros(len(rows), dtype=np.int64)
+        self.rows, self.shape, self.reads = (
+            rows,
+            tuple(rows.shape),
+            np.zeros(len(rows), dtype=np.int64),
+        )
 
     def __getitem__(self, where: slice) -> Tensor:
         self.reads[where] += 1
@@ -163,13 +230,23 @@ def test_tagcos_reads_a_row_twice_after_clustering_however_many_clusters(preset:
     kmeans.fit(clustering, 50, rng=np.random.default_rng(0), iterations=3)
     selector = make("tagcos", {"clusters": 50, "iterations": 3, "preset": preset})
     stored = choose(selector, counted, 500)  # type: ignore[arg-type]
-    assert (counted.reads - clustering.reads).max() == 2 and (counted.reads - clustering.reads).min() >= 1
+    assert (counted.reads - clustering.reads).max() == 2 and (
+        counted.reads - clustering.reads
+    ).min() >= 1
     held = choose(selector, rows, 500)
-    assert stored.indices.tolist() == held.indices.tolist() and stored.gains is not None and held.gains is not None
-    assert stored.gains.tolist() == held.gains.tolist() and np.array_equal(stored.notes["score"], held.notes["score"])
+    assert (
+        stored.indices.tolist() == held.indices.tolist()
+        and stored.gains is not None
+        and held.gains is not None
+    )
+    assert stored.gains.tolist() == held.gains.tolist() and np.array_equal(
+        stored.notes["score"], held.notes["score"]
+    )
 
 
-SCORES = torch.tensor([[0.9, 0.0, -0.5], [0.8, 0.1, -0.4], [0.0, 0.3, 0.0], [-0.2, 0.2, 0.6], [0.1, 0.1, 0.1]])
+SCORES = torch.tensor(
+    [[0.9, 0.0, -0.5], [0.8, 0.1, -0.4], [0.0, 0.3, 0.0], [-0.2, 0.2, 0.6], [0.1, 0.1, 0.1]]
+)
 
 
 def test_less_takes_the_best_group_of_each_row() -> None:
@@ -181,7 +258,12 @@ def test_less_takes_the_best_group_of_each_row() -> None:
 
 
 def test_less_by_turns_serves_every_target_row() -> None:
-    chosen = choose(make("less", {"preset": "released", "aggregate": "rows"}), SCORES, 4, target_groups=["a", "b", "b"])
+    chosen = choose(
+        make("less", {"preset": "released", "aggregate": "rows"}),
+        SCORES,
+        4,
+        target_groups=["a", "b", "b"],
+    )
     assert chosen.indices.tolist() == [0, 2, 3, 1]
 
 
@@ -191,8 +273,12 @@ def test_less_by_turns_serves_every_group_in_the_papers_form() -> None:
         chosen = choose(make("less", options), SCORES[:, :2], 3, target_groups=["a", "b", "b"])
         assert chosen.indices.tolist() == [0, 2, 1]
         # A pick stands with the group whose turn it was, and with its score for that one.
-        assert np.allclose(chosen.gains, [0.9, 0.3, 0.8]) and chosen.notes["nearest_group"][chosen.indices].tolist() == ["a", "b", "a"]
-    assert choose(make("less", {"aggregate": "max"}), SCORES[:, :2], 3, target_groups=["a", "b", "b"]).indices.tolist() == [0, 1, 2]
+        assert np.allclose(chosen.gains, [0.9, 0.3, 0.8]) and chosen.notes["nearest_group"][
+            chosen.indices
+        ].tolist() == ["a", "b", "a"]
+    assert choose(
+        make("less", {"aggregate": "max"}), SCORES[:, :2], 3, target_groups=["a", "b", "b"]
+    ).indices.tolist() == [0, 1, 2]
 
 
 def test_less_by_rows_needs_a_score_with_every_row() -> None:
@@ -203,7 +289,10 @@ def test_less_by_rows_needs_a_score_with_every_row() -> None:
 
 def test_less_groups_take_turns_over_a_backend_that_scores_target_rows() -> None:
     # means within groups: a = .9 .8 0 -.2 .1; b = -.25 -.15 .15 .4 .1
-    both: list[dict[str, str]] = [{"backend": "ekfac"}, {"preset": "released", "aggregate": "groups"}]
+    both: list[dict[str, str]] = [
+        {"backend": "ekfac"},
+        {"preset": "released", "aggregate": "groups"},
+    ]
     for options in both:
         chosen = choose(make("less", options), SCORES, 4, target_groups=["a", "b", "b"])
         assert chosen.indices.tolist() == [0, 3, 1, 2]
@@ -226,7 +315,10 @@ def test_length_takes_the_longest_or_the_shortest_answers() -> None:
     given = Signals({}, n=4, tokens=np.array([5, 90, 7, 90]))
     rng = np.random.default_rng(0)
     assert make("length").select(given, 2, rng=rng).indices.tolist() == [1, 3]
-    assert make("length", {"order": "shortest"}).select(given, 2, rng=rng).indices.tolist() == [0, 2]
+    assert make("length", {"order": "shortest"}).select(given, 2, rng=rng).indices.tolist() == [
+        0,
+        2,
+    ]
     with pytest.raises(ValueError, match="tokens"):
         make("length").select(Signals({}, n=4), 2, rng=rng)
 
@@ -237,13 +329,20 @@ def test_gdig_clusters_rows_that_were_projected_once_more() -> None:
     influence, labels = torch.ones(60, 3), {}
     for dim in (0, 400):
         method = make("gdig", {"clusters": 3, "restarts": 3, "dim": dim})
-        given = Signals({s: influence if s.name == "influence" else rows for s in method.needs()}, n=60, target_groups=["a"] * 3)
+        given = Signals(
+            {s: influence if s.name == "influence" else rows for s in method.needs()},
+            n=60,
+            target_groups=["a"] * 3,
+        )
         found = method.select(given, 9, rng=np.random.default_rng(0))
         labels[dim] = found.notes["cluster"]
         assert per_cluster(found, sizes) == [3, 3, 3]
     assert all(len(set(labels[0][labels[400] == c])) == 1 for c in range(3))
     part = PickedRows(rows, np.arange(60), raw=False, dim=400)
-    assert part.shape == (60, 400) and torch.equal(part[0:60], PickedRows(rows, np.arange(60), raw=False, dim=400)[0:60])
+    assert part.shape == (60, 400) and torch.equal(
+        part[0:60], PickedRows(rows, np.arange(60), raw=False, dim=400)[0:60]
+    )
     near, far = part[0:2] @ part[0:2].T, rows[0:2] @ rows[0:2].T
-    assert (near - far).abs().max() < 6 / 400**0.5  # inner products are kept, as far as 400 signs keep them
+    # inner products are kept, as far as 400 signs keep them
+    assert (near - far).abs().max() < 6 / 400**0.5
     assert PickedRows(rows, np.arange(60), raw=False, dim=900).signs is None

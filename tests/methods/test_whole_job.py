@@ -41,9 +41,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("more") / "run"
 
 
-def choose(method: str, files: tuple[Path, Path], folder: Path, model: Path, *, target: bool = False, **more: Any) -> Selection:
-    given = {"budget": 8, "settings": {**SETTINGS, "curvature": {"fit_rows": 24}}, "pool_group": "kind", **more}
-    return select(method, pool=files[0], target=files[1] if target else (), model=str(model), run=folder, **given)
+def choose(
+    method: str,
+    files: tuple[Path, Path],
+    folder: Path,
+    model: Path,
+    *,
+    target: bool = False,
+    **more: Any,
+) -> Selection:
+    given = {
+        "budget": 8,
+        "settings": {**SETTINGS, "curvature": {"fit_rows": 24}},
+        "pool_group": "kind",
+        **more,
+    }
+    return select(
+        method,
+        pool=files[0],
+        target=files[1] if target else (),
+        model=str(model),
+        run=folder,
+        **given,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +72,35 @@ def gdig(files: tuple[Path, Path], folder: Path, model_folder: Path) -> Selectio
 
 
 def made(folder: Path, stage: str, **config: Any) -> Artifact:
-    found = [a for a in Run(folder).artifacts() if a.path.name.startswith(f"{stage}-") and a.complete]
-    return next(a for a in found if all(a.manifest["config"].get(key) == value for key, value in config.items()))
+    found = [
+        a for a in Run(folder).artifacts() if a.path.name.startswith(f"{stage}-") and a.complete
+    ]
+    return next(
+        a
+        for a in found
+        if all(a.manifest["config"].get(key) == value for key, value in config.items())
+    )
 
 
 def chosen_settings(folder: Path) -> dict[str, Any]:
-    return {name: value for name, value in json.loads((folder / "settings.json").read_text()).items() if name != "seal"}
+    return {
+        name: value
+        for name, value in json.loads((folder / "settings.json").read_text()).items()
+        if name != "seal"
+    }
 
 
-def test_stored_scores_are_the_streamed_ones_whatever_the_shards(gdig: Selection, files: tuple[Path, Path], folder: Path) -> None:
+def test_stored_scores_are_the_streamed_ones_whatever_the_shards(
+    gdig: Selection, files: tuple[Path, Path], folder: Path
+) -> None:
     settings = chosen_settings(folder)
     config = build({**settings, "machine": {"threads": 1}}, "test")
-    pipeline = Pipeline(Run(folder), config, *(read_pool([file], group_field="kind") for file in files))
-    curvature = Curvature.load(made(folder, "curvature", correct=True).path / "curvature.safetensors")
+    pipeline = Pipeline(
+        Run(folder), config, *(read_pool([file], group_field="kind") for file in files)
+    )
+    curvature = Curvature.load(
+        made(folder, "curvature", correct=True).path / "curvature.safetensors"
+    )
     model = pipeline.model_at(pipeline.checkpoints()[-1])
     pool, target = pipeline.encoded("pool"), pipeline.encoded("target")
     stream = influence_scores(model, list(pool), list(target), curvature.inverse(0.1))
@@ -72,12 +108,17 @@ def test_stored_scores_are_the_streamed_ones_whatever_the_shards(gdig: Selection
     for indices, scores in stream:
         wanted[torch.as_tensor(indices)] = scores
     stored = made(folder, "influence", backend="ekfac").tensors("scores.safetensors")
-    assert torch.allclose(stored["scores"], wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
+    assert torch.allclose(
+        stored["scores"], wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max())
+    )
     assert stored["target"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_gdig_says_how_it_damped_and_whom_its_rows_help(gdig: Selection, folder: Path) -> None:
-    notes, influence = made(folder, "select", method="gdig").manifest["extra"]["notes"], made(folder, "influence", backend="ekfac")
+    notes, influence = (
+        made(folder, "select", method="gdig").manifest["extra"]["notes"],
+        made(folder, "influence", backend="ekfac"),
+    )
     scores = influence.tensors("scores.safetensors")["scores"]
     helps = (scores > 0).all(dim=1)
     assert notes["helps_every_target"] == int(helps.sum())
@@ -85,7 +126,9 @@ def test_gdig_says_how_it_damped_and_whom_its_rows_help(gdig: Selection, folder:
     assert influence.manifest["extra"]["damping_to_mean_eigenvalue"]["median"] == pytest.approx(0.1)
     report = (gdig.folder / "report.md").read_text()
     assert "Damping over mean eigenvalue" in report and "help every target row" in report
-    assert sorted(p.name for p in influence.path.iterdir() if p.suffix == ".safetensors") == ["scores.safetensors"]
+    assert sorted(p.name for p in influence.path.iterdir() if p.suffix == ".safetensors") == [
+        "scores.safetensors"
+    ]
 
 
 def test_as_released_two_target_rows_make_one_column_and_an_odd_one_is_lost(
@@ -94,7 +137,10 @@ def test_as_released_two_target_rows_make_one_column_and_an_odd_one_is_lost(
     found = choose("gdig", files, folder, model_folder, target=True, options={"preset": "released"})
     stored = made(folder, "influence", backend="kfac-released").tensors("scores.safetensors")
     assert stored["scores"].shape == (40, 2) and stored["target"].tolist() == [0, 2]
-    assert found.indices.tolist() == np.argsort(-stored["scores"].double().mean(dim=1).numpy(), kind="stable")[:8].tolist()
+    assert (
+        found.indices.tolist()
+        == np.argsort(-stored["scores"].double().mean(dim=1).numpy(), kind="stable")[:8].tolist()
+    )
 
 
 def test_lost_scores_are_made_again_with_the_same_bytes(
@@ -110,7 +156,9 @@ def test_lost_scores_are_made_again_with_the_same_bytes(
 
 
 class StopsAfter(Silent):
-    """Ends the job after so many shards of influence, as a signal would; `tokens`: what the stage had to do."""
+    """Ends the job after so many shards of influence, as a signal would; `tokens`: what the stage
+    had to do.
+    """
 
     def __init__(self, shards: int) -> None:
         self.left, self.tokens, self.here = shards, 0, False
@@ -144,32 +192,66 @@ def test_a_stopped_influence_keeps_its_finished_shards(
         stamps.append((parts / "part-00000.safetensors").stat())
     assert (stamps[0].st_ino, stamps[0].st_mtime_ns) == (stamps[1].st_ino, stamps[1].st_mtime_ns)
     last = StopsAfter(99)
-    assert choose("gdig", files, copy, model_folder, progress=last, **given).indices.tolist() == gdig.indices.tolist()
+    assert (
+        choose("gdig", files, copy, model_folder, progress=last, **given).indices.tolist()
+        == gdig.indices.tolist()
+    )
     assert seen[0].tokens > seen[1].tokens > last.tokens > 0 and not parts.exists()
     assert made(copy, "influence", backend="ekfac").manifest["content"] == whole.manifest["content"]
 
 
-def test_gdig_over_every_linear_layer(files: tuple[Path, Path], model_folder: Path, tmp_path: Path) -> None:
-    settings = {**SETTINGS, "gradients": {**SETTINGS["gradients"], "modules": "linear"}, "curvature": {"fit_rows": 24}}
-    found = choose("gdig", files, tmp_path / "run", model_folder, target=True, options={"clusters": 3}, settings=settings)
+def test_gdig_over_every_linear_layer(
+    files: tuple[Path, Path], model_folder: Path, tmp_path: Path
+) -> None:
+    settings = {
+        **SETTINGS,
+        "gradients": {**SETTINGS["gradients"], "modules": "linear"},
+        "curvature": {"fit_rows": 24},
+    }
+    found = choose(
+        "gdig",
+        files,
+        tmp_path / "run",
+        model_folder,
+        target=True,
+        options={"clusters": 3},
+        settings=settings,
+    )
     assert len(found) == 8
     pipeline = Pipeline(
-        Run(tmp_path / "run"), build({**settings, "model": {"name": str(model_folder)}}, "test"), *(read_pool([f]) for f in files)
+        Run(tmp_path / "run"),
+        build({**settings, "model": {"name": str(model_folder)}}, "test"),
+        *(read_pool([f]) for f in files),
     )
     model = pipeline.model_at(pipeline.checkpoints()[-1])
     curvature = Curvature.load(made(tmp_path / "run", "curvature").path / "curvature.safetensors")
-    assert set(curvature.names) == set(tracked_modules(model, "linear")) and any("mlp" in name for name in curvature.names)
+    assert set(curvature.names) == set(tracked_modules(model, "linear")) and any(
+        "mlp" in name for name in curvature.names
+    )
     stored = made(tmp_path / "run", "influence").tensors("scores.safetensors")["scores"]
-    gradients = [whole_gradients(model, curvature.names, pipeline.encoded(side)) for side in ("pool", "target")]
+    gradients = [
+        whole_gradients(model, curvature.names, pipeline.encoded(side))
+        for side in ("pool", "target")
+    ]
     inverse = curvature.inverse(0.1)
-    wanted = sum(p.flatten(1) @ inverse.apply_inverse(name, q).flatten(1).T for name, p, q in zip(curvature.names, *gradients, strict=True))
-    assert isinstance(wanted, torch.Tensor) and torch.allclose(stored, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
-    rows = next(a for a in Run(tmp_path / "run").artifacts() if a.path.name.startswith("gradients-"))
-    assert rows.manifest["extra"]["coverage"]["share"] > 0.5  # of all weights: the adapter's alone are far fewer
+    wanted = sum(
+        p.flatten(1) @ inverse.apply_inverse(name, q).flatten(1).T
+        for name, p, q in zip(curvature.names, *gradients, strict=True)
+    )
+    assert isinstance(wanted, torch.Tensor) and torch.allclose(
+        stored, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max())
+    )
+    rows = next(
+        a for a in Run(tmp_path / "run").artifacts() if a.path.name.startswith("gradients-")
+    )
+    # of all weights: the adapter's alone are far fewer
+    assert rows.manifest["extra"]["coverage"]["share"] > 0.5
 
 
 def whole_gradients(model: Any, names: list[str], encoded: EncodedRows) -> list[torch.Tensor]:
-    """Per layer [n, out, in]: the gradient of every row's mean loss, one row at a time, by autograd."""
+    """Per layer [n, out, in]: the gradient of every row's mean loss, one row at a time, by
+    autograd.
+    """
     modules, found = dict(model.named_modules()), []
     weights = [modules[name].weight.requires_grad_(True) for name in names]
     for row in (encoded[i] for i in range(len(encoded))):
@@ -182,19 +264,42 @@ def whole_gradients(model: Any, names: list[str], encoded: EncodedRows) -> list[
 def test_without_a_row_that_helps_every_target_row_there_is_no_subset_to_be_had(
     folder: Path, files: tuple[Path, Path], model_folder: Path, tmp_path: Path
 ) -> None:
-    pairs = [("zz", "#" * 20), ("dcba", "Z" * 15), ("abcdab", "0123456789" * 2), *(("ab", "ba" * k) for k in range(1, 4))]
-    items = [[{"role": "user", "content": ask}, {"role": "assistant", "content": answer}] for ask, answer in pairs]
-    odd = files[0], write_rows(tmp_path / "odd.jsonl", [{"id": f"o{i}", "messages": turns} for i, turns in enumerate(items)])
-    with pytest.raises(DataError, match=r"gdig cannot choose: no row helps all 6 target rows .*fill=quantile"):
+    pairs = [
+        ("zz", "#" * 20),
+        ("dcba", "Z" * 15),
+        ("abcdab", "0123456789" * 2),
+        *(("ab", "ba" * k) for k in range(1, 4)),
+    ]
+    items = [
+        [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
+        for ask, answer in pairs
+    ]
+    odd = (
+        files[0],
+        write_rows(
+            tmp_path / "odd.jsonl",
+            [{"id": f"o{i}", "messages": turns} for i, turns in enumerate(items)],
+        ),
+    )
+    with pytest.raises(
+        DataError, match=r"gdig cannot choose: no row helps all 6 target rows .*fill=quantile"
+    ):
         choose("gdig", odd, folder, model_folder, target=True, options={"fill": "none"})
     assert len(choose("gdig", odd, folder, model_folder, target=True)) == 8
 
 
-@pytest.mark.parametrize(("method", "target"), [("selffilter", False), ("dsir", True), ("ifd", False)])
-def test_the_other_methods_run(method: str, target: bool, files: tuple[Path, Path], folder: Path, model_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "target"), [("selffilter", False), ("dsir", True), ("ifd", False)]
+)
+def test_the_other_methods_run(
+    method: str, target: bool, files: tuple[Path, Path], folder: Path, model_folder: Path
+) -> None:
     first = choose(method, files, folder, model_folder, target=target)
     assert len(first) == 8
-    assert choose(method, files, folder, model_folder, target=target).indices.tolist() == first.indices.tolist()
+    assert (
+        choose(method, files, folder, model_folder, target=target).indices.tolist()
+        == first.indices.tolist()
+    )
 
 
 def test_constraints_reach_the_rows_the_report_and_the_list_of_dropped_ones(
@@ -202,61 +307,120 @@ def test_constraints_reach_the_rows_the_report_and_the_list_of_dropped_ones(
 ) -> None:
     (tmp_path / "out").write_text("r001\nr003\n")
     (tmp_path / "in").write_text("r002\n")
-    limits = {"exclude_ids": tmp_path / "out", "include_ids": tmp_path / "in", "per_group": ["back=:25%"]}
+    limits = {
+        "exclude_ids": tmp_path / "out",
+        "include_ids": tmp_path / "in",
+        "per_group": ["back=:25%"],
+    }
     found = choose("random", files, folder, model_folder, constraints=limits)
     plain = choose("random", files, folder, model_folder)
-    assert found.folder != plain.folder and found.ids[0] == "r002" and not {"r001", "r003"} & set(found.ids)
+    assert (
+        found.folder != plain.folder
+        and found.ids[0] == "r002"
+        and not {"r001", "r003"} & set(found.ids)
+    )
     assert sum(int(i[1:]) % 2 for i in found.ids) <= 2
-    dropped = [json.loads(line) for line in (found.folder / "dropped.jsonl").read_text().splitlines()]
-    assert [(d["id"], d["line"], d["reason"].partition(":")[0]) for d in dropped] == [(f"r00{i}", i + 1, "excluded by id") for i in (1, 3)]
+    dropped = [
+        json.loads(line) for line in (found.folder / "dropped.jsonl").read_text().splitlines()
+    ]
+    assert [(d["id"], d["line"], d["reason"].partition(":")[0]) for d in dropped] == [
+        (f"r00{i}", i + 1, "excluded by id") for i in (1, 3)
+    ]
     report = (found.folder / "report.md").read_text()
     assert "excluded by id: 2 rows" in report and "--include-ids" in report
     table = pq.read_table(found.folder / "scores.parquet").to_pydict()
     assert table["why"][2] == "named in --include-ids" and table["gain"][2] is None
 
 
-def test_a_token_budget_pays_for_whole_rows(files: tuple[Path, Path], folder: Path, model_folder: Path) -> None:
+def test_a_token_budget_pays_for_whole_rows(
+    files: tuple[Path, Path], folder: Path, model_folder: Path
+) -> None:
     found = choose("length", files, folder, model_folder, budget="300-tokens")
-    encoded = next(a for a in Run(folder).artifacts() if a.path.name.startswith("encode-") and a.manifest["counts"]["rows"] == 40)
+    encoded = next(
+        a
+        for a in Run(folder).artifacts()
+        if a.path.name.startswith("encode-") and a.manifest["counts"]["rows"] == 40
+    )
     lengths = EncodedRows.load(encoded.path).lengths
     assert 300 - 64 < int(lengths[found.indices].sum()) <= 300
     assert "300-tokens is met with" in (found.folder / "report.md").read_text()
 
 
-def test_near_duplicates_by_embeddings(files: tuple[Path, Path], folder: Path, model_folder: Path) -> None:
-    found = choose("random", files, folder, model_folder, budget=1, constraints={"near": 0.2, "near_by": "embeddings"})
+def test_near_duplicates_by_embeddings(
+    files: tuple[Path, Path], folder: Path, model_folder: Path
+) -> None:
+    found = choose(
+        "random",
+        files,
+        folder,
+        model_folder,
+        budget=1,
+        constraints={"near": 0.2, "near_by": "embeddings"},
+    )
     assert "near duplicate" in (found.folder / "dropped.jsonl").read_text()
 
 
-def test_unknown_ids_are_refused_before_anything_is_made(files: tuple[Path, Path], tmp_path: Path, model_folder: Path) -> None:
+def test_unknown_ids_are_refused_before_anything_is_made(
+    files: tuple[Path, Path], tmp_path: Path, model_folder: Path
+) -> None:
     with pytest.raises(UserError, match="'nobody'"):
-        choose("random", files, tmp_path / "run", model_folder, constraints={"include_ids": ["nobody"]})
+        choose(
+            "random", files, tmp_path / "run", model_folder, constraints={"include_ids": ["nobody"]}
+        )
 
 
-def test_low_rank_scores_say_how_they_agree_with_whole_ones(files: tuple[Path, Path], model_folder: Path, tmp_path: Path) -> None:
+def test_low_rank_scores_say_how_they_agree_with_whole_ones(
+    files: tuple[Path, Path], model_folder: Path, tmp_path: Path
+) -> None:
     settings = {
         **SETTINGS,
         "gradients": {**SETTINGS["gradients"], "modules": "linear"},
         "curvature": {"fit_rows": 24, "rank": 2, "target_batch": 2},
     }
-    found = choose("gdig", files, tmp_path / "run", model_folder, target=True, options={"clusters": 3}, settings=settings)
+    found = choose(
+        "gdig",
+        files,
+        tmp_path / "run",
+        model_folder,
+        target=True,
+        options={"clusters": 3},
+        settings=settings,
+    )
     said = made(tmp_path / "run", "influence").manifest["extra"]["rank_agreement"]
 
-    # One target after the other, whole and at rank 2, over all 40 rows and 3 targets: fewer than would be drawn.
+    # One target after the other, whole and at rank 2, over all 40 rows and 3 targets: fewer than
+    # would be drawn.
     kept = build({**chosen_settings(tmp_path / "run"), "machine": {"threads": 1}}, "test")
-    pipeline = Pipeline(Run(tmp_path / "run"), kept, *(read_pool([file], group_field="kind") for file in files))
+    pipeline = Pipeline(
+        Run(tmp_path / "run"), kept, *(read_pool([file], group_field="kind") for file in files)
+    )
     curvature = Curvature.load(made(tmp_path / "run", "curvature").path / "curvature.safetensors")
     model = pipeline.model_at(pipeline.checkpoints()[-1])
-    pool, target, correlations = list(pipeline.encoded("pool")), list(pipeline.encoded("target")), []
+    pool, target, correlations = (
+        list(pipeline.encoded("pool")),
+        list(pipeline.encoded("target")),
+        [],
+    )
     for members in (target[:2], target[2:4], target[4:]):
         columns = []
         for rank in (2, None):
             scores = np.zeros(len(pool))
             for i, row in enumerate(pool):
-                [(_, score)] = influence_scores(model, [row], members, curvature.inverse(0.1), modules="linear", target_batch=2, rank=rank)
+                [(_, score)] = influence_scores(
+                    model,
+                    [row],
+                    members,
+                    curvature.inverse(0.1),
+                    modules="linear",
+                    target_batch=2,
+                    rank=rank,
+                )
                 scores[i] = float(score)
             columns.append(scores)
-        apart = sum((sorted(columns[0]).index(a) - sorted(columns[1]).index(b)) ** 2 for a, b in zip(*columns, strict=True))
+        apart = sum(
+            (sorted(columns[0]).index(a) - sorted(columns[1]).index(b)) ** 2
+            for a, b in zip(*columns, strict=True)
+        )
         correlations.append(1 - 6 * apart / (len(pool) * (len(pool) ** 2 - 1)))
     assert min(correlations) < 0.999  # rank 2 does cost something here
     assert said == {

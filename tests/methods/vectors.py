@@ -1,4 +1,6 @@
-"""What the tests of single methods share: giving a method its signals, and rows as a store gives them."""
+"""What the tests of single methods share: giving a method its signals, and rows as a store gives
+them.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,18 @@ class Stored:
         return self.rows[where].clone()
 
 
-def choose(selector: Selector, pool: Any, target: Any, budget: int, *, groups: Sequence[str] = (), seed: int = 0) -> Subset:
-    """Runs a method on values for its signals of the pool and (None = no target given) of the target."""
+def choose(
+    selector: Selector,
+    pool: Any,
+    target: Any,
+    budget: int,
+    *,
+    groups: Sequence[str] = (),
+    seed: int = 0,
+) -> Subset:
+    """Runs a method on values for its signals of the pool and (None = no target given) of the
+    target.
+    """
     sides = {"pool": pool} if target is None else {"pool": pool, "target": target}
     values: dict[Signal, Any] = {s: sides[s.side] for s in selector.needs() if s.side in sides}
     signals = Signals(values, n=pool.shape[0], target_groups=list(groups))

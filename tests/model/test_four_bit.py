@@ -1,4 +1,6 @@
-"""A base model in 4 bits under LoRA: the gradients of the same model with its weights written out, on every device that bitsandbytes runs on."""
+"""A base model in 4 bits under LoRA: the gradients of the same model with its weights written out,
+on every device that bitsandbytes runs on.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,32 @@ from gradsift.model.losses import row_losses
 from gradsift.store.rows import RowStore
 from tests.conftest import SETTINGS
 from tests.model.small_models import llama, token_rows
-from tests.tolerances import BF16_COSINE, BF16_NORM_RTOL, GPU_ATOL, GPU_RTOL, GRADIENT_ATOL, GRADIENT_RTOL
+from tests.tolerances import (
+    BF16_COSINE,
+    BF16_NORM_RTOL,
+    GPU_ATOL,
+    GPU_RTOL,
+    GRADIENT_ATOL,
+    GRADIENT_RTOL,
+)
 
-installed = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 # what it says on import about kernels that it does not find, and of its own calls of torch
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +85,9 @@ def written_out(folder: Path, packed: nn.Module, device: str, dtype: torch.dtype
 
 def gradients(model: nn.Module, rows: Sequence[dict[str, list[int]]]) -> Tensor:
     found = torch.zeros(0)
-    for batch in extract(model, rows, projection=Projection(None, kind="identity"), token_budget=64):
+    for batch in extract(
+        model, rows, projection=Projection(None, kind="identity"), token_budget=64
+    ):
         found = found if len(found) else torch.zeros(len(rows), batch.rows.shape[1])
         found[torch.as_tensor(batch.indices)] = batch.rows
     return found
@@ -71,10 +95,17 @@ def gradients(model: nn.Module, rows: Sequence[dict[str, list[int]]]) -> Tensor:
 
 @installed
 @pytest.mark.parametrize("device", DEVICES)
-def test_gradients_over_a_four_bit_base_are_those_of_its_weights_written_out(folder: Path, device: str) -> None:
-    """In bfloat16, as such models are loaded: every product is rounded to 8 bits, and peft adds up in another order over either base."""
+def test_gradients_over_a_four_bit_base_are_those_of_its_weights_written_out(
+    folder: Path, device: str
+) -> None:
+    """In bfloat16, as such models are loaded: every product is rounded to 8 bits, and peft adds up
+    in another order over either base.
+    """
     packed = load_model(str(folder), dtype="nf4", device=device)
-    plain, exact = (with_lora(written_out(folder, packed, device, dtype)) for dtype in (torch.bfloat16, torch.float32))
+    plain, exact = (
+        with_lora(written_out(folder, packed, device, dtype))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
     four_bit, rows = with_lora(packed), token_rows(6)
     assert coverage(four_bit).quantised == 14  # all of two blocks, not the head
     assert all(".lora_" in name for name in tracked_modules(four_bit))
@@ -83,7 +114,9 @@ def test_gradients_over_a_four_bit_base_are_those_of_its_weights_written_out(fol
     got = gradients(four_bit, rows)
     for expected in (gradients(plain, rows), gradients(exact, rows)):
         assert torch.cosine_similarity(got, expected).min() > BF16_COSINE
-        torch.testing.assert_close(got.norm(dim=1), expected.norm(dim=1), rtol=BF16_NORM_RTOL, atol=0)
+        torch.testing.assert_close(
+            got.norm(dim=1), expected.norm(dim=1), rtol=BF16_NORM_RTOL, atol=0
+        )
     whole = gradients(with_lora(load_model(str(folder), device=device)), rows)
     assert torch.cosine_similarity(got, whole).max() < 0.9999  # else nothing was quantised
 
@@ -96,15 +129,25 @@ def test_in_float32_they_are_equal(device: str) -> None:
 
     packed, plain = (llama(hidden_size=64, intermediate_size=128).to(device) for _ in range(2))
     for name, linear in block_linears(plain).items():
-        layer = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4")  # type: ignore[arg-type]
-        layer.weight = Params4bit(linear.weight.data.clone().cpu(), requires_grad=False, quant_type="nf4", module=layer)  # type: ignore[union-attr,operator]
+        layer = Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=torch.float32,
+            quant_type="nf4",
+        )  # type: ignore[arg-type]
+        layer.weight = Params4bit(
+            linear.weight.data.clone().cpu(), requires_grad=False, quant_type="nf4", module=layer
+        )  # type: ignore[union-attr,operator]
         setattr(layer, REPACKS, False)
         parent, _, leaf = name.rpartition(".")
         setattr(packed.get_submodule(parent), leaf, layer.to(device))
         linear.weight.data = dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # type: ignore[union-attr]
     rows = token_rows(6)
     rtol, atol = (GRADIENT_RTOL, GRADIENT_ATOL) if device == "cpu" else (GPU_RTOL, GPU_ATOL)
-    torch.testing.assert_close(gradients(with_lora(packed), rows), gradients(with_lora(plain), rows), rtol=rtol, atol=atol)
+    torch.testing.assert_close(
+        gradients(with_lora(packed), rows), gradients(with_lora(plain), rows), rtol=rtol, atol=atol
+    )
 
 
 @installed
@@ -113,7 +156,11 @@ def test_a_four_bit_base_is_left_as_it_was(folder: Path) -> None:
     before = {name: p.detach().clone() for name, p in packed.named_parameters()}
     model, rows = with_lora(packed), token_rows(3)
     assert torch.equal(gradients(model, rows), gradients(model, rows))
-    after = {name.replace(".base_layer", ""): p for name, p in model.get_base_model().named_parameters() if "lora_" not in name}
+    after = {
+        name.replace(".base_layer", ""): p
+        for name, p in model.get_base_model().named_parameters()
+        if "lora_" not in name
+    }
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -137,18 +184,31 @@ def test_rows_are_the_same_after_the_model_ran_without_gradients(folder: Path) -
 
 
 @installed
-def test_the_main_job_over_a_four_bit_base(tmp_path: Path, pool_file: Path, target_file: Path, model_folder: Path) -> None:
+def test_the_main_job_over_a_four_bit_base(
+    tmp_path: Path, pool_file: Path, target_file: Path, model_folder: Path
+) -> None:
     settings = {**SETTINGS, "model": {"dtype": "nf4"}}
     chosen = gradsift.select(
-        "less", pool=pool_file, target=target_file, model=str(model_folder), run=tmp_path / "run", budget="25%", settings=settings
+        "less",
+        pool=pool_file,
+        target=target_file,
+        model=str(model_folder),
+        run=tmp_path / "run",
+        budget="25%",
+        settings=settings,
     )
     assert len(chosen) == 18
-    stores = [RowStore.open(path.parent, verify=True) for path in (tmp_path / "run").glob("gradients-*/store.json")]
+    stores = [
+        RowStore.open(path.parent, verify=True)
+        for path in (tmp_path / "run").glob("gradients-*/store.json")
+    ]
     assert stores
     assert all(bool(store.usable.all()) for store in stores)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed"
+)
 def test_without_bitsandbytes_nf4_says_what_to_install(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"bitsandbytes.*gradsift\[four-bit\]"):
         load_model(str(folder), dtype="nf4")

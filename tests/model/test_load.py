@@ -1,4 +1,6 @@
-"""Loading models and adapters: what is refused, what is deterministic, and which layers are read."""
+"""Loading models and adapters: what is refused, what is deterministic, and which layers are
+read.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gradsift.config import LoraSettings
-from gradsift.errors import ConfigError, DataError, IntegrityError, MismatchError, UnknownName, UserError
+from gradsift.errors import (
+    ConfigError,
+    DataError,
+    IntegrityError,
+    MismatchError,
+    UnknownName,
+    UserError,
+)
 from gradsift.model.layers import coverage, tracked_modules
 from gradsift.model.load import load_model, load_tokenizer, model_identity
 from gradsift.model.lora import adapter_state, attach_lora, load_adapter, remove_lora
@@ -44,8 +53,14 @@ def adapter(tmp_path: Path) -> Path:
 def test_a_folder_gives_the_model_that_was_saved(folder: Path) -> None:
     loaded = load_model(str(folder))
     assert not loaded.training
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), llama().state_dict().values(), strict=True))
-    assert load_tokenizer(str(folder))("gradsift!")["input_ids"] == tokenizer()("gradsift!")["input_ids"]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(loaded.state_dict().values(), llama().state_dict().values(), strict=True)
+    )
+    assert (
+        load_tokenizer(str(folder))("gradsift!")["input_ids"]
+        == tokenizer()("gradsift!")["input_ids"]
+    )
 
 
 def test_bfloat16_and_unknown_dtype(folder: Path) -> None:
@@ -54,7 +69,9 @@ def test_bfloat16_and_unknown_dtype(folder: Path) -> None:
         load_model(str(folder), dtype="float23")
 
 
-def test_a_built_in_name_is_made_on_first_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_built_in_name_is_made_on_first_use(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gradsift.model.tiny.tiny_model", lambda: folder)
     assert load_model("tiny").num_parameters() == llama().num_parameters()
     assert model_identity("tiny") == model_identity(str(folder))
@@ -85,7 +102,9 @@ def test_damaged_weights_are_an_integrity_error(folder: Path, tmp_path: Path) ->
         load_model(str(tmp_path / "m"))
 
 
-def test_a_name_that_is_nowhere_says_what_to_do_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_name_that_is_nowhere_says_what_to_do_offline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="hf download some-lab/some-model"):
         load_model("some-lab/some-model")
@@ -105,7 +124,10 @@ def test_remote_code_needs_a_pinned_commit(monkeypatch: pytest.MonkeyPatch) -> N
 def test_code_in_a_model_folder_does_not_run(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"},
+    }
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     (tmp_path / "m" / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(UserError, match="own code"):
@@ -126,7 +148,11 @@ def test_identity_is_of_bytes_not_of_places(folder: Path, tmp_path: Path, adapte
     assert model_identity(str(tmp_path / "elsewhere")) != model_identity(str(folder))
     shutil.copytree(adapter, tmp_path / "other")
     config = json.loads((adapter / "adapter_config.json").read_text())
-    config |= {"base_model_name_or_path": "/elsewhere", "peft_version": "0", "target_modules": config["target_modules"][::-1]}
+    config |= {
+        "base_model_name_or_path": "/elsewhere",
+        "peft_version": "0",
+        "target_modules": config["target_modules"][::-1],
+    }
     (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config))
     assert model_identity(str(tmp_path / "other")) == model_identity(str(adapter))
     (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
@@ -137,19 +163,33 @@ def test_identity_is_of_bytes_not_of_places(folder: Path, tmp_path: Path, adapte
 
 
 def adapted(model: nn.Module) -> set[str]:
-    return {n.split(".lora_A")[0].removeprefix("base_model.model.") for n in tracked_modules(model) if "lora_A" in n}
+    return {
+        n.split(".lora_A")[0].removeprefix("base_model.model.")
+        for n in tracked_modules(model)
+        if "lora_A" in n
+    }
 
 
 def test_attention_targets_of_each_family() -> None:
-    for make, leaves in ((llama, "self_attn.{q,k,v,o}_proj"), (gpt2, "attn.c_attn attn.c_proj"), (mixtral, "self_attn.{q,k,v,o}_proj")):
-        names = [leaves.replace("{q,k,v,o}", x) for x in "qkvo"] if "{" in leaves else leaves.split()
+    for make, leaves in (
+        (llama, "self_attn.{q,k,v,o}_proj"),
+        (gpt2, "attn.c_attn attn.c_proj"),
+        (mixtral, "self_attn.{q,k,v,o}_proj"),
+    ):
+        names = (
+            [leaves.replace("{q,k,v,o}", x) for x in "qkvo"] if "{" in leaves else leaves.split()
+        )
         stem = "transformer.h" if make is gpt2 else "model.layers"
-        assert adapted(attach_lora(make())) == {f"{stem}.{i}.{leaf}" for i in range(2) for leaf in names}
+        assert adapted(attach_lora(make())) == {
+            f"{stem}.{i}.{leaf}" for i in range(2) for leaf in names
+        }
 
 
 def test_all_linear_and_named_targets() -> None:
     assert len(adapted(attach_lora(llama(), LoraSettings(targets="all-linear")))) == 14
-    assert adapted(attach_lora(llama(), LoraSettings(targets=("up_proj",)))) == {f"model.layers.{i}.mlp.up_proj" for i in range(2)}
+    assert adapted(attach_lora(llama(), LoraSettings(targets=("up_proj",)))) == {
+        f"model.layers.{i}.mlp.up_proj" for i in range(2)
+    }
     model = llama()
     with pytest.raises(ConfigError, match="nothing_proj"):
         attach_lora(model, LoraSettings(targets=("nothing_proj",)))
@@ -196,7 +236,9 @@ def test_an_adapter_loads_as_it_was_saved_and_replaces_the_last_one(adapter: Pat
         assert state.keys() == weights.keys()
         assert all(torch.equal(state[n], weights[n]) for n in weights)
     assert all(m.weight.requires_grad for m in tracked_modules(again).values())
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == {f"{n}.weight" for n in tracked_modules(again)}
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        f"{n}.weight" for n in tracked_modules(again)
+    }
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "shape"])
@@ -243,8 +285,15 @@ def test_an_adapter_of_another_base_is_refused(adapter: Path) -> None:
 def test_linear_layers_without_head_and_embedding() -> None:
     assert len(tracked_modules(llama(), "linear")) == 14
     assert "lm_head" not in tracked_modules(llama(), "linear")
-    assert sorted({n.rpartition(".")[2] for n in tracked_modules(gpt2(), "linear")}) == ["c_attn", "c_fc", "c_proj"]
-    assert all(n.endswith("base_layer") or "mlp" in n for n in tracked_modules(attach_lora(llama()), "linear"))
+    assert sorted({n.rpartition(".")[2] for n in tracked_modules(gpt2(), "linear")}) == [
+        "c_attn",
+        "c_fc",
+        "c_proj",
+    ]
+    assert all(
+        n.endswith("base_layer") or "mlp" in n
+        for n in tracked_modules(attach_lora(llama()), "linear")
+    )
 
 
 def test_names_and_globs() -> None:
@@ -267,10 +316,14 @@ def test_frozen_lora_is_not_tracked_and_dora_is_refused() -> None:
 
 
 def test_a_weight_that_something_else_uses_too_is_refused() -> None:
-    """Of a head tied to the embedding only the head's part would be read: a wrong gradient that nothing tells from a right one."""
+    """Of a head tied to the embedding only the head's part would be read: a wrong gradient that
+    nothing tells from a right one.
+    """
     tied: Any = llama(tie_word_embeddings=True)
     for modules in (["lm_head"], ["*"]):
-        with pytest.raises(ConfigError, match=r"lm_head.*shares its weight with model.embed_tokens"):
+        with pytest.raises(
+            ConfigError, match=r"lm_head.*shares its weight with model.embed_tokens"
+        ):
             tracked_modules(tied, modules)
     assert "lm_head" not in tracked_modules(tied, "linear")
     assert "lm_head" in tracked_modules(llama(), ["*"])
@@ -279,7 +332,9 @@ def test_a_weight_that_something_else_uses_too_is_refused() -> None:
 def test_what_peft_puts_around_the_head_is_the_head() -> None:
     wrapped: Any = get_peft_model(llama(), LoraConfig(target_modules=["lm_head", "q_proj"]))
     assert not [n for n in tracked_modules(wrapped, "linear") if "lm_head" in n]
-    kept: Any = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "o_proj"]))
+    kept: Any = get_peft_model(
+        llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "o_proj"])
+    )
     names = list(tracked_modules(kept, "linear"))
     assert not [n for n in names if "lm_head" in n or "original_module" in n]
     assert len([n for n in names if "o_proj" in n]) == 2
@@ -304,7 +359,9 @@ class PackedLinear(nn.Linear):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False)
-        self.weight = nn.Parameter(torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False
+        )
 
 
 def test_lora_on_a_quantised_base_is_tracked_and_its_packed_weights_are_not() -> None:
@@ -322,19 +379,30 @@ def test_coverage_counts_parameters() -> None:
     seen = coverage(attach_lora(llama(), LoraSettings(r=4)))
     # per layer: q and o 32 -> 32, k and v 32 -> 16, each r x in and out x r
     each = 2 * (4 * 32 + 32 * 4) + 2 * (4 * 32 + 16 * 4)
-    assert (seen.modules, seen.tracked_parameters, seen.trainable_parameters, seen.share) == (16, 2 * each, 2 * each, 1.0)
+    assert (seen.modules, seen.tracked_parameters, seen.trainable_parameters, seen.share) == (
+        16,
+        2 * each,
+        2 * each,
+        1.0,
+    )
     assert sum(row.modules for row in seen.rows) == 16
     assert seen.rows[0].kind == "q_proj.lora_A"
     assert seen.rows[0].shapes == ((4, 32),)
     linear = coverage(llama(), "linear")
     assert linear.trainable_parameters == llama().num_parameters()
-    assert linear.share == sum(p.numel() for n, p in llama().named_parameters() if "_proj" in n) / llama().num_parameters()
+    assert (
+        linear.share
+        == sum(p.numel() for n, p in llama().named_parameters() if "_proj" in n)
+        / llama().num_parameters()
+    )
     assert json.loads(json.dumps(seen.summary()))["rows"][0]["kind"] == "q_proj.lora_A"
     assert not seen.moe
 
 
 def test_coverage_names_what_no_row_sees() -> None:
-    model: Any = get_peft_model(llama(attention_bias=True), LoraConfig(target_modules=["q_proj"], r=4, bias="all"))
+    model: Any = get_peft_model(
+        llama(attention_bias=True), LoraConfig(target_modules=["q_proj"], r=4, bias="all")
+    )
     seen = coverage(model)
     assert seen.share < 1
     assert any(n.endswith("q_proj.base_layer.bias") for n in seen.uncovered)
@@ -345,6 +413,9 @@ def test_fused_experts_are_named_as_not_covered() -> None:
     assert seen.moe
     assert [n.rpartition(".")[2] for n in seen.uncovered] == ["gate_up_proj", "down_proj"] * 2
     assert all("experts" in n for n in (*seen.experts, *seen.uncovered))
-    wrapped: Any = get_peft_model(mixtral(), LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"], r=2))
+    wrapped: Any = get_peft_model(
+        mixtral(),
+        LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"], r=2),
+    )
     assert all("q_proj" in n for n in tracked_modules(wrapped))
     assert coverage(wrapped).share < 1

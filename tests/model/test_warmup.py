@@ -1,4 +1,6 @@
-"""The warm-up: what it trains on, that it is the plain fine-tune it claims to be, that it repeats, and that it leaves no trace."""
+"""The warm-up: what it trains on, that it is the plain fine-tune it claims to be, that it repeats,
+and that it leaves no trace.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,11 @@ SMALL = WarmupSettings(batch_size=6, min_rows=20, epochs=2, lora=LoraSettings(r=
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): hashlib.md5(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): hashlib.md5(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +80,11 @@ def test_long_rows_make_smaller_micro_batches() -> None:
     plan = plan_warmup(rows, WarmupSettings(batch_size=8))
     assert {len(piece) for step in plan.steps for piece in step} == {2}
     longer = [{"input_ids": [1] * 9000, "labels": [1] * 9000}] * 8
-    assert {len(piece) for step in plan_warmup(longer, WarmupSettings(batch_size=8)).steps for piece in step} == {1}
+    assert {
+        len(piece)
+        for step in plan_warmup(longer, WarmupSettings(batch_size=8)).steps
+        for piece in step
+    } == {1}
 
 
 def test_micro_batches_are_cut_where_padding_is_least() -> None:
@@ -85,19 +95,30 @@ def test_micro_batches_are_cut_where_padding_is_least() -> None:
         lengths = np.sort(rng.integers(5, int(rng.choice([40, 6000])), size=n))
         k = max(fewest_pieces(lengths), int(rng.integers(1, n + 1)))
 
-        def padded(cuts: tuple[int, ...] | list[int], lengths: np.ndarray = lengths, limit: int = limit) -> float:
+        def padded(
+            cuts: tuple[int, ...] | list[int], lengths: np.ndarray = lengths, limit: int = limit
+        ) -> float:
             parts = np.split(lengths, cuts)
             costs = [len(p) * int(p[-1]) for p in parts]
-            return math.inf if any(c > limit and len(p) > 1 for c, p in zip(costs, parts, strict=True)) else sum(costs)
+            return (
+                math.inf
+                if any(c > limit and len(p) > 1 for c, p in zip(costs, parts, strict=True))
+                else sum(costs)
+            )
 
         cuts = cheapest_cuts(lengths, k)
         assert len(cuts) == k - 1
-        assert padded(cuts) == min(padded(c) for c in itertools.combinations(range(1, n), k - 1)) < math.inf
+        assert (
+            padded(cuts)
+            == min(padded(c) for c in itertools.combinations(range(1, n), k - 1))
+            < math.inf
+        )
 
 
 def test_rows_without_supervised_tokens_are_left_out() -> None:
     rows = token_rows(10)
-    rows[3] = {"input_ids": [1, 2, 3], "labels": [1, -100, -100]}  # the first token is never predicted
+    # the first token is never predicted
+    rows[3] = {"input_ids": [1, 2, 3], "labels": [1, -100, -100]}
     assert 3 not in plan_warmup(rows, WarmupSettings()).rows
     with pytest.raises(DataError, match="no usable row"):
         plan_warmup([rows[3]], WarmupSettings())
@@ -106,7 +127,9 @@ def test_rows_without_supervised_tokens_are_left_out() -> None:
 # ---- the training ----
 
 
-def plain_fine_tune(rows: list[Any], settings: WarmupSettings) -> tuple[PeftModel, torch.optim.AdamW, list[float]]:
+def plain_fine_tune(
+    rows: list[Any], settings: WarmupSettings
+) -> tuple[PeftModel, torch.optim.AdamW, list[float]]:
     """The naive twin: whole batches, no accumulation, AdamW and the schedule written out."""
     plan = plan_warmup(rows, settings)
     model = attach_lora(llama(), settings.lora)
@@ -115,7 +138,9 @@ def plain_fine_tune(rows: list[Any], settings: WarmupSettings) -> tuple[PeftMode
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     total, ramp, rates = len(plan.steps), math.ceil(settings.warmup_ratio * len(plan.steps)), []
     for step, pieces in enumerate(plan.steps):
-        rates.append(settings.lr * (step / ramp if step < ramp else (total - step) / (total - ramp)))
+        rates.append(
+            settings.lr * (step / ramp if step < ramp else (total - step) / (total - ramp))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rates[-1]
         losses: list[torch.Tensor] = []
@@ -123,7 +148,9 @@ def plain_fine_tune(rows: list[Any], settings: WarmupSettings) -> tuple[PeftMode
             row = rows[int(plan.rows[i])]
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
             labels = torch.tensor(row["labels"][1:])
-            losses.append(cross_entropy(logits[labels != -100], labels[labels != -100], reduction="none"))
+            losses.append(
+                cross_entropy(logits[labels != -100], labels[labels != -100], reduction="none")
+            )
         optimizer.zero_grad()
         torch.cat(losses).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -136,7 +163,10 @@ def test_it_is_the_plain_fine_tune(run: tuple[Path, list[Checkpoint]]) -> None:
     model, optimizer, rates = plain_fine_tune(token_rows(40), SMALL)
     record = json.loads((out / "warmup.json").read_text())
     assert record["rates"] == pytest.approx(rates)
-    expected, found = adapter_state(model), load_file(checkpoints[-1].path / "adapter_model.safetensors")
+    expected, found = (
+        adapter_state(model),
+        load_file(checkpoints[-1].path / "adapter_model.safetensors"),
+    )
     assert max(float(found[n].abs().max()) for n in found if "lora_B" in n) > 1e-4  # it moved
     for name, weight in expected.items():
         assert torch.allclose(found[name], weight, atol=2e-5), name
@@ -158,7 +188,12 @@ def test_checkpoints_say_where_they_stand(run: tuple[Path, list[Checkpoint]]) ->
         assert c.lr == pytest.approx(rates[b - 1])
         assert c.mean_lr == pytest.approx(sum(rates[a:b]) / 10)
         assert read_adam_state(c).step == c.step
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint-10", "checkpoint-20", "checkpoint-30", "warmup.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoint-10",
+        "checkpoint-20",
+        "checkpoint-30",
+        "warmup.json",
+    ]
     assert sorted(p.name for p in checkpoints[0].path.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -173,28 +208,47 @@ def test_adapter_names_and_moment_names_agree(run: tuple[Path, list[Checkpoint]]
     moments = read_moments(checkpoints[1])
     tracked = tracked_modules(model)
     assert moments.keys() == {f"{n}.weight" for n in tracked}
-    assert all(m.shape == v.shape == tracked[n.removesuffix(".weight")].weight.shape for n, (m, v) in moments.items())
-    assert all(bool((v >= 0).all()) and float(v.max()) > 0 for n, (_, v) in moments.items() if "lora_B" in n)
+    assert all(
+        m.shape == v.shape == tracked[n.removesuffix(".weight")].weight.shape
+        for n, (m, v) in moments.items()
+    )
+    assert all(
+        bool((v >= 0).all()) and float(v.max()) > 0
+        for n, (_, v) in moments.items()
+        if "lora_B" in n
+    )
     adam_transform(checkpoints[1]).check({n: tuple(m.weight.shape) for n, m in tracked.items()})
-    peft = PeftModel.from_pretrained(llama(), str(checkpoints[1].path))  # peft itself reads the folder
-    assert all(torch.equal(a, b) for a, b in zip(adapter_state(peft).values(), adapter_state(model).values(), strict=True))
+    # peft itself reads the folder
+    peft = PeftModel.from_pretrained(llama(), str(checkpoints[1].path))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(adapter_state(peft).values(), adapter_state(model).values(), strict=True)
+    )
 
 
-def test_same_seed_same_bytes_and_another_seed_other_rows(run: tuple[Path, list[Checkpoint]], tmp_path: Path) -> None:
+def test_same_seed_same_bytes_and_another_seed_other_rows(
+    run: tuple[Path, list[Checkpoint]], tmp_path: Path
+) -> None:
     out, _ = run
     torch.manual_seed(1234)
     warm_up(llama(), token_rows(40), SMALL, tmp_path / "again", pad_id=PAD)
     assert digests(tmp_path / "again") == digests(out)
-    plans = [plan_warmup(token_rows(40), SMALL.model_copy(update={"seed": s})).rows.tolist() for s in (0, 0, 1)]
+    plans = [
+        plan_warmup(token_rows(40), SMALL.model_copy(update={"seed": s})).rows.tolist()
+        for s in (0, 0, 1)
+    ]
     assert plans[0] == plans[1] != plans[2]
 
 
 @pytest.mark.slow
-def test_another_process_and_hash_seed_give_the_same_bytes(run: tuple[Path, list[Checkpoint]], tmp_path: Path) -> None:
+def test_another_process_and_hash_seed_give_the_same_bytes(
+    run: tuple[Path, list[Checkpoint]], tmp_path: Path
+) -> None:
     out, _ = run
     code = (
-        "import sys, torch; from pathlib import Path; torch.set_num_threads(int(sys.argv[2]));"
-        "from tests.model.test_warmup import *; warm_up(llama(), token_rows(40), SMALL, Path(sys.argv[1]), pad_id=PAD)"
+        "import sys, torch; from pathlib import Path; torch.set_num_threads(int(sys.argv[2]));from"
+        " tests.model.test_warmup import *; warm_up(llama(), token_rows(40), SMALL,"
+        " Path(sys.argv[1]), pad_id=PAD)"
     )
     env = {**os.environ, "PYTHONHASHSEED": "77"}
     root = Path(__file__).resolve().parents[2]
@@ -205,7 +259,9 @@ def test_another_process_and_hash_seed_give_the_same_bytes(run: tuple[Path, list
     assert digests(tmp_path / "p") == digests(out)
 
 
-def test_an_interrupted_warm_up_starts_again(run: tuple[Path, list[Checkpoint]], tmp_path: Path) -> None:
+def test_an_interrupted_warm_up_starts_again(
+    run: tuple[Path, list[Checkpoint]], tmp_path: Path
+) -> None:
     class Stop:
         count = 0
 
@@ -232,7 +288,10 @@ def test_it_leaves_no_trace(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     base = llama()
     base.train()
     base.lm_head.weight.requires_grad_(False)
-    modules, values = {n: id(m) for n, m in base.named_modules()}, {n: p.clone() for n, p in base.named_parameters()}
+    modules, values = (
+        {n: id(m) for n, m in base.named_modules()},
+        {n: p.clone() for n, p in base.named_parameters()},
+    )
     wanted, config = {n: p.requires_grad for n, p in base.named_parameters()}, base.config.to_dict()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
     legacy = np.random.get_state()[1].tolist()  # noqa: NPY002
@@ -252,14 +311,18 @@ def test_it_leaves_no_trace(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
 
 
 def test_a_bfloat16_base_has_float32_weights_and_moments(tmp_path: Path) -> None:
-    checkpoints = warm_up(llama().to(torch.bfloat16), token_rows(40), SMALL, tmp_path / "w", pad_id=PAD)
+    checkpoints = warm_up(
+        llama().to(torch.bfloat16), token_rows(40), SMALL, tmp_path / "w", pad_id=PAD
+    )
     for file in ("adapter_model.safetensors", "moments.safetensors"):
         assert {t.dtype for t in load_file(checkpoints[-1].path / file).values()} == {torch.float32}
 
 
 def test_gpt2_trains_too(tmp_path: Path) -> None:
     checkpoints = warm_up(gpt2(), token_rows(24), SMALL, tmp_path / "w", pad_id=0)
-    assert read_moments(checkpoints[0]).keys() == {f"{n}.weight" for n in tracked_modules(load_adapter(gpt2(), checkpoints[0].path))}
+    assert read_moments(checkpoints[0]).keys() == {
+        f"{n}.weight" for n in tracked_modules(load_adapter(gpt2(), checkpoints[0].path))
+    }
 
 
 # ---- refusals ----
@@ -282,9 +345,21 @@ def test_too_few_steps_are_refused_before_training(tmp_path: Path) -> None:
 
 def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match="linear"):
-        warm_up(llama(), token_rows(24), SMALL.model_copy(update={"scheduler": "liner"}), tmp_path / "w", pad_id=PAD)
+        warm_up(
+            llama(),
+            token_rows(24),
+            SMALL.model_copy(update={"scheduler": "liner"}),
+            tmp_path / "w",
+            pad_id=PAD,
+        )
     with pytest.raises(ConfigError, match="fewer than 40 checkpoints"):
-        warm_up(llama(), token_rows(24), SMALL.model_copy(update={"checkpoints": 40}), tmp_path / "w", pad_id=PAD)
+        warm_up(
+            llama(),
+            token_rows(24),
+            SMALL.model_copy(update={"checkpoints": 40}),
+            tmp_path / "w",
+            pad_id=PAD,
+        )
     base = llama()
     attach_lora(base)
     with pytest.raises(MismatchError, match="adapter layers already"):

@@ -1,7 +1,8 @@
-"""Checkpoints of somebody else's training: TrajectoryCallback in real trainers, and the folders that a plain Trainer leaves behind.
+"""Checkpoints of somebody else's training: TrajectoryCallback in real trainers, and the folders
+that a plain Trainer leaves behind.
 
-The two are each other's twin: one run is watched by the callback (names by identity of the parameter) and saved by Trainer (names by
-position).
+The two are each other's twin: one run is watched by the callback (names by identity of the
+parameter) and saved by Trainer (names by position).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from tests.model.small_models import llama, saved, token_rows, tokenizer
 pytestmark = pytest.mark.slow
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-BIASED = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], bias="all", task_type="CAUSAL_LM")  # biases: a second, undecayed group
+# biases: a second, undecayed group
+BIASED = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], bias="all", task_type="CAUSAL_LM")
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -44,16 +46,39 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def arguments(out: Path, **changes: Any) -> TrainingArguments:
-    settings = {"max_steps": 30, "save_strategy": "steps", "save_steps": 10, "logging_steps": 1, "learning_rate": 1e-3, "weight_decay": 0.1}
-    plain = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "per_device_train_batch_size": 4, "remove_unused_columns": False}
+    settings = {
+        "max_steps": 30,
+        "save_strategy": "steps",
+        "save_steps": 10,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+    }
+    plain = {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "per_device_train_batch_size": 4,
+        "remove_unused_columns": False,
+    }
     return TrainingArguments(output_dir=str(out), **{**settings, **plain, **changes})
 
 
-def train(model: Any, out: Path, *callbacks: TrainerCallback, optimizers: Any = (None, None), **changes: Any) -> None:
+def train(
+    model: Any,
+    out: Path,
+    *callbacks: TrainerCallback,
+    optimizers: Any = (None, None),
+    **changes: Any,
+) -> None:
     trainer = Trainer(
-        model=model, args=arguments(out, **changes), train_dataset=token_rows(40), data_collator=collate, optimizers=optimizers,
+        model=model,
+        args=arguments(out, **changes),
+        train_dataset=token_rows(40),
+        data_collator=collate,
+        optimizers=optimizers,
         callbacks=list(callbacks),
-    )  # fmt: skip
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
 
@@ -68,7 +93,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["lora", "biased"])
-def both(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def both(
+    request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Path]:
     """(base model, the callback's folder, Trainer's folder) of one run."""
     out = tmp_path_factory.mktemp(request.param)
     model = get_peft_model(base_model(base), LORA if request.param == "lora" else BIASED)
@@ -92,8 +119,15 @@ def test_moments_by_position_are_the_moments_by_name(both: tuple[Path, Path, Pat
     for a, b in zip(mine, plain, strict=True):
         left, right = read_adam_state(a), read_adam_state(b)
         assert left.m.keys() == right.m.keys()
-        assert all(torch.equal(left.m[n], right.m[n]) and torch.equal(left.v[n], right.v[n]) for n in left.m)
-        assert (left.step, left.betas, left.eps) == (right.step, right.betas, right.eps) == (a.step, (0.9, 0.999), 1e-8)
+        assert all(
+            torch.equal(left.m[n], right.m[n]) and torch.equal(left.v[n], right.v[n])
+            for n in left.m
+        )
+        assert (
+            (left.step, left.betas, left.eps)
+            == (right.step, right.betas, right.eps)
+            == (a.step, (0.9, 0.999), 1e-8)
+        )
         weights = [load_file(c.path / "adapter_model.safetensors") for c in (a, b)]
         assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[1])
 
@@ -104,7 +138,9 @@ def test_learning_rates_of_the_log_are_those_of_the_steps(both: tuple[Path, Path
     for folder in (ours, trainer):
         checkpoints = load_checkpoints(folder)
         assert [c.lr for c in checkpoints] == pytest.approx([rates[9], rates[19], rates[29]])
-        assert [c.mean_lr for c in checkpoints] == pytest.approx([sum(rates[k : k + 10]) / 10 for k in (0, 10, 20)])
+        assert [c.mean_lr for c in checkpoints] == pytest.approx(
+            [sum(rates[k : k + 10]) / 10 for k in (0, 10, 20)]
+        )
 
 
 def test_every_tracked_parameter_has_moments(both: tuple[Path, Path, Path]) -> None:
@@ -117,11 +153,15 @@ def test_every_tracked_parameter_has_moments(both: tuple[Path, Path, Path]) -> N
         assert all(moments[f"{n}.weight"][0].shape == m.weight.shape for n, m in tracked.items())
 
 
-def test_names_come_from_a_given_base_model_when_the_adapter_names_none(theirs: Path, base: Path) -> None:
+def test_names_come_from_a_given_base_model_when_the_adapter_names_none(
+    theirs: Path, base: Path
+) -> None:
     last = load_checkpoints(theirs)[-1]
     expected = read_moments(last)
     config = json.loads((last.path / "adapter_config.json").read_text())
-    (last.path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone"}))
+    (last.path / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "/gone"})
+    )
     with pytest.raises(MismatchError, match="base=model"):
         read_moments(last)
     found = read_moments(last, base=base_model(base))
@@ -134,15 +174,30 @@ def test_names_come_from_a_given_base_model_when_the_adapter_names_none(theirs: 
 
 
 def test_sft_trainer_of_trl(tmp_path: Path, base: Path) -> None:
-    rows = Dataset.from_list([{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(40)])
+    rows = Dataset.from_list(
+        [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(40)]
+    )
     settings = SFTConfig(
-        output_dir=str(tmp_path / "trl"), max_steps=30, per_device_train_batch_size=4, gradient_accumulation_steps=2, report_to="none",
-        disable_tqdm=True, use_cpu=True, bf16=False, save_strategy="no", learning_rate=1e-3, max_length=32,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "trl"),
+        max_steps=30,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        learning_rate=1e-3,
+        max_length=32,
+    )
     trainer = SFTTrainer(
-        model=base_model(base), args=settings, train_dataset=rows, processing_class=tokenizer(), peft_config=LORA,
+        model=base_model(base),
+        args=settings,
+        train_dataset=rows,
+        processing_class=tokenizer(),
+        peft_config=LORA,
         callbacks=[TrajectoryCallback(tmp_path / "ours")],
-    )  # fmt: skip
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     optimizer = trainer.optimizer
@@ -153,9 +208,13 @@ def test_sft_trainer_of_trl(tmp_path: Path, base: Path) -> None:
     moments = read_moments(last)
     live = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert moments.keys() == live.keys()
-    assert all(torch.equal(moments[n][1], optimizer.state[p]["exp_avg_sq"]) for n, p in live.items())
+    assert all(
+        torch.equal(moments[n][1], optimizer.state[p]["exp_avg_sq"]) for n, p in live.items()
+    )
     loaded = load_adapter(base_model(base), last.path)
-    assert all(torch.equal(m.weight, live[f"{n}.weight"]) for n, m in tracked_modules(loaded).items())
+    assert all(
+        torch.equal(m.weight, live[f"{n}.weight"]) for n, m in tracked_modules(loaded).items()
+    )
 
 
 def test_another_adapter_name_becomes_default(tmp_path: Path, base: Path) -> None:
@@ -165,7 +224,10 @@ def test_another_adapter_name_becomes_default(tmp_path: Path, base: Path) -> Non
     tracked = tracked_modules(load_adapter(base_model(base), last.path))
     assert read_moments(last).keys() == {f"{n}.weight" for n in tracked}
     live = dict(model.named_parameters())
-    assert all(torch.equal(m.weight, live[f"{n.replace('default', 'mine')}.weight"]) for n, m in tracked.items())
+    assert all(
+        torch.equal(m.weight, live[f"{n.replace('default', 'mine')}.weight"])
+        for n, m in tracked.items()
+    )
 
 
 def test_an_early_stop_keeps_the_last_state(tmp_path: Path, base: Path) -> None:
@@ -173,14 +235,22 @@ def test_an_early_stop_keeps_the_last_state(tmp_path: Path, base: Path) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
             control.should_training_stop = state.global_step == 25
 
-    train(get_peft_model(base_model(base), LORA), tmp_path / "t", TrajectoryCallback(tmp_path / "ours"), Stop(), save_strategy="no")
+    train(
+        get_peft_model(base_model(base), LORA),
+        tmp_path / "t",
+        TrajectoryCallback(tmp_path / "ours"),
+        Stop(),
+        save_strategy="no",
+    )
     checkpoints = load_checkpoints(tmp_path / "ours")
     assert [c.step for c in checkpoints] == [10, 20, 25]
     assert read_adam_state(checkpoints[-1]).step == 25
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adafactor", "subset"])
-def test_an_optimizer_without_adam_moments_is_refused_at_the_first_step(tmp_path: Path, base: Path, kind: str) -> None:
+def test_an_optimizer_without_adam_moments_is_refused_at_the_first_step(
+    tmp_path: Path, base: Path, kind: str
+) -> None:
     model = get_peft_model(base_model(base), LORA)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers: Any = {
@@ -194,10 +264,20 @@ def test_an_optimizer_without_adam_moments_is_refused_at_the_first_step(tmp_path
         def on_step_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
             seen.append(state.global_step)
 
-    match = {"sgd": "no Adam moments", "adafactor": "no Adam moments", "subset": "does not hold 1 trainable"}[kind]
+    match = {
+        "sgd": "no Adam moments",
+        "adafactor": "no Adam moments",
+        "subset": "does not hold 1 trainable",
+    }[kind]
     callbacks = (TrajectoryCallback(tmp_path / "ours"), Count())
     with pytest.raises(MismatchError, match=match):
-        train(model, tmp_path / "t", *callbacks, optimizers=(optimizers[kind], None), save_strategy="no")
+        train(
+            model,
+            tmp_path / "t",
+            *callbacks,
+            optimizers=(optimizers[kind], None),
+            save_strategy="no",
+        )
     assert seen == [0]
 
 
@@ -218,7 +298,9 @@ def test_what_the_callback_refuses_at_the_start(tmp_path: Path, base: Path) -> N
 # ---- folders that cannot be used, or only in part ----
 
 
-def test_half_written_checkpoints_are_never_taken(both: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_half_written_checkpoints_are_never_taken(
+    both: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
     shutil.copytree(both[1], tmp_path / "ours")
     (tmp_path / "ours" / "checkpoint-30" / "checkpoint.json").unlink()
     assert [c.step for c in load_checkpoints(tmp_path / "ours")] == [10, 20]
@@ -235,7 +317,10 @@ def test_a_flipped_bit_is_found(both: tuple[Path, Path, Path], tmp_path: Path, f
     data = bytearray((last.path / file).read_bytes())
     data[-3] ^= 1
     (last.path / file).write_bytes(data)
-    read = {"moments.safetensors": lambda: read_moments(last), "adapter_model.safetensors": lambda: load_adapter(llama(), last.path)}[file]
+    read = {
+        "moments.safetensors": lambda: read_moments(last),
+        "adapter_model.safetensors": lambda: load_adapter(llama(), last.path),
+    }[file]
     with pytest.raises(IntegrityError, match=file):
         read()
 
@@ -281,7 +366,15 @@ def test_8_bit_states_are_refused(theirs: Path) -> None:
         read_moments(last)
 
 
-@pytest.mark.parametrize("name", ["global_step30/x.pt", "bf16_zero_pp_rank_0_optim_states.pt", "pytorch_model_fsdp_0/x", "optimizer.bin"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "global_step30/x.pt",
+        "bf16_zero_pp_rank_0_optim_states.pt",
+        "pytorch_model_fsdp_0/x",
+        "optimizer.bin",
+    ],
+)
 def test_sharded_states_are_refused_by_name(theirs: Path, name: str) -> None:
     last = load_checkpoints(theirs)[-1]
     (last.path / "optimizer.pt").unlink()
@@ -299,7 +392,11 @@ def test_groups_that_fit_no_order_are_refused(theirs: Path) -> None:
     saved_state = torch.load(last.path / "optimizer.pt", weights_only=True)
     first = saved_state["param_groups"][0]
     moved = first["params"][:3]
-    saved_state["param_groups"] = [{**first, "params": first["params"][3:]}, {**first, "params": moved}, *saved_state["param_groups"][1:]]
+    saved_state["param_groups"] = [
+        {**first, "params": first["params"][3:]},
+        {**first, "params": moved},
+        *saved_state["param_groups"][1:],
+    ]
     torch.save(saved_state, last.path / "optimizer.pt")
     with pytest.raises(MismatchError, match="cannot tell which moments"):
         read_moments(last)
@@ -319,7 +416,9 @@ def test_a_parameter_that_no_gradient_reached_has_zero_moments(theirs: Path) -> 
     saved_state = torch.load(last.path / "optimizer.pt", weights_only=True)
     del saved_state["state"][0]
     torch.save(saved_state, last.path / "optimizer.pt")
-    m, v = read_moments(last)["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"]
+    m, v = read_moments(last)[
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    ]
     assert (m.shape, float(m.abs().sum()), float(v.sum())) == ((4, 32), 0.0, 0.0)
 
 
@@ -341,13 +440,19 @@ def test_folders_without_checkpoints(tmp_path: Path, theirs: Path, base: Path) -
 def rewrite_logs(folder: Path, keep: Any) -> None:
     for path in folder.glob("checkpoint-*/trainer_state.json"):
         state = json.loads(path.read_text())
-        path.write_text(json.dumps({**state, "log_history": [e for e in state["log_history"] if keep(e["step"])]}))
+        path.write_text(
+            json.dumps(
+                {**state, "log_history": [e for e in state["log_history"] if keep(e["step"])]}
+            )
+        )
 
 
 def test_a_sparse_log_is_interpolated(theirs: Path) -> None:
     rewrite_logs(theirs, lambda step: step % 5 == 0 or step == 1)
     rates = [1e-3 * (1 - k / 30) for k in range(30)]
-    assert [c.mean_lr for c in load_checkpoints(theirs)] == pytest.approx([sum(rates[k : k + 10]) / 10 for k in (0, 10, 20)])
+    assert [c.mean_lr for c in load_checkpoints(theirs)] == pytest.approx(
+        [sum(rates[k : k + 10]) / 10 for k in (0, 10, 20)]
+    )
 
 
 def test_without_a_log_the_scheduler_tells(theirs: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -359,7 +464,9 @@ def test_without_a_log_the_scheduler_tells(theirs: Path, caplog: pytest.LogCaptu
     assert "between the scheduler's values" in caplog.text
 
 
-def test_without_log_and_scheduler_all_weigh_the_same(theirs: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_log_and_scheduler_all_weigh_the_same(
+    theirs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rewrite_logs(theirs, lambda step: False)
     for path in theirs.glob("*/scheduler.pt"):
         path.unlink()

@@ -1,4 +1,6 @@
-"""The report in a real browser: it draws, it asks the network for nothing, and nothing that a row says is run."""
+"""The report in a real browser: it draws, it asks the network for nothing, and nothing that a row
+says is run.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,14 @@ from tests.report.test_report import EVIL, full
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *(
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ),
     *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
     *("--remote-allow-origins=*", "--remote-debugging-port=0"),
 ]
@@ -31,7 +40,14 @@ def find_chromium() -> str | None:
     named = os.environ.get("CHROMIUM")
     if named:
         return named if Path(named).exists() else None
-    return next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    return next(
+        (
+            found
+            for name in ("chromium", "chromium-browser", "google-chrome")
+            if (found := shutil.which(name))
+        ),
+        None,
+    )
 
 
 class Page:
@@ -55,31 +71,49 @@ class Page:
             self.events.append(message)
 
     def js(self, expression: str) -> Any:
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def wait(self, expression: str, seconds: float = 20) -> None:
         end = time.monotonic() + seconds
         while not self.js(expression):
-            assert time.monotonic() < end, f"never true in the page: {expression}; {self.complaints()}"
+            assert time.monotonic() < end, (
+                f"never true in the page: {expression}; {self.complaints()}"
+            )
             time.sleep(0.05)
 
     def open(self, path: Path, *, width: int = 1000, dark: bool = False) -> None:
         self.events.clear()
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 500,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=path.as_uri())
-        self.wait(f"location.href === {json.dumps(path.as_uri())} && document.readyState === 'complete'")
+        self.wait(
+            f"location.href === {json.dumps(path.as_uri())} && document.readyState === 'complete'"
+        )
 
     def of(self, method: str) -> list[dict[str, Any]]:
         return [event["params"] for event in self.events if event.get("method") == method]
 
     def complaints(self) -> list[Any]:
-        """Exceptions, console messages and log entries (policy violations are log entries): a clean page has none at all."""
+        """Exceptions, console messages and log entries (policy violations are log entries): a clean
+        page has none at all.
+        """
         self.js("new Promise(done => setTimeout(done, 50))")
-        return self.of("Runtime.exceptionThrown") + self.of("Runtime.consoleAPICalled") + self.of("Log.entryAdded")
+        return (
+            self.of("Runtime.exceptionThrown")
+            + self.of("Runtime.consoleAPICalled")
+            + self.of("Log.entryAdded")
+        )
 
     def requests(self) -> list[str]:
         return [event["request"]["url"] for event in self.of("Network.requestWillBeSent")]
@@ -87,7 +121,13 @@ class Page:
     def screenshot(self, path: Path, *, top: float = 0, height: float | None = None) -> None:
         """For people working on the page."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": top, "width": size["width"], "height": min(height or size["height"], size["height"] - top), "scale": 1}
+        clip = {
+            "x": 0,
+            "y": top,
+            "width": size["width"],
+            "height": min(height or size["height"], size["height"] - top),
+            "scale": 1,
+        }
         image = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
         path.write_bytes(base64.b64decode(image["data"]))
 
@@ -95,12 +135,16 @@ class Page:
 def start(executable: str, profile: Path) -> tuple[subprocess.Popen[bytes], str]:
     """A browser with an empty profile, and the address of its first tab."""
     process = subprocess.Popen(
-        [executable, *FLAGS, f"--user-data-dir={profile}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [executable, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     port = profile / "DevToolsActivePort"
     end = time.monotonic() + 60
     while not (port.exists() and len(port.read_text().split()) == 2):
-        assert process.poll() is None, f"{executable} ended with {process.returncode} before it was ready"
+        assert process.poll() is None, (
+            f"{executable} ended with {process.returncode} before it was ready"
+        )
         assert time.monotonic() < end, f"{executable} was not ready after 60 s"
         time.sleep(0.05)
     number, path = port.read_text().split()
@@ -108,7 +152,9 @@ def start(executable: str, profile: Path) -> tuple[subprocess.Popen[bytes], str]
     hub.send(json.dumps({"id": 1, "method": "Target.getTargets"}))
     answer = json.loads(hub.recv())
     hub.close()
-    target = next(found["targetId"] for found in answer["result"]["targetInfos"] if found["type"] == "page")
+    target = next(
+        found["targetId"] for found in answer["result"]["targetInfos"] if found["type"] == "page"
+    )
     return process, f"ws://127.0.0.1:{number}/devtools/page/{target}"
 
 
@@ -116,7 +162,10 @@ def start(executable: str, profile: Path) -> tuple[subprocess.Popen[bytes], str]
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     executable = find_chromium()
     if executable is None:
-        reason = "no Chromium: the report was NOT tried in a browser (install chromium, or set CHROMIUM to its path)"
+        reason = (
+            "no Chromium: the report was NOT tried in a browser (install chromium, or set CHROMIUM"
+            " to its path)"
+        )
         if os.environ.get("GRADSIFT_REQUIRE_BROWSER") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
@@ -145,19 +194,27 @@ CHARTS = ["comparison", "groups", "scores", "clusters", "lengths"]
 
 
 @pytest.mark.parametrize("width, dark", [(1000, False), (1000, True), (390, False)])
-def test_the_page_draws_its_charts_and_asks_for_nothing(page: Page, report: Path, width: int, dark: bool) -> None:
+def test_the_page_draws_its_charts_and_asks_for_nothing(
+    page: Page, report: Path, width: int, dark: bool
+) -> None:
     page.open(report, width=width, dark=dark)
     page.wait(DRAWN)
     sizes = page.js(
-        "[...document.querySelectorAll('[data-chart]')].map(place => {"
-        " const box = place.querySelector('svg').getBoundingClientRect();"
-        " return [place.dataset.chart, box.width, box.height, place.querySelectorAll('svg path').length]})"
+        "[...document.querySelectorAll('[data-chart]')].map(place => { const box ="
+        " place.querySelector('svg').getBoundingClientRect(); return [place.dataset.chart,"
+        " box.width, box.height, place.querySelectorAll('svg path').length]})"
     )
     assert [name for name, *_ in sizes] == CHARTS
     room = min(width - 40, 760)
-    assert all(0.9 * room < w <= room + 1 and h > 60 and marks > 3 for _, w, h, marks in sizes), sizes
-    labels = page.js("[...document.querySelectorAll('[data-chart] svg text')].map(label => label.textContent)")
-    assert not any("e+" in label or label in ("NaN", "undefined", "null") for label in labels), labels
+    assert all(0.9 * room < w <= room + 1 and h > 60 and marks > 3 for _, w, h, marks in sizes), (
+        sizes
+    )
+    labels = page.js(
+        "[...document.querySelectorAll('[data-chart] svg text')].map(label => label.textContent)"
+    )
+    assert not any("e+" in label or label in ("NaN", "undefined", "null") for label in labels), (
+        labels
+    )
     assert page.requests() == [report.as_uri(), "data:,"] or page.requests() == [report.as_uri()]
     assert page.complaints() == []
 
@@ -175,13 +232,16 @@ def test_bars_have_the_heights_of_the_counts(page: Page, report: Path) -> None:
     data = full().scores
     assert data is not None
     heights = page.js(
-        "[...document.querySelector('[data-chart=scores] svg .mark-rect').querySelectorAll('path')].map(bar => bar.getBBox().height)"
+        "[...document.querySelector('[data-chart=scores] svg"
+        " .mark-rect').querySelectorAll('path')].map(bar => bar.getBBox().height)"
     )
     assert len(heights) == len(data.counts)
     tallest = max(range(len(heights)), key=heights.__getitem__)
     assert data.counts[tallest] == max(data.counts)
     for height, count in zip(heights, data.counts, strict=True):  # a square-root axis
-        assert height / heights[tallest] == pytest.approx((count / max(data.counts)) ** 0.5, abs=0.01)
+        assert height / heights[tallest] == pytest.approx(
+            (count / max(data.counts)) ** 0.5, abs=0.01
+        )
 
 
 def test_dark_and_light_use_different_colours(page: Page, report: Path) -> None:
@@ -190,7 +250,11 @@ def test_dark_and_light_use_different_colours(page: Page, report: Path) -> None:
         page.open(report, dark=dark)
         page.wait(DRAWN)
         bar = "document.querySelector('[data-chart=scores] .mark-rect path')"
-        seen.append(page.js(f"[getComputedStyle(document.body).backgroundColor, {bar}.getAttribute('fill')]"))
+        seen.append(
+            page.js(
+                f"[getComputedStyle(document.body).backgroundColor, {bar}.getAttribute('fill')]"
+            )
+        )
     assert seen == [["rgb(253, 253, 252)", "#c3c9ce"], ["rgb(21, 24, 27)", "#4a535a"]]
 
 
@@ -205,7 +269,12 @@ def test_payloads_in_rows_are_text(page: Page, report: Path) -> None:
     assert "{{7*7}}" in shown
     assert "U+202E" in shown
     assert not any(character in shown for character in "\u202e\u2066\x00")
-    assert page.js("document.querySelectorAll('a, iframe, img, object, embed, [onerror], [onload]').length") == 0
+    assert (
+        page.js(
+            "document.querySelectorAll('a, iframe, img, object, embed, [onerror], [onload]').length"
+        )
+        == 0
+    )
     assert page.js("[...document.scripts].length") == 3
     assert page.complaints() == []
 
@@ -214,21 +283,31 @@ def test_the_tooltip_of_a_chart_is_text(page: Page, report: Path) -> None:
     page.open(report)
     page.wait(DRAWN)
     place = page.js(
-        "(() => { const chart = document.querySelector('[data-chart=groups]'); chart.scrollIntoView({block: 'center'});"
-        " const dots = [...chart.querySelectorAll('.mark-symbol')].pop().querySelectorAll('path');"
-        " const box = dots[dots.length - 1].getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2] })()"
+        "(() => { const chart = document.querySelector('[data-chart=groups]');"
+        " chart.scrollIntoView({block: 'center'}); const dots ="
+        " [...chart.querySelectorAll('.mark-symbol')].pop().querySelectorAll('path'); const box ="
+        " dots[dots.length - 1].getBoundingClientRect(); return [box.x + box.width / 2, box.y +"
+        " box.height / 2] })()"
     )
     page.call("Input.dispatchMouseEvent", type="mouseMoved", x=place[0] - 2, y=place[1])
     page.call("Input.dispatchMouseEvent", type="mouseMoved", x=place[0], y=place[1])
     page.wait("document.querySelector('#vg-tooltip-element.visible') !== null")
     assert page.js("document.querySelector('#vg-tooltip-element').innerText").count("<script>") == 1
-    assert page.js("document.querySelectorAll('#vg-tooltip-element script, #vg-tooltip-element img').length") == 0
+    assert (
+        page.js(
+            "document.querySelectorAll('#vg-tooltip-element script, #vg-tooltip-element"
+            " img').length"
+        )
+        == 0
+    )
     assert page.js("typeof window.__pwned") == "undefined"
     assert page.complaints() == []
 
 
 def test_the_policy_stops_a_script_that_got_in(page: Page, report: Path) -> None:
-    """Proves that the policy is alive: the same page with a foreign script added does not run it."""
+    """Proves that the policy is alive: the same page with a foreign script added does not run
+    it.
+    """
     foreign = report.with_name("foreign.html")
     text = report.read_text(encoding="utf-8")
     added = "<script>window.__pwned = 1</script><img src=x onerror='window.__pwned = 2'><footer>"
@@ -236,14 +315,23 @@ def test_the_policy_stops_a_script_that_got_in(page: Page, report: Path) -> None
     page.open(foreign)
     page.wait(DRAWN)
     assert page.js("typeof window.__pwned") == "undefined"
-    assert any("Content Security Policy" in entry["entry"]["text"] for entry in page.of("Log.entryAdded"))
+    assert any(
+        "Content Security Policy" in entry["entry"]["text"] for entry in page.of("Log.entryAdded")
+    )
     assert page.js("fetch('data:,x').then(() => 'open', () => 'closed')") == "closed"
-    trial = "(() => { try { return new Function('return 1')() } catch (error) { return error.name } })()"
-    answer = page.call("Runtime.evaluate", expression=trial, returnByValue=True, allowUnsafeEvalBlockedByCSP=False)
+    trial = (
+        "(() => { try { return new Function('return 1')() } catch (error) { return error.name }"
+        " })()"
+    )
+    answer = page.call(
+        "Runtime.evaluate", expression=trial, returnByValue=True, allowUnsafeEvalBlockedByCSP=False
+    )
     assert answer["result"]["value"] == "EvalError"
 
 
-def test_a_report_without_charts_has_no_script(page: Page, written: Callable[[ReportData], Path]) -> None:
+def test_a_report_without_charts_has_no_script(
+    page: Page, written: Callable[[ReportData], Path]
+) -> None:
     data = full()
     bare = ReportData(title=EVIL, method=data.method, verdict=data.verdict)
     path = written(bare)

@@ -31,7 +31,9 @@ def test_table_of_five_rows():
     """methods.md T4.1; T4.3 is the order this must not give."""
     found = balance.greedy(TABLE, 5)
     assert found.indices.tolist() == [2, 3, 0, 1, 4] != [0, 3, 2, 1, 4]
-    assert found.gains.tolist() == pytest.approx([1.75281, 2.41121, 1.98030, 1.12217, -0.11532], abs=1e-5)
+    assert found.gains.tolist() == pytest.approx(
+        [1.75281, 2.41121, 1.98030, 1.12217, -0.11532], abs=1e-5
+    )
     assert balance.greedy(TABLE, 5, standardise=False).indices.tolist() == [0, 2, 1, 3, 4]
 
 
@@ -39,14 +41,19 @@ def test_scale_and_offset_of_a_column_do_not_matter():
     """methods.md T4.2."""
     scores = torch.randn(60, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     plain = balance.greedy(scores, 40).indices
-    moved = balance.greedy(scores * torch.tensor([1, 9, 0.1, 3, 1e4]) + torch.tensor([0, 5.0, -2, 100, 0]), 40).indices
+    moved = balance.greedy(
+        scores * torch.tensor([1, 9, 0.1, 3, 1e4]) + torch.tensor([0, 5.0, -2, 100, 0]), 40
+    ).indices
     assert torch.equal(plain, moved)
 
 
 def test_one_column_is_a_ranking_and_budgets_are_prefixes():
     """methods.md T4.4."""
     scores = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
-    assert balance.greedy(scores[:, :1], 50).indices.tolist() == scores[:, 0].argsort(descending=True).tolist()
+    assert (
+        balance.greedy(scores[:, :1], 50).indices.tolist()
+        == scores[:, 0].argsort(descending=True).tolist()
+    )
     long = balance.greedy(scores, 50).indices.tolist()
     for budget in (0, 1, 17, 50):
         assert balance.greedy(scores, budget).indices.tolist() == long[:budget]
@@ -60,7 +67,11 @@ def test_specialists_of_two_tasks_are_taken_in_pairs():
 
 
 @given(
-    scores=arrays(np.float32, st.tuples(st.integers(2, 30), st.integers(1, 6)), elements=st.integers(-4, 4).map(float)),
+    scores=arrays(
+        np.float32,
+        st.tuples(st.integers(2, 30), st.integers(1, 6)),
+        elements=st.integers(-4, 4).map(float),
+    ),
     window=st.sampled_from([1, 3, 8192]),
     data=st.data(),
 )

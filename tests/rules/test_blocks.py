@@ -24,7 +24,9 @@ class Counted:
 ROWS = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)).half()
 
 
-@pytest.mark.parametrize("indices", [[], [7], [3, 4, 5], [9, 3, 4, 3], [59, 0, 30, 31, 33], list(range(59, -1, -1))])
+@pytest.mark.parametrize(
+    "indices", [[], [7], [3, 4, 5], [9, 3, 4, 3], [59, 0, 30, 31, 33], list(range(59, -1, -1))]
+)
 @pytest.mark.parametrize("reach", [1, 16])
 def test_taken_rows_are_the_indexed_ones(indices: list[int], reach: int) -> None:
     at = torch.tensor(indices, dtype=torch.int64)

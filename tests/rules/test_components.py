@@ -35,18 +35,23 @@ def test_directions_are_orthonormal_and_face_the_mean(m, d):
     found = components.principal(rows, 0.95)
     assert torch.allclose(found.directions @ found.directions.T, torch.eye(len(found)), atol=1e-5)
     assert ((rows @ found.directions.T).mean(0) >= -1e-5).all()
-    assert torch.allclose(components.principal(rows[torch.randperm(m)], 0.95).directions, found.directions, atol=1e-4)
+    assert torch.allclose(
+        components.principal(rows[torch.randperm(m)], 0.95).directions, found.directions, atol=1e-4
+    )
 
 
 def test_uncentred_keeps_the_mean_direction():
     rows = torch.tensor([[5.0, 1, 0], [5, -1, 0], [5, 0, 0.5]])
-    assert components.principal(rows, 0.5, centred=False).directions[0].tolist() == pytest.approx([1, 0, 0], abs=0.05)
+    assert components.principal(rows, 0.5, centred=False).directions[0].tolist() == pytest.approx(
+        [1, 0, 0], abs=0.05
+    )
     assert abs(components.principal(rows, 0.5).directions[0, 0]) < 1e-6
 
 
 def test_count_takes_a_share_of_the_directions_there_are():
     rows = target(9, 40)
-    assert len(components.principal(rows, 0.5, by="count")) == 4  # 8 directions of variance in 9 rows
+    # 8 directions of variance in 9 rows
+    assert len(components.principal(rows, 0.5, by="count")) == 4
     assert len(components.principal(rows, 0.01, by="count")) == 1
     assert len(components.principal(rows, 1.0, by="count")) == 8
 
@@ -72,7 +77,9 @@ def test_without_orientation_the_largest_entry_is_positive():
 def test_a_store_is_read_in_blocks(m, d, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 64)
     monkeypatch.setattr(components, "BLOCK", 64)
-    rows = torch.randn(m, 12, generator=torch.Generator().manual_seed(0)) @ torch.randn(12, d, generator=torch.Generator().manual_seed(1))
+    rows = torch.randn(m, 12, generator=torch.Generator().manual_seed(0)) @ torch.randn(
+        12, d, generator=torch.Generator().manual_seed(1)
+    )
     rows = rows.half()
     plain = components.principal(rows, 0.5)
     assert torch.equal(components.principal(Sliced(rows), 0.5).directions, plain.directions)
@@ -82,7 +89,13 @@ def test_a_store_is_read_in_blocks(m, d, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"keep": 0.0}, {"keep": 1.5}, {"by": "energy"}, {"rows": torch.zeros(3, 2)}, {"rows": torch.tensor([[1.0, float("nan")]])}],
+    [
+        {"keep": 0.0},
+        {"keep": 1.5},
+        {"by": "energy"},
+        {"rows": torch.zeros(3, 2)},
+        {"rows": torch.tensor([[1.0, float("nan")]])},
+    ],
 )
 def test_bad_arguments_are_value_errors(change):
     with pytest.raises(ValueError, match=r"must|hold|all zero"):

@@ -18,7 +18,9 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def mixture(n: int, d: int, clusters: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def mixture(
+    n: int, d: int, clusters: int, noise: float, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     centres = torch.nn.functional.normalize(torch.randn(clusters, d, generator=g), dim=1)
     labels = torch.randint(0, clusters, (n,), generator=g)
@@ -50,7 +52,13 @@ def naive_lloyd(rows: np.ndarray, centres: np.ndarray, cosine: bool) -> np.ndarr
     return labels
 
 
-@given(seed=st.integers(0, 10_000), n=st.integers(2, 30), d=st.integers(1, 6), cosine=st.booleans(), data=st.data())
+@given(
+    seed=st.integers(0, 10_000),
+    n=st.integers(2, 30),
+    d=st.integers(1, 6),
+    cosine=st.booleans(),
+    data=st.data(),
+)
 @settings(max_examples=60, deadline=None)
 def test_steps_from_given_centres_match_the_plain_loops(seed, n, d, cosine, data):
     d += cosine  # unit rows of one column would all tie
@@ -62,10 +70,16 @@ def test_steps_from_given_centres_match_the_plain_loops(seed, n, d, cosine, data
 
 
 @given(
-    seed=st.integers(0, 10_000), n=st.integers(1, 30), cosine=st.booleans(), init=st.sampled_from(["greedy++", "random"]), data=st.data()
+    seed=st.integers(0, 10_000),
+    n=st.integers(1, 30),
+    cosine=st.booleans(),
+    init=st.sampled_from(["greedy++", "random"]),
+    data=st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_centres_are_means_objective_is_the_mean_distance_no_cluster_is_empty(seed, n, cosine, init, data):
+def test_centres_are_means_objective_is_the_mean_distance_no_cluster_is_empty(
+    seed, n, cosine, init, data
+):
     clusters = data.draw(st.integers(1, n))
     rows = torch.randn(n, 5, generator=torch.Generator().manual_seed(seed))
     found = kmeans.fit(rows, clusters, rng=rng(seed), cosine=cosine, init=init)
@@ -75,7 +89,9 @@ def test_centres_are_means_objective_is_the_mean_distance_no_cluster_is_empty(se
     if cosine:
         means = torch.nn.functional.normalize(means, dim=1)
     assert torch.allclose(found.centres, means, atol=1e-5)
-    assert found.objective == pytest.approx(float((points - means[found.labels]).square().sum() / n), rel=1e-4, abs=1e-6)
+    assert found.objective == pytest.approx(
+        float((points - means[found.labels]).square().sum() / n), rel=1e-4, abs=1e-6
+    )
 
 
 def test_separated_clusters_are_found_and_labels_are_the_nearest_centres():
@@ -93,14 +109,19 @@ def test_no_worse_than_scikit_learn(noise):
     """Wider than the sketch, so that the rehearsal is tested too."""
     rows, _ = mixture(3000, 1200, 30, noise)
     ours = [kmeans.fit(rows, 30, rng=rng(seed)).objective for seed in range(3)]
-    theirs = [KMeans(30, n_init=1, random_state=seed).fit(rows.numpy()).inertia_ / 3000 for seed in range(3)]
+    theirs = [
+        KMeans(30, n_init=1, random_state=seed).fit(rows.numpy()).inertia_ / 3000
+        for seed in range(3)
+    ]
     assert np.mean(ours) <= 1.005 * np.mean(theirs)
 
 
 @pytest.mark.parametrize("spread", [0.1, 0.3])
 def test_clusters_are_found_though_norms_differ(spread):
     rows, labels = mixture(4000, 256, 20, noise=2.0)
-    rows = rows * (1 + spread * torch.randn(len(rows), 1, generator=torch.Generator().manual_seed(1)))
+    rows = rows * (
+        1 + spread * torch.randn(len(rows), 1, generator=torch.Generator().manual_seed(1))
+    )
     planted = torch.stack([rows[labels == c].mean(0) for c in range(20)])
     best = float((rows - planted[labels]).square().sum(1).mean())
     found = kmeans.fit(rows, 20, rng=rng()).objective
@@ -148,7 +169,8 @@ def test_scale_of_a_row_matters_only_without_cosine(cosine):
     scaled = rows * torch.logspace(-1, 1, 300)[:, None]
     start = rows[:4]
     same = torch.equal(
-        kmeans.fit(rows, 4, rng=rng(), cosine=cosine, init=start).labels, kmeans.fit(scaled, 4, rng=rng(), cosine=cosine, init=start).labels
+        kmeans.fit(rows, 4, rng=rng(), cosine=cosine, init=start).labels,
+        kmeans.fit(scaled, 4, rng=rng(), cosine=cosine, init=start).labels,
     )
     assert same is cosine
 

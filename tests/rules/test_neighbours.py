@@ -26,7 +26,10 @@ def normal(seed: int, n: int, d: int, dtype: torch.dtype = torch.float64) -> tor
 def naive_neighbours(rows: np.ndarray, k: int) -> list[list[int]]:
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     similarity = (unit @ unit.T).round(12)
-    return [sorted((j for j in range(len(rows)) if j != i), key=lambda j: (-similarity[i, j], j))[:k] for i in range(len(rows))]
+    return [
+        sorted((j for j in range(len(rows)) if j != i), key=lambda j: (-similarity[i, j], j))[:k]
+        for i in range(len(rows))
+    ]
 
 
 @given(seed=SEEDS, n=st.integers(2, 30), d=st.integers(2, 8), exact=st.booleans(), data=st.data())
@@ -80,7 +83,13 @@ def naive_centres(rows: np.ndarray, budget: int, start: int) -> list[int]:
     return picks[:budget]
 
 
-@given(seed=SEEDS, n=st.integers(1, 30), d=st.integers(1, 6), pending=st.sampled_from([1, 2, 64]), data=st.data())
+@given(
+    seed=SEEDS,
+    n=st.integers(1, 30),
+    d=st.integers(1, 6),
+    pending=st.sampled_from([1, 2, 64]),
+    data=st.data(),
+)
 @settings(max_examples=60, deadline=None)
 def test_farthest_first_matches_the_plain_loops(seed, n, d, pending, data):
     rows = normal(seed, n, d)
@@ -97,29 +106,45 @@ def test_farthest_first_tells_close_float64_rows_apart(step):
     places = torch.tensor([0.0, 1, 4, 2, 4], dtype=torch.float64)
     rows = torch.stack([torch.ones(5, dtype=torch.float64), step * places], dim=1)
     found = kcenter.farthest_first(rows, 5, start=0, rng=rng()).tolist()
-    assert found == [0, 2, 3, 1, 4] == naive_centres(rows.numpy(), 5, 0)  # the last row is that of row 2
+    # the last row is that of row 2
+    assert found == [0, 2, 3, 1, 4] == naive_centres(rows.numpy(), 5, 0)
 
 
 def test_farthest_first_takes_equal_rows_last_in_any_precision():
     for dtype in (torch.float16, torch.float32, torch.float64):
         rows = normal(2, 30, 500, torch.float32).to(dtype).repeat(2, 1)
         found = kcenter.farthest_first(rows, 60, start=0, rng=rng()).tolist()
-        assert sorted(i % 30 for i in found[:30]) == list(range(30)) and found[30:] == sorted(found[30:])
+        assert sorted(i % 30 for i in found[:30]) == list(range(30)) and found[30:] == sorted(
+            found[30:]
+        )
 
 
 def test_farthest_first_on_many_rows_prefixes_stores_and_duplicates():
     rows = normal(1, 2500, 12, torch.float32)
     found = kcenter.farthest_first(rows, 150, start=5, rng=rng())
     assert found.tolist() == naive_centres(rows.double().numpy(), 150, 5)
-    assert kcenter.farthest_first(Sliced(rows), 60, start=5, rng=rng()).tolist() == found.tolist()[:60]
-    assert torch.equal(kcenter.farthest_first(rows, 9, rng=rng(4)), kcenter.farthest_first(rows, 9, rng=rng(4)))
-    assert kcenter.farthest_first(torch.ones(6, 3), 6, start=2, rng=rng()).tolist() == [2, 0, 1, 3, 4, 5]
+    assert (
+        kcenter.farthest_first(Sliced(rows), 60, start=5, rng=rng()).tolist() == found.tolist()[:60]
+    )
+    assert torch.equal(
+        kcenter.farthest_first(rows, 9, rng=rng(4)), kcenter.farthest_first(rows, 9, rng=rng(4))
+    )
+    assert kcenter.farthest_first(torch.ones(6, 3), 6, start=2, rng=rng()).tolist() == [
+        2,
+        0,
+        1,
+        3,
+        4,
+        5,
+    ]
     doubled = torch.eye(3).repeat(2, 1)
     assert kcenter.farthest_first(doubled, 6, start=4, rng=rng()).tolist() == [4, 0, 2, 1, 3, 5]
     assert kcenter.farthest_first(rows, 0, rng=rng()).tolist() == []
 
 
-def naive_diverse(difficulty: np.ndarray, rows: np.ndarray, budget: int, neighbours: int, gamma: float):
+def naive_diverse(
+    difficulty: np.ndarray, rows: np.ndarray, budget: int, neighbours: int, gamma: float
+):
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     current, left, picks, gains = difficulty.copy(), list(range(len(rows))), [], []
     for _ in range(budget):
@@ -142,7 +167,13 @@ def test_difficulty_is_lowered_around_the_picks():
     assert difficulty.tolist() == pytest.approx([1, 0.9, 0.8])  # the argument is left as it was
 
 
-@given(seed=SEEDS, n=st.integers(1, 30), k=st.integers(0, 12), gamma=st.sampled_from([0.0, 0.5, 1.0]), ahead=st.sampled_from([1, 3, 64]))
+@given(
+    seed=SEEDS,
+    n=st.integers(1, 30),
+    k=st.integers(0, 12),
+    gamma=st.sampled_from([0.0, 0.5, 1.0]),
+    ahead=st.sampled_from([1, 3, 64]),
+)
 @settings(max_examples=60, deadline=None)
 def test_diverse_matches_the_plain_loops(seed, n, k, gamma, ahead):
     difficulty, rows = normal(seed, n, 1)[:, 0], normal(seed + 1, n, 5)
@@ -152,15 +183,28 @@ def test_diverse_matches_the_plain_loops(seed, n, k, gamma, ahead):
     picks, gains = naive_diverse(difficulty.numpy(), rows.numpy(), n, k, gamma)
     assert found.indices.tolist() == picks
     assert found.gains.tolist() == pytest.approx(gains)
-    assert penalty.diverse(difficulty, Sliced(rows), n // 2, neighbours=k, gamma=gamma).indices.tolist() == picks[: n // 2]
+    assert (
+        penalty.diverse(
+            difficulty, Sliced(rows), n // 2, neighbours=k, gamma=gamma
+        ).indices.tolist()
+        == picks[: n // 2]
+    )
 
 
 def test_gumbel_draws_by_weight_without_replacement():
     weights = torch.tensor([4.0, 2, 1, 1]).log()
-    first = np.bincount([int(sample.gumbel_topk(weights, 1, rng=rng(seed))[0]) for seed in range(1200)], minlength=4) / 1200
+    first = (
+        np.bincount(
+            [int(sample.gumbel_topk(weights, 1, rng=rng(seed))[0]) for seed in range(1200)],
+            minlength=4,
+        )
+        / 1200
+    )
     assert first == pytest.approx([0.5, 0.25, 0.125, 0.125], abs=0.05)
     pairs = [sample.gumbel_topk(weights, 2, rng=rng(seed)).tolist() for seed in range(1200)]
-    after_first = np.bincount([b for a, b in pairs if a == 0], minlength=4) / sum(a == 0 for a, _ in pairs)
+    after_first = np.bincount([b for a, b in pairs if a == 0], minlength=4) / sum(
+        a == 0 for a, _ in pairs
+    )
     assert after_first == pytest.approx([0, 0.5, 0.25, 0.25], abs=0.08)
 
 

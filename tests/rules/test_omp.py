@@ -105,7 +105,9 @@ def test_two_dimensions_by_hand():
     ridged = omp.match(atoms, target, 2, ridge=1)
     assert ridged.coefficients.tolist() == pytest.approx([0.6044, 0.3187], abs=5e-5)
     assert ridged.residual_norms.tolist() == pytest.approx([0.2, 0.60689], abs=1e-5)
-    assert omp.match(atoms, target, 1, ridge=1).coefficients.tolist() == pytest.approx([1.4], abs=1e-6)
+    assert omp.match(atoms, target, 1, ridge=1).coefficients.tolist() == pytest.approx(
+        [1.4], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -179,7 +181,10 @@ def test_drops_happen_and_are_counted():
 def test_permuting_the_atoms_permutes_the_picks():
     atoms, target = problem(3, 200, 40)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
-    plain, moved = omp.match(atoms, target, 30, ridge=1), omp.match(atoms[order], target, 30, ridge=1)
+    plain, moved = (
+        omp.match(atoms, target, 30, ridge=1),
+        omp.match(atoms[order], target, 30, ridge=1),
+    )
     assert order[moved.indices].tolist() == plain.indices.tolist()
 
 
@@ -189,7 +194,8 @@ def test_duplicates_tie_to_the_lowest_index_and_end_without_ridge():
     assert sorted(found.indices.tolist()) == [0, 1, 2, 3, 4]
     same = torch.ones(7, 3)
     assert omp.match(same, same[0], 7, ridge=0).indices.tolist() == [0]
-    assert omp.match(same, same[0] * 9, 7, ridge=1).indices.tolist() == [0]  # one atom, not ridged, is exact
+    # one atom, not ridged, is exact
+    assert omp.match(same, same[0] * 9, 7, ridge=1).indices.tolist() == [0]
     assert omp.fill(same, same[0], 7, ridge=1).tolist() == list(range(7))
 
 
@@ -198,7 +204,9 @@ def test_nothing_fits():
         found = omp.match(torch.eye(3), target, 2, ridge=1)
         assert (len(found), len(found.coefficients), len(found.residual_norms)) == (0, 0, 0)
         assert omp.fill(torch.eye(3), target, 2, ridge=1).tolist() == []
-    assert omp.match(torch.eye(3), torch.tensor([-1.0, -2, 0]), 2, ridge=0, nonnegative=False).indices.tolist() == [1, 0]
+    assert omp.match(
+        torch.eye(3), torch.tensor([-1.0, -2, 0]), 2, ridge=0, nonnegative=False
+    ).indices.tolist() == [1, 0]
     assert len(omp.match(torch.eye(3), torch.ones(3), 0, ridge=1)) == 0
 
 
@@ -208,18 +216,27 @@ def test_fill_repeats_the_search_among_the_rest():
     chosen = omp.fill(atoms, target, 20, ridge=0).tolist()
     assert len(one) < 20 == len(set(chosen))
     rest = [i for i in range(30) if i not in one]
-    again = [rest[i] for i in omp.match(atoms[rest], target, 20 - len(one), ridge=0).indices.tolist()]
+    again = [
+        rest[i] for i in omp.match(atoms[rest], target, 20 - len(one), ridge=0).indices.tolist()
+    ]
     assert chosen[: len(one) + len(again)] == one + again
     assert omp.fill(atoms, target, 20, ridge=0, refill="none").tolist() == one
 
 
 def test_fill_at_random_takes_the_rest_from_rng():
     atoms, target = problem(5, 30, 6)
-    first = omp.fill(atoms, target, 20, refill="random", rng=np.random.default_rng(1), ridge=0).tolist()
-    again = omp.fill(atoms, target, 20, refill="random", rng=np.random.default_rng(1), ridge=0).tolist()
+    first = omp.fill(
+        atoms, target, 20, refill="random", rng=np.random.default_rng(1), ridge=0
+    ).tolist()
+    again = omp.fill(
+        atoms, target, 20, refill="random", rng=np.random.default_rng(1), ridge=0
+    ).tolist()
     assert first == again
     assert len(set(first)) == 20
-    assert first[: len(omp.match(atoms, target, 20, ridge=0))] == omp.match(atoms, target, 20, ridge=0).indices.tolist()
+    assert (
+        first[: len(omp.match(atoms, target, 20, ridge=0))]
+        == omp.match(atoms, target, 20, ridge=0).indices.tolist()
+    )
 
 
 def test_a_store_read_in_blocks_gives_the_same_as_a_tensor(monkeypatch):

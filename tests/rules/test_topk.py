@@ -17,7 +17,9 @@ def naive_round_robin(scores: np.ndarray, budget: int) -> list[int]:
     picks: list[int] = []
     for turn in range(budget):
         column = scores[:, turn % scores.shape[1]]
-        picks.append(max((i for i in range(len(scores)) if i not in picks), key=lambda i: (column[i], -i)))
+        picks.append(
+            max((i for i in range(len(scores)) if i not in picks), key=lambda i: (column[i], -i))
+        )
     return picks
 
 
@@ -41,7 +43,9 @@ def test_duplicating_a_group_or_every_example_of_it_changes_no_maximum():
     best = topk.group_scores(scores, [0, 0, 1, 1]).max(1).values
     twice = torch.cat([scores, scores[:, :2]], dim=1)
     assert torch.equal(topk.group_scores(twice, [0, 0, 1, 1, 2, 2]).max(1).values, best)
-    assert torch.allclose(topk.group_scores(twice, [0, 0, 1, 1, 0, 0]).max(1).values, best, atol=1e-6)
+    assert torch.allclose(
+        topk.group_scores(twice, [0, 0, 1, 1, 0, 0]).max(1).values, best, atol=1e-6
+    )
 
 
 def test_apportion_known_cases():
@@ -68,14 +72,19 @@ def test_apportion_sums_stays_in_capacity_and_within_one_of_the_exact_share(tota
         weights[0] = 1.0
     seats = topk.apportion(total, weights)
     assert sum(seats) == total
-    assert all(abs(s - total * w / sum(weights)) < 1 + 1e-9 for s, w in zip(seats, weights, strict=True))
+    assert all(
+        abs(s - total * w / sum(weights)) < 1 + 1e-9 for s, w in zip(seats, weights, strict=True)
+    )
     total = min(total, sum(capacity))
     bounded = topk.apportion(total, weights, capacity)
     assert sum(bounded) == total
     assert all(0 <= s <= c for s, c in zip(bounded, capacity, strict=True))
 
 
-@given(scores=arrays(np.float32, st.tuples(st.integers(1, 25), st.integers(1, 5)), elements=GRID), data=st.data())
+@given(
+    scores=arrays(np.float32, st.tuples(st.integers(1, 25), st.integers(1, 5)), elements=GRID),
+    data=st.data(),
+)
 @settings(max_examples=80, deadline=None)
 def test_round_robin_and_top_match_the_plain_loops(scores, data):
     budget = data.draw(st.integers(0, len(scores)))

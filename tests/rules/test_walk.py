@@ -14,7 +14,10 @@ from .stores import Sliced
 
 
 def angles(*degrees: float) -> torch.Tensor:
-    return torch.tensor([[math.cos(math.radians(a)), math.sin(math.radians(a))] for a in degrees], dtype=torch.float64)
+    return torch.tensor(
+        [[math.cos(math.radians(a)), math.sin(math.radians(a))] for a in degrees],
+        dtype=torch.float64,
+    )
 
 
 def naive(rows, directions, budgets, neighbours, consistency, redistribute):
@@ -29,7 +32,9 @@ def naive(rows, directions, budgets, neighbours, consistency, redistribute):
         total = rows[sets[c]].sum(0)
         align = lambda v: abs(v @ directions[c]) / max(np.linalg.norm(v), 1e-300)  # noqa: E731
         agrees = all(rows[j] @ rows[s] >= -1e-6 for s in sets[c])
-        return j not in used and agrees and align(total + rows[j]) >= consistency * align(total) - 1e-6
+        return (
+            j not in used and agrees and align(total + rows[j]) >= consistency * align(total) - 1e-6
+        )
 
     def step(c):
         ranked = sorted(range(len(rows)), key=lambda j: (-(rows[j] @ directions[c]), j))
@@ -57,7 +62,9 @@ def naive(rows, directions, budgets, neighbours, consistency, redistribute):
         left = goal - len(picks)
         exact = [left * w / sum(weight) for w in weight]
         shares = [int(e + 1e-9) for e in exact]
-        for c in sorted(range(len(exact)), key=lambda c: (round(shares[c] - exact[c], 9), c))[: left - sum(shares)]:
+        for c in sorted(range(len(exact)), key=lambda c: (round(shares[c] - exact[c], 9), c))[
+            : left - sum(shares)
+        ]:
             shares[c] += 1
         for c, share in enumerate(shares):
             advance(c, share)
@@ -76,39 +83,56 @@ def test_a_conflicting_row_is_never_taken(budget, expected):
 @pytest.mark.parametrize(("consistency", "expected"), [(0.8, [0, 2]), (0.7, [0, 1])])
 def test_consistency_decides_between_neighbours(consistency, expected):
     """methods.md T3.1b."""
-    found = walk.gradient_walk(angles(0, 85, 30), angles(0), [2], [[1, 2], [2, 0], [0, 1]], consistency=consistency)
+    found = walk.gradient_walk(
+        angles(0, 85, 30), angles(0), [2], [[1, 2], [2, 0], [0, 1]], consistency=consistency
+    )
     assert found.indices.tolist() == expected
 
 
 def test_the_anchor_is_signed():
     """methods.md T3.1c."""
     rows = angles(0, 20, 100, -36.87)
-    assert walk.gradient_walk(rows, torch.tensor([[-1.0, 0]]), [2], knn.graph(rows, 3)[0]).indices.tolist() == [2, 1]
+    assert walk.gradient_walk(
+        rows, torch.tensor([[-1.0, 0]]), [2], knn.graph(rows, 3)[0]
+    ).indices.tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("off", "taken"), [(0.0, True), (-1e-4, True), (1e-4, False)])
 def test_at_a_right_angle_rounding_decides_nothing(dtype, off, taken):
-    """Two rows 90 degrees + `off` radians apart, turned at random in 40 dimensions, whose product rounds to either side of 0."""
+    """Two rows 90 degrees + `off` radians apart, turned at random in 40 dimensions, whose product
+    rounds to either side of 0.
+    """
     signs = set()
     for seed in range(40):
         g = torch.Generator().manual_seed(seed)
         basis = torch.linalg.qr(torch.randn(40, 2, generator=g, dtype=torch.float64)).Q.T
-        rows = torch.stack([basis[0], -math.sin(off) * basis[0] + math.cos(off) * basis[1]]) * torch.tensor([[3.0], [7.0]])
+        rows = torch.stack(
+            [basis[0], -math.sin(off) * basis[0] + math.cos(off) * basis[1]]
+        ) * torch.tensor([[3.0], [7.0]])
         rows = rows.to(dtype)
         signs.add(bool(torch.nn.functional.normalize(rows.double(), dim=1).prod(0).sum() >= 0))
         for order in ([0, 1], [1, 0]):
             given, anchor = rows[order], order.index(0)
             found = walk.gradient_walk(given, basis[:1], [2], [[1], [0]], consistency=0.0)
-            assert found.indices.tolist() == ([anchor, 1 - anchor] if taken else [anchor]), (seed, order)
+            assert found.indices.tolist() == ([anchor, 1 - anchor] if taken else [anchor]), (
+                seed,
+                order,
+            )
     assert signs == ({True, False} if off == 0 else {taken})
 
 
 def test_an_equal_alignment_is_kept_whatever_its_last_digit():
     for seed in range(40):
-        direction = torch.randn(1, 30, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        rows = (direction * torch.tensor([[1.0], [0.3], [0.7]])).float()  # all along the direction: no pick loses any of the alignment
-        assert len(walk.gradient_walk(rows, direction, [3], [[1, 2], [2, 0], [0, 1]], consistency=1.0)) == 3
+        direction = torch.randn(
+            1, 30, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        # all along the direction: no pick loses any of the alignment
+        rows = (direction * torch.tensor([[1.0], [0.3], [0.7]])).float()
+        assert (
+            len(walk.gradient_walk(rows, direction, [3], [[1, 2], [2, 0], [0, 1]], consistency=1.0))
+            == 3
+        )
 
 
 def problem(seed: int, n: int, d: int, c: int, k: int):
@@ -127,10 +151,16 @@ def problem(seed: int, n: int, d: int, c: int, k: int):
     data=st.data(),
 )
 @settings(max_examples=100, deadline=None)
-def test_matches_the_plain_loops_and_keeps_its_promises(seed, n, d, budgets, consistency, redistribute, data):
+def test_matches_the_plain_loops_and_keeps_its_promises(
+    seed, n, d, budgets, consistency, redistribute, data
+):
     rows, directions, graph = problem(seed, n, d, len(budgets), data.draw(st.integers(1, n - 1)))
-    found = walk.gradient_walk(rows, directions, budgets, graph, consistency=consistency, redistribute=redistribute)
-    picks, origin = naive(rows.numpy(), directions.numpy(), budgets, graph.tolist(), consistency, redistribute)
+    found = walk.gradient_walk(
+        rows, directions, budgets, graph, consistency=consistency, redistribute=redistribute
+    )
+    picks, origin = naive(
+        rows.numpy(), directions.numpy(), budgets, graph.tolist(), consistency, redistribute
+    )
     assert found.indices.tolist() == picks
     assert found.component.tolist() == origin
     # methods.md T3.3
@@ -139,7 +169,9 @@ def test_matches_the_plain_loops_and_keeps_its_promises(seed, n, d, budgets, con
     for c in range(len(budgets)):
         members = unit[found.indices[found.component == c]]
         assert (members @ members.T >= -1e-6).all()
-        prefix = torch.nn.functional.normalize(members.cumsum(0), dim=1) @ torch.nn.functional.normalize(directions[c], dim=0)
+        prefix = torch.nn.functional.normalize(
+            members.cumsum(0), dim=1
+        ) @ torch.nn.functional.normalize(directions[c], dim=0)
         assert (prefix[1:].abs() >= consistency * prefix[:-1].abs() - 1.1e-6).all()
 
 
@@ -152,7 +184,12 @@ def test_without_consistency_and_conflicts_it_chains_nearest_neighbours():
         similarity = unit @ unit[chain[-1]]
         similarity[chain] = -2
         chain.append(int(similarity.argmax()))
-    assert walk.gradient_walk(rows, torch.ones(1, 6), [25], knn.graph(rows, 24)[0], consistency=0).indices.tolist() == chain
+    assert (
+        walk.gradient_walk(
+            rows, torch.ones(1, 6), [25], knn.graph(rows, 24)[0], consistency=0
+        ).indices.tolist()
+        == chain
+    )
 
 
 def test_row_scale_component_scale_and_row_order_do_not_matter():
@@ -160,7 +197,9 @@ def test_row_scale_component_scale_and_row_order_do_not_matter():
     rows, directions, graph = problem(4, 30, 5, 3, 8)
     plain = walk.gradient_walk(rows, directions, [6, 5, 4], graph)
     g = torch.Generator().manual_seed(1)
-    scaled = walk.gradient_walk(rows * torch.rand(30, 1, generator=g) * 9 + 0, directions * 7, [6, 5, 4], graph)
+    scaled = walk.gradient_walk(
+        rows * torch.rand(30, 1, generator=g) * 9 + 0, directions * 7, [6, 5, 4], graph
+    )
     assert torch.equal(plain.indices, scaled.indices)
     order = torch.randperm(30, generator=g)
     moved = walk.gradient_walk(rows[order], directions, [6, 5, 4], knn.graph(rows[order], 8)[0])
@@ -176,7 +215,10 @@ def test_oriented_components_give_the_same_walk_whatever_their_sign():
     assert torch.allclose(flipped.float(), found.directions)
     assert ((target.mean(0) @ found.directions.T) >= 0).all()
     budgets = [4] * len(found)
-    a, b = (walk.gradient_walk(rows, directions, budgets, graph).indices for directions in (found.directions, flipped))
+    a, b = (
+        walk.gradient_walk(rows, directions, budgets, graph).indices
+        for directions in (found.directions, flipped)
+    )
     assert torch.equal(a, b)
 
 
@@ -198,7 +240,9 @@ def test_a_store_is_walked_by_slices():
     directions = torch.randn(2, 8, generator=g)
     store = Sliced(rows)
     plain = walk.gradient_walk(rows, directions, [40, 30], graph)
-    assert torch.equal(walk.gradient_walk(store, directions, [40, 30], graph).indices, plain.indices)
+    assert torch.equal(
+        walk.gradient_walk(store, directions, [40, 30], graph).indices, plain.indices
+    )
     assert store.widest <= blocks.BLOCK
 
 
@@ -217,6 +261,11 @@ def test_a_store_is_walked_by_slices():
     ],
 )
 def test_bad_arguments_are_value_errors(change):
-    good = {"rows": torch.eye(2), "components": torch.ones(1, 2), "budgets": [1], "neighbours": [[1], [0]]}
+    good = {
+        "rows": torch.eye(2),
+        "components": torch.ones(1, 2),
+        "budgets": [1],
+        "neighbours": [[1], [0]],
+    }
     with pytest.raises(ValueError, match=r"must|hold"):
         walk.gradient_walk(**{**good, **change})

@@ -45,13 +45,19 @@ def test_losses_of_tokens_are_those_of_one_row_at_a_time_with_every_logit() -> N
         for i, row in enumerate(ROWS):
             ids, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1]
-            alone = torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="none")
-            torch.testing.assert_close(nats[owner == i], alone[labels[0, 1:] != -100], atol=1e-5, rtol=1e-5)
+            alone = torch.nn.functional.cross_entropy(
+                logits, labels[0, 1:], ignore_index=-100, reduction="none"
+            )
+            torch.testing.assert_close(
+                nats[owner == i], alone[labels[0, 1:] != -100], atol=1e-5, rtol=1e-5
+            )
     assert owner.tolist() == [0, 0, 0, 1, 1, 2]
 
 
 def test_micro_batches_leave_net_and_model_what_one_batch_makes_of_them() -> None:
-    features = torch.nn.functional.normalize(torch.randn(3, 6, generator=torch.Generator().manual_seed(1)), dim=1)
+    features = torch.nn.functional.normalize(
+        torch.randn(3, 6, generator=torch.Generator().manual_seed(1)), dim=1
+    )
 
     def train(steps: list[list[list[int]]]) -> torch.Tensor:
         return train_score_net(llama(), ROWS, features, steps, lr=1e-2)
@@ -62,14 +68,26 @@ def test_micro_batches_leave_net_and_model_what_one_batch_makes_of_them() -> Non
 
 
 def test_rows_that_cannot_be_learned_become_difficult() -> None:
-    """Two kinds of rows with features of their own; the answer of one kind follows from its question, of the other from nothing."""
+    """Two kinds of rows with features of their own; the answer of one kind follows from its
+    question, of the other from nothing.
+    """
     generator = torch.Generator().manual_seed(2)
     draws = torch.randint(20, 60, (32, 2), generator=generator).tolist()
     rows = [
-        {"input_ids": [3, 4, 8, 8], "labels": [-100, -100, 8, 8]} if i % 2 else {"input_ids": [5, 6, *d], "labels": [-100, -100, *d]}
+        (
+            {"input_ids": [3, 4, 8, 8], "labels": [-100, -100, 8, 8]}
+            if i % 2
+            else {"input_ids": [5, 6, *d], "labels": [-100, -100, *d]}
+        )
         for i, d in enumerate(draws)
     ]
     features = torch.eye(2)[[i % 2 for i in range(32)]]
-    net = train_score_net(llama(), rows, features, [[list(range(i, i + 8))] for i in (0, 8, 16, 24) for _ in range(4)], lr=3e-3)
+    net = train_score_net(
+        llama(),
+        rows,
+        features,
+        [[list(range(i, i + 8))] for i in (0, 8, 16, 24) for _ in range(4)],
+        lr=3e-3,
+    )
     hard, easy = learned_difficulty(net, torch.eye(2)).tolist()
     assert hard > 0 > easy

@@ -32,15 +32,23 @@ def raw(n: int, d: int, seed: int) -> Tensor:
     return torch.randn(n, d, generator=generator) * torch.rand(n, 1, generator=generator).add(0.1)
 
 
-def naive(pool: list[Tensor], target: list[Tensor], weights: list[float], name: str, groups: list[str]) -> np.ndarray:
+def naive(
+    pool: list[Tensor], target: list[Tensor], weights: list[float], name: str, groups: list[str]
+) -> np.ndarray:
     """Row by row, column by column, checkpoint by checkpoint."""
     backend, names = BACKENDS[name], list(dict.fromkeys(groups))
-    columns = [[j for j, g in enumerate(groups) if g == name] for name in names] if backend.merge else [[j] for j in range(len(groups))]
+    columns = (
+        [[j for j, g in enumerate(groups) if g == name] for name in names]
+        if backend.merge
+        else [[j] for j in range(len(groups))]
+    )
     out = np.zeros((len(pool[0]), len(columns)))
     for p, q, weight in zip(pool, target, weights, strict=True):
         if backend.whiten:
             gram = p.double().T @ p.double()
-            inverse = torch.linalg.inv(gram + 0.1 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64))
+            inverse = torch.linalg.inv(
+                gram + 0.1 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+            )
             q = q.double() @ inverse
         for i in range(len(p)):
             for c, members in enumerate(columns):
@@ -52,27 +60,43 @@ def naive(pool: list[Tensor], target: list[Tensor], weights: list[float], name: 
     return out
 
 
-@pytest.mark.parametrize("name", sorted(name for name, backend in BACKENDS.items() if backend.curvature is None))
+@pytest.mark.parametrize(
+    "name", sorted(name for name, backend in BACKENDS.items() if backend.curvature is None)
+)
 def test_streaming_scores_equal_one_by_one_products(name: str) -> None:
-    pool, target, groups = [raw(20, 12, 1), raw(20, 12, 2)], [raw(5, 12, 3), raw(5, 12, 4)], ["a", "b", "a", "c", "b"]
+    pool, target, groups = (
+        [raw(20, 12, 1), raw(20, 12, 2)],
+        [raw(5, 12, 3), raw(5, 12, 4)],
+        ["a", "b", "a", "c", "b"],
+    )
     weights = [2e-4, 5e-5]
-    got = score([Stored(p) for p in pool], [Stored(t) for t in target], weights, name, groups=groups)
+    got = score(
+        [Stored(p) for p in pool], [Stored(t) for t in target], weights, name, groups=groups
+    )
     assert np.allclose(got.numpy(), naive(pool, target, weights, name, groups), atol=1e-6)
 
 
 def test_plain_tensors_and_stores_agree() -> None:
     pool, target = raw(30, 8, 5), raw(4, 8, 6)
     for name in ("dot", "cosine"):
-        assert torch.allclose(score([pool], [target], [1.0], name), score([Stored(pool)], [Stored(target)], [1.0], name), atol=1e-6)
+        assert torch.allclose(
+            score([pool], [target], [1.0], name),
+            score([Stored(pool)], [Stored(target)], [1.0], name),
+            atol=1e-6,
+        )
 
 
-@pytest.mark.parametrize("m", [3, 200])  # narrow and wide sides are multiplied in slices of different height
+# narrow and wide sides are multiplied in slices of different height
+@pytest.mark.parametrize("m", [3, 200])
 def test_cutting_the_pool_into_blocks_changes_no_bit(m: int) -> None:
     pool, target = Stored(raw(5000, 16, 7)), Stored(raw(m, 16, 8))
     exact = pool.rows.double() @ target.rows.double().T
     for name, wanted in (("cosine", exact), ("dot", exact * pool.scales[:, None] * target.scales)):
         whole = score([pool], [target], [1.0], name)
-        parts = [score([RowView(pool, range(a, min(a + 2048, 5000)))], [target], [1.0], name) for a in range(0, 5000, 2048)]
+        parts = [
+            score([RowView(pool, range(a, min(a + 2048, 5000)))], [target], [1.0], name)
+            for a in range(0, 5000, 2048)
+        ]
         assert torch.equal(whole, torch.cat(parts))
         assert torch.allclose(whole.double(), wanted, atol=1e-5)
 
@@ -81,7 +105,9 @@ def test_scores_lie_between_minus_one_and_one_and_ignore_positive_scales() -> No
     pool, target = [raw(15, 6, 1), raw(15, 6, 2)], [raw(4, 6, 3), raw(4, 6, 4)]
     plain = score([Stored(p) for p in pool], [Stored(t) for t in target], [3.0, 1.0], "less")
     assert plain.abs().max() <= 1 + 1e-6
-    scaled = score([Stored(p * 7) for p in pool], [Stored(t * 0.01) for t in target], [30.0, 10.0], "less")
+    scaled = score(
+        [Stored(p * 7) for p in pool], [Stored(t * 0.01) for t in target], [30.0, 10.0], "less"
+    )
     assert torch.allclose(plain, scaled, atol=1e-6)
 
 
@@ -89,14 +115,21 @@ def test_scores_lie_between_minus_one_and_one_and_ignore_positive_scales() -> No
     ("rates", "weights"),
     [
         ((2.1569e-6, 6.0784e-6, 1e-5), (0.11828, 0.33333, 0.54839)),  # TAGCOS, steps 10, 20, 30
-        ((1.6877e-5, 1.2859e-5, 7.703e-6, 2.5616e-6), (0.4219, 0.3215, 0.1926, 0.0640)),  # LESS, four epochs
+        # LESS, four epochs
+        ((1.6877e-5, 1.2859e-5, 7.703e-6, 2.5616e-6), (0.4219, 0.3215, 0.1926, 0.0640)),
     ],
 )
-def test_checkpoints_count_by_their_mean_learning_rate(rates: tuple[float, ...], weights: tuple[float, ...]) -> None:  # T1.8
+# T1.8
+def test_checkpoints_count_by_their_mean_learning_rate(
+    rates: tuple[float, ...], weights: tuple[float, ...]
+) -> None:
     east, north = torch.eye(2)
-    for chosen, weight in enumerate(weights):  # the row points the target's way at one checkpoint and across it at the others
+    for chosen, weight in enumerate(weights):
+        # the row points the target's way at one checkpoint and across it at the others
         pool = [(east if c == chosen else north)[None] for c in range(len(rates))]
-        assert float(score(pool, [east[None]] * len(rates), list(rates), "less")) == pytest.approx(weight, abs=5e-5)
+        assert float(score(pool, [east[None]] * len(rates), list(rates), "less")) == pytest.approx(
+            weight, abs=5e-5
+        )
 
 
 def test_groups_of_cosines() -> None:  # T6.3
@@ -111,7 +144,9 @@ def test_mean_of_cosines_is_not_the_cosine_of_the_mean() -> None:  # T6.4
     target, train = Stored(torch.tensor([[10.0, 0], [0, 1]])), Stored(torch.tensor([[0.0, 1]]))
     mean_of_cosines = topk.group_scores(score([train], [target], [1.0], "less"), ["s", "s"])
     assert float(mean_of_cosines) == pytest.approx(0.5)
-    assert float(score([train], [target], [1.0], "less-mean", groups=["s", "s"])) == pytest.approx(0.0995, abs=5e-5)
+    assert float(score([train], [target], [1.0], "less-mean", groups=["s", "s"])) == pytest.approx(
+        0.0995, abs=5e-5
+    )
 
 
 def test_duplicated_groups_and_examples_change_nothing() -> None:  # T6.6
@@ -120,7 +155,11 @@ def test_duplicated_groups_and_examples_change_nothing() -> None:  # T6.6
 
         def best(target: Tensor, groups: list[str], name: str = name) -> Tensor:
             scores = score([pool], [target], [1.0], name, groups=groups)
-            return (scores if name == "less-mean" else topk.group_scores(scores, groups)).max(dim=1).values
+            return (
+                (scores if name == "less-mean" else topk.group_scores(scores, groups))
+                .max(dim=1)
+                .values
+            )
 
         plain = best(target, groups)
         block_twice = best(torch.cat([target, target[:2]]), [*groups, "c", "c"])

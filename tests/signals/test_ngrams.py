@@ -22,11 +22,20 @@ TARGET = ["def sub(a, b): return a - b", "return a"]
 def naive(pool: list[str], target: list[str], count: int) -> list[float]:
     def grams(text: str) -> list[int]:
         words = text.replace("(", " ( ").replace("):", " ): ").replace(",", " , ").split()
-        return [xxhash.xxh32_intdigest(g.encode()) % count for g in words + [" ".join(p) for p in itertools.pairwise(words)]]
+        return [
+            xxhash.xxh32_intdigest(g.encode()) % count
+            for g in words + [" ".join(p) for p in itertools.pairwise(words)]
+        ]
 
-    ours, theirs = Counter(g for t in pool for g in grams(t)), Counter(g for t in target for g in grams(t))
+    ours, theirs = (
+        Counter(g for t in pool for g in grams(t)),
+        Counter(g for t in target for g in grams(t)),
+    )
     a, b = sum(ours.values()), sum(theirs.values()) + 7
-    return [sum(math.log((theirs[g] + 7 * ours[g] / a) / b) - math.log(ours[g] / a) for g in grams(t)) for t in pool]
+    return [
+        sum(math.log((theirs[g] + 7 * ours[g] / a) / b) - math.log(ours[g] / a) for g in grams(t))
+        for t in pool
+    ]
 
 
 def test_weights_are_those_of_plain_counting() -> None:
@@ -47,11 +56,16 @@ def test_buckets_hold_words_and_pairs_whatever_the_case() -> None:
 
 def test_difficulty_is_the_ratio_of_the_two_perplexities() -> None:
     model = llama()
-    rows = [{"input_ids": [3, 5, 7, 9, 11], "labels": [-100, -100, 7, -100, 11]}, {"input_ids": [4, 6, 8], "labels": [-100, 6, 8]}]
+    rows = [
+        {"input_ids": [3, 5, 7, 9, 11], "labels": [-100, -100, 7, -100, 11]},
+        {"input_ids": [4, 6, 8], "labels": [-100, 6, 8]},
+    ]
     assert alone(rows[0]) == {"input_ids": [3, 7, 11], "labels": [-100, 7, 11]}
     found = perplexity_ratio(model, rows)
     for i, row in enumerate(rows):
         given, without = (float(row_losses(model, [r]).mean) for r in (row, alone(row)))
         assert abs(float(found[i]) - math.exp(given) / math.exp(without)) < 1e-5
     assert abs(float(found[1]) - 1) < 1e-6  # its prompt is one token, which the answer alone keeps
-    assert torch.isnan(perplexity_ratio(model, [{"input_ids": [3, 5], "labels": [-100, -100]}])).all()
+    assert torch.isnan(
+        perplexity_ratio(model, [{"input_ids": [3, 5], "labels": [-100, -100]}])
+    ).all()

@@ -1,4 +1,6 @@
-"""Adam rows without momentum: `[gradients] adam_momentum = false`, from the warm-up's own second moments."""
+"""Adam rows without momentum: `[gradients] adam_momentum = false`, from the warm-up's own second
+moments.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +36,27 @@ def naive(pipeline: Pipeline, checkpoint: int, form: str, rows: range) -> torch.
     tracked, b2 = tracked_modules(model), state.betas[1]
     weights: dict[str, Any] = {name: module.weight for name, module in tracked.items()}
     grads, _ = one_by_one(model, [encoded[i] for i in rows], list(weights.values()))
-    bound = pipeline.projection.bind({name: tuple(weight.shape) for name, weight in weights.items()})
+    bound = pipeline.projection.bind(
+        {name: tuple(weight.shape) for name, weight in weights.items()}
+    )
     found = bound.start(len(rows))
     for k, name in enumerate(weights):
         g = torch.stack([row[k] for row in grads]).double()
         second = b2 * state.v[f"{name}.weight"].double() + (1 - b2) * g * g
         corrected = second / (1 - b2 ** (state.step + 1))
-        direction = g / (second + state.eps).sqrt() if form == "released" else g / (corrected.sqrt() + state.eps)
+        direction = (
+            g / (second + state.eps).sqrt()
+            if form == "released"
+            else g / (corrected.sqrt() + state.eps)
+        )
         bound.add(found, name, direction.float())
     return torch.nn.functional.normalize(bound.finish(found), dim=1)
 
 
 @FORMS
-def test_stored_rows_are_the_plain_loops(form: Any, pool_file: Path, model_folder: Path, tmp_path: Path) -> None:
+def test_stored_rows_are_the_plain_loops(
+    form: Any, pool_file: Path, model_folder: Path, tmp_path: Path
+) -> None:
     given = common(tmp_path / "run", pool_file, model_folder, adam_form=form, adam_momentum=False)
     with opened(Inputs(**given)) as pipeline:
         rows = gradients(pipeline, "pool", 1, "adam")
@@ -62,7 +72,11 @@ def test_rows_without_momentum_share_less_and_runs_before_the_choice_are_read_as
 ) -> None:
     cosines = {}
     for momentum in (True, False):
-        with opened(Inputs(**common(tmp_path / f"{momentum}", pool_file, model_folder, adam_momentum=momentum))) as pipeline:
+        with opened(
+            Inputs(
+                **common(tmp_path / f"{momentum}", pool_file, model_folder, adam_momentum=momentum)
+            )
+        ) as pipeline:
             artifact = Artifact.load(gradients(pipeline, "pool", 2, "adam").path)
             assert artifact is not None
             cosines[momentum] = artifact.manifest["extra"]["mean_pairwise_cosine"]

@@ -18,14 +18,24 @@ from gradsift.store.canonical import recipe_digest
 from gradsift.store.tensors import file_hash, folder_hash, write_tensors
 from tests.store.test_atomic import some_tensors
 
-RECIPE = recipe("gradients", version=1, config={"seed": 0, "dim": 8}, inputs={"pool": "ab"}, identity={"model": "tiny"})
+RECIPE = recipe(
+    "gradients",
+    version=1,
+    config={"seed": 0, "dim": 8},
+    inputs={"pool": "ab"},
+    identity={"model": "tiny"},
+)
 
 
 def made(root: Path) -> Artifact:
     found = Artifact(root, RECIPE)
     digest = write_tensors(found.file("a.safetensors"), some_tensors(), {})
     write_atomic(found.file("b.json"), b"{}")
-    found.finish(files={"b.json": file_hash(found.file("b.json")), "a.safetensors": digest}, counts={"rows": 4}, stats={"seconds": 2})
+    found.finish(
+        files={"b.json": file_hash(found.file("b.json")), "a.safetensors": digest},
+        counts={"rows": 4},
+        stats={"seconds": 2},
+    )
     return found
 
 
@@ -50,20 +60,40 @@ def test_tensors_of_an_artifact_are_those_its_manifest_names(tmp_path: Path) -> 
     found = made(tmp_path)
     assert torch.equal(found.tensors("a.safetensors")["rows"], some_tensors()["rows"])
     write_tensors(found.file("a.safetensors"), {"rows": torch.zeros(4, 3)}, {})
-    with pytest.raises(IntegrityError, match=r"a\.safetensors: is not the file that the manifest names.*gradsift verify"):
+    with pytest.raises(
+        IntegrityError,
+        match=r"a\.safetensors: is not the file that the manifest names.*gradsift verify",
+    ):
         found.tensors("a.safetensors")
 
 
-def test_a_manifest_holds_no_clock_and_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_holds_no_clock_and_no_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, clock = made(tmp_path / "one"), time.time
     monkeypatch.setattr(time, "time", lambda: clock() + 86_400)
     second = made(tmp_path / "elsewhere" / "two")
-    assert (first.path / "manifest.json").read_bytes() == (second.path / "manifest.json").read_bytes()
+    assert (first.path / "manifest.json").read_bytes() == (
+        second.path / "manifest.json"
+    ).read_bytes()
     assert str(tmp_path) not in (first.path / "manifest.json").read_text()
 
 
 @pytest.mark.parametrize(
-    "field", ["config", "counts", "files", "content", "digest", "extra", "inputs", "identity", "stage", "version", "seal"]
+    "field",
+    [
+        "config",
+        "counts",
+        "files",
+        "content",
+        "digest",
+        "extra",
+        "inputs",
+        "identity",
+        "stage",
+        "version",
+        "seal",
+    ],
 )
 def test_an_edited_manifest_is_refused(tmp_path: Path, field: str) -> None:
     path = made(tmp_path).path / "manifest.json"
@@ -75,8 +105,12 @@ def test_an_edited_manifest_is_refused(tmp_path: Path, field: str) -> None:
     assert caught.value.where == str(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 4096, b'{"schema": 1, "conf', b"[1]", b"[" * 100_000])
-def test_a_manifest_that_is_no_json_leaves_the_artifact_resumable(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 4096, b'{"schema": 1, "conf', b"[1]", b"[" * 100_000]
+)
+def test_a_manifest_that_is_no_json_leaves_the_artifact_resumable(
+    tmp_path: Path, content: bytes
+) -> None:
     found = made(tmp_path)
     (found.path / "manifest.json").write_bytes(content)
     again = Artifact(tmp_path, RECIPE)
@@ -85,12 +119,16 @@ def test_a_manifest_that_is_no_json_leaves_the_artifact_resumable(tmp_path: Path
     assert Artifact(tmp_path, RECIPE).content == found.content
 
 
-def test_a_newer_schema_is_refused_by_name_and_an_older_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_schema_is_refused_by_name_and_an_older_one_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = made(tmp_path)
     monkeypatch.setattr(artifact, "SCHEMA", 2)
     assert Artifact(tmp_path, RECIPE).manifest["schema"] == 1
     monkeypatch.setattr(artifact, "SCHEMA", 0)
-    with pytest.raises(MismatchError, match=r"written in schema 1; this gradsift reads up to 0\. Upgrade"):
+    with pytest.raises(
+        MismatchError, match=r"written in schema 1; this gradsift reads up to 0\. Upgrade"
+    ):
         Artifact(tmp_path, RECIPE)
     assert found.complete
 
@@ -137,6 +175,8 @@ def test_a_folder_of_the_user_may_hold_links_and_foreign_tensor_files(tmp_path: 
     save_file({"a": torch.zeros(3)}, blobs / "one")
     (snapshot / "model.safetensors").symlink_to(blobs / "one")
     before = folder_hash(snapshot)
-    assert before == recipe_digest({"model.safetensors": xxhash.xxh3_128_hexdigest((blobs / "one").read_bytes())})
+    assert before == recipe_digest(
+        {"model.safetensors": xxhash.xxh3_128_hexdigest((blobs / "one").read_bytes())}
+    )
     save_file({"a": torch.ones(3)}, blobs / "one")
     assert folder_hash(snapshot) != before

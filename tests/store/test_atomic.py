@@ -1,4 +1,6 @@
-"""Durable files: canonical bytes, atomic writes, tensor files that verify themselves, names that stay inside their folder."""
+"""Durable files: canonical bytes, atomic writes, tensor files that verify themselves, names that
+stay inside their folder.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +21,43 @@ from safetensors.torch import load_file, safe_open
 
 from gradsift.errors import DiskFull, IntegrityError, ResourceError
 from gradsift.store import atomic
-from gradsift.store.atomic import TEMP, inside, make_folder, making, remove_leftovers, require_space, write_atomic
+from gradsift.store.atomic import (
+    TEMP,
+    inside,
+    make_folder,
+    making,
+    remove_leftovers,
+    require_space,
+    write_atomic,
+)
 from gradsift.store.canonical import canonical_json, recipe_digest
 from gradsift.store.tensors import TensorFile, file_hash, read_tensors, write_tensors
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
-    return {"rows": torch.arange(12, dtype=torch.float16).reshape(4, 3), "codes": torch.tensor([0, 1, 0, 2], dtype=torch.uint8)}
+    return {
+        "rows": torch.arange(12, dtype=torch.float16).reshape(4, 3),
+        "codes": torch.tensor([0, 1, 0, 2], dtype=torch.uint8),
+    }
 
 
 # --- canonical JSON
 
 
 def test_canonical_json_has_one_spelling() -> None:
-    assert canonical_json({"b": [1, 2.5, None, True], "a": {"é": "\u2028"}}) == '{"a":{"é":"\u2028"},"b":[1,2.5,null,true]}'.encode()
+    assert (
+        canonical_json({"b": [1, 2.5, None, True], "a": {"é": "\u2028"}})
+        == '{"a":{"é":"\u2028"},"b":[1,2.5,null,true]}'.encode()
+    )
     assert canonical_json({"x": 1, "y": 2}) == canonical_json({"y": 2, "x": 1})
     assert canonical_json((1, 2)) == canonical_json([1, 2]) == b"[1,2]"
-    assert recipe_digest({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"  # sha256 of "{}"
+    # sha256 of "{}"
+    assert recipe_digest({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
 
 
-@pytest.mark.parametrize("value", [{1, 2}, Path("a"), b"a", {1: 2}, object(), {"a": [{"b": {3}}]}, torch.tensor(1)])
+@pytest.mark.parametrize(
+    "value", [{1, 2}, Path("a"), b"a", {1: 2}, object(), {"a": [{"b": {3}}]}, torch.tensor(1)]
+)
 def test_canonical_json_refuses_what_has_no_single_spelling(value: object) -> None:
     with pytest.raises(TypeError, match=r"\$"):
         canonical_json(value)
@@ -53,17 +72,27 @@ def test_canonical_json_refuses_numbers_that_are_none(value: float) -> None:
 @pytest.mark.slow
 def test_digests_and_files_depend_on_no_hash_seed_or_locale(tmp_path: Path) -> None:
     code = (
-        "import sys, torch\nfrom gradsift.store.canonical import recipe_digest\nfrom gradsift.store.tensors import write_tensors\n"
+        "import sys, torch\nfrom gradsift.store.canonical import recipe_digest\nfrom"
+        " gradsift.store.tensors import write_tensors\n"
         "names = {'\\xe4', 'b', '\\xc7', 'i', 'I', '\\u0131'}\n"  # iterated in hash order
         "print(recipe_digest({name: [0.1, 1e22, name.upper()] for name in names}).encode())\n"
-        "write_tensors(sys.argv[1], {name: torch.arange(3) for name in names}, {name: name for name in names})\n"
+        "write_tensors(sys.argv[1], {name: torch.arange(3) for name in names}, {name: name for name"
+        " in names})\n"
     )
     found = []
     for seed, locale in (("1", "C"), ("77", "tr_TR.UTF-8")):
         path = tmp_path / f"{seed}.safetensors"
-        env = {**os.environ, "PYTHONHASHSEED": seed, "LC_ALL": locale, "PYTHONUTF8": "0", "TZ": "Asia/Tokyo"}
+        env = {
+            **os.environ,
+            "PYTHONHASHSEED": seed,
+            "LC_ALL": locale,
+            "PYTHONUTF8": "0",
+            "TZ": "Asia/Tokyo",
+        }
         env["PYTHONPATH"] = str(Path(__file__).parents[2])
-        done = subprocess.run([sys.executable, "-c", code, str(path)], env=env, capture_output=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path)], env=env, capture_output=True, check=True
+        )
         found.append((done.stdout, path.read_bytes()))
     assert found[0] == found[1]
 
@@ -100,7 +129,11 @@ def test_the_digest_is_that_of_the_file_with_the_digest_zeroed(tmp_path: Path) -
     digest = write_tensors(path, some_tensors(), {"shard": "3"})
     data = path.read_bytes()
     assert data.count(digest.encode()) == 1
-    assert xxhash.xxh3_128_hexdigest(data.replace(digest.encode(), b"0" * 32)) == digest == file_hash(path)
+    assert (
+        xxhash.xxh3_128_hexdigest(data.replace(digest.encode(), b"0" * 32))
+        == digest
+        == file_hash(path)
+    )
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
@@ -182,7 +215,9 @@ def test_a_slice_is_the_slice_of_the_whole(tmp_path: Path) -> None:
 # --- atomic writes
 
 
-def test_a_write_replaces_all_or_nothing_and_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_replaces_all_or_nothing_and_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "ä b.json"
     write_atomic(path, b"old")
     write_atomic(path, b"new")
@@ -190,7 +225,9 @@ def test_a_write_replaces_all_or_nothing_and_leaves_no_temporary_file(tmp_path: 
     for name in ("write", "fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(atomic.os, name, _raising(errno.EIO))
-            with pytest.raises(ResourceError, match=r"Input/output error.*then run the same command again"):
+            with pytest.raises(
+                ResourceError, match=r"Input/output error.*then run the same command again"
+            ):
                 write_atomic(path, b"newer")
         assert [p.name for p in tmp_path.iterdir()] == [path.name]
         assert path.read_bytes() == b"new"
@@ -204,7 +241,9 @@ def _raising(number: int):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_tells_needed_and_free_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_full_disk_tells_needed_and_free_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     monkeypatch.setattr(atomic.os, "write", _raising(number))
     with pytest.raises(DiskFull, match="no space left: 5 bytes needed") as caught:
         write_atomic(tmp_path / "a", b"12345")
@@ -234,7 +273,9 @@ def test_a_full_file_system_keeps_what_was_there(tmp_path: Path) -> None:
         pytest.skip("mounting a small file system takes root")
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True).returncode:
+    if subprocess.run(
+        [mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True
+    ).returncode:
         pytest.skip("this machine lets nobody mount a tmpfs")
     try:
         write_tensors(small / "a.safetensors", {"rows": torch.zeros(100_000)}, {})
@@ -265,7 +306,9 @@ def test_a_folder_one_may_not_write_to_is_named(tmp_path: Path) -> None:
     if me == 0:
         os.seteuid(65534)
     try:
-        with pytest.raises(ResourceError, match=r"closed/a: cannot be written: Permission denied.*--run") as caught:
+        with pytest.raises(
+            ResourceError, match=r"closed/a: cannot be written: Permission denied.*--run"
+        ) as caught:
             write_atomic(closed / "a", b"x")
         with pytest.raises(ResourceError, match="cannot be written"):
             make_folder(closed / "b" / "c")
@@ -275,7 +318,9 @@ def test_a_folder_one_may_not_write_to_is_named(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
-    dead, alive, other = (tmp_path / name for name in (".gradsift-tmp-dead", ".gradsift-tmp-alive", "mine.tmp"))
+    dead, alive, other = (
+        tmp_path / name for name in (".gradsift-tmp-dead", ".gradsift-tmp-alive", "mine.tmp")
+    )
     for path in (dead, alive, other):
         path.write_bytes(b"x")
     holder = os.open(alive, os.O_WRONLY)
@@ -286,7 +331,9 @@ def test_leftovers_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Pa
     assert remove_leftovers(tmp_path) == [alive.name]
 
 
-@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/../../b", "", ".", "a//b", "a\\b", "a\0b", "link/x", "link"])
+@pytest.mark.parametrize(
+    "name", ["../a", "/etc/passwd", "a/../../b", "", ".", "a//b", "a\\b", "a\0b", "link/x", "link"]
+)
 def test_no_name_leads_out_of_a_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "link").symlink_to("/etc")
     with pytest.raises(IntegrityError):
@@ -299,7 +346,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     (dead / "half").write_bytes(b"half")
     with making(tmp_path / "made") as temp:
         (temp / "file").write_bytes(b"whole")
-        assert [path.name for path in tmp_path.iterdir()] == [temp.name]  # what the dead one left is gone
+        # what the dead one left is gone
+        assert [path.name for path in tmp_path.iterdir()] == [temp.name]
         assert remove_leftovers(tmp_path) == []  # a living one's stays
     assert (tmp_path / "made" / "file").read_bytes() == b"whole"
     with pytest.raises(FileNotFoundError), making(tmp_path / "other") as temp:
@@ -308,5 +356,6 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (temp / "file").write_bytes(b"late")
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
     assert (tmp_path / "made" / "file").read_bytes() == b"whole"
-    with pytest.raises(OSError, match="not empty"), making(tmp_path / "made") as temp:  # and what lies there is something else
+    with pytest.raises(OSError, match="not empty"), making(tmp_path / "made") as temp:
+        # and what lies there is something else
         (temp / "another").write_bytes(b"late")

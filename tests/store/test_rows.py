@@ -1,4 +1,6 @@
-"""RowStore against plain tensors: what is read is what was written, row for row, with the odd rows quarantined."""
+"""RowStore against plain tensors: what is read is what was written, row for row, with the odd rows
+quarantined.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,17 @@ from hypothesis import strategies as st
 
 from gradsift.errors import DiskFull, IntegrityError, MismatchError
 from gradsift.store.artifact import Artifact, recipe
-from gradsift.store.packing import ABSURD, NO_TOKEN, NON_FINITE, OUT_OF_MEMORY, QUARANTINE, ZERO, Ids, StoreDtype, pack
+from gradsift.store.packing import (
+    ABSURD,
+    NO_TOKEN,
+    NON_FINITE,
+    OUT_OF_MEMORY,
+    QUARANTINE,
+    ZERO,
+    Ids,
+    StoreDtype,
+    pack,
+)
 from gradsift.store.rows import RowStore, RowView
 from gradsift.types import Rows
 
@@ -20,15 +32,35 @@ N, D, SHARD = 53, 24, 10
 
 
 def raw(n: int = N, d: int = D) -> torch.Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, n)[:, None]
+    return (
+        torch.randn(n, d, generator=torch.Generator().manual_seed(1))
+        * torch.logspace(-3, 3, n)[:, None]
+    )
 
 
-def make(path: Path, *, dtype: StoreDtype = "float16", dim: int = D, ids: list[str] | None = None, digest: str = "ab") -> RowStore:
+def make(
+    path: Path,
+    *,
+    dtype: StoreDtype = "float16",
+    dim: int = D,
+    ids: list[str] | None = None,
+    digest: str = "ab",
+) -> RowStore:
     ids = [f"row-{i}" for i in range(N)] if ids is None else ids
-    return RowStore.create(path, recipe_digest=digest, ids=ids, dim=dim, spec={"projection": "sketch"}, shard_rows=SHARD, dtype=dtype)
+    return RowStore.create(
+        path,
+        recipe_digest=digest,
+        ids=ids,
+        dim=dim,
+        spec={"projection": "sketch"},
+        shard_rows=SHARD,
+        dtype=dtype,
+    )
 
 
-def fill(store: RowStore, rows: torch.Tensor | None = None, shards: list[int] | None = None) -> RowStore:
+def fill(
+    store: RowStore, rows: torch.Tensor | None = None, shards: list[int] | None = None
+) -> RowStore:
     rows = raw(*store.shape) if rows is None else rows
     for shard in store.missing() if shards is None else shards:
         here = store.shards[shard]
@@ -105,9 +137,26 @@ def test_int8_is_within_its_stated_error(tmp_path: Path, d: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_odd_rows_are_quarantined_with_a_code_and_huge_and_tiny_ones_are_not(dtype: StoreDtype) -> None:
+def test_odd_rows_are_quarantined_with_a_code_and_huge_and_tiny_ones_are_not(
+    dtype: StoreDtype,
+) -> None:
     one = torch.linspace(-1, 1, D)
-    rows = torch.stack([one, one * 0, one * 1e37, one * 1e-30, one * torch.nan, one, one, one, one, one, one * 3e38, one * 1e-45])
+    rows = torch.stack(
+        [
+            one,
+            one * 0,
+            one * 1e37,
+            one * 1e-30,
+            one * torch.nan,
+            one,
+            one,
+            one,
+            one,
+            one,
+            one * 3e38,
+            one * 1e-45,
+        ]
+    )
     rows[5, 3] = torch.inf
     norms = torch.ones(12)
     losses = torch.ones(12)
@@ -116,7 +165,20 @@ def test_odd_rows_are_quarantined_with_a_code_and_huge_and_tiny_ones_are_not(dty
     norms[6], losses[7], tokens[8], codes[9] = torch.inf, torch.nan, 0, OUT_OF_MEMORY
     losses[8] = torch.nan  # the mean over no token
     packed = pack(rows, norms=norms, losses=losses, tokens=tokens, codes=codes, dtype=dtype)
-    expected = [0, ZERO, 0, 0, NON_FINITE, NON_FINITE, ABSURD, NON_FINITE, NO_TOKEN, OUT_OF_MEMORY, ABSURD, ZERO]
+    expected = [
+        0,
+        ZERO,
+        0,
+        0,
+        NON_FINITE,
+        NON_FINITE,
+        ABSURD,
+        NON_FINITE,
+        NO_TOKEN,
+        OUT_OF_MEMORY,
+        ABSURD,
+        ZERO,
+    ]
     assert packed["codes"].tolist() == expected
     got = packed["rows"].float() * (packed["steps"][:, None] if dtype == "int8" else 1)
     bad = packed["codes"] != 0
@@ -124,13 +186,20 @@ def test_odd_rows_are_quarantined_with_a_code_and_huge_and_tiny_ones_are_not(dty
     assert not packed["scales"][bad].any()
     assert torch.allclose(got[~bad], (one / one.norm()).expand(3, D), atol=2e-3)
     assert torch.allclose(
-        packed["scales"][~bad].double(), one.norm().double() * torch.tensor([1, 1e37, 1e-30], dtype=torch.float64), rtol=1e-5
+        packed["scales"][~bad].double(),
+        one.norm().double() * torch.tensor([1, 1e37, 1e-30], dtype=torch.float64),
+        rtol=1e-5,
     )
     assert all(tensor.isfinite().all() for tensor in packed.values() if tensor.is_floating_point())
 
 
 def test_a_zero_gradient_is_quarantined_even_where_moments_give_it_a_direction() -> None:
-    packed = pack(torch.ones(2, 4), norms=torch.tensor([0.0, 1.0]), losses=torch.zeros(2), tokens=torch.ones(2))
+    packed = pack(
+        torch.ones(2, 4),
+        norms=torch.tensor([0.0, 1.0]),
+        losses=torch.zeros(2),
+        tokens=torch.ones(2),
+    )
     assert packed["codes"].tolist() == [ZERO, 0]
 
 
@@ -139,7 +208,12 @@ def test_quarantine_is_counted_by_reason(tmp_path: Path) -> None:
     rows[4], rows[17], rows[18] = 0, torch.nan, torch.nan
     store = fill(make(tmp_path / "s"), rows)
     assert store.quarantined() == {QUARANTINE[ZERO]: 1, QUARANTINE[NON_FINITE]: 2}
-    assert store.counts() == {"rows": N, "usable": N - 3, "tokens": int(sum(range(3, N + 3))), "quarantined": store.quarantined()}
+    assert store.counts() == {
+        "rows": N,
+        "usable": N - 3,
+        "tokens": int(sum(range(3, N + 3))),
+        "quarantined": store.quarantined(),
+    }
     assert (~store.usable).nonzero()[:, 0].tolist() == [4, 17, 18]
     assert not store[17:19].any()
 
@@ -229,7 +303,9 @@ def test_what_is_not_there_yet_cannot_be_read(tmp_path: Path) -> None:
         ("recipe", {"digest": "cd"}),
     ],
 )
-def test_a_store_of_other_settings_is_refused_naming_the_field(tmp_path: Path, field: str, other: dict) -> None:
+def test_a_store_of_other_settings_is_refused_naming_the_field(
+    tmp_path: Path, field: str, other: dict
+) -> None:
     make(tmp_path / "s")
     with pytest.raises(MismatchError, match=f"made with {field} = "):
         make(tmp_path / "s", **other)
@@ -245,9 +321,13 @@ def test_space_is_checked_before_anything_is_computed(tmp_path: Path) -> None:
 def test_wrong_shapes_are_refused(tmp_path: Path) -> None:
     store = make(tmp_path / "s")
     with pytest.raises(ValueError, match="shard 0 takes rows"):
-        store.write(0, torch.zeros(9, D), norms=torch.ones(9), losses=torch.ones(9), tokens=torch.ones(9))
+        store.write(
+            0, torch.zeros(9, D), norms=torch.ones(9), losses=torch.ones(9), tokens=torch.ones(9)
+        )
     with pytest.raises(ValueError, match="columns"):
-        store.write(0, torch.zeros(10, D), norms=torch.ones(9), losses=torch.ones(10), tokens=torch.ones(10))
+        store.write(
+            0, torch.zeros(10, D), norms=torch.ones(9), losses=torch.ones(10), tokens=torch.ones(10)
+        )
     assert store.missing() == list(range(6))
 
 
@@ -273,9 +353,18 @@ def test_a_sealed_store_is_an_artifact_whose_digest_is_that_of_its_bytes(tmp_pat
 
 
 def test_many_shards_do_not_keep_many_files_open(tmp_path: Path) -> None:
-    store = RowStore.create(tmp_path / "s", recipe_digest="ab", ids=[str(i) for i in range(150)], dim=4, spec={}, shard_rows=1)
+    store = RowStore.create(
+        tmp_path / "s",
+        recipe_digest="ab",
+        ids=[str(i) for i in range(150)],
+        dim=4,
+        spec={},
+        shard_rows=1,
+    )
     fill(store, raw(150, 4))
     store = RowStore.open(tmp_path / "s")
     assert store[:].shape == (150, 4)
-    assert len(list(Path("/proc/self/fd").iterdir())) < 150 if Path("/proc/self/fd").exists() else True
+    assert (
+        len(list(Path("/proc/self/fd").iterdir())) < 150 if Path("/proc/self/fd").exists() else True
+    )
     assert torch.equal(store[0:150], torch.cat([store[i : i + 1] for i in range(150)]))

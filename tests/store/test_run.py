@@ -22,7 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(run: Run, stage: str = "gradients", **config: object) -> Artifact:
-    found = run.artifact(stage, version=1, config=config, inputs={"pool": "ab"}, identity={"model": {"name": "tiny", "hash": "1"}})
+    found = run.artifact(
+        stage,
+        version=1,
+        config=config,
+        inputs={"pool": "ab"},
+        identity={"model": {"name": "tiny", "hash": "1"}},
+    )
     if not found.complete:
         write_atomic(found.file("a.json"), json.dumps(config).encode())
         found.finish(counts={"rows": 1})
@@ -32,11 +38,17 @@ def make(run: Run, stage: str = "gradients", **config: object) -> Artifact:
 def holder(root: Path) -> subprocess.Popen[str]:
     """A second process that holds the run until its stdin closes."""
     code = (
-        "import sys\nfrom gradsift.store.run import Run\n"
-        "with Run(sys.argv[1]).lock('gradsift select less --pool p.jsonl'):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+        "import sys\nfrom gradsift.store.run import Run\nwith Run(sys.argv[1]).lock('gradsift"
+        " select less --pool p.jsonl'):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", code, str(root)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(root)],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
@@ -48,7 +60,12 @@ def test_a_second_process_is_refused_and_told_who_holds_the_run(tmp_path: Path) 
     try:
         with pytest.raises(UserError) as caught, run.lock():
             pytest.fail("two holders")
-        for part in (f"pid {other.pid} on {os.uname().nodename}", "since 20", "gradsift select less --pool p.jsonl", "Wait for it"):
+        for part in (
+            f"pid {other.pid} on {os.uname().nodename}",
+            "since 20",
+            "gradsift select less --pool p.jsonl",
+            "Wait for it",
+        ):
             assert part in str(caught.value)
         assert caught.value.exit_code == 2
         assert Run(tmp_path / "run").artifacts() == []  # reading is free
@@ -87,7 +104,9 @@ def test_stages_of_other_settings_live_side_by_side(tmp_path: Path) -> None:
         assert make(run, seed=0).content == first.content
         assert (first.path / "manifest.json").stat().st_mtime_ns == before
         make(run, "warmup", epochs=4)
-    assert {found.path.name for found in run.artifacts()} == {path.name for path in run.root.iterdir() if path.is_dir()}
+    assert {found.path.name for found in run.artifacts()} == {
+        path.name for path in run.root.iterdir() if path.is_dir()
+    }
     latest = run.latest("gradients")
     assert latest is not None
     assert latest.digest == second.digest
@@ -116,7 +135,10 @@ def test_looking_makes_nothing(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match=r"docs: is not a run: it holds 'thesis\.tex'\. Choose a new or empty folder"):
+    with pytest.raises(
+        UserError,
+        match=r"docs: is not a run: it holds 'thesis\.tex'\. Choose a new or empty folder",
+    ):
         Run(tmp_path / "docs")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file"):
@@ -142,10 +164,15 @@ def test_a_damaged_run_file_loses_no_work(tmp_path: Path) -> None:
     again = Run(tmp_path / "run")
     with again.lock("gradsift select less"):
         assert make(again).content == found.content
-    assert json.loads((run.root / "run.json").read_text())["commands"][0]["command"] == "gradsift select less"
+    assert (
+        json.loads((run.root / "run.json").read_text())["commands"][0]["command"]
+        == "gradsift select less"
+    )
 
 
-def test_a_run_of_a_newer_schema_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_a_newer_schema_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(Run(tmp_path / "run"))
     monkeypatch.setattr(artifacts, "SCHEMA", 0)
     with pytest.raises(MismatchError, match="schema 1"):
@@ -185,14 +212,17 @@ def test_the_next_run_sets_aside_what_verify_named_and_nothing_else(tmp_path: Pa
     run = Run(tmp_path / "run")
     found, other = make(run, seed=0), make(run, seed=1)
     content, damaged = found.content, found.file("a.json")
-    for number, data in enumerate((b"x", b"y"), start=1):  # twice: the second does not take the place of the first
+    for number, data in enumerate((b"x", b"y"), start=1):
+        # twice: the second does not take the place of the first
         damaged.write_bytes(data)
         told: list[str] = []
         assert len(verify(run.root, note=told.append)) == 1
         assert told == ["the next run sets aside what is damaged and makes just that anew"]
         again = Run(run.root)
         with again.lock():
-            assert [p.file for p in again.set_aside()] == [p.file for p in again.aside] == ["a.json"]
+            assert (
+                [p.file for p in again.set_aside()] == [p.file for p in again.aside] == ["a.json"]
+            )
             assert not Artifact(run.root, found.recipe).complete
             assert Artifact(run.root, other.recipe).complete
             assert make(again, seed=0).content == content
@@ -220,8 +250,14 @@ def test_a_file_put_right_after_verify_is_left_alone(tmp_path: Path) -> None:
     [
         b"\0" * 40,
         b'{"found": 3}',
-        b'{"found": [1, {"artifact": 1}, {"artifact": "..", "file": "precious"}, {"artifact": "NAME", "file": "../../precious"}]}',
-        b'{"found": [{"artifact": "NAME", "file": "a.json"}, {"artifact": "NAME", "file": "manifest.json"}]}',
+        (
+            b'{"found": [1, {"artifact": 1}, {"artifact": "..", "file": "precious"}, {"artifact":'
+            b' "NAME", "file": "../../precious"}]}'
+        ),
+        (
+            b'{"found": [{"artifact": "NAME", "file": "a.json"}, {"artifact": "NAME", "file":'
+            b' "manifest.json"}]}'
+        ),
     ],
     ids=["zero", "other", "outside", "whole"],
 )
@@ -237,7 +273,9 @@ def test_a_forged_finding_moves_nothing(tmp_path: Path, text: bytes) -> None:
 
 
 def test_what_only_the_user_can_mend_is_neither_set_aside_nor_removed(tmp_path: Path) -> None:
-    """An artifact of a newer gradsift and a renamed folder: their remedy is told, and their bytes stay."""
+    """An artifact of a newer gradsift and a renamed folder: their remedy is told, and their bytes
+    stay.
+    """
     run = Run(tmp_path / "run")
     found, other = make(run, seed=0), make(run, seed=1)
     manifest = found.path / "manifest.json"
@@ -245,7 +283,9 @@ def test_what_only_the_user_can_mend_is_neither_set_aside_nor_removed(tmp_path: 
     other.path.rename(run.root / "gradients-000000000000")
     lines = verify(run.root)
     assert any("was written in schema 2" in line and "Upgrade gradsift" in line for line in lines)
-    assert any("holds the recipe of" in line and "Give the folder its name back" in line for line in lines)
+    assert any(
+        "holds the recipe of" in line and "Give the folder its name back" in line for line in lines
+    )
     assert run.set_aside() == []
     assert verify(run.root, repair=True) == lines
     assert b'"schema": 2' in manifest.read_bytes()
@@ -264,12 +304,16 @@ def test_a_finding_that_cannot_be_kept_is_told_all_the_same(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["manifest.json", "recipe.json"])
 @pytest.mark.parametrize("how", ["edit", "zero"])
-def test_a_manifest_or_recipe_that_was_changed_is_mended(tmp_path: Path, name: str, how: str) -> None:
+def test_a_manifest_or_recipe_that_was_changed_is_mended(
+    tmp_path: Path, name: str, how: str
+) -> None:
     run = Run(tmp_path / "run")
     found = make(run, seed=0)
     content, path = found.content, found.path / name
     path.write_bytes(
-        path.read_bytes().replace(b'"seed": 0', b'"seed": 3').replace(b'"seed":0', b'"seed":3') if how == "edit" else b"\0" * 50
+        path.read_bytes().replace(b'"seed": 0', b'"seed": 3').replace(b'"seed":0', b'"seed":3')
+        if how == "edit"
+        else b"\0" * 50
     )
     if how == "edit":
         with pytest.raises(IntegrityError, match=name):
@@ -277,7 +321,8 @@ def test_a_manifest_or_recipe_that_was_changed_is_mended(tmp_path: Path, name: s
     problems = run.verify()
     assert [problem.file for problem in problems] == [name]
     run.discard(problems[0])
-    assert found.file("manifest.json").exists() == (name == "recipe.json")  # which it repeats: nothing else is lost
+    # which it repeats: nothing else is lost
+    assert found.file("manifest.json").exists() == (name == "recipe.json")
     assert make(run, seed=0).content == content
     assert run.verify() == []
 
@@ -302,7 +347,9 @@ def test_discard_deletes_nothing_outside_the_run(tmp_path: Path) -> None:
     assert not (found.path / "link").is_symlink()
 
 
-def test_a_manifest_that_names_a_file_outside_is_a_problem_and_opens_nothing(tmp_path: Path) -> None:
+def test_a_manifest_that_names_a_file_outside_is_a_problem_and_opens_nothing(
+    tmp_path: Path,
+) -> None:
     run = Run(tmp_path / "run")
     found = make(run)
     manifest = {key: value for key, value in found.manifest.items() if key != "seal"}

@@ -22,7 +22,9 @@ from gradsift.types import Selector
 
 @dataclass(frozen=True, eq=False)
 class ArmRows:
-    """The rows of an arm: `draws` of pool rows (each ascending), one per seed or a single one for all."""
+    """The rows of an arm: `draws` of pool rows (each ascending), one per seed or a single one for
+    all.
+    """
 
     name: str
     kind: str
@@ -37,7 +39,9 @@ class ArmRows:
 
 @dataclass(frozen=True, eq=False)
 class Arms:
-    """Makes choices over one pool. `overlap`: pool rows that no arm may have; `seeds`: one draw of the random arms for each."""
+    """Makes choices over one pool. `overlap`: pool rows that no arm may have; `seeds`: one draw of
+    the random arms for each.
+    """
 
     pipeline: Pipeline
     budget: budgets.Budget
@@ -51,11 +55,23 @@ class Arms:
         good[self.overlap] = False
         return np.flatnonzero(good)
 
-    def selected(self, name: str, method: str, selector: Selector, *, kind: str = "method", seeds: Sequence[int] = (0,)) -> list[ArmRows]:
+    def selected(
+        self,
+        name: str,
+        method: str,
+        selector: Selector,
+        *,
+        kind: str = "method",
+        seeds: Sequence[int] = (0,),
+    ) -> list[ArmRows]:
         """The choice of a method; a second one with its weights where it gives any."""
         pool = self.pipeline.sides["pool"]
         pipeline = self.pipeline if selector.target != "none" else self.pipeline.over(pool)
-        limits = build_constraints(exclude_ids=[pool.ids[int(row)] for row in self.overlap]) if len(self.overlap) else Constraints()
+        limits = (
+            build_constraints(exclude_ids=[pool.ids[int(row)] for row in self.overlap])
+            if len(self.overlap)
+            else Constraints()
+        )
         made = [select_in(pipeline, method, selector, self.budget, limits, seed) for seed in seeds]
         draws = tuple(np.sort(selection.indices) for selection in made)
         seconds = self._spent(pipeline, selector, made[0])
@@ -63,12 +79,20 @@ class Arms:
         weights = read_tensors(made[0].folder / "subset.safetensors").get("weights")
         if weights is not None:
             ordered = weights.numpy()[np.argsort(made[0].indices)]
-            choices.append(ArmRows(f"{name} (weighted)", kind, draws[:1], ordered, seconds, made[0]))
+            choices.append(
+                ArmRows(f"{name} (weighted)", kind, draws[:1], ordered, seconds, made[0])
+            )
         return choices
 
     def _spent(self, pipeline: Pipeline, selector: Selector, made: Selection) -> float:
-        artifacts = [pipeline.stored(recipe) for recipe in pipeline.recipes(selector.needs())] + [Artifact.load(made.folder)]
-        return sum(float(artifact.stats.get("wall_seconds", 0)) for artifact in artifacts if artifact is not None)
+        artifacts = [pipeline.stored(recipe) for recipe in pipeline.recipes(selector.needs())] + [
+            Artifact.load(made.folder)
+        ]
+        return sum(
+            float(artifact.stats.get("wall_seconds", 0))
+            for artifact in artifacts
+            if artifact is not None
+        )
 
     def control(self, name: str, reference: ArmRows) -> list[ArmRows]:
         if name == "full":
@@ -80,35 +104,56 @@ class Arms:
         return self.selected(name, name, methods.make(name), kind="control", seeds=seeds)[:1]
 
     def _matched(self, chosen: np.ndarray, seed: int, bins: int = 40) -> np.ndarray:
-        """As many rows as `chosen`, drawn at random within each of `bins` classes of answer length (equally filled by the pool)."""
+        """As many rows as `chosen`, drawn at random within each of `bins` classes of answer length
+        (equally filled by the pool).
+        """
         usable, lengths = self.usable, self.pipeline.encoded("pool").supervised
         edges = np.unique(np.quantile(lengths[usable], np.linspace(0, 1, bins + 1)[1:-1]))
         of, wanted = np.digitize(lengths[usable], edges), np.digitize(lengths[chosen], edges)
         rng = np.random.default_rng([seed, len(chosen)])
-        drawn = [rng.choice(usable[of == c], int((wanted == c).sum()), replace=False) for c in np.unique(wanted)]
+        drawn = [
+            rng.choice(usable[of == c], int((wanted == c).sum()), replace=False)
+            for c in np.unique(wanted)
+        ]
         return np.sort(np.concatenate(drawn))
 
     def marked(self, text: str) -> np.ndarray:
-        """The usable rows whose FIELD is VALUE, of "FIELD=VALUE". Raises ConfigError, UserError where there are none."""
+        """The usable rows whose FIELD is VALUE, of "FIELD=VALUE". Raises ConfigError, UserError
+        where there are none.
+        """
         field, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"--oracle {text}: not FIELD=VALUE", remedy="Write it as --oracle source=gsm8k.")
+            raise ConfigError(
+                f"--oracle {text}: not FIELD=VALUE", remedy="Write it as --oracle source=gsm8k."
+            )
         pool = self.pipeline.sides["pool"]
-        marked = np.array([row for row in self.usable.tolist() if str(pool.record(row).get(field)) == value], dtype=np.int64)
+        marked = np.array(
+            [row for row in self.usable.tolist() if str(pool.record(row).get(field)) == value],
+            dtype=np.int64,
+        )
         if not len(marked):
             raise UserError(
-                f"--oracle {text}: no row of the pool that may be chosen has that value", remedy="Look at the rows with `gradsift inspect`."
+                f"--oracle {text}: no row of the pool that may be chosen has that value",
+                remedy="Look at the rows with `gradsift inspect`.",
             )
         return marked
 
     def oracle(self, name: str, marked: np.ndarray, count: int) -> ArmRows:
-        """`count` rows drawn for every seed among those `marked`; where they are fewer, all of them and random others: the same
-        steps on a handful of rows would say how a handful is overfitted."""
+        """`count` rows drawn for every seed among those `marked`; where they are fewer, all of them
+        and random others: the same steps on a handful of rows would say how a handful is
+        overfitted.
+        """
         others = np.setdiff1d(self.usable, marked)
         short = min(max(count - len(marked), 0), len(others))
         drawn = []
         for seed in self.seeds:
             rng = np.random.default_rng([seed, 7])
             taken = rng.choice(marked, min(count, len(marked)), replace=False)
-            drawn.append(np.sort(np.concatenate([taken, rng.choice(others, short, replace=False)]) if short else taken))
+            drawn.append(
+                np.sort(
+                    np.concatenate([taken, rng.choice(others, short, replace=False)])
+                    if short
+                    else taken
+                )
+            )
         return ArmRows(name, "control", tuple(drawn))

@@ -1,4 +1,6 @@
-"""What a comparison found: one line per way of choosing rows, with intervals, as a table, as JSON, as Markdown and for the report."""
+"""What a comparison found: one line per way of choosing rows, with intervals, as a table, as JSON,
+as Markdown and for the report.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,15 @@ MEAN = "mean of the tests"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of choosing rows. kind: "method", "control", "full" (the whole pool) or "none" (the base model, untrained). rows, tokens
-    (supervised, of one pass): of the first seed's draw; seconds: what choosing took, all stages counted, 0 for what costs nothing;
-    marked: the share of those rows that carry the oracle's mark, None without an oracle.
+    """One way of choosing rows. kind: "method", "control", "full" (the whole pool) or "none" (the
+    base model, untrained). rows, tokens (supervised, of one pass): of the first seed's draw;
+    seconds: what choosing took, all stages counted, 0 for what costs nothing; marked: the share of
+    those rows that carry the oracle's mark, None without an oracle.
 
-    draws: the pool rows of every draw, each ascending, one draw per seed or a single one for all; selection: where the choice of the first
-    draw is written, None for rows that no method chose. Neither is part of a summary."""
+    draws: the pool rows of every draw, each ascending, one draw per seed or a single one for all;
+    selection: where the choice of the first draw is written, None for rows that no method chose.
+    Neither is part of a summary.
+    """
 
     name: str
     kind: str
@@ -39,8 +44,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """An arm's result. value: mean over seeds; difference: to the control, with its interval [low, high] (None for the control itself).
-    draws [DRAWS]: bootstrap draws of the value, for statistics of several arms; not part of a summary."""
+    """An arm's result. value: mean over seeds; difference: to the control, with its interval [low,
+    high] (None for the control itself). draws [DRAWS]: bootstrap draws of the value, for statistics
+    of several arms; not part of a summary.
+    """
 
     arm: str
     value: float
@@ -76,8 +83,9 @@ class Results:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that `gradsift compare` found. settings: what was trained and how; overlap: pool rows left out because they share 13 words with a
-    test; cost: minutes of choosing and training."""
+    """All that `gradsift compare` found. settings: what was trained and how; overlap: pool rows
+    left out because they share 13 words with a test; cost: minutes of choosing and training.
+    """
 
     control: str
     level: float
@@ -88,9 +96,12 @@ class Comparison:
     cost: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def table(self, test: str | None = None, measure: str = "loss", equal: str | None = None) -> Results:
-        """The table of a test (default: the mean of the tests, or the only one) and a way of equal training (default: the first). Raises
-        KeyError."""
+    def table(
+        self, test: str | None = None, measure: str = "loss", equal: str | None = None
+    ) -> Results:
+        """The table of a test (default: the mean of the tests, or the only one) and a way of equal
+        training (default: the first). Raises KeyError.
+        """
         wanted = test or (MEAN if any(t.test == MEAN for t in self.tables) else self.tables[0].test)
         equal = equal or self.tables[0].equal
         for table in self.tables:
@@ -104,7 +115,9 @@ class Comparison:
         return any(arm.marked is not None for arm in self.arms)
 
     def summary(self) -> dict[str, Any]:
-        plain = replace(self, arms=tuple(replace(arm, draws=(), selection=None) for arm in self.arms))
+        plain = replace(
+            self, arms=tuple(replace(arm, draws=(), selection=None) for arm in self.arms)
+        )
         summary = asdict(plain)
         for arm in summary["arms"]:
             del arm["draws"], arm["selection"]
@@ -121,11 +134,19 @@ class Comparison:
                 t["test"],
                 t["measure"],
                 t["equal"],
-                tuple(ArmResult(**{**line, "per_seed": tuple(line["per_seed"])}) for line in t["lines"]),
+                tuple(
+                    ArmResult(**{**line, "per_seed": tuple(line["per_seed"])})
+                    for line in t["lines"]
+                ),
             )
             for t in data["tables"]
         )
-        made = {**data, "arms": tuple(Arm(**arm) for arm in data["arms"]), "tables": tables, "notes": tuple(data["notes"])}
+        made = {
+            **data,
+            "arms": tuple(Arm(**arm) for arm in data["arms"]),
+            "tables": tables,
+            "notes": tuple(data["notes"]),
+        }
         return cls(**made)
 
     def lines(self) -> list[str]:
@@ -138,10 +159,14 @@ class Comparison:
         return lines
 
     def spent(self) -> list[str]:
-        """What a training takes, on a choice and on everything, and what choosing took: a sentence each, none where no time is kept."""
+        """What a training takes, on a choice and on everything, and what choosing took: a sentence
+        each, none where no time is kept.
+        """
         if not self.cost:
             return []
-        one, every = (duration(60 * self.cost[f"training{on}_minutes"]) for on in ("", "_on_everything"))
+        one, every = (
+            duration(60 * self.cost[f"training{on}_minutes"]) for on in ("", "_on_everything")
+        )
         training = f"a training takes {one} on average over the arms (equal {self.tables[0].equal})"
         training += f"; on everything, for as many passes, about {every}"
         chosen = [f"{arm.name} {duration(arm.seconds)}" for arm in self.arms if arm.seconds >= 1]
@@ -150,24 +175,36 @@ class Comparison:
 
     def _heading(self, table: Results) -> list[str]:
         better = "lower is better" if table.lower_is_better else "higher is better"
-        same = "the same optimiser steps" if table.equal == "steps" else "the same number of tokens, prompts counted"
+        same = (
+            "the same optimiser steps"
+            if table.equal == "steps"
+            else "the same number of tokens, prompts counted"
+        )
         width = max(len(arm.name) for arm in self.arms) + 2
         wide = max(9, len(table.measure) + 2)
         against = f"against {self.control} ({self.level:.0%})"
-        head = f"{'':<{width}}{table.measure:>{wide}}{against:>34}{'rows':>9}{'tokens':>10}{'steps':>7}"
+        head = f"{'':<{width}}{table.measure:>{wide}}{against:>34}"
+        head += f"{'rows':>9}{'tokens':>10}{'steps':>7}"
         head += f"{'marked':>9}" if self.marks else ""
         return [f"{table.test}: {table.measure} ({better}), {same}", head]
 
     def _body(self, table: Results) -> list[str]:
-        width, arms = max(len(arm.name) for arm in self.arms) + 2, {arm.name: arm for arm in self.arms}
+        width, arms = (
+            max(len(arm.name) for arm in self.arms) + 2,
+            {arm.name: arm for arm in self.arms},
+        )
         wide, body = max(9, len(table.measure) + 2), []
-        for line in sorted(table.lines, key=lambda line: line.value if table.lower_is_better else -line.value):
+        for line in sorted(
+            table.lines, key=lambda line: line.value if table.lower_is_better else -line.value
+        ):
             arm, against = arms[line.arm], ""
             if line.difference is not None:
                 mark = "*" if line.certain else " "
                 against = f"{line.difference:+.4f} ({line.low:+.4f} to {line.high:+.4f}){mark}"
             marked = f"{_share(arm):>9}" if self.marks else ""
-            body.append(f"{arm.name:<{width}}{line.value:>{wide}.4f}{against:>34}{arm.rows:>9,}{arm.tokens:>10,}{line.steps:>7,}{marked}")
+            body.append(
+                f"{arm.name:<{width}}{line.value:>{wide}.4f}{against:>34}{arm.rows:>9,}{arm.tokens:>10,}{line.steps:>7,}{marked}"
+            )
         return body
 
     def markdown(self) -> str:
@@ -177,14 +214,26 @@ class Comparison:
             same = "steps" if table.equal == "steps" else "tokens, prompts counted"
             lines.append(f"**{table.test}**, {table.measure} ({better} is better), equal {same}\n")
             marked, rule = (" marked |", "---:|") if self.marks else ("", "")
-            lines.append(f"| | {table.measure} | against {self.control} ({self.level:.0%} interval) | rows | tokens | steps |{marked}")
+            lines.append(
+                f"| | {table.measure} | against {self.control} ({self.level:.0%} interval) | rows |"
+                f" tokens | steps |{marked}"
+            )
             lines.append(f"|---|---:|---:|---:|---:|---:|{rule}")
             arms = {arm.name: arm for arm in self.arms}
-            for line in sorted(table.lines, key=lambda line: line.value if table.lower_is_better else -line.value):
-                against = "" if line.difference is None else f"{line.difference:+.4f} ({line.low:+.4f} to {line.high:+.4f})"
+            for line in sorted(
+                table.lines, key=lambda line: line.value if table.lower_is_better else -line.value
+            ):
+                against = (
+                    ""
+                    if line.difference is None
+                    else f"{line.difference:+.4f} ({line.low:+.4f} to {line.high:+.4f})"
+                )
                 arm = arms[line.arm]
                 marked = f" {_share(arm)} |" if self.marks else ""
-                lines.append(f"| {line.arm} | {line.value:.4f} | {against} | {arm.rows:,} | {arm.tokens:,} | {line.steps:,} |{marked}")
+                lines.append(
+                    f"| {line.arm} | {line.value:.4f} | {against} | {arm.rows:,} | {arm.tokens:,} |"
+                    f" {line.steps:,} |{marked}"
+                )
             lines.append("")
         lines += [f"Cost: {text}.\n" for text in self.spent()]
         return "\n".join(lines)
@@ -206,9 +255,14 @@ class Comparison:
             )
             for line in table.lines
         )
-        note = f"{table.test}, equal {table.equal}; intervals ({self.level:.0%}) are of the difference to {self.control}, over seeds and test rows."
+        note = (
+            f"{table.test}, equal {table.equal}; intervals ({self.level:.0%}) are of the difference"
+            f" to {self.control}, over seeds and test rows."
+        )
         what = "held-out loss (nats per token)" if table.measure == "loss" else table.measure
-        return report.Comparison(measure=what, lower_is_better=table.lower_is_better, results=results, note=note)
+        return report.Comparison(
+            measure=what, lower_is_better=table.lower_is_better, results=results, note=note
+        )
 
 
 def _share(arm: Arm) -> str:

@@ -1,4 +1,6 @@
-"""One training and what it scored: the cell of a comparison, kept as an artifact, so that nothing is trained twice."""
+"""One training and what it scored: the cell of a comparison, kept as an artifact, so that nothing
+is trained twice.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ COMMAND = "command"  # the name of the measure that a user's own command gives
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A training: pool rows (ascending; none = the base model as it is), the recipe with its seed and steps, and weights [rows] or None."""
+    """A training: pool rows (ascending; none = the base model as it is), the recipe with its seed
+    and steps, and weights [rows] or None.
+    """
 
     rows: np.ndarray
     settings: FinetuneSettings
@@ -48,12 +52,19 @@ class Trial:
         if self.weights is not None:
             hasher.update(np.asarray(self.weights, dtype=np.float64).tobytes())
         recipe = self.settings.canonical() if len(self.rows) else None
-        return {"rows": hasher.hexdigest(), "count": len(self.rows), "weighted": self.weights is not None, "finetune": recipe}
+        return {
+            "rows": hasher.hexdigest(),
+            "count": len(self.rows),
+            "weighted": self.weights is not None,
+            "finetune": recipe,
+        }
 
 
 @dataclass(frozen=True, eq=False)
 class Test:
-    """Held-out rows, encoded, and by which MEASURES they are judged. `references`, `answers` [m]: texts, None where a row has none."""
+    """Held-out rows, encoded, and by which MEASURES they are judged. `references`, `answers` [m]:
+    texts, None where a row has none.
+    """
 
     __test__ = False  # not a test case, whatever pytest thinks of the name
 
@@ -71,8 +82,9 @@ class Test:
 
 @dataclass(frozen=True)
 class Command:
-    """The user's own evaluation: a command line in which {model} is the folder of the trained model. Its last line on stdout is a number, or a
-    JSON object of numbers."""
+    """The user's own evaluation: a command line in which {model} is the folder of the trained
+    model. Its last line on stdout is a number, or a JSON object of numbers.
+    """
 
     text: str
     name: str = COMMAND
@@ -84,8 +96,9 @@ class Command:
 
 @dataclass(frozen=True, eq=False)
 class TrialScores:
-    """What one training scored. `sums` [m] nats and `tokens` [m] supervised tokens per test row; `measures`: name -> [m], NaN where a row has
-    none; `numbers`: what a Command printed."""
+    """What one training scored. `sums` [m] nats and `tokens` [m] supervised tokens per test row;
+    `measures`: name -> [m], NaN where a row has none; `numbers`: what a Command printed.
+    """
 
     sums: np.ndarray
     tokens: np.ndarray
@@ -94,37 +107,57 @@ class TrialScores:
 
 
 class Trials:
-    """Trains what is missing and keeps every score. `pipeline`: the pool's, inside its run's lock."""
+    """Trains what is missing and keeps every score. `pipeline`: the pool's, inside its run's
+    lock.
+    """
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
 
     def recipe(self, trial: Trial, test: Test | Command) -> Recipe:
         inputs = {"pool": self.pipeline.encode_recipe("pool").digest, "test": test.digest}
-        return Recipe("trial", {**trial.canonical(), **test.canonical()}, inputs, self.pipeline.compute_identity())
+        return Recipe(
+            "trial",
+            {**trial.canonical(), **test.canonical()},
+            inputs,
+            self.pipeline.compute_identity(),
+        )
 
-    def missing(self, wanted: Iterable[tuple[Trial, Sequence[Test | Command]]]) -> list[tuple[Trial, list[Test | Command]]]:
-        """Trainings to be done and the tests that lack their scores; a training wanted twice is done once."""
+    def missing(
+        self, wanted: Iterable[tuple[Trial, Sequence[Test | Command]]]
+    ) -> list[tuple[Trial, list[Test | Command]]]:
+        """Trainings to be done and the tests that lack their scores; a training wanted twice is
+        done once.
+        """
         jobs: dict[str, tuple[Trial, dict[str, Test | Command]]] = {}
         for trial, tests in wanted:
             for test in tests:
                 recipe = self.recipe(trial, test)
                 if self.pipeline.stored(recipe) is None:
-                    jobs.setdefault(json.dumps(trial.canonical(), sort_keys=True), (trial, {}))[1][recipe.digest] = test
+                    jobs.setdefault(json.dumps(trial.canonical(), sort_keys=True), (trial, {}))[1][
+                        recipe.digest
+                    ] = test
         return [(trial, list(tests.values())) for trial, tests in jobs.values()]
 
     def run(self, wanted: Iterable[tuple[Trial, Sequence[Test | Command]]]) -> int:
-        """Trains and tests what is not there yet, in the order given; returns how many trainings that took. Raises Interrupted."""
+        """Trains and tests what is not there yet, in the order given; returns how many trainings
+        that took. Raises Interrupted.
+        """
         jobs, progress = self.missing(wanted), self.pipeline.progress
         if not jobs:
             return 0
         encoded = self.pipeline.encoded("pool")
         progress.start(len(jobs), "trainings", "training and testing")
         make = functools.partial(_worker, self.pipeline.config.model)
-        for number, (made, seconds) in self.pipeline.executor.map(make, range(len(jobs)), lambda number: _job(*jobs[number], encoded)):
+        for number, (made, seconds) in self.pipeline.executor.map(
+            make, range(len(jobs)), lambda number: _job(*jobs[number], encoded)
+        ):
             trial, tests = jobs[number]
             for test, scores in zip(tests, made, strict=True):
-                self.pipeline.make(self.recipe(trial, test), functools.partial(_keep, scores, seconds, self.pipeline.executor.gpu))
+                self.pipeline.make(
+                    self.recipe(trial, test),
+                    functools.partial(_keep, scores, seconds, self.pipeline.executor.gpu),
+                )
             progress.advance()
         progress.done()
         return len(jobs)
@@ -133,12 +166,16 @@ class Trials:
         """The scores of a training that `run` has done."""
         artifact = self.pipeline.make(self.recipe(trial, test), _not_run)
         if isinstance(test, Command):
-            return TrialScores(np.zeros(0), np.zeros(0), {}, dict(artifact.manifest["extra"]["numbers"]))
+            return TrialScores(
+                np.zeros(0), np.zeros(0), {}, dict(artifact.manifest["extra"]["numbers"])
+            )
         tensors = {name: value.numpy() for name, value in artifact.tensors(_FILE).items()}
         return TrialScores(tensors.pop("sums"), tensors.pop("tokens"), tensors, {})
 
     def seconds(self, trial: Trial, test: Test | Command) -> dict[str, float]:
-        """Wall seconds of the training and its test: {"training", "testing"}; empty where stats.json is lost."""
+        """Wall seconds of the training and its test: {"training", "testing"}; empty where
+        stats.json is lost.
+        """
         artifact = self.pipeline.stored(self.recipe(trial, test))
         stats = {} if artifact is None else artifact.stats
         return {name: stats[name] for name in ("training", "testing") if name in stats}
@@ -152,10 +189,13 @@ def _keep(scores: TrialScores, seconds: Mapping[str, float], gpu: str, artifact:
     files = {}
     if len(scores.sums):
         arrays = {"sums": scores.sums, "tokens": scores.tokens, **scores.measures}
-        tensors = {name: torch.tensor(value) for name, value in arrays.items()}  # those of a worker are read-only
+        # those of a worker are read-only
+        tensors = {name: torch.tensor(value) for name, value in arrays.items()}
         files[_FILE] = write_tensors(artifact.path / _FILE, tensors, {"recipe": artifact.digest})
     extra = {"numbers": dict(scores.numbers), **({"gpus": {gpu: 1}} if gpu else {})}
-    artifact.finish(files=files, counts={"rows": len(scores.sums)}, extra=extra, stats=dict(seconds))
+    artifact.finish(
+        files=files, counts={"rows": len(scores.sums)}, extra=extra, stats=dict(seconds)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +223,13 @@ def _worker(model: ModelSettings) -> Callable[[_Job], tuple[list[TrialScores], d
     def work(job: _Job) -> tuple[list[TrialScores], dict[str, float]]:
         started = time.perf_counter()
         load = functools.partial(base, job.settings.mode)
-        net = finetune(load, job.rows, settings=job.settings, weights=job.weights, device=model.device) if job.rows else load()
+        net = (
+            finetune(
+                load, job.rows, settings=job.settings, weights=job.weights, device=model.device
+            )
+            if job.rows
+            else load()
+        )
         trained = time.perf_counter()
         made = [_score(net, tokenizer, test, job.settings.token_budget) for test in job.tests]
         return made, {"training": trained - started, "testing": time.perf_counter() - trained}
@@ -198,15 +244,27 @@ def _score(net: Any, tokenizer: Any, test: Test | Command, token_budget: int) ->
     generated = answers(net, test.rows, tokenizer) if set(test.measures) - {"loss"} else []
     if "exact" in test.measures:
         pairs = zip(generated, test.answers, strict=True)
-        measures["exact"] = np.array([math.nan if answer is None else float(same_answer(text, answer)) for text, answer in pairs])
+        measures["exact"] = np.array(
+            [
+                math.nan if answer is None else float(same_answer(text, answer))
+                for text, answer in pairs
+            ]
+        )
     for name, function in (("bleu", bleu), ("chrf", chrf)):
         if name in test.measures:
-            measures[name] = np.array([function(text, said) for text, said in zip(generated, test.references, strict=True)])
+            measures[name] = np.array(
+                [
+                    function(text, said)
+                    for text, said in zip(generated, test.references, strict=True)
+                ]
+            )
     return TrialScores(held.sums, held.tokens, measures, {})
 
 
 def _ask(command: str, net: Any, tokenizer: Any) -> dict[str, float]:
-    """Saves the trained model (the adapter, in LoRA mode) where {model} stands and runs the command."""
+    """Saves the trained model (the adapter, in LoRA mode) where {model} stands and runs the
+    command.
+    """
     with tempfile.TemporaryDirectory(prefix="gradsift-") as folder:
         with quiet():
             net.save_pretrained(folder)
@@ -215,11 +273,19 @@ def _ask(command: str, net: Any, tokenizer: Any) -> dict[str, float]:
         try:
             done = subprocess.run(words, capture_output=True, text=True, check=False)
         except OSError as error:
-            raise DataError(f"--measure-command cannot be run: {error.strerror}", where=words[0], remedy="Try it in a shell.") from None
+            raise DataError(
+                f"--measure-command cannot be run: {error.strerror}",
+                where=words[0],
+                remedy="Try it in a shell.",
+            ) from None
         lines = done.stdout.strip().splitlines()
         if done.returncode or not lines:
             told = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-            raise DataError(f"--measure-command ended with {done.returncode}: {told}", where=words[0], remedy="Try it in a shell.")
+            raise DataError(
+                f"--measure-command ended with {done.returncode}: {told}",
+                where=words[0],
+                remedy="Try it in a shell.",
+            )
         return _numbers(lines[-1], Path(words[0]))
 
 
@@ -228,8 +294,18 @@ def _numbers(line: str, where: Path) -> dict[str, float]:
         printed = json.loads(line)
     except ValueError:
         printed = None
-    printed = {"value": printed} if isinstance(printed, (int, float)) and not isinstance(printed, bool) else printed
-    if isinstance(printed, dict) and printed and all(isinstance(v, (int, float)) and math.isfinite(v) for v in printed.values()):
+    printed = (
+        {"value": printed}
+        if isinstance(printed, (int, float)) and not isinstance(printed, bool)
+        else printed
+    )
+    if (
+        isinstance(printed, dict)
+        and printed
+        and all(isinstance(v, (int, float)) and math.isfinite(v) for v in printed.values())
+    ):
         return {str(name): float(value) for name, value in printed.items()}
     what = f"--measure-command printed {line[:80]!r} last"
-    raise DataError(what, where=where, remedy="Let its last line be a number or a JSON object of numbers.")
+    raise DataError(
+        what, where=where, remedy="Let its last line be a number or a JSON object of numbers."
+    )

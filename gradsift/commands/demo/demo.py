@@ -1,4 +1,6 @@
-"""`gradsift demo`: a `compare` over a generated pool with the built-in model, offline, and the check that it worked."""
+"""`gradsift demo`: a `compare` over a generated pool with the built-in model, offline, and the
+check that it worked.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Shares:
-    """Of an arm's rows, over all its draws: the share of the target's family, and the share of noise."""
+    """Of an arm's rows, over all its draws: the share of the target's family, and the share of
+    noise.
+    """
 
     family: float
     noise: float
@@ -52,7 +56,9 @@ class Demo:
 
     @property
     def passed(self) -> bool:
-        """Family share at least 3x random's, noise share at most half of it, held-out loss below it."""
+        """Family share at least 3x random's, noise share at most half of it, held-out loss below
+        it.
+        """
         less, random, table = self.shares[TARGETED], self.shares[CONTROL], self.comparison.table()
         pure = less.family >= 3 * random.family and less.noise <= random.noise / 2
         return pure and table.line(TARGETED).value < table.line(CONTROL).value
@@ -74,7 +80,9 @@ class Demo:
             counts = f"{share.family:>16.0%}{share.noise:>8.0%}{arm.rows:>7}"
             body.append(f"{arm.name:<10}{result.value:>15.3f}{against:>30}{counts}")
             if arm.selection is not None:
-                paths.append(f"{arm.name:<10}{arm.selection.subset_path}\n{'':<10}{arm.selection.report}")
+                paths.append(
+                    f"{arm.name:<10}{arm.selection.subset_path}\n{'':<10}{arm.selection.report}"
+                )
         verdict = (
             "The targeted method beats random."
             if self.passed
@@ -83,10 +91,14 @@ class Demo:
         return "\n".join([head, *body, "", *paths, "", f"{verdict} ({self.seconds:.0f} s)"])
 
 
-def demo(run: str | Path, *, seed: int = 0, seeds: int = 3, progress: Progress | None = None) -> Demo:
-    """Compares METHODS and random on the playground: 5 % of its pool, the built-in model, `seeds` trainings of each.
+def demo(
+    run: str | Path, *, seed: int = 0, seeds: int = 3, progress: Progress | None = None
+) -> Demo:
+    """Compares METHODS and random on the playground: 5 % of its pool, the built-in model, `seeds`
+    trainings of each.
 
-    No method reads the labels `family` and `noise`: they only say afterwards which rows were chosen. Random is drawn anew for every seed.
+    No method reads the labels `family` and `noise`: they only say afterwards which rows were
+    chosen. Random is drawn anew for every seed.
 
     Args:
         run: The folder to work in: the generated files under data/, the run under run/.
@@ -148,11 +160,19 @@ def _shares(arm: Arm, labels: Sequence[Mapping[str, Any]], family: str) -> Share
 
 def _add_shares(comparison: Comparison, shares: Mapping[str, Shares]) -> None:
     """Notes the shares of every arm in the comparison that each selection's report shows."""
-    notes = {name: f"{share.family:.0%} of the target's family, {share.noise:.0%} noise" for name, share in shares.items()}
+    notes = {
+        name: f"{share.family:.0%} of the target's family, {share.noise:.0%} noise"
+        for name, share in shares.items()
+    }
     panel = comparison.panel()
-    results = tuple(result.model_copy(update={"note": notes.get(result.name, result.note)}) for result in panel.results)
+    results = tuple(
+        result.model_copy(update={"note": notes.get(result.name, result.note)})
+        for result in panel.results
+    )
     noted = panel.model_copy(update={"results": results})
     for arm in comparison.arms:
         if arm.selection is not None:
-            data = ReportData.model_validate_json((arm.selection.folder / "report.json").read_bytes())
+            data = ReportData.model_validate_json(
+                (arm.selection.folder / "report.json").read_bytes()
+            )
             write_report(data.model_copy(update={"comparison": noted}), arm.selection.folder)

@@ -1,4 +1,6 @@
-"""What a plan looks like over Ray workers: how many there are, how the time falls, and what object store and memory they need."""
+"""What a plan looks like over Ray workers: how many there are, how the time falls, and what object
+store and memory they need.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,18 @@ if TYPE_CHECKING:
     from gradsift.commands.plan.costs import Rates, StageCost
     from gradsift.stages.pipeline import Pipeline
 
-MAPPED = ("gradients", "embeddings", "loss", "tuned", "ifd", "curvature")  # and influence through the curvature
+# and influence through the curvature
+MAPPED = ("gradients", "embeddings", "loss", "tuned", "ifd", "curvature")
 STARTING = 15.0  # seconds until a worker has its libraries, without the model
 MINIMUM = 75 << 20  # Ray takes no smaller object store
 
 
 @dataclass(frozen=True)
 class Spread:
-    """`workers` of `threads` threads and `gpus` GPUs each. `seconds`: the whole selection with them. Bytes: of the object store on every
-    machine, `shared` once and `each` for each of its workers; of memory, `memory` for each worker besides."""
+    """`workers` of `threads` threads and `gpus` GPUs each. `seconds`: the whole selection with
+    them. Bytes: of the object store on every machine, `shared` once and `each` for each of its
+    workers; of memory, `memory` for each worker besides.
+    """
 
     workers: int
     threads: int
@@ -42,14 +47,17 @@ class Spread:
     def line(self) -> str:
         kind = f"{self.gpus} GPUs" if self.gpus else f"{self.threads} threads"
         return (
-            f"ray      {self.workers} workers of {kind}; each takes {self.memory / 1e6:,.0f} MB of memory, and of its machine's object store "
-            f"{self.each / 1e6:,.1f} MB besides {self.shared / 1e6:,.1f} MB once (--object-store-memory {self.store(self.workers)} "
-            "where all are on one machine)"
+            f"ray      {self.workers} workers of {kind}; each takes {self.memory / 1e6:,.0f} MB of"
+            f" memory, and of its machine's object store {self.each / 1e6:,.1f} MB besides"
+            f" {self.shared / 1e6:,.1f} MB once (--object-store-memory {self.store(self.workers)}"
+            " where all are on one machine)"
         )
 
 
 def spread(pipeline: Pipeline, stages: Sequence[StageCost], rates: Rates) -> Spread | None:
-    """None for the serial executor. Of a cluster that is running the room is asked; a local one is not started for a plan."""
+    """None for the serial executor. Of a cluster that is running the room is asked; a local one is
+    not started for a plan.
+    """
     executor = pipeline.executor
     if not isinstance(executor, Ray):
         return None
@@ -68,19 +76,30 @@ def spread(pipeline: Pipeline, stages: Sequence[StageCost], rates: Rates) -> Spr
     results, shared = [0], [0]
     for stage in mapped:
         size = min(rows, stage.rows)
-        results.append({
-            "gradients": size * (2 * rates.dim + 17), "embeddings": size * (2 * rates.hidden + 17), "curvature": rates.factors,
-            "influence": 4 * size * targets,
-        }.get(stage.stage, 8 * size))  # fmt: skip
-        shared.append(
-            {"curvature": rates.factors, "influence": min(targets * rates.tracked, MEMORY)}.get(stage.stage, 12 * rates.parameters)
+        results.append(
+            {
+                "gradients": size * (2 * rates.dim + 17),
+                "embeddings": size * (2 * rates.hidden + 17),
+                "curvature": rates.factors,
+                "influence": 4 * size * targets,
+            }.get(stage.stage, 8 * size)
         )
-    given = max((min(rows, stage.rows) * (8 * stage.tokens // max(stage.rows, 1) + 9) for stage in mapped), default=0)
+        shared.append(
+            {"curvature": rates.factors, "influence": min(targets * rates.tracked, MEMORY)}.get(
+                stage.stage, 12 * rates.parameters
+            )
+        )
+    given = max(
+        (min(rows, stage.rows) * (8 * stage.tokens // max(stage.rows, 1) + 9) for stage in mapped),
+        default=0,
+    )
     return Spread(
         workers=workers,
         threads=threads,
         gpus=gpus,
-        seconds=alone + sum(stage.seconds for stage in mapped) / max(workers, 1) + (STARTING if mapped else 0.0),
+        seconds=alone
+        + sum(stage.seconds for stage in mapped) / max(workers, 1)
+        + (STARTING if mapped else 0.0),
         shared=max(shared),
         each=given + max(results),
         memory=rates.peak_bytes + 3 * max(results),
@@ -88,5 +107,7 @@ def spread(pipeline: Pipeline, stages: Sequence[StageCost], rates: Rates) -> Spr
 
 
 def _through_curvature(stage: StageCost) -> bool:
-    """Whether a stage is influence through the curvature, by its backend's line in BACKENDS: workers map that, and no other influence."""
+    """Whether a stage is influence through the curvature, by its backend's line in BACKENDS:
+    workers map that, and no other influence.
+    """
     return stage.stage == "influence" and BACKENDS[stage.label].curvature is not None

@@ -1,4 +1,6 @@
-"""How often and on which rows a method is asked, so that shares of groups and a budget in tokens hold."""
+"""How often and on which rows a method is asked, so that shares of groups and a budget in tokens
+hold.
+"""
 
 from __future__ import annotations
 
@@ -43,22 +45,36 @@ def narrow(signals: Signals, places: np.ndarray, needs: frozenset[Signal]) -> Si
 
 
 class Choice:
-    """A method over the candidates among `signals`, under the shares of groups; `rows(k)` chooses k rows in all, the included ones first.
+    """A method over the candidates among `signals`, under the shares of groups; `rows(k)` chooses k
+    rows in all, the included ones first.
 
-    candidates, included: places in `signals`. A part of the rows is chosen by the method itself, with that part's signals alone.
+    candidates, included: places in `signals`. A part of the rows is chosen by the method itself,
+    with that part's signals alone.
     """
 
     def __init__(
-        self, selector: Selector, signals: Signals, candidates: np.ndarray, included: np.ndarray, bounds: Sequence[Bound], seed: int
+        self,
+        selector: Selector,
+        signals: Signals,
+        candidates: np.ndarray,
+        included: np.ndarray,
+        bounds: Sequence[Bound],
+        seed: int,
     ) -> None:
-        self.selector, self.signals, self.candidates, self.included = selector, signals, candidates, included
+        self.selector, self.signals, self.candidates, self.included = (
+            selector,
+            signals,
+            candidates,
+            included,
+        )
         self.bounds, self.seed, self.needs = bounds, seed, selector.needs()
         groups = np.asarray(list(signals.groups) or [""] * signals.n, dtype=object)
         self.groups, self.taken = groups[candidates], Counter(groups[included].tolist())
         self.sizes = Counter(self.groups.tolist())
 
     def limits(self, k: int) -> dict[str, tuple[int, int]]:
-        """(least, most) of the bounded groups among the candidates' seats when k rows are chosen in all.
+        """(least, most) of the bounded groups among the candidates' seats when k rows are chosen in
+        all.
 
         Raises BudgetError for bounds that k rows cannot keep.
         """
@@ -67,26 +83,34 @@ class Choice:
             least, most = (max(0, rows - self.taken[bound.group]) for rows in bound.rows(k))
             if self.taken[bound.group] > bound.rows(k)[1]:
                 raise BudgetError(
-                    f"--include-ids names {self.taken[bound.group]:,} rows of {bound.group}, its most is {bound.rows(k)[1]:,}",
+                    f"--include-ids names {self.taken[bound.group]:,} rows of {bound.group}, its"
+                    f" most is {bound.rows(k)[1]:,}",
                     remedy="Raise that group's most, or take rows off the list.",
                 )
             if least > self.sizes[bound.group]:
                 raise BudgetError(
-                    f"{bound.group} is to have {least:,} more rows and {self.sizes[bound.group]:,} can be chosen",
+                    f"{bound.group} is to have {least:,} more rows and {self.sizes[bound.group]:,}"
+                    " can be chosen",
                     remedy="Lower its least in --per-group.",
                 )
             if least > most:
-                raise BudgetError(f"{bound.group}: at least {least:,} and at most {most:,} rows", remedy="Correct its --per-group.")
+                raise BudgetError(
+                    f"{bound.group}: at least {least:,} and at most {most:,} rows",
+                    remedy="Correct its --per-group.",
+                )
             found[bound.group] = least, min(most, self.sizes[bound.group])
         return found
 
     def room(self, k: int) -> int:
         """The most rows that can be chosen in all when percentages are those of k."""
         limits = self.limits(k)
-        return len(self.included) + sum(limits[g][1] if g in limits else size for g, size in self.sizes.items())
+        return len(self.included) + sum(
+            limits[g][1] if g in limits else size for g, size in self.sizes.items()
+        )
 
     def rows(self, k: int) -> Subset:
-        """k rows: indices are places in `signals`; notes cover all of `signals`' rows. Fewer only where the method itself returns fewer.
+        """k rows: indices are places in `signals`; notes cover all of `signals`' rows. Fewer only
+        where the method itself returns fewer.
 
         Raises BudgetError where the included rows or the bounds do not fit k.
         """
@@ -94,23 +118,34 @@ class Choice:
         least = sum(a for a, _ in limits.values())
         if seats < least:
             raise BudgetError(
-                f"{len(self.included):,} included rows and {least:,} for the groups' least do not fit a budget of {k:,} rows",
+                f"{len(self.included):,} included rows and {least:,} for the groups' least do not"
+                f" fit a budget of {k:,} rows",
                 remedy="Raise --budget.",
             )
         if self.room(k) < k:
             raise BudgetError(
-                f"the groups' most leave {self.room(k):,} rows for a budget of {k:,}", remedy="Raise a group's most, or add --allow-short."
+                f"the groups' most leave {self.room(k):,} rows for a budget of {k:,}",
+                remedy="Raise a group's most, or add --allow-short.",
             )
         fixed: dict[str, int] = {}
         while True:
-            free = ~np.isin(self.groups, list(fixed)) if fixed else np.ones(len(self.groups), dtype=bool)
+            free = (
+                ~np.isin(self.groups, list(fixed))
+                if fixed
+                else np.ones(len(self.groups), dtype=bool)
+            )
             part = self._part(free, seats - sum(fixed.values()), np.random.default_rng(self.seed))
             counts = Counter(self.groups[part[0]].tolist())
-            low = {g: a - counts[g] for g, (a, _) in limits.items() if g not in fixed and counts[g] < a}
-            high = {g: counts[g] - b for g, (_, b) in limits.items() if g not in fixed and counts[g] > b}
+            low = {
+                g: a - counts[g] for g, (a, _) in limits.items() if g not in fixed and counts[g] < a
+            }
+            high = {
+                g: counts[g] - b for g, (_, b) in limits.items() if g not in fixed and counts[g] > b
+            }
             if not low and not high:
                 break
-            # As a flexible box layout settles widths: the larger sum of violations is settled first, the other may then be gone.
+            # As a flexible box layout settles widths: the larger sum of violations is settled
+            # first, the other may then be gone.
             surplus = sum(high.values()) - sum(low.values())
             fixed |= {g: limits[g][1] for g in high if surplus >= 0}
             fixed |= {g: limits[g][0] for g in low if surplus <= 0}
@@ -120,8 +155,12 @@ class Choice:
             parts.append(self._part(self.groups == group, count, rng))
         return self._merged(parts)
 
-    def _part(self, mask: np.ndarray, seats: int, rng: np.random.Generator) -> tuple[np.ndarray, Subset | None, np.ndarray]:
-        """(candidates picked, the method's answer, the candidates it was asked about) for a part of the candidates."""
+    def _part(
+        self, mask: np.ndarray, seats: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, Subset | None, np.ndarray]:
+        """(candidates picked, the method's answer, the candidates it was asked about) for a part of
+        the candidates.
+        """
         asked = np.flatnonzero(mask)
         if seats == 0 or not len(asked):
             return np.empty(0, dtype=np.int64), None, asked
@@ -130,13 +169,22 @@ class Choice:
             found = self.selector.select(given, min(seats, len(asked)), rng=rng)
         except ValueError as error:
             name = type(self.selector).__name__.lower()
-            raise DataError(f"{name} cannot choose: {error}", remedy="See its options in `gradsift methods` (-o), or the rows.") from error
+            raise DataError(
+                f"{name} cannot choose: {error}",
+                remedy="See its options in `gradsift methods` (-o), or the rows.",
+            ) from error
         check(found, len(asked), seats, type(self.selector).__name__)
         return asked[np.asarray(found.indices, dtype=np.int64)], found, asked
 
     def _merged(self, parts: Sequence[tuple[np.ndarray, Subset | None, np.ndarray]]) -> Subset:
-        """The included rows, then the parts' picks in turn by their relative rank; columns put together over all rows."""
-        order = sorted(((i + 0.5) / len(picks), number, i) for number, (picks, _, _) in enumerate(parts) for i in range(len(picks)))
+        """The included rows, then the parts' picks in turn by their relative rank; columns put
+        together over all rows.
+        """
+        order = sorted(
+            ((i + 0.5) / len(picks), number, i)
+            for number, (picks, _, _) in enumerate(parts)
+            for i in range(len(picks))
+        )
         chosen = [self.candidates[parts[number][0][i]] for _, number, i in order]
         answers = [found for _, found, _ in parts if found is not None]
 
@@ -150,7 +198,9 @@ class Choice:
         indices = np.concatenate([self.included, np.array(chosen, dtype=np.int64)])
         return Subset(indices, column("gains", np.nan), column("weights", 1.0), self._notes(parts))
 
-    def _notes(self, parts: Sequence[tuple[np.ndarray, Subset | None, np.ndarray]]) -> dict[str, Any]:
+    def _notes(
+        self, parts: Sequence[tuple[np.ndarray, Subset | None, np.ndarray]]
+    ) -> dict[str, Any]:
         n, notes = self.signals.n, dict[str, Any]()
         clusters = 0
         for _, found, asked in parts:
@@ -163,32 +213,50 @@ class Choice:
                     notes.setdefault(name, value)
                 else:
                     if name == "cluster":
-                        array, highest = np.where(array >= 0, array + clusters, array), clusters + int(array.max(initial=-1)) + 1
-                    blank = np.nan if array.dtype.kind == "f" else None if array.dtype == object else -1
-                    notes.setdefault(name, np.full(n, blank, dtype=array.dtype))[self.candidates[asked]] = array
+                        array, highest = (
+                            np.where(array >= 0, array + clusters, array),
+                            clusters + int(array.max(initial=-1)) + 1,
+                        )
+                    blank = (
+                        np.nan if array.dtype.kind == "f" else None if array.dtype == object else -1
+                    )
+                    notes.setdefault(name, np.full(n, blank, dtype=array.dtype))[
+                        self.candidates[asked]
+                    ] = array
             clusters = highest
         return notes
 
     def tokens(self, cost: np.ndarray, total: int) -> Subset:
-        """The method's own choice of as many rows as `total` tokens pay for; cost [n]: tokens of each row of `signals`.
+        """The method's own choice of as many rows as `total` tokens pay for; cost [n]: tokens of
+        each row of `signals`.
 
-        Looks for a k whose rows fit where those of k + 1 do not, by interpolation and halving. Where a larger choice only appends this is
-        the longest prefix that fits. Raises BudgetError where not even the fewest rows fit.
+        Looks for a k whose rows fit where those of k + 1 do not, by interpolation and halving.
+        Where a larger choice only appends this is the longest prefix that fits. Raises BudgetError
+        where not even the fewest rows fit.
         """
         cheapest = np.sort(cost[self.candidates])
         base = int(cost[self.included].sum())
         few = len(self.included) + max(1 if not len(self.included) else 0, self._fewest())
-        many = len(self.included) + int(np.searchsorted(np.cumsum(cheapest), total - base, side="right"))
+        many = len(self.included) + int(
+            np.searchsorted(np.cumsum(cheapest), total - base, side="right")
+        )
         while many > few and self.room(many) < many:
             many = max(few, self.room(many))
         if base > total or many < few:
-            raise BudgetError(f"{total:,} tokens do not pay for the {few:,} rows that must be chosen", remedy="Raise --budget.")
+            raise BudgetError(
+                f"{total:,} tokens do not pay for the {few:,} rows that must be chosen",
+                remedy="Raise --budget.",
+            )
         low, high, best = few - 1, many + 1, None
         spent, over, halve = base, None, False
         mean = max(float(cost[self.candidates].mean()), 1e-9)
         while high - low > 1 and (best is None or total - spent >= cheapest[0]):
             slope = mean if over is None else (over - spent) / (high - low)
-            k = (low + high) // 2 if halve else low + max(1, int((total - spent) / max(slope, 1e-9)))
+            k = (
+                (low + high) // 2
+                if halve
+                else low + max(1, int((total - spent) / max(slope, 1e-9)))
+            )
             k = min(max(k, low + 1), high - 1)
             found = self.rows(k)
             width, used = high - low, int(cost[np.asarray(found.indices)].sum())
@@ -200,12 +268,19 @@ class Choice:
                 high, over = k, used
             halve = (high - low) * 2 > width
         if best is None:
-            raise BudgetError(f"{total:,} tokens do not pay for {few:,} rows of this method's choice", remedy="Raise --budget.")
+            raise BudgetError(
+                f"{total:,} tokens do not pay for {few:,} rows of this method's choice",
+                remedy="Raise --budget.",
+            )
         return best
 
     def _fewest(self) -> int:
         """Rows that counts (not percentages) in the bounds ask for besides the included ones."""
-        return sum(max(0, int(b.least) - self.taken[b.group]) for b in self.bounds if b.least and "%" not in b.least)
+        return sum(
+            max(0, int(b.least) - self.taken[b.group])
+            for b in self.bounds
+            if b.least and "%" not in b.least
+        )
 
 
 def choose(
@@ -221,12 +296,15 @@ def choose(
     seed: int,
     allow_short: bool = False,
 ) -> Subset:
-    """The method's choice under `limits`: indices are places in `signals`, whose pool rows are `kept`; `lengths` [n pool]: tokens of a row.
+    """The method's choice under `limits`: indices are places in `signals`, whose pool rows are
+    `kept`; `lengths` [n pool]: tokens of a row.
 
-    A budget of rows is of the `read` ones. Raises BudgetError for a budget that cannot be met and, without `allow_short`, one over the rows
-    that may be chosen.
+    A budget of rows is of the `read` ones. Raises BudgetError for a budget that cannot be met and,
+    without `allow_short`, one over the rows that may be chosen.
     """
-    candidates, included = (np.searchsorted(kept, rows) for rows in (screened.candidates, screened.included))
+    candidates, included = (
+        np.searchsorted(kept, rows) for rows in (screened.candidates, screened.included)
+    )
     choice = Choice(selector, signals, candidates, included, limits.per_group, seed)
     if budget.unit != "rows":
         cost = lengths[kept] if budget.unit == "tokens" else signals.tokens
@@ -234,7 +312,10 @@ def choose(
         return choice.tokens(np.asarray(cost, dtype=np.int64), budget.tokens(int(cost.sum())))
     rows = budget.rows(read)
     if rows > (usable := len(candidates) + len(included)) and not allow_short:
-        raise BudgetError(f"the budget is {rows:,} rows and {usable:,} are usable", remedy="Lower --budget, or add --allow-short.")
+        raise BudgetError(
+            f"the budget is {rows:,} rows and {usable:,} are usable",
+            remedy="Lower --budget, or add --allow-short.",
+        )
     rows = min(rows, usable)
     while allow_short and choice.room(rows) < rows:
         rows = choice.room(rows)

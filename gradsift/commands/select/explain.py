@@ -26,8 +26,9 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Chosen:
-    """A subset of the pool (indices and per-row notes over all n pool rows) with what it came from. `screen`: the rows it could choose;
-    `evidence`: what the stages saw that it was made of."""
+    """A subset of the pool (indices and per-row notes over all n pool rows) with what it came from.
+    `screen`: the rows it could choose; `evidence`: what the stages saw that it was made of.
+    """
 
     pool: Pool
     target: Pool | None
@@ -55,7 +56,15 @@ class Chosen:
         found = []
         for row, (code, what) in sorted(self.screen.reasons.items()):
             file, _, line = pool.place(row).rpartition(":")
-            found.append(Dropped(file, int(line), pool.ids[row], f"{code}: {what}", "left out by a constraint of this selection"))
+            found.append(
+                Dropped(
+                    file,
+                    int(line),
+                    pool.ids[row],
+                    f"{code}: {what}",
+                    "left out by a constraint of this selection",
+                )
+            )
         return found
 
     @cached_property
@@ -82,11 +91,19 @@ class Chosen:
         if row in self.screen.included:
             parts = ["named in --include-ids"]
         if not parts:
-            parts.append("drawn at random" if self.method == "random" else "chosen" if self.picked[row] else "not chosen")
+            parts.append(
+                "drawn at random"
+                if self.method == "random"
+                else "chosen"
+                if self.picked[row]
+                else "not chosen"
+            )
         return ", ".join(parts)
 
     def columns(self) -> dict[str, Sequence[Any]]:
-        """Columns of scores.parquet over all pool rows, besides rank, gain and weight; what is unknown is left out."""
+        """Columns of scores.parquet over all pool rows, besides rank, gain and weight; what is
+        unknown is left out.
+        """
         subset = self.subset
         found: dict[str, Any] = {"tokens": self.evidence.supervised}
         found["score"], found["influence"] = self.score, subset.notes.get("influence")
@@ -117,8 +134,9 @@ class Chosen:
 
 
 def _cut(chosen: Chosen) -> float | None:
-    """The score above which every row was picked: the smallest gain, where no row that was left has a higher score. Where groups take turns, or
-    clusters share the seats, there is none."""
+    """The score above which every row was picked: the smallest gain, where no row that was left has
+    a higher score. Where groups take turns, or clusters share the seats, there is none.
+    """
     gains, score = chosen.subset.gains, chosen.score
     if gains is None or score is None or (least := _least(gains)) is None:
         return None
@@ -132,16 +150,28 @@ def _least(gains: np.ndarray) -> float | None:
     return float(known.min()) if len(known) else None
 
 
-def report_data(chosen: Chosen, timings: Sequence[Timing], command: str, agreement: report.Table | None) -> report.ReportData:
-    """The report of a selection. `timings`: of its stages; `command`: makes it again; `agreement`: with other selections of the run."""
+def report_data(
+    chosen: Chosen, timings: Sequence[Timing], command: str, agreement: report.Table | None
+) -> report.ReportData:
+    """The report of a selection. `timings`: of its stages; `command`: makes it again; `agreement`:
+    with other selections of the run.
+    """
     pool, subset = chosen.pool, chosen.subset
     tokens = chosen.evidence.supervised.astype(np.float64)
     cut = _cut(chosen)
-    scores = None if chosen.score is None else report.histogram(chosen.score, chosen.picked, label=f"{chosen.method} score", cut=cut)
+    scores = (
+        None
+        if chosen.score is None
+        else report.histogram(chosen.score, chosen.picked, label=f"{chosen.method} score", cut=cut)
+    )
     best, borderline, worst = _ends(chosen)
     return report.ReportData(
         title=f"{chosen.method}: {len(subset):,} of {pool.funnel['read']:,} rows",
-        method=report.Method(name=chosen.method, summary=_first_sentence(chosen.selector), options=methods.options_of(chosen.selector)),
+        method=report.Method(
+            name=chosen.method,
+            summary=_first_sentence(chosen.selector),
+            options=methods.options_of(chosen.selector),
+        ),
         verdict=tuple(_verdict(chosen, tokens)),
         funnel=tuple(_funnel(chosen)),
         groups=tuple(_groups(chosen, tokens)),
@@ -155,7 +185,11 @@ def report_data(chosen: Chosen, timings: Sequence[Timing], command: str, agreeme
         agreement=agreement,
         timings=tuple(
             report.Timing(
-                stage=t.stage, seconds=t.seconds, peak_bytes=t.peak_bytes, digest=t.digest[:12], state="reused" if t.reused else "computed"
+                stage=t.stage,
+                seconds=t.seconds,
+                peak_bytes=t.peak_bytes,
+                digest=t.digest[:12],
+                state="reused" if t.reused else "computed",
             )
             for t in timings
         ),
@@ -176,10 +210,18 @@ def _verdict(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
     read, picked = chosen.pool.funnel["read"], chosen.picked
     share = tokens[picked].sum() / max(tokens[chosen.kept].sum(), 1)
     lines = [
-        report.Verdict(text=f"Selected {picked.sum():,} of {read:,} rows ({100 * picked.sum() / read:.1f} %) with {chosen.method}."),
         report.Verdict(
-            text=f"They hold {100 * share:.1f} % of the supervised tokens; mean answer {tokens[picked].mean():.0f} tokens, "
-            f"in the pool {tokens[chosen.kept].mean():.0f}."
+            text=(
+                f"Selected {picked.sum():,} of {read:,} rows ({100 * picked.sum() / read:.1f} %)"
+                f" with {chosen.method}."
+            )
+        ),
+        report.Verdict(
+            text=(
+                f"They hold {100 * share:.1f} % of the supervised tokens; mean answer"
+                f" {tokens[picked].mean():.0f} tokens, in the pool"
+                f" {tokens[chosen.kept].mean():.0f}."
+            )
         ),
     ]
     lines += [report.Verdict(text=text) for text in _constraint_lines(chosen)]
@@ -188,18 +230,31 @@ def _verdict(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
         rho = spearman(chosen.score[chosen.kept], tokens[chosen.kept])
         if np.isfinite(rho):
             level = "warn" if abs(rho) > 0.5 and chosen.method != "length" else "note"
-            lines.append(report.Verdict(text=f"Rank correlation of score and answer length: {rho:+.2f}.", level=level))
+            lines.append(
+                report.Verdict(
+                    text=f"Rank correlation of score and answer length: {rho:+.2f}.", level=level
+                )
+            )
     if chosen.score is not None and chosen.evidence.norms is not None:
         rho = spearman(chosen.score[chosen.kept], chosen.evidence.norms[chosen.kept])
         if np.isfinite(rho):
-            lines.append(report.Verdict(text=f"Rank correlation of score and gradient norm: {rho:+.2f}."))
+            lines.append(
+                report.Verdict(text=f"Rank correlation of score and gradient norm: {rho:+.2f}.")
+            )
     if chosen.evidence.norms is not None:
         rho = spearman(chosen.evidence.norms[chosen.kept], tokens[chosen.kept])
-        lines.append(report.Verdict(text=f"Rank correlation of gradient norm and answer length: {rho:+.2f}."))
+        lines.append(
+            report.Verdict(text=f"Rank correlation of gradient norm and answer length: {rho:+.2f}.")
+        )
         cosine = chosen.evidence.mean_cosine
         if cosine is not None:
             text = f"Mean pairwise cosine of the stored rows: {cosine:.2f}"
-            text += " (a large component is shared by all rows; differences between them are what is left)." if cosine > 0.5 else "."
+            text += (
+                " (a large component is shared by all rows; differences between them are what is"
+                " left)."
+                if cosine > 0.5
+                else "."
+            )
             lines.append(report.Verdict(text=text, level="warn" if cosine > 0.5 else "note"))
     lines += [report.Verdict(text=text) for text in _influence_lines(chosen)]
     return lines
@@ -213,33 +268,53 @@ def _influence_lines(chosen: Chosen) -> list[str]:
         if curvature.rows is not None:
             lines.append(f"The curvature was fitted on {curvature.rows:,} rows of the pool.")
         lines.append(
-            f"Damping over mean eigenvalue of the curvature: {ratio['least']:.2g} to {ratio['most']:.2g} (median {ratio['median']:.2g}); "
-            "far above 1 the curvature hardly matters and scores are plain products of gradients."
+            f"Damping over mean eigenvalue of the curvature: {ratio['least']:.2g} to"
+            f" {ratio['most']:.2g} (median {ratio['median']:.2g}); far above 1 the curvature hardly"
+            " matters and scores are plain products of gradients."
         )
         if agreement is not None:
             lines.append(
-                f"The target's gradients are kept at rank {curvature.rank}; their scores order {agreement['rows']} rows of the "
-                f"pool as whole ones do to a Spearman correlation of {agreement['mean']:.3f} (least of {agreement['targets']} targets: "
-                f"{agreement['least']:.3f})."
+                f"The target's gradients are kept at rank {curvature.rank}; their scores order"
+                f" {agreement['rows']} rows of the pool as whole ones do to a Spearman correlation"
+                f" of {agreement['mean']:.3f} (least of {agreement['targets']} targets:"
+                f" {agreement['least']:.3f})."
             )
     if "neighbour_recall" in notes:
-        lines.append(f"The graph holds {100 * notes['neighbour_recall']:.2f} % of the true nearest neighbours (a sample of rows).")
+        lines.append(
+            f"The graph holds {100 * notes['neighbour_recall']:.2f} % of the true nearest"
+            " neighbours (a sample of rows)."
+        )
     if "helps_every_target" in notes:
         lines.append(
-            f"{notes['helps_every_target']:,} rows help every target row; {notes['survivors']:,} help at least {100 * notes['quantile']:.1f} % "
-            "of them and were clustered."
+            f"{notes['helps_every_target']:,} rows help every target row; {notes['survivors']:,}"
+            f" help at least {100 * notes['quantile']:.1f} % of them and were clustered."
         )
     return lines
 
 
 def _constraint_lines(chosen: Chosen) -> list[str]:
-    lines = [f"Left out before choosing, {reason}: {count:,} rows." for reason, count in chosen.screen.counts().items()]
+    lines = [
+        f"Left out before choosing, {reason}: {count:,} rows."
+        for reason, count in chosen.screen.counts().items()
+    ]
     if len(chosen.screen.included):
-        lines.append(f"{len(chosen.screen.included):,} rows are there because --include-ids names them; they have no gain.")
+        lines.append(
+            f"{len(chosen.screen.included):,} rows are there because --include-ids names them; they"
+            " have no gain."
+        )
     if chosen.budget.unit != "rows":
-        cost = chosen.evidence.lengths if chosen.budget.unit == "tokens" else chosen.evidence.supervised
-        kind = "tokens, prompts included," if chosen.budget.unit == "tokens" else "supervised tokens"
-        lines.append(f"The budget of {chosen.budget.text} is met with {int(cost[chosen.picked].sum()):,} {kind} of the encoded rows.")
+        cost = (
+            chosen.evidence.lengths
+            if chosen.budget.unit == "tokens"
+            else chosen.evidence.supervised
+        )
+        kind = (
+            "tokens, prompts included," if chosen.budget.unit == "tokens" else "supervised tokens"
+        )
+        lines.append(
+            f"The budget of {chosen.budget.text} is met with {int(cost[chosen.picked].sum()):,}"
+            f" {kind} of the encoded rows."
+        )
     return lines
 
 
@@ -258,35 +333,65 @@ def _coverage(chosen: Chosen) -> report.Table | None:
         for row in found["rows"]
     ]
     caption = (
-        f"{found['modules']} modules carry the gradients: {found['share']:.1%} of {found['trainable_parameters']:,} trainable parameters."
+        f"{found['modules']} modules carry the gradients: {found['share']:.1%} of"
+        f" {found['trainable_parameters']:,} trainable parameters."
     )
     if found["moe"]:
-        caption += f" A mixture of experts: {len(found['experts'])} expert modules, {len(found['uncovered'])} parameters not covered."
+        caption += (
+            f" A mixture of experts: {len(found['experts'])} expert modules,"
+            f" {len(found['uncovered'])} parameters not covered."
+        )
     if found.get("rotary"):
         kind, tokens = found["rotary"]
-        caption += f" Rotary factors ({kind}) depend on the longest row of a batch where that has over {tokens:,} tokens."
-    return report.Table(columns=("layer", "modules", "shape", "parameters", "share"), rows=tuple(rows), caption=caption)
+        caption += (
+            f" Rotary factors ({kind}) depend on the longest row of a batch where that has over"
+            f" {tokens:,} tokens."
+        )
+    return report.Table(
+        columns=("layer", "modules", "shape", "parameters", "share"),
+        rows=tuple(rows),
+        caption=caption,
+    )
 
 
 def _funnel(chosen: Chosen) -> list[report.Step]:
     pool = chosen.pool
-    steps = [report.Step(name=name, count=count) for name, count in pool.funnel.items() if count or name in ("read", "usable")]
+    steps = [
+        report.Step(name=name, count=count)
+        for name, count in pool.funnel.items()
+        if count or name in ("read", "usable")
+    ]
     reasons = chosen.screen.counts()
-    steps.append(report.Step(name="encoded and with a usable signal", count=len(chosen.kept) + sum(reasons.values())))
-    steps += [report.Step(name=f"left out: {reason}", count=count) for reason, count in reasons.items()]
+    steps.append(
+        report.Step(
+            name="encoded and with a usable signal", count=len(chosen.kept) + sum(reasons.values())
+        )
+    )
+    steps += [
+        report.Step(name=f"left out: {reason}", count=count) for reason, count in reasons.items()
+    ]
     return [*steps, report.Step(name="selected", count=len(chosen.subset))]
 
 
 def _groups(chosen: Chosen, tokens: np.ndarray) -> list[report.Group]:
-    names, codes = np.unique(np.asarray(list(chosen.pool.groups), dtype=object).astype(str), return_inverse=True)
+    names, codes = np.unique(
+        np.asarray(list(chosen.pool.groups), dtype=object).astype(str), return_inverse=True
+    )
     count = len(names)
-    every, some = np.bincount(codes, minlength=count), np.bincount(codes[chosen.picked], minlength=count)
+    every, some = (
+        np.bincount(codes, minlength=count),
+        np.bincount(codes[chosen.picked], minlength=count),
+    )
     mass = np.bincount(codes, tokens, minlength=count)
     taken = np.bincount(codes[chosen.picked], tokens[chosen.picked], minlength=count)
     order = sorted(range(count), key=lambda g: (-every[g], names[g]))
     return [
         report.Group(
-            name=str(names[g]), pool_rows=int(every[g]), picked_rows=int(some[g]), pool_tokens=int(mass[g]), picked_tokens=int(taken[g])
+            name=str(names[g]),
+            pool_rows=int(every[g]),
+            picked_rows=int(some[g]),
+            pool_tokens=int(mass[g]),
+            picked_tokens=int(taken[g]),
         )
         for g in order
     ]
@@ -299,9 +404,17 @@ def _clusters(chosen: Chosen) -> list[report.Cluster]:
     labels = np.asarray(labels)
     norms = chosen.subset.notes.get("centroid_norms")
     count = int(labels.max()) + 1
-    sizes, taken = np.bincount(labels[labels >= 0], minlength=count), np.bincount(labels[chosen.picked], minlength=count)
+    sizes, taken = (
+        np.bincount(labels[labels >= 0], minlength=count),
+        np.bincount(labels[chosen.picked], minlength=count),
+    )
     return [
-        report.Cluster(name=str(c), rows=int(sizes[c]), picked=int(taken[c]), norm=None if norms is None else float(norms[c]))
+        report.Cluster(
+            name=str(c),
+            rows=int(sizes[c]),
+            picked=int(taken[c]),
+            norm=None if norms is None else float(norms[c]),
+        )
         for c in np.argsort(-sizes, kind="stable")
     ]
 
@@ -318,7 +431,11 @@ def _ends(chosen: Chosen) -> tuple[list[report.Row], list[report.Row], list[repo
     left = chosen.kept[~chosen.picked[chosen.kept]]
     left = left[np.argsort(-score[left], kind="stable")]
     near = [*picks[-SHOWN // 2 :], *left[: SHOWN // 2]]
-    return best, [_card(chosen, int(i)) for i in near], [_card(chosen, int(i)) for i in left[::-1][:SHOWN]]
+    return (
+        best,
+        [_card(chosen, int(i)) for i in near],
+        [_card(chosen, int(i)) for i in left[::-1][:SHOWN]],
+    )
 
 
 def _card(chosen: Chosen, row: int) -> report.Row:

@@ -1,4 +1,6 @@
-"""The files of a finished selection: the chosen rows as they were, a score for every row, what was dropped, and how trainers read them."""
+"""The files of a finished selection: the chosen rows as they were, a score for every row, what was
+dropped, and how trainers read them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from gradsift.errors import UnknownName, UserError
 from gradsift.store.atomic import make_folder, write_atomic
 from gradsift.types import Subset
 
-# Text is data here: Parquet has no formulas, so an id such as "=cmd|..." stays a text wherever the file is opened.
+# Text is data here: Parquet has no formulas, so an id such as "=cmd|..." stays a text wherever the
+# file is opened.
 SCORES = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -39,7 +42,8 @@ SCORES = pa.schema(
         pa.field("why", pa.string()),
     ]
 )
-ADDED = ("rank", "gain", "weight", "influence", "cluster")  # what --add-scores writes into the rows, as gradsift_NAME
+# what --add-scores writes into the rows, as gradsift_NAME
+ADDED = ("rank", "gain", "weight", "influence", "cluster")
 
 
 def write_outputs(
@@ -57,11 +61,13 @@ def write_outputs(
 ) -> list[Path]:
     """Write a selection into `folder` (made if missing) and return the files written.
 
-    `subset.indices` are pool rows. `columns`: further columns of scores.parquet, each of length n over the pool (see SCORES; NaN, None and
-    a negative cluster mean unknown); `selected` and `rank` always come from the subset. `model`, `max_length` and `template` (a chat
-    template that is not the tokenizer's own) become the defaults of the TRL script. `say` is told where a chosen row could not stay as it
-    was. `left_out`: rows that were not to be chosen, listed in dropped.jsonl after the quarantine. Raises UserError for indices or columns
-    that do not fit the pool, DiskFull and ResourceError.
+    `subset.indices` are pool rows. `columns`: further columns of scores.parquet, each of length n
+    over the pool (see SCORES; NaN, None and a negative cluster mean unknown); `selected` and `rank`
+    always come from the subset. `model`, `max_length` and `template` (a chat template that is not
+    the tokenizer's own) become the defaults of the TRL script. `say` is told where a chosen row
+    could not stay as it was. `left_out`: rows that were not to be chosen, listed in dropped.jsonl
+    after the quarantine. Raises UserError for indices or columns that do not fit the pool, DiskFull
+    and ResourceError.
     """
     folder = Path(folder)
     make_folder(folder)
@@ -81,28 +87,41 @@ def write_outputs(
         write_atomic(written[-1], _weight_lines(pool, subset))
     trainers = folder / "trainers"
     make_folder(trainers)
-    for name, text in trainer_files(pool, subset, selected.name, model=model, max_length=max_length, template=template).items():
+    for name, text in trainer_files(
+        pool, subset, selected.name, model=model, max_length=max_length, template=template
+    ).items():
         written.append(trainers / name)
         write_atomic(written[-1], text.encode())
     return written
 
 
 def score_table(pool: Pool, subset: Subset, columns: Mapping[str, Sequence[Any]]) -> pa.Table:
-    """One row per pool row, in pool order, of the schema SCORES. `rank` counts from 1 in pick order; unknown values are null."""
+    """One row per pool row, in pool order, of the schema SCORES. `rank` counts from 1 in pick
+    order; unknown values are null.
+    """
     n, picks = len(pool), _picks(pool, subset)
-    found: dict[str, Any] = {"id": pa.array(list(pool.ids), pa.string()), "group": pa.array(list(pool.groups), pa.string())}
+    found: dict[str, Any] = {
+        "id": pa.array(list(pool.ids), pa.string()),
+        "group": pa.array(list(pool.groups), pa.string()),
+    }
     for name, values in columns.items():
         if name not in SCORES.names:
             raise UnknownName("score column", name, SCORES.names)
         if len(values) != n:
-            raise UserError(f"the column {name!r} has {len(values):,} values for a pool of {n:,} rows")
+            raise UserError(
+                f"the column {name!r} has {len(values):,} values for a pool of {n:,} rows"
+            )
         found.setdefault(name, values)
     selected, rank = np.zeros(n, dtype=bool), np.full(n, np.nan)
     selected[picks], rank[picks] = True, np.arange(1, len(picks) + 1)
     found |= {"selected": selected, "rank": rank}
     for name, values in (("gain", subset.gains), ("weight", subset.weights)):
         if values is not None:
-            full = np.full(n, np.nan) if name not in columns else np.array(columns[name], dtype=np.float64)
+            full = (
+                np.full(n, np.nan)
+                if name not in columns
+                else np.array(columns[name], dtype=np.float64)
+            )
             full[picks] = np.asarray(values, dtype=np.float64)
             found[name] = full
     return pa.table([_typed(field, found.get(field.name), n) for field in SCORES], schema=SCORES)
@@ -111,7 +130,10 @@ def score_table(pool: Pool, subset: Subset, columns: Mapping[str, Sequence[Any]]
 def _picks(pool: Pool, subset: Subset) -> np.ndarray:
     picks = np.asarray(subset.indices, dtype=np.int64)
     if len(picks) and (picks.min() < 0 or picks.max() >= len(pool)):
-        raise UserError(f"a selection holds the row {int(picks[np.abs(picks).argmax()]):,} of a pool of {len(pool):,} rows")
+        raise UserError(
+            f"a selection holds the row {int(picks[np.abs(picks).argmax()]):,} of a pool of"
+            f" {len(pool):,} rows"
+        )
     if len(np.unique(picks)) != len(picks):
         raise UserError("a selection holds a row twice")
     for name in ("gains", "weights"):
@@ -130,7 +152,14 @@ def _typed(field: pa.Field, values: Any, n: int) -> pa.Array:
         return pa.array([None if value is None else str(value) for value in values], field.type)
     if pa.types.is_boolean(field.type):
         return pa.array(np.asarray(values, dtype=bool))
-    numbers = np.array([np.nan if value is None else value for value in values] if isinstance(values, list) else values, dtype=np.float64)
+    numbers = np.array(
+        (
+            [np.nan if value is None else value for value in values]
+            if isinstance(values, list)
+            else values
+        ),
+        dtype=np.float64,
+    )
     unknown = ~np.isfinite(numbers)
     if field.name == "cluster":
         unknown |= numbers < 0
@@ -139,14 +168,21 @@ def _typed(field: pa.Field, values: Any, n: int) -> pa.Array:
 
 def _added(table: pa.Table, subset: Subset) -> dict[str, list[Any]]:
     picked = table.take(pa.array(np.asarray(subset.indices, dtype=np.int64)))
-    return {f"gradsift_{name}": picked[name].to_pylist() for name in ADDED if picked[name].null_count < len(picked)}
+    return {
+        f"gradsift_{name}": picked[name].to_pylist()
+        for name in ADDED
+        if picked[name].null_count < len(picked)
+    }
 
 
 def _weight_lines(pool: Pool, subset: Subset) -> bytes:
     """One line per line of the selected rows, in that order (file order, not pick order)."""
     picks, weights = _picks(pool, subset), np.asarray(subset.weights, dtype=np.float64)
     order = np.argsort(picks, kind="stable")
-    lines = (json.dumps({"id": pool.ids[int(picks[i])], "weight": float(weights[i])}, ensure_ascii=False) for i in order)
+    lines = (
+        json.dumps({"id": pool.ids[int(picks[i])], "weight": float(weights[i])}, ensure_ascii=False)
+        for i in order
+    )
     return "".join(line + "\n" for line in lines).encode()
 
 
@@ -156,4 +192,5 @@ def _weight_lines(pool: Pool, subset: Subset) -> bytes:
 def _suffix(pool: Pool) -> str:
     suffix = subset_suffix(pool)
     tables = [file.table.schema for file in pool.files if isinstance(file, Table)]
-    return suffix if all(schema.equals(tables[0]) for schema in tables) else ".jsonl"  # one table cannot hold two schemas
+    # one table cannot hold two schemas
+    return suffix if all(schema.equals(tables[0]) for schema in tables) else ".jsonl"

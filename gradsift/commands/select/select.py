@@ -1,4 +1,6 @@
-"""The main job: pool in, the rows worth training on out, with a report. One call, resumable at any point."""
+"""The main job: pool in, the rows worth training on out, with a report. One call, resumable at any
+point.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ from gradsift.types import Selector, Subset
 
 @dataclass(frozen=True)
 class Selection:
-    """A finished selection: `folder` holds its files, `indices` [k] are pool rows in pick order, `ids` their ids."""
+    """A finished selection: `folder` holds its files, `indices` [k] are pool rows in pick order,
+    `ids` their ids.
+    """
 
     method: str
     folder: Path
@@ -67,13 +71,25 @@ class Selection:
 
     def lines(self) -> list[str]:
         funnel = ", ".join(f"{count:,} {name}" for name, count in self.funnel.items())
-        bad = f" (each in {self.folder / 'dropped.jsonl'})" if any(name.startswith("quarantined:") for name in self.funnel) else ""
-        made = [f"{timing.stage} {timing.seconds:.1f} s" for timing in self.timings if not timing.reused]
+        bad = (
+            f" (each in {self.folder / 'dropped.jsonl'})"
+            if any(name.startswith("quarantined:") for name in self.funnel)
+            else ""
+        )
+        made = [
+            f"{timing.stage} {timing.seconds:.1f} s" for timing in self.timings if not timing.reused
+        ]
         reused = sum(timing.reused for timing in self.timings)
         return [
             f"rows      {funnel}{bad}",
-            f"selected  {len(self):,} ({len(self) / max(self.read, 1):.2%} of the rows read) with {self.method}",
-            f"stages    {', '.join(made) or 'nothing to make'}{f'; {reused} reused' if reused else ''}",
+            (
+                f"selected  {len(self):,} ({len(self) / max(self.read, 1):.2%} of the rows read)"
+                f" with {self.method}"
+            ),
+            (
+                "stages   "
+                f" {', '.join(made) or 'nothing to make'}{f'; {reused} reused' if reused else ''}"
+            ),
             *[f"warning   {text}" for text in self.warnings],
             f"report    {self.report}",
             f"subset    {self.subset_path}",
@@ -100,29 +116,41 @@ def select(
     constraints: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Selection:
-    """Choose rows of `pool` with a method of METHODS, reusing whatever the folder `run` already holds.
+    """Choose rows of `pool` with a method of METHODS, reusing whatever the folder `run` already
+    holds.
 
-    pool, target: files as `[NAME=]FILE` or hf:NAME (see docs/formats.md). budget: "5%", 0.05, a count or "10M-tokens". settings: sections of
-    Config that differ from the run's (or, in a new run, from the defaults). options: the method's hyper-parameters. constraints: arguments
-    of `gradsift.commands.select.constraints.build`, test sets as files,
-    applied to any method (docs/constraints.md). Killed at any point, the same call goes
-    on where it stopped and ends with the same subset.
+    pool, target: files as `[NAME=]FILE` or hf:NAME (see docs/formats.md). budget: "5%", 0.05, a
+    count or "10M-tokens". settings: sections of Config that differ from the run's (or, in a new
+    run, from the defaults). options: the method's hyper-parameters. constraints: arguments of
+    `gradsift.commands.select.constraints.build`, test sets as files, applied to any method
+    (docs/constraints.md). Killed at any point, the same call goes on where it stopped and ends with
+    the same subset.
 
-    Raises UserError (a wrong name, option, budget or combination), DataError (unusable input), ResourceError (disk, memory),
-    IntegrityError (damaged work in `run`), Interrupted (a signal; resumable).
+    Raises UserError (a wrong name, option, budget or combination), DataError (unusable input),
+    ResourceError (disk, memory), IntegrityError (damaged work in `run`), Interrupted (a signal;
+    resumable).
     """
     inputs = Inputs(run, pool, target, model, settings, pool_group, target_group, warmup_from)
-    selector, wanted = check_selection(method, inputs, budget=budget, options=options, out=out, allow_short=allow_short)
+    selector, wanted = check_selection(
+        method, inputs, budget=budget, options=options, out=out, allow_short=allow_short
+    )
     with opened(inputs, progress=progress) as pipeline:
         limits = limits_of(constraints or {}, pipeline.config, progress or silent())
         limits.check(pipeline.sides["pool"])
         check_budget(wanted, pipeline.sides["pool"], allow_short)
-        return select_in(pipeline, method, selector, wanted, limits, seed, allow_short, add_scores, out)
+        return select_in(
+            pipeline, method, selector, wanted, limits, seed, allow_short, add_scores, out
+        )
 
 
 def limits_of(given: Mapping[str, Any], config: Config, progress: Progress) -> Constraints:
-    """Constraints as asked for; `decontaminate` names files, read as targets are. Raises ConfigError, UserError, DataError."""
-    tests = {str(file): read_side([file], config, None, progress) for file in as_list(given.get("decontaminate") or ())}
+    """Constraints as asked for; `decontaminate` names files, read as targets are. Raises
+    ConfigError, UserError, DataError.
+    """
+    tests = {
+        str(file): read_side([file], config, None, progress)
+        for file in as_list(given.get("decontaminate") or ())
+    }
     return build_constraints(**{**given, "decontaminate": tests})
 
 
@@ -145,16 +173,33 @@ def select_in(
         signals, kept = pipeline.signals(needs | limits.needs())
         pool, lengths = pipeline.sides["pool"], pipeline.encoded("pool").lengths
         left = screen(limits, pool, signals, kept)
-        subset = choose(selector, signals, left, kept, limits, wanted, read=read, lengths=lengths, seed=seed, allow_short=allow_short)
+        subset = choose(
+            selector,
+            signals,
+            left,
+            kept,
+            limits,
+            wanted,
+            read=read,
+            lengths=lengths,
+            seed=seed,
+            allow_short=allow_short,
+        )
         asked = wanted.rows(read) if wanted.unit == "rows" else len(subset)
         evidence = pipeline.evidence(needs, recipes)
         whole = over_pool(subset, kept, len(pool))
         target = pipeline.sides.get("target")
-        _write(pipeline, artifact, Chosen(pool, target, evidence, method, selector, whole, asked, seed, left, wanted), add_scores)
+        _write(
+            pipeline,
+            artifact,
+            Chosen(pool, target, evidence, method, selector, whole, asked, seed, left, wanted),
+            add_scores,
+        )
 
     chosen = select_recipe(pipeline, method, selector, wanted, limits, seed, add_scores)
     if pipeline.stored(chosen) and any(pipeline.unfinished(recipe) for recipe in recipes):
-        pipeline.signals(needs | limits.needs())  # a repair took something away that the selection was made from
+        # a repair took something away that the selection was made from
+        pipeline.signals(needs | limits.needs())
     artifact = pipeline.make(chosen, fill)
     pool = pipeline.sides["pool"]
     indices = artifact.tensors("subset.safetensors")["indices"].numpy()
@@ -169,23 +214,49 @@ def select_in(
         asked=artifact.manifest["counts"]["asked"],
         read=read,
         timings=pipeline.timings,
-        warnings=[*pool.warnings, *pipeline.run.mended(), *artifact.manifest.get("extra", {}).get("warnings", [])],
+        warnings=[
+            *pool.warnings,
+            *pipeline.run.mended(),
+            *artifact.manifest.get("extra", {}).get("warnings", []),
+        ],
         funnel=pool.funnel,
     )
 
 
 def select_recipe(
-    pipeline: Pipeline, method: str, selector: Selector, wanted: budgets.Budget, limits: Constraints, seed: int, add_scores: bool = False
+    pipeline: Pipeline,
+    method: str,
+    selector: Selector,
+    wanted: budgets.Budget,
+    limits: Constraints,
+    seed: int,
+    add_scores: bool = False,
 ) -> Recipe:
-    """The recipe of a selection: the method with its options, the budget in rows, the constraints, and the stages it reads."""
-    config = {"method": method, "options": methods.options_of(selector), "budget": wanted.canonical(pipeline.sides["pool"].funnel["read"])}
-    config |= {"seed": seed, "add_scores": add_scores, **({"constraints": limits.canonical()} if limits.canonical() else {})}
+    """The recipe of a selection: the method with its options, the budget in rows, the constraints,
+    and the stages it reads.
+    """
+    config = {
+        "method": method,
+        "options": methods.options_of(selector),
+        "budget": wanted.canonical(pipeline.sides["pool"].funnel["read"]),
+    }
+    config |= {
+        "seed": seed,
+        "add_scores": add_scores,
+        **({"constraints": limits.canonical()} if limits.canonical() else {}),
+    }
     recipes = pipeline.recipes(selector.needs() | limits.needs())
-    return Recipe("select", config, {f"{i:02d}-{recipe.stage}": recipe.digest for i, recipe in enumerate(recipes)})
+    return Recipe(
+        "select",
+        config,
+        {f"{i:02d}-{recipe.stage}": recipe.digest for i, recipe in enumerate(recipes)},
+    )
 
 
 def over_pool(subset: Subset, kept: np.ndarray, n: int) -> Subset:
-    """A subset of the usable rows as a subset of the pool: indices mapped, per-row columns padded (NaN, -1 or None where not usable)."""
+    """A subset of the usable rows as a subset of the pool: indices mapped, per-row columns padded
+    (NaN, -1 or None where not usable).
+    """
     notes = {}
     for name, value in subset.notes.items():
         column = np.asarray(value) if not isinstance(value, (str, dict)) else None
@@ -218,12 +289,20 @@ def _write(pipeline: Pipeline, artifact: Artifact, chosen: Chosen, add_scores: b
         if getattr(subset, name) is not None:
             tensors[name] = torch.as_tensor(np.asarray(getattr(subset, name), dtype=np.float64))
     files = {path.relative_to(artifact.path).as_posix(): file_hash(path) for path in written}
-    files["subset.safetensors"] = write_tensors(artifact.path / "subset.safetensors", tensors, {"recipe": artifact.digest})
+    files["subset.safetensors"] = write_tensors(
+        artifact.path / "subset.safetensors", tensors, {"recipe": artifact.digest}
+    )
     # The report is not hashed: it shows clocks, and `gradsift report` may write it anew.
     for fault in pipeline.run.trusted()[1]:
         pipeline.progress.note(f"not needed and not read: {fault}")
     agreement = matrix(pipeline.run, artifact)
-    write_report(report_data(chosen, pipeline.timings, pipeline.run.commands[-1], agreement), artifact.path)
-    numbers = {name: value for name, value in subset.notes.items() if isinstance(value, (int, float))}
+    write_report(
+        report_data(chosen, pipeline.timings, pipeline.run.commands[-1], agreement), artifact.path
+    )
+    numbers = {
+        name: value for name, value in subset.notes.items() if isinstance(value, (int, float))
+    }
     counts = {"selected": len(subset), "asked": chosen.asked, "read": pool.funnel["read"]}
-    artifact.finish(files=files, counts=counts, extra={"warnings": chosen.warnings(), "notes": numbers})
+    artifact.finish(
+        files=files, counts=counts, extra={"warnings": chosen.warnings(), "notes": numbers}
+    )

@@ -16,19 +16,38 @@ SNIPPET = Path(__file__).parent / "train_trl.py.j2"
 
 
 def trainer_files(
-    pool: Pool, subset: Subset, selected: str, *, model: str | None = None, max_length: int = 1024, template: str | None = None
+    pool: Pool,
+    subset: Subset,
+    selected: str,
+    *,
+    model: str | None = None,
+    max_length: int = 1024,
+    template: str | None = None,
 ) -> dict[str, str]:
-    """File name -> text. LLaMA-Factory and Axolotl know one format per file, so theirs are left out for a pool of mixed formats."""
+    """File name -> text. LLaMA-Factory and Axolotl know one format per file, so theirs are left out
+    for a pool of mixed formats.
+    """
     formats = set(pool.formats.values())
     fields = dict(pool.arguments.get("mapping") or {})
     name = formats.pop() if len(formats) == 1 else None
-    files = {"train_trl.py": _trl(selected, model=model, max_length=max_length, template=template, format=name, fields=fields)}
+    files = {
+        "train_trl.py": _trl(
+            selected,
+            model=model,
+            max_length=max_length,
+            template=template,
+            format=name,
+            fields=fields,
+        )
+    }
     if name is None:
         return files
     shape = _Shape(pool, subset, fields)
     info = _llama_factory(name, shape, selected)
     if info is not None:
-        files["dataset_info.json"] = json.dumps({"gradsift": info}, indent=2, ensure_ascii=False) + "\n"
+        files["dataset_info.json"] = (
+            json.dumps({"gradsift": info}, indent=2, ensure_ascii=False) + "\n"
+        )
     axolotl = _axolotl(name, shape, selected)
     if axolotl is not None:
         files["axolotl.yml"] = axolotl
@@ -41,12 +60,15 @@ class _Shape:
     def __init__(self, pool: Pool, subset: Subset, mapping: Mapping[str, str]) -> None:
         self.mapping = mapping
         self.present: set[str] = set()
-        self.calls, self.lists = False, False  # tool calls in a turn; prompts that are lists of turns
+        # tool calls in a turn; prompts that are lists of turns
+        self.calls, self.lists = False, False
         for index in subset.indices:
             record = pool.record(int(index))
             self.present.update(key for key, value in record.items() if value is not None)
             turns = record.get(self.name("messages"))
-            self.calls |= isinstance(turns, list) and any(isinstance(turn, dict) and turn.get("tool_calls") for turn in turns)
+            self.calls |= isinstance(turns, list) and any(
+                isinstance(turn, dict) and turn.get("tool_calls") for turn in turns
+            )
             self.lists |= isinstance(record.get(self.name("prompt")), list)
 
     def name(self, ours: str) -> str:
@@ -60,71 +82,148 @@ class _Shape:
 
 def _trl(selected: str, **constants: Any) -> str:
     source = SNIPPET.read_text(encoding="utf-8")
-    script = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(source)
-    return script.render({name: repr(value) for name, value in {"selected": selected, **constants}.items()})
+    script = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    ).from_string(source)
+    return script.render(
+        {name: repr(value) for name, value in {"selected": selected, **constants}.items()}
+    )
 
 
 def _llama_factory(format: str, shape: _Shape, selected: str) -> dict[str, Any] | None:
-    """An entry of dataset_info.json, or None for a format that LLaMA-Factory does not read. The file lies one folder up."""
+    """An entry of dataset_info.json, or None for a format that LLaMA-Factory does not read. The
+    file lies one folder up.
+    """
     info: dict[str, Any] = {"file_name": f"../{selected}"}
     if format == "alpaca":
         return info | {
             "formatting": "alpaca",
-            "columns": shape.columns(prompt="instruction", query="input", response="output", system="system", history="history"),
+            "columns": shape.columns(
+                prompt="instruction",
+                query="input",
+                response="output",
+                system="system",
+                history="history",
+            ),
         }
     if format == "prompt-completion" and not shape.lists:
-        return info | {"formatting": "alpaca", "columns": shape.columns(prompt="prompt", response="completion")}
+        return info | {
+            "formatting": "alpaca",
+            "columns": shape.columns(prompt="prompt", response="completion"),
+        }
     if format == "text":
         return info | {"formatting": "alpaca", "columns": shape.columns(prompt="text")}
     if format == "sharegpt":
-        tags = {"role_tag": shape.name("from"), "content_tag": shape.name("value"), "user_tag": "human", "assistant_tag": "gpt"}
-        tags |= {"observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}
+        tags = {
+            "role_tag": shape.name("from"),
+            "content_tag": shape.name("value"),
+            "user_tag": "human",
+            "assistant_tag": "gpt",
+        }
+        tags |= {
+            "observation_tag": "observation",
+            "function_tag": "function_call",
+            "system_tag": "system",
+        }
         columns = shape.columns(messages="conversations", system="system", tools="tools")
         return info | {"formatting": "sharegpt", "columns": columns, "tags": tags}
     if format == "messages":
-        tags = {"role_tag": shape.name("role"), "content_tag": shape.name("content"), "user_tag": "user", "assistant_tag": "assistant"}
+        tags = {
+            "role_tag": shape.name("role"),
+            "content_tag": shape.name("content"),
+            "user_tag": "user",
+            "assistant_tag": "assistant",
+        }
         tags |= {"observation_tag": "tool", "function_tag": "function_call", "system_tag": "system"}
         columns = shape.columns(messages="messages", tools="tools")
-        return info | {"formatting": "openai" if shape.calls else "sharegpt", "columns": columns, "tags": tags}
+        return info | {
+            "formatting": "openai" if shape.calls else "sharegpt",
+            "columns": columns,
+            "tags": tags,
+        }
     return None
 
 
 def _yaml(text: str) -> str:
-    """A JSON string is a YAML string, except that YAML knows no surrogate pairs and more line breaks: those are escaped its way."""
+    """A JSON string is a YAML string, except that YAML knows no surrogate pairs and more line
+    breaks: those are escaped its way.
+    """
     body = json.dumps(text, ensure_ascii=False)
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in body)
 
 
 def _axolotl(format: str, shape: _Shape, selected: str) -> str | None:
-    """The `datasets` part of an Axolotl configuration, or None for a format that Axolotl has no reader for."""
+    """The `datasets` part of an Axolotl configuration, or None for a format that Axolotl has no
+    reader for.
+    """
     quoted = _yaml
     kind = {".parquet": "parquet", ".arrow": "arrow"}.get(Path(selected).suffix, "json")
     lines = [f"  - path: {quoted('../' + selected)}", f"    ds_type: {kind}"]
-    note = "# Axolotl resolves the path from the folder it is started in: start it here, or write the full path."
+    note = (
+        "# Axolotl resolves the path from the folder it is started in: start it here, or write the"
+        " full path."
+    )
     if format in ("messages", "sharegpt"):
-        chat = {"messages": ("messages", "role", "content"), "sharegpt": ("conversations", "from", "value")}[format]
+        chat = {
+            "messages": ("messages", "role", "content"),
+            "sharegpt": ("conversations", "from", "value"),
+        }[format]
         turns, role, content = (quoted(shape.name(part)) for part in chat)
         lines += ["    type: chat_template", f"    field_messages: {turns}"]
-        lines += ["    message_property_mappings:", f"      role: {role}", f"      content: {content}"]
-        lines += [f"    field_{name}: {quoted(shape.name(name))}" for name in ("system", "tools") if shape.name(name) in shape.present]
+        lines += [
+            "    message_property_mappings:",
+            f"      role: {role}",
+            f"      content: {content}",
+        ]
+        lines += [
+            f"    field_{name}: {quoted(shape.name(name))}"
+            for name in ("system", "tools")
+            if shape.name(name) in shape.present
+        ]
         if format == "sharegpt":
-            lines += ["    roles:", "      user: [human, user]", "      assistant: [gpt, assistant, function_call]"]
+            lines += [
+                "    roles:",
+                "      user: [human, user]",
+                "      assistant: [gpt, assistant, function_call]",
+            ]
             lines += ["      tool: [observation, tool]", "      system: [system]"]
         lines += ["    roles_to_train: [assistant]", "    train_on_eos: turn"]
     elif format == "alpaca" or (format == "prompt-completion" and not shape.lists):
-        asked, answer = ("instruction", "output") if format == "alpaca" else ("prompt", "completion")
+        asked, answer = (
+            ("instruction", "output") if format == "alpaca" else ("prompt", "completion")
+        )
         prompt = "{instruction}\\n\\n{input}" if format == "alpaca" else "{instruction}"
         if format == "alpaca":
-            note += "\n# The rows become plain text here; gradsift scored them through the chat template, as train_trl.py trains them."
-        lines += ["    type:", '      system_prompt: ""', f"      field_instruction: {quoted(shape.name(asked))}"]
-        lines += [f"      field_input: {quoted(shape.name('input'))}", f"      field_output: {quoted(shape.name(answer))}"]
-        lines += [f"      field_system: {quoted(shape.name('system'))}"] if shape.name("system") in shape.present else []
+            note += (
+                "\n# The rows become plain text here; gradsift scored them through the chat"
+                " template, as train_trl.py trains them."
+            )
+        lines += [
+            "    type:",
+            '      system_prompt: ""',
+            f"      field_instruction: {quoted(shape.name(asked))}",
+        ]
+        lines += [
+            f"      field_input: {quoted(shape.name('input'))}",
+            f"      field_output: {quoted(shape.name(answer))}",
+        ]
+        lines += (
+            [f"      field_system: {quoted(shape.name('system'))}"]
+            if shape.name("system") in shape.present
+            else []
+        )
         lines += [f'      format: "{prompt}"', '      no_input_format: "{instruction}"']
     elif format == "text":
         lines += ["    type: completion", f"    field: {quoted(shape.name('text'))}"]
-    elif format == "tokenised" and "attention_mask" in shape.present:  # Axolotl wants all three columns
+    elif format == "tokenised" and "attention_mask" in shape.present:
+        # Axolotl wants all three columns
         lines += ["    type:"]
     else:
         return None
-    body = ["# The selection for Axolotl. Copy `datasets` into your configuration.", note, "datasets:", *lines]
+    body = [
+        "# The selection for Axolotl. Copy `datasets` into your configuration.",
+        note,
+        "datasets:",
+        *lines,
+    ]
     return "\n".join([*body, "train_on_inputs: false", "sample_packing: false"]) + "\n"

@@ -1,9 +1,12 @@
-"""Causal attention over short rows in bf16 on a CPU, by the model's type or by autocast, row by row.
+"""Causal attention over short rows in bf16 on a CPU, by the model's type or by autocast, row by
+row.
 
-torch's kernel for a CPU is at its slowest there: its backward pass takes twice the time of the same in fp32, and forms all t x t products of
-rows up to 512 tokens, masked or not. Here each row is taken alone, so that what is in hand stays in the cache, by blocks of queries that see
-no key after their last one; probabilities are kept, which for rows of at most four times the width of a head is less than what the rest of a
-layer keeps. Products and softmax are fp32. Longer rows, other types, masks and devices are left to torch.
+torch's kernel for a CPU is at its slowest there: its backward pass takes twice the time of the same
+in fp32, and forms all t x t products of rows up to 512 tokens, masked or not. Here each row is
+taken alone, so that what is in hand stays in the cache, by blocks of queries that see no key after
+their last one; probabilities are kept, which for rows of at most four times the width of a head is
+less than what the rest of a layer keeps. Products and softmax are fp32. Longer rows, other types,
+masks and devices are left to torch.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ _BLOCK = 64  # queries, about
 
 @contextmanager
 def short_rows(wanted: bool) -> Iterator[None]:
-    """While it is entered, and `wanted`, the function that transformers' models look up as torch's attention is `causal_attention` where that
-    applies, and what it was elsewhere. The models' configs stay as they are: some architectures decide by them what to compute."""
+    """While it is entered, and `wanted`, the function that transformers' models look up as torch's
+    attention is `causal_attention` where that applies, and what it was elsewhere. The models'
+    configs stay as they are: some architectures decide by them what to compute.
+    """
     if not wanted:
         yield
         return
@@ -40,9 +45,13 @@ def short_rows(wanted: bool) -> Iterator[None]:
 
 
 def is_helped(modules: Iterable[nn.Module]) -> bool:
-    """Whether a model has layers in bf16 on a CPU, and is not compiled: it would be compiled again."""
+    """Whether a model has layers in bf16 on a CPU, and is not compiled: it would be compiled
+    again.
+    """
     kinds = {(p.dtype, p.device.type) for m in modules for p in m.parameters(recurse=False)}
-    return (torch.bfloat16, "cpu") in kinds and all(type(m).__name__ != "OptimizedModule" for m in modules)
+    return (torch.bfloat16, "cpu") in kinds and all(
+        type(m).__name__ != "OptimizedModule" for m in modules
+    )
 
 
 def _is_mixed() -> bool:
@@ -64,24 +73,48 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if _is_mixed() and query.device.type == "cpu":  # as autocast itself would
-        query, key, value = (a.bfloat16() if a.dtype == torch.float32 else a for a in (query, key, value))
-    special = dropout or any(rest.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+        query, key, value = (
+            a.bfloat16() if a.dtype == torch.float32 else a for a in (query, key, value)
+        )
+    special = dropout or any(
+        rest.get(name) is not None for name in ("position_bias", "cache", "softcap")
+    )
     if attention_mask is not None or not causal or special or not _applies(query, key, value):
-        return usual(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **rest)
+        return usual(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **rest,
+        )
     with torch.autocast("cpu", enabled=False):
-        out = causal_attention(query, key, value, 1 / sqrt(query.shape[-1]) if scaling is None else scaling)
+        out = causal_attention(
+            query, key, value, 1 / sqrt(query.shape[-1]) if scaling is None else scaling
+        )
     return out.transpose(1, 2).contiguous(), None
 
 
 def _applies(query: Tensor, key: Tensor, value: Tensor) -> bool:
     (b, h, t, d), (groups, keys) = query.shape, key.shape[1:3]
     of_a_kind = query.dtype == key.dtype == value.dtype == torch.bfloat16
-    return query.device.type == "cpu" and keys == t <= _WIDTHS * d and h % groups == 0 and value.shape[:3] == (b, groups, t) and of_a_kind
+    return (
+        query.device.type == "cpu"
+        and keys == t <= _WIDTHS * d
+        and h % groups == 0
+        and value.shape[:3] == (b, groups, t)
+        and of_a_kind
+    )
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T) v under the causal mask for query [b, h, t, d], key [b, g, t, d], value [b, g, t, e] with g a divisor of h: the
-    same as torch's to rounding, in their dtype; [b, h, t, e], where the rows of all heads of a token lie side by side."""
+    """softmax(scale q k^T) v under the causal mask for query [b, h, t, d], key [b, g, t, d], value
+    [b, g, t, e] with g a divisor of h: the same as torch's to rounding, in their dtype; [b, h, t,
+    e], where the rows of all heads of a token lie side by side.
+    """
     return _Causal.apply(query, key, value, scale)  # type: ignore[return-value]
 
 
@@ -120,7 +153,12 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, *kept = ctx.saved_tensors
-        (b, h, t, d), groups, scale, blocks = query.shape, key.shape[1], ctx.scale, _blocks(query.shape[2])
+        (b, h, t, d), groups, scale, blocks = (
+            query.shape,
+            key.shape[1],
+            ctx.scale,
+            _blocks(query.shape[2]),
+        )
         made = [_beside(b, a.shape[1], t, a.shape[3], a) for a in (query, key, value)]
         chances = iter(kept)
         for grad, q, k, v, to_q, to_k, to_v in _rows(grads[0], query, key, value, *made):
@@ -128,7 +166,9 @@ class _Causal(torch.autograd.Function):
             for s, e in blocks:
                 p, g = next(chances), _grouped(grad[:, s:e], groups)
                 all_v[:, :e] += torch.bmm(p.transpose(1, 2), g)
-                inner = torch.ops.aten._softmax_backward_data(torch.bmm(g, v[:, :e].transpose(1, 2)), p, -1, p.dtype).mul_(scale)
+                inner = torch.ops.aten._softmax_backward_data(
+                    torch.bmm(g, v[:, :e].transpose(1, 2)), p, -1, p.dtype
+                ).mul_(scale)
                 to_q[:, s:e] = torch.bmm(inner, k[:, :e]).view(h, e - s, d)
                 all_k[:, :e] += torch.bmm(inner.transpose(1, 2), _grouped(q[:, s:e], groups))
             to_k.copy_(all_k)
@@ -136,7 +176,9 @@ class _Causal(torch.autograd.Function):
         return made[0], made[1], made[2], None
 
 
-def _rows(first: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _rows(
+    first: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
     """Row by row; what is read is fp32."""
     for n, (q, k, v) in enumerate(zip(query, key, value, strict=True)):
         one = first[n] if not rest else first[n].float()

@@ -1,9 +1,10 @@
 """Matrix products in fp32 on CPUs where torch's usual library runs at half their speed.
 
-torch multiplies fp32 matrices with MKL, which gives processors other than Intel's its kernels for AVX2. On an AMD processor with AVX-512,
-oneDNN, which torch carries as well and takes for bf16, does the same products, in the same precision, twice as fast. Here they go to it
-there, and to torch's usual library everywhere else. Which it is depends on the processor, as `machine.cpu_kind` says, and on the size of the
-product: the last bits of a sum differ between the two.
+torch multiplies fp32 matrices with MKL, which gives processors other than Intel's its kernels for
+AVX2. On an AMD processor with AVX-512, oneDNN, which torch carries as well and takes for bf16, does
+the same products, in the same precision, twice as fast. Here they go to it there, and to torch's
+usual library everywhere else. Which it is depends on the processor, as `machine.cpu_kind` says, and
+on the size of the product: the last bits of a sum differ between the two.
 """
 
 from __future__ import annotations
@@ -18,15 +19,22 @@ from torch import Tensor, nn
 from gradsift.compute.cpu.swap import swapped
 from gradsift.compute.machine import prefers_onednn
 
-LEAST = 1 << 23  # multiply-adds below which the detour, and a kernel compiled for a new shape, costs more than it saves
+# multiply-adds below which the detour, and a kernel compiled for a new shape, costs more than it
+# saves
+LEAST = 1 << 23
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., k] times weight [n, k], transposed, plus bias [n]: torch's own where a gradient is wanted, see `quick_layers`."""
+    """x [..., k] times weight [n, k], transposed, plus bias [n]: torch's own where a gradient is
+    wanted, see `quick_layers`.
+    """
     if not _applies(x, weight) or _wants_gradient(x, weight, bias):
         return nn.functional.linear(x, weight, bias)
-    out = torch.ops.mkldnn._linear_pointwise(contiguous(x.flatten(0, -2)), contiguous(weight), bias, "none", [], "")
-    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))  # no view, as what torch's own gives: it may be changed in place
+    out = torch.ops.mkldnn._linear_pointwise(
+        contiguous(x.flatten(0, -2)), contiguous(weight), bias, "none", [], ""
+    )
+    # no view, as what torch's own gives: it may be changed in place
+    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -56,8 +64,10 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
 
 @contextmanager
 def quick_layers(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While it is entered, plain nn.Linear layers among `modules` multiply with `linear`, forward and backward; nothing happens on a machine
-    where that changes nothing. Backward passes belong inside: a checkpointed block runs again in them."""
+    """While it is entered, plain nn.Linear layers among `modules` multiply with `linear`, forward
+    and backward; nothing happens on a machine where that changes nothing. Backward passes belong
+    inside: a checkpointed block runs again in them.
+    """
     with swapped(layer_forwards(modules)):
         yield
 
@@ -67,15 +77,25 @@ def layer_forwards(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, Callab
     if not prefers_onednn():
         return []
     modules = list(modules)
-    if any(type(m).__name__ == "OptimizedModule" for m in modules):  # a compiled model would be compiled again
+    if any(type(m).__name__ == "OptimizedModule" for m in modules):
+        # a compiled model would be compiled again
         return []
-    layers = [m for m in modules if type(m) is nn.Linear and m.weight.device.type == "cpu" and "forward" not in m.__dict__]
+    layers = [
+        m
+        for m in modules
+        if type(m) is nn.Linear and m.weight.device.type == "cpu" and "forward" not in m.__dict__
+    ]
     return [(m, _forward(m, m.forward)) for m in layers]
 
 
 def _forward(layer: nn.Linear, own: Callable[..., Any]) -> Callable[..., Any]:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or type(layer.weight) is not nn.Parameter or not _applies(x, layer.weight):
+        if (
+            args
+            or kwargs
+            or type(layer.weight) is not nn.Parameter
+            or not _applies(x, layer.weight)
+        ):
             return own(x, *args, **kwargs)
         return _Linear.apply(x, layer.weight, layer.bias)  # type: ignore[return-value]
 
@@ -101,7 +121,9 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def contiguous(a: Tensor) -> Tensor:
-    """A matrix that is contiguous, by rows or by columns: with part of a larger one oneDNN takes a thousand times as long."""
+    """A matrix that is contiguous, by rows or by columns: with part of a larger one oneDNN takes a
+    thousand times as long.
+    """
     if a.is_contiguous() or a.t().is_contiguous():
         return a
     return a.t().contiguous().t() if a.stride(0) == 1 else a.contiguous()

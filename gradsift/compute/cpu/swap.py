@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def swapped(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Each module computes what stands beside it; afterwards it is what it was, attribute for attribute, whatever happened."""
+    """Each module computes what stands beside it; afterwards it is what it was, attribute for
+    attribute, whatever happened.
+    """
     own = [(module, module.__dict__.get("forward")) for module, _ in forwards]
     try:
         for module, forward in forwards:

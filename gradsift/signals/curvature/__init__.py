@@ -1,4 +1,6 @@
-"""Curvature-corrected influence: fit K-FAC or EK-FAC over data, stream exact influence past it, and TRAK's target side."""
+"""Curvature-corrected influence: fit K-FAC or EK-FAC over data, stream exact influence past it, and
+TRAK's target side.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Hostile inputs, made in code, and what each must come to: CORPUS, name -> (builder, expected).
 
-A builder makes its file in an empty folder and returns what a user would name. Anything that runs code of an input makes a folder SENTINEL.
+A builder makes its file in an empty folder and returns what a user would name. Anything that runs
+code of an input makes a folder SENTINEL.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ LINE = GOOD + b"\n"
 
 @dataclass(frozen=True)
 class Reads:
-    """The rows that are read, the (line, code) of every row that is quarantined, and ids where they matter."""
+    """The rows that are read, the (line, code) of every row that is quarantined, and ids where they
+    matter.
+    """
 
     rows: int
     dropped: tuple[tuple[int, str], ...] = ()
@@ -48,7 +51,9 @@ Builder = Callable[[Path], "str | Path"]
 CORPUS: dict[str, tuple[Builder, Reads | Refused]] = {}
 
 
-def add(name: str, build: Builder | bytes, expected: Reads | Refused, suffix: str = ".jsonl") -> None:
+def add(
+    name: str, build: Builder | bytes, expected: Reads | Refused, suffix: str = ".jsonl"
+) -> None:
     """Puts a case into CORPUS; bytes stand for a file `p` + suffix that holds them."""
     assert name not in CORPUS, name
     CORPUS[name] = (_file(build, f"p{suffix}") if isinstance(build, bytes) else build, expected)

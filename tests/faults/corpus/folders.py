@@ -14,7 +14,9 @@ from tests.faults.corpus import LINE, SENTINEL, Reads, Refused, add
 from tests.faults.corpus.tables import TEXTS, arrow
 
 
-def saved(folder: Path, state: Any, *, name: str = "saved", splits: Any = None, table: bytes = b"") -> Path:
+def saved(
+    folder: Path, state: Any, *, name: str = "saved", splits: Any = None, table: bytes = b""
+) -> Path:
     """A folder as `datasets` saves one; texts are written as they are."""
     place = folder / name
     place.mkdir(parents=True, exist_ok=True)
@@ -68,7 +70,9 @@ def fifo(folder: Path) -> Path:
 
 
 def two_schemas(folder: Path) -> Path:
-    (saved(folder, state("data.arrow", "other.arrow")) / "other.arrow").write_bytes(arrow(pa.table({"text": [1, 2]})))
+    (saved(folder, state("data.arrow", "other.arrow")) / "other.arrow").write_bytes(
+        arrow(pa.table({"text": [1, 2]}))
+    )
     return folder / "saved"
 
 
@@ -80,29 +84,65 @@ add("folder: saved", lambda f: saved(f, state("data.arrow")), Reads(3))
 add("folder: state is no JSON", lambda f: saved(f, "{"), BROKEN)
 add("folder: state is a list", lambda f: saved(f, []), BROKEN)
 add("folder: state names no files", lambda f: saved(f, {}), BROKEN)
-add("folder: state names an empty list", lambda f: saved(f, state()), Refused("DataError", "holds no|is damaged"))
+add(
+    "folder: state names an empty list",
+    lambda f: saved(f, state()),
+    Refused("DataError", "holds no|is damaged"),
+)
 add("folder: a file name that is a number", lambda f: saved(f, state(5)), BROKEN)
-add("folder: a file name that leads out", lambda f: saved(outside(f), state("../outside/data.arrow")), OUTSIDE)
+add(
+    "folder: a file name that leads out",
+    lambda f: saved(outside(f), state("../outside/data.arrow")),
+    OUTSIDE,
+)
 add("folder: an absolute file name", lambda f: saved(f, state("/etc/passwd")), OUTSIDE)
-add("folder: a file that is not there", lambda f: saved(f, state("gone.arrow")), Refused("DataError", "not a readable Arrow"))
+add(
+    "folder: a file that is not there",
+    lambda f: saved(f, state("gone.arrow")),
+    Refused("DataError", "not a readable Arrow"),
+)
 add("folder: deep JSON", lambda f: saved(f, "[" * 100_000), BROKEN)
-add("folder: splits that lead out", lambda f: saved(outside(f), None, splits={"splits": ["../outside"]}), OUTSIDE)
+add(
+    "folder: splits that lead out",
+    lambda f: saved(outside(f), None, splits={"splits": ["../outside"]}),
+    OUTSIDE,
+)
 add("folder: splits that are no list", lambda f: saved(f, None, splits={"splits": 3}), BROKEN)
 add("folder: splits that are no JSON", lambda f: saved(f, None, splits="{"), BROKEN)
 add("folder: no splits", lambda f: saved(f, None, splits={"splits": []}), BROKEN)
-add("folder: files of two schemas", two_schemas, Refused("DataError", "different schemas|is damaged"))
+add(
+    "folder: files of two schemas",
+    two_schemas,
+    Refused("DataError", "different schemas|is damaged"),
+)
 add("folder: a loading script", scripted, Refused("UserError", "not one that `datasets` saved"))
-add("hf: a folder with a loading script", lambda f: f"hf:{scripted(f)}", Refused("UserError", "cannot be loaded"))
-add("hf: a folder that leads out", lambda f: f"hf:{saved(outside(f), None, splits={'splits': ['../outside']})}", OUTSIDE)
+add(
+    "hf: a folder with a loading script",
+    lambda f: f"hf:{scripted(f)}",
+    Refused("UserError", "cannot be loaded"),
+)
+add(
+    "hf: a folder that leads out",
+    lambda f: f"hf:{saved(outside(f), None, splits={'splits': ['../outside']})}",
+    OUTSIDE,
+)
 add("hf: nothing", lambda f: "hf:", Refused("UserError", "names nothing"))
 add("link to a file", lambda f: linked(f, "real.jsonl"), Reads(1))
 add("link to nothing", lambda f: linked(f, "gone"), Refused("UserError", "no such file"))
-add("link to itself", lambda f: linked(f, "p.jsonl"), Refused("ResourceError|UserError", "links|no such file"))
+add(
+    "link to itself",
+    lambda f: linked(f, "p.jsonl"),
+    Refused("ResourceError|UserError", "links|no such file"),
+)
 add("pipe", fifo, Refused("UserError", "a pipe"))
 add("socket", listened, Refused("UserError", "a pipe"))
 add("device", lambda f: "/dev/zero", Refused("UserError", "a pipe or a device"))
 add("a name with NUL", lambda f: f"{f}/a\0b.jsonl", Refused("UserError", "names nothing"))
-add("a name of 5,000 letters", lambda f: f"{f}/{'x' * 5000}.jsonl", Refused("UserError|ResourceError", "too long|no such file"))
+add(
+    "a name of 5,000 letters",
+    lambda f: f"{f}/{'x' * 5000}.jsonl",
+    Refused("UserError|ResourceError", "too long|no such file"),
+)
 add("an empty name", lambda f: "", Refused("UserError", "not one that|names nothing"))
 add("a name with a newline and an escape", lambda f: named(f, "a\n\x1b[31m.jsonl"), Reads(1))
 add("a name in Unicode", lambda f: named(f, "p\u00e9\u202e\U0001f600.jsonl"), Reads(1))

@@ -1,4 +1,6 @@
-"""Small models, rows, and automatic differentiation one row at a time: what the fast paths are held against."""
+"""Small models, rows, and automatic differentiation one row at a time: what the fast paths are held
+against.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,22 @@ VOCAB = 64
 
 def base(**changes: Any) -> nn.Module:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = dict(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, "num_key_value_heads": 2, "tie_word_embeddings": False, **changes})).eval()
+    sizes: dict[str, Any] = dict(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=24,
+    )
+    return LlamaForCausalLM(
+        LlamaConfig(**{**sizes, "num_key_value_heads": 2, "tie_word_embeddings": False, **changes})
+    ).eval()
 
 
 def lora() -> nn.Module:
-    model = get_peft_model(base(), LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj", "o_proj"]))  # type: ignore[arg-type]
+    model = get_peft_model(
+        base(), LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj", "o_proj"])
+    )  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -32,7 +44,9 @@ def lora() -> nn.Module:
 
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, n_inner=24)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, n_inner=24)
+    ).eval()
 
 
 MODELS = {"linear": (base, "linear"), "lora": (lora, None), "gpt2": (gpt2, "linear")}
@@ -47,13 +61,24 @@ def make_rows(n: int = 10, seed: int = 0, longest: int = 20) -> list[dict[str, l
     return rows
 
 
-def sampled(model: nn.Module, rows: list[dict[str, list[int]]], seed: int) -> list[dict[str, list[int]]]:
+def sampled(
+    model: nn.Module, rows: list[dict[str, list[int]]], seed: int
+) -> list[dict[str, list[int]]]:
     """The same rows with labels drawn from the model, one row at a time."""
     out = []
     for n, r in enumerate(rows):
-        labels, places = list(r["labels"]), [t for t in range(1, len(r["labels"])) if r["labels"][t] != -100]
+        labels, places = (
+            list(r["labels"]),
+            [t for t in range(1, len(r["labels"])) if r["labels"][t] != -100],
+        )
         with torch.no_grad():
-            chances = model(input_ids=torch.tensor([r["input_ids"]])).logits[0].softmax(-1).double().cumsum(-1)
+            chances = (
+                model(input_ids=torch.tensor([r["input_ids"]]))
+                .logits[0]
+                .softmax(-1)
+                .double()
+                .cumsum(-1)
+            )
         for place, u in zip(places, uniforms(seed, n, len(places)), strict=True):
             labels[place] = int((chances[place - 1] <= u * chances[place - 1, -1]).sum())
         out.append({"input_ids": r["input_ids"], "labels": labels})
@@ -61,9 +86,18 @@ def sampled(model: nn.Module, rows: list[dict[str, list[int]]], seed: int) -> li
 
 
 class Naive:
-    """Inputs, output gradients and gradients of every tracked weight, row by row, without padding, by autograd."""
+    """Inputs, output gradients and gradients of every tracked weight, row by row, without padding,
+    by autograd.
+    """
 
-    def __init__(self, model: nn.Module, names: list[str], rows: list[dict[str, list[int]]], *, whole: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: list[str],
+        rows: list[dict[str, list[int]]],
+        *,
+        whole: bool = False,
+    ) -> None:
         modules = dict(model.named_modules())
         self.a: dict[str, list[Tensor]] = {n: [] for n in names}
         self.d: dict[str, list[Tensor]] = {n: [] for n in names}
@@ -73,7 +107,10 @@ class Naive:
         for r in rows:
             seen: dict[str, tuple[Tensor, Tensor]] = {}
             keep = seen.__setitem__
-            hooks = {n: (lambda m, args, out, n=n, keep=keep: keep(n, (args[0].detach(), out))) for n in names}
+            hooks = {
+                n: lambda m, args, out, n=n, keep=keep: keep(n, (args[0].detach(), out))
+                for n in names
+            }
             handles = [modules[n].register_forward_hook(hook) for n, hook in hooks.items()]
             labels = torch.tensor(r["labels"])
             logits = model(input_ids=torch.tensor([r["input_ids"]])).logits[0, :-1]
@@ -100,7 +137,10 @@ class Naive:
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
-    return float((a.double() - b.double()).abs().max()) <= tolerance * float(b.double().abs().max()) + 1e-30
+    return (
+        float((a.double() - b.double()).abs().max())
+        <= tolerance * float(b.double().abs().max()) + 1e-30
+    )
 
 
 def gather(stream: Iterator[tuple[np.ndarray, Tensor]], n: int) -> Tensor:
@@ -112,8 +152,14 @@ def gather(stream: Iterator[tuple[np.ndarray, Tensor]], n: int) -> Tensor:
 
 def naive_scores(inverse: Any, pool: Naive, target: Naive) -> Tensor:
     """[n, m] in fp64."""
-    total = torch.zeros(len(next(iter(pool.grads.values()))), len(next(iter(target.grads.values()))), dtype=torch.float64)
+    total = torch.zeros(
+        len(next(iter(pool.grads.values()))),
+        len(next(iter(target.grads.values()))),
+        dtype=torch.float64,
+    )
     for name in pool.grads:
         p, q = torch.stack(pool.grads[name]), torch.stack(target.grads[name])
-        total += p.flatten(1) @ (q if inverse is None else inverse.apply_inverse(name, q)).flatten(1).t()
+        total += (
+            p.flatten(1) @ (q if inverse is None else inverse.apply_inverse(name, q)).flatten(1).t()
+        )
     return total

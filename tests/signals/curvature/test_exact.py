@@ -1,4 +1,6 @@
-"""Influence streamed through a fitted curvature on small real models, against dense gradients and dense inverses; TRAK."""
+"""Influence streamed through a fitted curvature on small real models, against dense gradients and
+dense inverses; TRAK.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,26 @@ from gradsift.errors import ConfigError, DataError, MismatchError, UserError
 from gradsift.gradients.passes import extract
 from gradsift.gradients.projection import Projection
 from gradsift.signals.curvature import exact
-from gradsift.signals.curvature.exact import influence_scores, prepare_targets, rank_agreement, score_pool
+from gradsift.signals.curvature.exact import (
+    influence_scores,
+    prepare_targets,
+    rank_agreement,
+    score_pool,
+)
 from gradsift.signals.curvature.fit import fit
 from gradsift.signals.curvature.passes import pass_row
 from gradsift.signals.influence import trak_target
 from gradsift.store.rows import RowStore
 from gradsift.types import IGNORE
-from tests.signals.curvature.naive import MODELS, Naive, base, close, gather, make_rows, naive_scores
+from tests.signals.curvature.naive import (
+    MODELS,
+    Naive,
+    base,
+    close,
+    gather,
+    make_rows,
+    naive_scores,
+)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -35,9 +50,13 @@ def test_scores_are_those_of_dense_gradients(kind: str, style: str) -> None:
         "pi": lambda: curvature.inverse(style="pi"),
         "none": lambda: None,
     }[style]()
-    expected = naive_scores(inverse, Naive(model, curvature.names, pool), Naive(model, curvature.names, target))
+    expected = naive_scores(
+        inverse, Naive(model, curvature.names, pool), Naive(model, curvature.names, target)
+    )
     for budget in (1, 50, 1000):
-        found = gather(influence_scores(model, pool, target, inverse, modules=modules, token_budget=budget), 9)
+        found = gather(
+            influence_scores(model, pool, target, inverse, modules=modules, token_budget=budget), 9
+        )
         assert close(found, expected), budget
     dots = gather(influence_scores(model, pool, pool, inverse, modules=modules), 9)
     assert bool((dots.diagonal() >= 0).all())  # T2.6
@@ -52,12 +71,19 @@ def test_scores_are_g_times_the_dense_inverse_of_the_curvature() -> None:
     dense = basis @ torch.diag(e.values.double().flatten()) @ basis.t()
     damping = 0.1 * float(e.values.double().mean())
     grads = torch.stack(Naive(model, [name], pool).grads[name]).flatten(1)
-    expected = grads @ torch.linalg.solve(dense + damping * torch.eye(len(dense), dtype=torch.float64), grads.t())
-    assert close(gather(influence_scores(model, pool, pool, curvature.inverse(), modules=[name]), 6), expected)
+    expected = grads @ torch.linalg.solve(
+        dense + damping * torch.eye(len(dense), dtype=torch.float64), grads.t()
+    )
+    assert close(
+        gather(influence_scores(model, pool, pool, curvature.inverse(), modules=[name]), 6),
+        expected,
+    )
 
 
 def test_inner_products_of_projected_rows_agree_without_projection() -> None:
-    """The projected backend is the same quantity: identity rows of the pool against preconditioned identity rows of the targets."""
+    """The projected backend is the same quantity: identity rows of the pool against preconditioned
+    identity rows of the targets.
+    """
     model, pool, target = base(), make_rows(6), make_rows(3, seed=1)
     inverse = fit(model, pool, modules="linear").inverse()
     flat = Projection(None, kind="identity")
@@ -68,7 +94,10 @@ def test_inner_products_of_projected_rows_agree_without_projection() -> None:
             out = torch.zeros(len(rows), batch.rows.shape[1]) if out.shape[1] == 0 else out
             out[torch.from_numpy(batch.indices)] = batch.rows
         sides.append(out)
-    assert close(gather(influence_scores(model, pool, target, inverse, modules="linear"), 6), sides[0] @ sides[1].t())
+    assert close(
+        gather(influence_scores(model, pool, target, inverse, modules="linear"), 6),
+        sides[0] @ sides[1].t(),
+    )
 
 
 def test_target_batches_are_token_weighted_means() -> None:
@@ -76,11 +105,19 @@ def test_target_batches_are_token_weighted_means() -> None:
     curvature = fit(model, pool, modules="linear")
     inverse = curvature.inverse()
     tokens = [sum(x != -100 for x in r["labels"][1:]) for r in target]
-    single = naive_scores(inverse, Naive(model, curvature.names, pool), Naive(model, curvature.names, target))
+    single = naive_scores(
+        inverse, Naive(model, curvature.names, pool), Naive(model, curvature.names, target)
+    )
     expected = torch.stack(
-        [sum(tokens[i] * single[:, i] for i in part) / sum(tokens[i] for i in part) for part in ((0, 1), (2, 3), (4,))], dim=1
+        [
+            sum(tokens[i] * single[:, i] for i in part) / sum(tokens[i] for i in part)
+            for part in ((0, 1), (2, 3), (4,))
+        ],
+        dim=1,
     )  # type: ignore[arg-type]
-    pairs = gather(influence_scores(model, pool, target, inverse, modules="linear", target_batch=2), 6)
+    pairs = gather(
+        influence_scores(model, pool, target, inverse, modules="linear", target_batch=2), 6
+    )
     assert close(pairs, expected)
     lost = prepare_targets(model, target, inverse, modules="linear", target_batch=2, drop_last=True)
     assert lost.members == ((0, 1), (2, 3))
@@ -92,7 +129,9 @@ def test_t26_duplicated_seeds_keep_the_filter_and_more_seeds_shrink_it() -> None
     inverse = fit(model, pool, modules="linear").inverse()
 
     def kept(seeds: list[dict[str, list[int]]]) -> set[int]:
-        found = gather(influence_scores(model, pool, seeds, inverse, modules="linear", token_budget=200), 40)
+        found = gather(
+            influence_scores(model, pool, seeds, inverse, modules="linear", token_budget=200), 40
+        )
         return set((found > 0).all(1).nonzero().flatten().tolist())
 
     assert kept(target) == kept([*target, target[0], target[2], target[0]])
@@ -102,7 +141,9 @@ def test_t26_duplicated_seeds_keep_the_filter_and_more_seeds_shrink_it() -> None
 
 @pytest.mark.parametrize("held", [0, 6, 1000])
 @pytest.mark.parametrize("kind", MODELS)
-def test_t27_full_rank_is_dense_and_lower_rank_is_its_compression(kind: str, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_t27_full_rank_is_dense_and_lower_rank_is_its_compression(
+    kind: str, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make, modules = MODELS[kind]
     model, pool, target = make(), make_rows(11), make_rows(4, seed=1)
     curvature = fit(model, pool, modules=modules)
@@ -113,7 +154,15 @@ def test_t27_full_rank_is_dense_and_lower_rank_is_its_compression(kind: str, hel
     naive = Naive(model, curvature.names, pool), Naive(model, curvature.names, target)
     expected = naive_scores(inverse, *naive)
     for rank in (None, 24):
-        assert close(gather(influence_scores(model, pool, target, inverse, modules=modules, rank=rank, token_budget=50), 11), expected)
+        assert close(
+            gather(
+                influence_scores(
+                    model, pool, target, inverse, modules=modules, rank=rank, token_budget=50
+                ),
+                11,
+            ),
+            expected,
+        )
     prepared = prepare_targets(model, target, inverse, modules=modules, rank=2)
     assert prepared.rank == 2
     low = torch.zeros(11, 4, dtype=torch.float64)
@@ -124,12 +173,18 @@ def test_t27_full_rank_is_dense_and_lower_rank_is_its_compression(kind: str, hel
         if min(whole.shape[1:]) > 2:
             left, right = prepared.low[name]
             made = left.double() @ right.double().transpose(1, 2)
-            assert float((made - whole).norm()) <= 1.01 * float((best - whole).norm()) + 1e-6 * float(whole.norm())
-            assert prepared.kept[name] == pytest.approx(float((best.norm(dim=(1, 2)) / whole.norm(dim=(1, 2))).square().min()), rel=1e-2)
+            assert float((made - whole).norm()) <= 1.01 * float(
+                (best - whole).norm()
+            ) + 1e-6 * float(whole.norm())
+            assert prepared.kept[name] == pytest.approx(
+                float((best.norm(dim=(1, 2)) / whole.norm(dim=(1, 2))).square().min()), rel=1e-2
+            )
             whole = made
         low += torch.stack(naive[0].grads[name]).flatten(1) @ whole.flatten(1).t()
     for budget in (1, 50):
-        assert close(gather(score_pool(model, pool, prepared, modules=modules, token_budget=budget), 11), low)
+        assert close(
+            gather(score_pool(model, pool, prepared, modules=modules, token_budget=budget), 11), low
+        )
 
 
 @pytest.mark.parametrize("by_tokens", [False, True])
@@ -143,8 +198,14 @@ def test_low_rank_scores_agree_both_ways(by_tokens: bool, monkeypatch: pytest.Mo
     assert close(gather(score_pool(model, pool, prepared, modules="linear"), 8), expected, 1e-5)
 
 
-def test_rank_is_chosen_by_memory_and_chunks_do_not_matter(caplog: pytest.LogCaptureFixture) -> None:
-    model, pool, target = base(hidden_size=64, intermediate_size=96), make_rows(8), make_rows(5, seed=1)
+def test_rank_is_chosen_by_memory_and_chunks_do_not_matter(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, pool, target = (
+        base(hidden_size=64, intermediate_size=96),
+        make_rows(8),
+        make_rows(5, seed=1),
+    )
     curvature = fit(model, pool, modules="linear")
     inverse = curvature.inverse()
     size = 4 * sum(r * c for r, c in curvature.shapes.values())
@@ -160,17 +221,26 @@ def test_rank_is_chosen_by_memory_and_chunks_do_not_matter(caplog: pytest.LogCap
     assert agreement.shape == (5,)
     assert bool((agreement > 0.5).all())
     plain = rank_agreement(model, pool, target, None, rank=32, modules="linear")
-    assert torch.allclose(plain, torch.ones(5))  # a row of 20 tokens has a gradient of rank 20; its preconditioned gradient has not
+    # a row of 20 tokens has a gradient of rank 20; its preconditioned gradient has not
+    assert torch.allclose(plain, torch.ones(5))
 
 
 def test_silent_rows_score_zero_and_broken_ones_nan() -> None:
     model, pool = base(), make_rows(4)
-    pool = [{"input_ids": [i % 63 for i in r["input_ids"]], "labels": [min(x, 62) for x in r["labels"]]} for r in pool]
+    pool = [
+        {"input_ids": [i % 63 for i in r["input_ids"]], "labels": [min(x, 62) for x in r["labels"]]}
+        for r in pool
+    ]
     inverse = fit(model, pool, modules="linear").inverse()
     with torch.no_grad():
         model.get_input_embeddings().weight[63] = torch.nan  # type: ignore[operator,union-attr]
-    silent, broken = {"input_ids": [1, 2], "labels": [-100, -100]}, {"input_ids": [63, 63, 63], "labels": [1, 2, 3]}
-    found = gather(influence_scores(model, [*pool, silent, broken], pool[:2], inverse, modules="linear"), 6)
+    silent, broken = (
+        {"input_ids": [1, 2], "labels": [-100, -100]},
+        {"input_ids": [63, 63, 63], "labels": [1, 2, 3]},
+    )
+    found = gather(
+        influence_scores(model, [*pool, silent, broken], pool[:2], inverse, modules="linear"), 6
+    )
     assert bool(torch.isfinite(found[:5]).all())
     assert bool((found[4] == 0).all())
     assert bool(found[5].isnan().all())
@@ -206,7 +276,9 @@ def test_mistakes_are_told() -> None:
     with pytest.raises(ConfigError, match="target_batch 0"):
         influence_scores(model, rows, rows, None, modules="linear", target_batch=0)
     with pytest.raises(DataError, match="no targets"):
-        influence_scores(model, rows, rows[:1], None, modules="linear", target_batch=2, drop_last=True)
+        influence_scores(
+            model, rows, rows[:1], None, modules="linear", target_batch=2, drop_last=True
+        )
     prepared = prepare_targets(model, rows, None, modules=["*down_proj"])
     with pytest.raises(MismatchError, match="no gradient of"):
         score_pool(model, rows, prepared, modules="linear")
@@ -223,7 +295,10 @@ def test_a_row_ends_where_it_is_told() -> None:
 
 def test_trak_with_an_invertible_matrix_is_the_hat_matrix() -> None:
     generator = torch.Generator().manual_seed(0)
-    features, mix = torch.randn(12, 12, generator=generator), torch.randn(3, 12, generator=generator)
+    features, mix = (
+        torch.randn(12, 12, generator=generator),
+        torch.randn(3, 12, generator=generator),
+    )
     scores_ = features @ trak_target(features, mix @ features).t()  # X (X^T X)^-1 X^T Q = Q
     assert torch.allclose(scores_, mix.t(), atol=1e-3)
 
@@ -236,12 +311,16 @@ def test_trak_is_ridge_regression_over_any_rows(tmp_path: Path) -> None:
         added = ridge * (float(gram.diagonal().mean()) if relative else 1.0)
         expected = torch.linalg.solve(gram + added * torch.eye(8), target.double().t()).t()
         assert close(trak_target(pool, target, ridge, relative=relative), expected, 1e-5)
-    store = RowStore.create(tmp_path / "rows", recipe_digest="0" * 64, ids=[str(n) for n in range(3000)], dim=8, spec={})
+    store = RowStore.create(
+        tmp_path / "rows", recipe_digest="0" * 64, ids=[str(n) for n in range(3000)], dim=8, spec={}
+    )
     for shard, where in enumerate(store.shards):
         part = pool[where]
         ones = torch.ones(len(part))
         store.write(shard, part, norms=ones, losses=ones, tokens=ones.int())
-    assert close(trak_target(store, target), torch.linalg.solve(gram, target.double().t()).t(), 1e-2)
+    assert close(
+        trak_target(store, target), torch.linalg.solve(gram, target.double().t()).t(), 1e-2
+    )
     with pytest.raises(ConfigError, match="not invertible"):
         trak_target(pool[:3], target)
     with pytest.raises(UserError, match="8 dimensions and target rows 4"):

@@ -1,4 +1,6 @@
-"""Curvature fitted on small real models, against one-by-one automatic differentiation in plain lines; its store, and resuming."""
+"""Curvature fitted on small real models, against one-by-one automatic differentiation in plain
+lines; its store, and resuming.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,17 @@ from gradsift.signals.curvature.fitted import Curvature
 from gradsift.signals.curvature.passes import sample, uniforms
 from gradsift.store.partial import Pieces
 from gradsift.store.tensors import TensorFile
-from tests.signals.curvature.naive import MODELS, Naive, base, close, gather, lora, make_rows, naive_scores, sampled
+from tests.signals.curvature.naive import (
+    MODELS,
+    Naive,
+    base,
+    close,
+    gather,
+    lora,
+    make_rows,
+    naive_scores,
+    sampled,
+)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -39,21 +51,35 @@ def test_factors_and_corrected_eigenvalues_are_those_of_single_rows(kind: str, f
         e = curvature.eigen(name)
         grads = torch.stack(naive.grads[name])
         assert grads.shape[1:] == curvature.shapes[name]
-        assert close(e.values, (e.left.t().double() @ grads @ e.right.double()).square().mean(0)), name
-        assert float(e.values.sum()) == pytest.approx(float(grads.square().sum() / len(rows)), rel=1e-4)  # T2.4: the trace of the Fisher
+        assert close(e.values, (e.left.t().double() @ grads @ e.right.double()).square().mean(0)), (
+            name
+        )
+        # T2.4: the trace of the Fisher
+        assert float(e.values.sum()) == pytest.approx(
+            float(grads.square().sum() / len(rows)), rel=1e-4
+        )
         assert close(e.left.t() @ e.left, torch.eye(len(e.left)), 1e-5)
 
 
 def test_layers_that_read_the_same_inputs_share_a_factor() -> None:
     curvature = fit(base(), make_rows(4), modules="linear", correct=False)
-    groups = {n.removeprefix("model.layers."): v["group"].removeprefix("model.layers.") for n, v in curvature.spec["layers"].items()}
+    groups = {
+        n.removeprefix("model.layers."): v["group"].removeprefix("model.layers.")
+        for n, v in curvature.spec["layers"].items()
+    }
     assert groups["0.self_attn.v_proj"] == groups["0.self_attn.k_proj"] == "0.self_attn.q_proj"
     assert groups["1.mlp.up_proj"] == "1.mlp.gate_proj"
     assert groups["1.mlp.down_proj"] == "1.mlp.down_proj"
     adapted = fit(lora(), make_rows(4), correct=False)
     stem = "base_model.model.model.layers.0.self_attn."
-    assert adapted.spec["layers"][stem + "v_proj.lora_A.default"]["group"] == stem + "q_proj.lora_A.default"
-    assert adapted.spec["layers"][stem + "v_proj.lora_B.default"]["group"] == stem + "v_proj.lora_B.default"
+    assert (
+        adapted.spec["layers"][stem + "v_proj.lora_A.default"]["group"]
+        == stem + "q_proj.lora_A.default"
+    )
+    assert (
+        adapted.spec["layers"][stem + "v_proj.lora_B.default"]["group"]
+        == stem + "v_proj.lora_B.default"
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "lora"])
@@ -70,7 +96,11 @@ def test_sampled_labels_are_the_rows_own(kind: str) -> None:
         if key[0] in "AG":
             assert close(ours.tensors[key], tensor, 1e-5)
             assert close(alone.tensors[key], tensor, 1e-4)
-    assert any(not close(other.tensors[key], tensor, 1e-2) for key, tensor in theirs.tensors.items() if key[0] == "G")
+    assert any(
+        not close(other.tensors[key], tensor, 1e-2)
+        for key, tensor in theirs.tensors.items()
+        if key[0] == "G"
+    )
 
 
 def test_ids_key_the_draws_instead_of_positions() -> None:
@@ -78,7 +108,11 @@ def test_ids_key_the_draws_instead_of_positions() -> None:
     ids = [f"row {n}" for n in range(6)]
     ahead = fit(model, rows, modules="linear", labels="sampled", ids=ids, correct=False)
     back = fit(model, rows[::-1], modules="linear", labels="sampled", ids=ids[::-1], correct=False)
-    assert all(close(back.tensors[key], tensor, 1e-5) for key, tensor in ahead.tensors.items() if key[0] in "AG")
+    assert all(
+        close(back.tensors[key], tensor, 1e-5)
+        for key, tensor in ahead.tensors.items()
+        if key[0] in "AG"
+    )
 
 
 def test_draws_follow_the_models_distribution() -> None:
@@ -95,22 +129,36 @@ def test_draws_follow_the_models_distribution() -> None:
 def test_batches_padding_and_shards_do_not_matter(form: Any) -> None:
     model, rows = base(), make_rows(13)
     plain = fit(model, rows, modules="linear", form=form, token_budget=1, accumulate="float64")
-    for options in ({"token_budget": 200}, {"token_budget": 60, "shard_rows": 4}, {"shard_rows": 1}):
+    for options in (
+        {"token_budget": 200},
+        {"token_budget": 60, "shard_rows": 4},
+        {"shard_rows": 1},
+    ):
         other = fit(model, rows, modules="linear", form=form, **options)
         for name in plain.names:
             ours, theirs = (c.inverse(0.1, "pi") for c in (other, plain))
             grad = torch.randn(plain.shapes[name], generator=torch.Generator().manual_seed(1))
             assert close(ours.apply_inverse(name, grad), theirs.apply_inverse(name, grad), 1e-3)
-            if form == "expand":  # 13 sums of tokens leave part of the eigenbasis, and so the correction, open
-                assert close(other.inverse().apply_inverse(name, grad), plain.inverse().apply_inverse(name, grad), 1e-2)
+            if form == "expand":
+                # 13 sums of tokens leave part of the eigenbasis, and so the correction, open
+                assert close(
+                    other.inverse().apply_inverse(name, grad),
+                    plain.inverse().apply_inverse(name, grad),
+                    1e-2,
+                )
 
 
 def test_rows_without_supervised_tokens_are_left_out() -> None:
     model, rows = base(), make_rows(5)
     silent = {"input_ids": [1, 2, 3], "labels": [-100] * 3}
-    plain, mixed = fit(model, rows, modules="linear"), fit(model, [rows[0], silent, *rows[1:]], modules="linear")
+    plain, mixed = (
+        fit(model, rows, modules="linear"),
+        fit(model, [rows[0], silent, *rows[1:]], modules="linear"),
+    )
     assert mixed.spec["rows"] == 5
-    assert all(close(mixed.tensors[key], tensor) for key, tensor in plain.tensors.items() if key[0] in "AG")
+    assert all(
+        close(mixed.tensors[key], tensor) for key, tensor in plain.tensors.items() if key[0] in "AG"
+    )
     with pytest.raises(DataError, match="nothing to fit"):
         fit(model, [silent], modules="linear")
 
@@ -137,7 +185,9 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def tied() -> nn.Module:
-    """Two layers that share one weight, one of them in the last feed-forward layer: its gradient is the sum over both uses."""
+    """Two layers that share one weight, one of them in the last feed-forward layer: its gradient is
+    the sum over both uses.
+    """
     model = base()
     model.model.layers[0].mlp.down_proj.weight = model.model.layers[1].mlp.down_proj.weight  # type: ignore[union-attr,index]
     return model
@@ -156,8 +206,13 @@ def test_shared_weights_and_checkpointing_change_nothing(make: Any) -> None:
     naive = Naive(model.eval(), curvature.names, rows)
     for name in curvature.names:
         e, grads = curvature.eigen(name), torch.stack(naive.grads[name])
-        assert close(e.values, (e.left.t().double() @ grads @ e.right.double()).square().mean(0)), name
-    found = gather(influence_scores(model, rows, rows, curvature.inverse(), modules="linear", token_budget=64), 7)
+        assert close(e.values, (e.left.t().double() @ grads @ e.right.double()).square().mean(0)), (
+            name
+        )
+    found = gather(
+        influence_scores(model, rows, rows, curvature.inverse(), modules="linear", token_budget=64),
+        7,
+    )
     assert close(found, naive_scores(curvature.inverse(), naive, naive))
 
 
@@ -180,12 +235,16 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("gone", ["factors-00001", "basis", "eigenvalues-00002"])
-def test_a_shard_that_is_gone_or_damaged_is_made_again_byte_for_byte(tmp_path: Path, gone: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_shard_that_is_gone_or_damaged_is_made_again_byte_for_byte(
+    tmp_path: Path, gone: str, caplog: pytest.LogCaptureFixture
+) -> None:
     options: dict[str, Any] = dict(modules="linear", shard_rows=4, token_budget=60)
     model, rows, folder = base(), make_rows(11), tmp_path / "fit"
     first = fit(model, rows, store=Pieces(folder), **options)
     before = files(folder)
-    shards = {f"{kind}-0000{n}.safetensors" for kind in ("factors", "eigenvalues") for n in range(3)}
+    shards = {
+        f"{kind}-0000{n}.safetensors" for kind in ("factors", "eigenvalues") for n in range(3)
+    }
     assert set(before) == {"curvature.json", "basis.safetensors"} | shards
     path = folder / f"{gone}.safetensors"
     data = bytearray(path.read_bytes())
@@ -200,24 +259,37 @@ def test_a_shard_that_is_gone_or_damaged_is_made_again_byte_for_byte(tmp_path: P
     assert all(torch.equal(memory.tensors[key], tensor) for key, tensor in first.tensors.items())
 
 
-def test_the_files_of_a_fit_say_what_they_are_and_a_resumed_fit_writes_none_again(tmp_path: Path) -> None:
-    """Names and metadata are those of every fit before: one that was stopped under an older version goes on."""
+def test_the_files_of_a_fit_say_what_they_are_and_a_resumed_fit_writes_none_again(
+    tmp_path: Path,
+) -> None:
+    """Names and metadata are those of every fit before: one that was stopped under an older version
+    goes on.
+    """
     options: dict[str, Any] = dict(modules="linear", shard_rows=4, token_budget=60)
     model, rows = base(), make_rows(6)
     fit(model, rows, store=Pieces(tmp_path), **options)
     metas = {}
     for path in sorted(tmp_path.glob("*.safetensors")):
         with TensorFile(path) as file:
-            metas[path.stem] = {name: value for name, value in file.meta.items() if name in ("fit", "part", "basis")}
+            metas[path.stem] = {
+                name: value for name, value in file.meta.items() if name in ("fit", "part", "basis")
+            }
     assert {stem: sorted(meta) for stem, meta in metas.items()} == {
         "basis": ["fit", "part"],
         **{f"factors-0000{k}": ["fit", "part"] for k in range(2)},
         **{f"eigenvalues-0000{k}": ["basis", "fit", "part"] for k in range(2)},
     }
-    assert all(meta["part"] == stem for stem, meta in metas.items()) and len({meta["fit"] for meta in metas.values()}) == 1
-    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    assert (
+        all(meta["part"] == stem for stem, meta in metas.items())
+        and len({meta["fit"] for meta in metas.values()}) == 1
+    )
+    before = {
+        path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()
+    }
     fit(model, rows, store=Pieces(tmp_path), **options)
-    assert {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == before
+    assert {
+        path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()
+    } == before
 
 
 def test_workers_in_any_order_make_the_same_bytes(tmp_path: Path) -> None:
@@ -240,7 +312,14 @@ def test_a_store_of_other_settings_rows_or_weights_is_refused(tmp_path: Path) ->
     with pytest.raises(MismatchError, match="data = "):
         fit(model, [*rows[1:], rows[0]], modules="linear", store=Pieces(tmp_path), correct=False)
     with pytest.raises(MismatchError, match="identity"):
-        fit(model, rows, modules="linear", store=Pieces(tmp_path), correct=False, identity="another model")
+        fit(
+            model,
+            rows,
+            modules="linear",
+            store=Pieces(tmp_path),
+            correct=False,
+            identity="another model",
+        )
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(2)  # type: ignore[operator,union-attr]
     with pytest.raises(MismatchError, match="weights = "):
@@ -253,7 +332,9 @@ def test_saved_and_loaded_curvature_is_the_same(tmp_path: Path) -> None:
     curvature.save(path)
     loaded = Curvature.load(path)
     assert loaded.spec == curvature.spec
-    assert all(torch.equal(loaded.tensors[key], tensor) for key, tensor in curvature.tensors.items())
+    assert all(
+        torch.equal(loaded.tensors[key], tensor) for key, tensor in curvature.tensors.items()
+    )
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -265,7 +346,8 @@ def test_damping_is_reported_and_options_are_checked() -> None:
     model, rows = base(), make_rows(6)
     plain = fit(model, rows, modules="linear", correct=False)
     assert [d.ratio for d in plain.inverse(0.25).damped] == pytest.approx([0.25] * len(plain.names))
-    assert all(d.ratio > 1e3 for d in plain.inverse(0.5, "pi", absolute=True).damped)  # the released 0.5 drowns the curvature
+    # the released 0.5 drowns the curvature
+    assert all(d.ratio > 1e3 for d in plain.inverse(0.5, "pi", absolute=True).damped)
     values = [torch.linalg.eigvalsh(factor) for factor in plain.factors(plain.names[0])]
     assert close(plain.eigen(plain.names[0]).values, torch.outer(*values))
     with pytest.raises(ConfigError, match="no corrected eigenvalues"):

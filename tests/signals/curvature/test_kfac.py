@@ -1,4 +1,6 @@
-"""K-FAC and EK-FAC on matrices small enough to write down, named after methods.md section 2.6, and the fast sums against plain ones."""
+"""K-FAC and EK-FAC on matrices small enough to write down, named after methods.md section 2.6, and
+the fast sums against plain ones.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,16 @@ import torch
 from torch import Tensor
 
 from gradsift.errors import ConfigError, DataError, MismatchError
-from gradsift.signals.curvature.kfac import Eigen, Inverse, add_gram, add_second_moments, eigen_inverse, eigenbasis, pi_inverse, symmetrise
+from gradsift.signals.curvature.kfac import (
+    Eigen,
+    Inverse,
+    add_gram,
+    add_second_moments,
+    eigen_inverse,
+    eigenbasis,
+    pi_inverse,
+    symmetrise,
+)
 from gradsift.types import Transform
 
 
@@ -35,7 +46,9 @@ def kfac(a: Tensor, d: Tensor) -> Tensor:
 
 
 def eigen(left: Tensor, right: Tensor, grads: Tensor | None = None) -> Eigen:
-    """The eigenbasis of two factors; with `grads` [n, r, c] corrected eigenvalues, as means over them."""
+    """The eigenbasis of two factors; with `grads` [n, r, c] corrected eigenvalues, as means over
+    them.
+    """
     (ul, el), (ur, er) = eigenbasis(left), eigenbasis(right)
     values = torch.outer(el, er)
     if grads is not None:
@@ -52,7 +65,8 @@ def dense(e: Eigen) -> Tensor:
 
 
 def test_t21_one_token_kfac_is_the_fisher() -> None:
-    a, d = torch.tensor([[2.0, -1, 3, 5]]).double(), torch.tensor([[4.0, 7, -2]]).double()  # whole numbers: no rounding
+    # whole numbers: no rounding
+    a, d = torch.tensor([[2.0, -1, 3, 5]]).double(), torch.tensor([[4.0, 7, -2]]).double()
     grad = d.t() @ a
     assert torch.equal(kfac(a, d), fisher(grad[None]))
     by_column = grad.t().flatten()
@@ -72,13 +86,21 @@ def test_t22_two_tokens_tell_the_forms_apart() -> None:
 
 
 def test_t23_factored_damping_is_not_additive() -> None:
-    a, g, ones = 4 * torch.eye(2, dtype=torch.float64), torch.eye(3, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64)
+    a, g, ones = (
+        4 * torch.eye(2, dtype=torch.float64),
+        torch.eye(3, dtype=torch.float64),
+        torch.ones(3, 2, dtype=torch.float64),
+    )
     factored, damped = pi_inverse("w", g, a, 0.25, absolute=True)
-    assert torch.allclose(factored.left, torch.eye(3, dtype=torch.float64) / 1.25)  # G damped to 1.25 I
-    assert torch.allclose(factored.right, torch.eye(2, dtype=torch.float64) / 5)  # A damped to 5 I: pi = 2
+    # G damped to 1.25 I
+    assert torch.allclose(factored.left, torch.eye(3, dtype=torch.float64) / 1.25)
+    # A damped to 5 I: pi = 2
+    assert torch.allclose(factored.right, torch.eye(2, dtype=torch.float64) / 5)
     assert torch.allclose(factored.apply(ones), torch.full((3, 2), 0.16, dtype=torch.float64))
     additive, _ = eigen_inverse("w", eigen(g, a), 0.25, absolute=True)
-    assert torch.allclose(additive.apply(ones), torch.full((3, 2), 0.235294, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(
+        additive.apply(ones), torch.full((3, 2), 0.235294, dtype=torch.float64), atol=1e-6
+    )
     # each factor is damped by sqrt(lambda / (mean A x mean G)) = 0.25 of its own mean eigenvalue
     assert damped.ratio == pytest.approx(0.25**2)
     assert damped.mean_eigenvalue == 4
@@ -90,8 +112,12 @@ def test_t24_corrected_eigenvalues_keep_the_trace_and_lower_the_error() -> None:
     grads = d[:, :, None] * a[:, None, :]
     factor_a, factor_g, true = gram(a) / 3, gram(d) / 3, fisher(grads) / 3
     product, corrected = dense(eigen(factor_g, factor_a)), dense(eigen(factor_g, factor_a, grads))
-    assert torch.allclose(eigenbasis(factor_a)[1], torch.tensor([1.6667, 2.3333], dtype=torch.float64), atol=1e-4)
-    assert torch.allclose(eigenbasis(factor_g)[1], torch.tensor([0.2826, 1, 4.7174], dtype=torch.float64), atol=1e-4)
+    assert torch.allclose(
+        eigenbasis(factor_a)[1], torch.tensor([1.6667, 2.3333], dtype=torch.float64), atol=1e-4
+    )
+    assert torch.allclose(
+        eigenbasis(factor_g)[1], torch.tensor([0.2826, 1, 4.7174], dtype=torch.float64), atol=1e-4
+    )
     assert [float(m.trace()) for m in (true, product, corrected)] == pytest.approx([28, 24, 28])
     assert float((true - product).norm()) == pytest.approx(15.3285, abs=1e-4)
     assert float((true - corrected).norm()) == pytest.approx(10.1568, abs=1e-4)
@@ -101,7 +127,11 @@ def test_t24_holds_on_random_gradients() -> None:
     for seed in range(5):
         a, d = random(20, 5, 4, seed=seed), random(20, 5, 3, seed=seed + 100)
         grads = d.transpose(1, 2) @ a
-        left, right, true = gram(d.flatten(0, 1)) / 20, gram(a.flatten(0, 1)) / 100, fisher(grads) / 20
+        left, right, true = (
+            gram(d.flatten(0, 1)) / 20,
+            gram(a.flatten(0, 1)) / 100,
+            fisher(grads) / 20,
+        )
         product, corrected = dense(eigen(left, right)), dense(eigen(left, right, grads))
         assert float((true - corrected).norm()) <= float((true - product).norm())
         assert float(corrected.trace()) == pytest.approx(float(true.trace()))
@@ -112,7 +142,11 @@ def test_t25_large_damping_ranks_as_the_dot_product(style: str) -> None:
     left, right = gram(random(50, 3)) / 50, gram(random(50, 4, seed=1)) / 50
     target, pool = random(3, 4, seed=2), random(30, 3, 4, seed=3)
     damping = 1e9
-    part = (eigen_inverse("w", eigen(left, right), damping) if style == "eigen" else pi_inverse("w", left, right, damping))[0]
+    part = (
+        eigen_inverse("w", eigen(left, right), damping)
+        if style == "eigen"
+        else pi_inverse("w", left, right, damping)
+    )[0]
     scores, dots = (pool * part.apply(target)).sum((1, 2)), (pool * target).sum((1, 2))
     assert torch.equal(scores.argsort(), dots.argsort())
     mean = float(torch.outer(*(eigenbasis(f)[1] for f in (left, right))).mean())
@@ -132,7 +166,10 @@ def test_t25_without_damping_inputs_may_be_reparameterised() -> None:
 def test_t26_self_influence_is_not_negative() -> None:
     left, right = gram(random(10, 3)), gram(random(10, 4, seed=1))
     grads = random(50, 3, 4, seed=2)
-    for part in (eigen_inverse("w", eigen(left, right, grads), 0.1)[0], pi_inverse("w", left, right, 0.1)[0]):
+    for part in (
+        eigen_inverse("w", eigen(left, right, grads), 0.1)[0],
+        pi_inverse("w", left, right, 0.1)[0],
+    ):
         assert bool(((grads * part.apply(grads)).sum((1, 2)) > 0).all())
 
 
@@ -145,7 +182,9 @@ def test_the_eigen_inverse_is_the_dense_inverse(absolute: bool) -> None:
     e = eigen(gram(random(30, 3)), gram(random(30, 5, seed=1)), grads)
     part, damped = eigen_inverse("w", e, 0.3, absolute=absolute)
     added = 0.3 if absolute else 0.3 * float(e.values.mean())
-    expected = grads.flatten(1) @ torch.linalg.inv(dense(e) + added * torch.eye(15, dtype=torch.float64))
+    expected = grads.flatten(1) @ torch.linalg.inv(
+        dense(e) + added * torch.eye(15, dtype=torch.float64)
+    )
     assert torch.allclose(part.apply(grads).flatten(1), expected, rtol=1e-9)
     assert damped.damping == pytest.approx(added)
     assert damped.ratio == pytest.approx(added / float(e.values.mean()))
@@ -157,7 +196,9 @@ def test_the_factored_inverse_is_the_dense_inverse_of_the_damped_product() -> No
     means = float(left.trace()) / 3, float(right.trace()) / 5
     pi, root = (means[0] / means[1]) ** 0.5, (0.2 * means[0] * means[1]) ** 0.5
     product = torch.kron(left + root * pi * torch.eye(3), right + root / pi * torch.eye(5))
-    assert torch.allclose(part.apply(grad).flatten(), torch.linalg.solve(product, grad.flatten()), rtol=1e-9)
+    assert torch.allclose(
+        part.apply(grad).flatten(), torch.linalg.solve(product, grad.flatten()), rtol=1e-9
+    )
     assert damped.ratio == pytest.approx(0.2)
 
 
@@ -191,7 +232,10 @@ def test_what_cannot_be_inverted_says_so() -> None:
     with pytest.raises(DataError, match="not finite"):
         eigenbasis(torch.full((2, 2), torch.nan))
     part, damped = eigen_inverse("w", eigen(zero, singular), 2.0, absolute=True)
-    assert torch.allclose(part.apply(torch.ones(2, 2, dtype=torch.float64)), torch.full((2, 2), 0.5, dtype=torch.float64))
+    assert torch.allclose(
+        part.apply(torch.ones(2, 2, dtype=torch.float64)),
+        torch.full((2, 2), 0.5, dtype=torch.float64),
+    )
     assert damped.ratio == torch.inf
 
 
@@ -218,7 +262,9 @@ def test_gram_adds_up_in_the_type_of_the_sum() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (600, 500)])
 @pytest.mark.parametrize("sides", list(itertools.product([False, True], repeat=2)))
-def test_second_moments_are_those_of_rotated_gradients(shape: tuple[int, int], sides: tuple[bool, bool]) -> None:
+def test_second_moments_are_those_of_rotated_gradients(
+    shape: tuple[int, int], sides: tuple[bool, bool]
+) -> None:
     (r, c), lengths = shape, [6, 4, 1]
     left, right = random(3, 7, r).float(), random(3, 7, c, seed=1).float()
     for k, n in enumerate(lengths):
@@ -228,5 +274,9 @@ def test_second_moments_are_those_of_rotated_gradients(shape: tuple[int, int], s
     for dtype in (torch.float32, torch.float64):
         values = torch.zeros(r, c, dtype=dtype)
         early = (left @ ul if sides[0] else left, right @ ur if sides[1] else right)
-        add_second_moments(values, *early, lengths, (None if sides[0] else ul, None if sides[1] else ur))
-        assert torch.allclose(values.float(), expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
+        add_second_moments(
+            values, *early, lengths, (None if sides[0] else ul, None if sides[1] else ur)
+        )
+        assert torch.allclose(
+            values.float(), expected, rtol=1e-4, atol=1e-4 * float(expected.max())
+        )
