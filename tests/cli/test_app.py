@@ -68,6 +68,7 @@ def test_select_prints_where_things_are(
     assert (subset.parent / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_listings_speak_json(
     done: tuple[Path, subprocess.CompletedProcess[str]], pool_file: Path
 ) -> None:

@@ -65,14 +65,14 @@ def test_one_more_than_the_lines_is_refused(kind: str, tmp_path: Path) -> None:
     write(tmp_path / name)
     with pytest.raises(BudgetError, match="the budget is 13 rows and 12 are usable"):
         asked(tmp_path / name, COUNT + 1)
-    asked(tmp_path / name, COUNT + 1, allow_short=True)
+    assert asked(tmp_path / name, COUNT + 1, allow_short=True)
 
 
 def test_the_lines_of_several_files_add_up(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         FILES["lines"][1](tmp_path / name)
     both: list[str | Path] = [tmp_path / "a.jsonl", f"b={tmp_path / 'b.jsonl'}"]
-    asked(both, 2 * COUNT)
+    assert asked(both, 2 * COUNT)
     with pytest.raises(BudgetError, match="25 rows and 24 are usable"):
         asked(both, 2 * COUNT + 1)
 
@@ -81,19 +81,19 @@ def test_the_lines_of_several_files_add_up(tmp_path: Path) -> None:
 def test_what_has_no_lines_is_left_to_the_job(kind: str, tmp_path: Path) -> None:
     name, write = FILES[kind]
     write(tmp_path / name)
-    asked(tmp_path / name, COUNT + 1)
+    assert asked(tmp_path / name, COUNT + 1)
 
 
 def test_a_large_pool_is_left_to_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FILES["lines"][1](tmp_path / "pool.jsonl")
     monkeypatch.setattr(check, "COUNTED", 100)
-    asked(tmp_path / "pool.jsonl", COUNT + 1)
+    assert asked(tmp_path / "pool.jsonl", COUNT + 1)
 
 
 @pytest.mark.parametrize("budget", ["100%", "1000-tokens"])
 def test_shares_and_tokens_count_no_lines(budget: str, tmp_path: Path) -> None:
     FILES["lines"][1](tmp_path / "pool.jsonl")
-    asked(tmp_path / "pool.jsonl", budget)
+    assert asked(tmp_path / "pool.jsonl", budget)
 
 
 def test_usable_rows_are_named_and_not_lines(tmp_path: Path) -> None:

@@ -386,6 +386,7 @@ def test_a_cache_that_cannot_be_written_is_named(
     assert machine.cache_folder() == tmp_path / "xdg" / "gradsift"
 
 
+@pytest.mark.slow
 def test_the_page_says_what_runs(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ def damage(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_what_a_method_does_not_need_cannot_end_its_selection(
     tmp_path: Path, pool_file: Path, target_file: Path, model_folder: Path
 ) -> None:

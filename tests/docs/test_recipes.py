@@ -87,6 +87,7 @@ def test_the_papers_have_their_recipe_and_the_guide_names_each() -> None:
     assert set(re.findall(r"`(\w+-\w+\.toml)`", guide)) == {path.name for path in RECIPES}
 
 
+@pytest.mark.slow
 def test_dsir_reads_no_model_and_leaves_no_long_row_out(tmp_path: Path) -> None:
     turns = [
         [

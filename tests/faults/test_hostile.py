@@ -69,6 +69,7 @@ def test_the_corpus_is_large() -> None:
     assert len(CORPUS) >= 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CORPUS)
 def test_it_comes_to_what_it_should(outcomes: dict[str, dict[str, Any]], name: str) -> None:
     found, expected = outcomes[name], CORPUS[name][1]

@@ -259,6 +259,7 @@ def test_another_process_and_hash_seed_give_the_same_bytes(
     assert digests(tmp_path / "p") == digests(out)
 
 
+@pytest.mark.slow
 def test_an_interrupted_warm_up_starts_again(
     run: tuple[Path, list[Checkpoint]], tmp_path: Path
 ) -> None:
