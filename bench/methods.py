@@ -34,7 +34,7 @@ from quality import general_pool
 
 from gradsift import methods
 from gradsift.commands import budget
-from gradsift.commands.check import Inputs
+from gradsift.commands.preflight import Inputs
 from gradsift.commands.select.constraints import Constraints
 from gradsift.commands.select.select import select_in
 from gradsift.commands.session import opened

@@ -32,12 +32,12 @@ from scipy.stats import rankdata
 
 import gradsift
 from gradsift import methods
-from gradsift.commands.check import Inputs
 from gradsift.commands.compare.compare import BASE, compare
 from gradsift.commands.compare.request import CONTROL
 from gradsift.commands.compare.results import ArmResult, Comparison
 from gradsift.commands.compare.trials import Test, Trial, Trials
-from gradsift.commands.plan.plan import probe
+from gradsift.commands.plan.probe import probe
+from gradsift.commands.preflight import Inputs
 from gradsift.commands.session import opened
 from gradsift.compute.batches import plan_batches
 from gradsift.compute.progress import auto

@@ -36,9 +36,9 @@ import torch
 from scaling import Assumed, Measured, report
 
 from gradsift import methods
-from gradsift.commands.check import Inputs
 from gradsift.commands.demo.playground import write_playground
-from gradsift.commands.plan.plan import probe
+from gradsift.commands.plan.probe import probe
+from gradsift.commands.preflight import Inputs
 from gradsift.commands.session import opened
 from gradsift.compute import machine
 from gradsift.data.encode import encode

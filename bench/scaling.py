@@ -2,7 +2,7 @@
 disks and networks that are assumed.
 
 Pure arithmetic on `Assumed` (stated) and `Measured` (by bench/scale.py). Bytes and seconds of a
-stage are those of gradsift/commands/plan/plan.py, which a test compares; what comes on top is how
+stage are those of gradsift/commands/plan/costs.py, which a test compares; what comes on top is how
 many work on it at once, what crosses the network, what the driver holds in memory, and how long the
 disk takes to read stored rows.
 """

@@ -30,7 +30,7 @@ import steady  # noqa: F401
 from overheads import prepare
 
 # isort: split
-from gradsift.commands.check import Inputs
+from gradsift.commands.preflight import Inputs
 from gradsift.commands.session import opened
 from gradsift.stages.rows import gradients, recipe
 

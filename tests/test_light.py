@@ -24,7 +24,7 @@ LIGHT = [
     "gradsift.cli.app",
     "gradsift.cli.flags",
     "gradsift.commands.budget",
-    "gradsift.commands.check",
+    "gradsift.commands.preflight",
     "gradsift.commands.compare.request",
     "gradsift.commands.runs",
     "gradsift.config",

@@ -28,7 +28,7 @@ from gradsift.cli.flags import (
 )
 
 if TYPE_CHECKING:
-    from gradsift.commands.check import Inputs
+    from gradsift.commands.preflight import Inputs
 
 app = typer.Typer(
     name="gradsift",
@@ -73,7 +73,7 @@ def select(
     quiet: Quiet = False,
 ) -> None:
     """Choose the rows worth training on, and write them with a report."""
-    from gradsift.commands.check import check_selection
+    from gradsift.commands.preflight import check_selection
 
     inputs, options, allow_short = (
         _inputs(run, pool, target, model, given),
@@ -110,7 +110,7 @@ def _inputs(
     """What the command reads and where it works, for the checks that come before anything heavy is
     loaded.
     """
-    from gradsift.commands.check import Inputs
+    from gradsift.commands.preflight import Inputs
 
     return Inputs(
         run,
@@ -164,7 +164,7 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """What `select` would run: stages, rows, tokens, bytes, memory, time. Writes nothing."""
-    from gradsift.commands.check import check_selection
+    from gradsift.commands.preflight import check_selection
 
     inputs, options, allow_short = (
         _inputs(run, pool, target, model, given),
@@ -383,7 +383,7 @@ def score(
     """Write the influence of every pool row on every target row (or group) as parquet. Positive =
     training on the row helps.
     """
-    from gradsift.commands.check import check_scores
+    from gradsift.commands.preflight import check_scores
 
     check_scores(
         backend,
@@ -451,7 +451,7 @@ def doctor(
     """Check that rows are the same alone and in batches, and say which attention and precision keep
     them so; exit 3 if none does.
     """
-    from gradsift.commands.check import check_reading
+    from gradsift.commands.preflight import check_reading
 
     check_reading(pool, given.settings)
     from gradsift.commands import doctor as surgery
@@ -510,7 +510,7 @@ def inspect(
     """Print rows as the model sees them, the supervised tokens coloured, and the funnel of
     counts.
     """
-    from gradsift.commands.check import check_reading
+    from gradsift.commands.preflight import check_reading
 
     check_reading(pool, given.settings)
     from rich.console import Console

@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from gradsift.commands.check import as_list, read_side
+from gradsift.commands.preflight import as_list, read_side
 from gradsift.compute import machine
 from gradsift.compute.batches import plan_batches
 from gradsift.compute.memory import out_of_memory

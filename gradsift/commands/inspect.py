@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from gradsift.commands.check import as_list, read_side
+from gradsift.commands.preflight import as_list, read_side
 from gradsift.compute.progress import silent
 from gradsift.config import build
 from gradsift.data.encode import encode

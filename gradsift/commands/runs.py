@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradsift.commands.check import open_run
+from gradsift.commands.preflight import open_run
 from gradsift.errors import DataError, IntegrityError, MismatchError, ResourceError
 from gradsift.store.artifact import Artifact
 from gradsift.store.canonical import differences

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from gradsift.commands.check import Columns, Inputs, check_scores
+from gradsift.commands.preflight import Columns, Inputs, check_scores
 from gradsift.commands.session import deliver, opened
 from gradsift.compute.progress import Progress
 from gradsift.compute.stopping import stop_here

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from gradsift.commands.check import RUN_SECTIONS, Inputs, read_side
+from gradsift.commands.preflight import RUN_SECTIONS, Inputs, read_side
 from gradsift.compute import machine
 from gradsift.compute.progress import Progress, silent
 from gradsift.compute.stopping import interruptible

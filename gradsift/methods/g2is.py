@@ -152,7 +152,8 @@ class G2is:
         """The directions to walk along, and their shares of the seats."""
         import torch
 
-        from gradsift.methods.reading import Unit, group_means, whole
+        from gradsift.methods.reading import whole
+        from gradsift.rules.blocks import Unit, group_means
 
         rows: Rows = signals[self.target_rows]
         if not self._by_mean:

@@ -48,7 +48,8 @@ class Gist:
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         import torch
 
-        from gradsift.methods.reading import group_means, whole
+        from gradsift.methods.reading import whole
+        from gradsift.rules.blocks import group_means
 
         target = whole(rules.blocks.Raw(signals[TARGET]))
         basis = self._basis(target)

@@ -59,7 +59,8 @@ class Gradmatch:
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         import torch
 
-        from gradsift.methods.reading import Unit, blocks, mean
+        from gradsift.methods.reading import blocks, mean
+        from gradsift.rules.blocks import Unit
 
         unit = self.normalise if self.normalise is not None else self.preset == "paper"
         form = Unit if unit else rules.blocks.Raw

@@ -14,9 +14,9 @@ from types import ModuleType
 import pytest
 
 from gradsift import methods
-from gradsift.commands.check import Inputs
-from gradsift.commands.plan.costs import Rates
-from gradsift.commands.plan.plan import MATCHING, select_cost, stage_cost
+from gradsift.commands.plan.costs import MATCHING, select_cost, stage_cost
+from gradsift.commands.plan.probe import Rates
+from gradsift.commands.preflight import Inputs
 from gradsift.commands.session import opened
 from gradsift.compute.machine import peak_bytes
 from gradsift.config import LoraSettings

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from gradsift.cli.app import app
 from gradsift.cli.flags import CALL, CONSTRAINT, FILE, FLAGS, RUN
-from gradsift.commands.check import settle_config
+from gradsift.commands.preflight import settle_config
 from gradsift.config import Config
 from gradsift.errors import ConfigError
 from gradsift.store.run import Run

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from gradsift.commands.budget import parse
-from gradsift.commands.check import Inputs
 from gradsift.commands.compare import trials
 from gradsift.commands.compare.arms import Arms
 from gradsift.commands.compare.compare import BASE, compare
 from gradsift.commands.compare.results import MEAN, Arm, ArmResult, Comparison, Results
 from gradsift.commands.compare.statistics import Measured, compare_measured
 from gradsift.commands.demo.playground import generate, target_rows
+from gradsift.commands.preflight import Inputs
 from gradsift.commands.session import opened
 from gradsift.config import EncodeSettings, FinetuneSettings
 from gradsift.data.encode import encode

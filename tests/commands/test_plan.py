@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import gradsift
 from gradsift.cli.app import app
 from gradsift.commands import runs
+from gradsift.commands.plan.costs import OVERLAP
 from gradsift.commands.plan.plan import plan
 from gradsift.commands.select.select import Selection
 from gradsift.errors import BudgetError, UnknownName
@@ -164,7 +165,7 @@ def test_screening_costs_time_and_memory(
     tmp_path: Path, pool_file: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gradsift.commands.plan import plan as module
-    from gradsift.commands.plan.costs import Rates
+    from gradsift.commands.plan.probe import Rates
 
     rates = Rates(1e6, 1e6, 1e6, 1e6, 1e6, 10**9, 10**9, 64, 10, 32, 10, 10)
     monkeypatch.setattr(module, "probe", lambda *arguments: rates)
@@ -182,7 +183,7 @@ def test_screening_costs_time_and_memory(
     assert near.stages[-1].seconds == pytest.approx(
         plain.stages[-1].seconds + 72 * 72 / 2 * 64 / 1e6
     )
-    assert exam.stages[-1].seconds == pytest.approx(plain.stages[-1].seconds + 72 * module.OVERLAP)
+    assert exam.stages[-1].seconds == pytest.approx(plain.stages[-1].seconds + 72 * OVERLAP)
     assert near.peak_bytes > plain.peak_bytes == exam.peak_bytes
 
 

@@ -14,8 +14,8 @@ import pytest
 import gradsift
 from gradsift import methods
 from gradsift.commands import budget as budgets
-from gradsift.commands.check import Inputs
 from gradsift.commands.plan.plan import plan, stage_recipes
+from gradsift.commands.preflight import Inputs
 from gradsift.commands.select.select import limits_of, select_in
 from gradsift.commands.session import opened
 from gradsift.compute.progress import silent

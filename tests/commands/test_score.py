@@ -19,8 +19,8 @@ import gradsift
 from gradsift.cli.app import app
 from gradsift.commands import score as scoring
 from gradsift.errors import Interrupted, UnknownName, UserError
+from gradsift.rules.blocks import BLOCK
 from gradsift.signals.backends import BACKENDS
-from gradsift.signals.influence import BLOCK
 from gradsift.store.rows import RowStore
 from gradsift.store.run import Run
 from gradsift.store.tensors import read_tensors, write_tensors

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from gradsift.commands.check import Inputs
+from gradsift.commands.preflight import Inputs
 from gradsift.commands.score import score
 from gradsift.commands.select.select import select
 from gradsift.commands.session import opened

@@ -26,7 +26,8 @@ from typer.testing import CliRunner
 
 from gradsift.cli.app import app
 from gradsift.commands.compare.compare import BASE, compare
-from gradsift.commands.plan.costs import Rates, StageCost
+from gradsift.commands.plan.costs import StageCost
+from gradsift.commands.plan.probe import Rates
 from gradsift.commands.plan.ray import STARTING, spread
 from gradsift.compute.executor import Executor, Serial
 from gradsift.compute.ray import Ray, executor_of, mapping

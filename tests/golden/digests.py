@@ -19,8 +19,8 @@ import numpy as np
 
 from gradsift import methods
 from gradsift.commands import budget as budgets
-from gradsift.commands.check import Inputs
 from gradsift.commands.compare.trials import Command, Test, Trial, Trials
+from gradsift.commands.preflight import Inputs
 from gradsift.commands.score import scores_recipe
 from gradsift.commands.select.constraints import Constraints, build
 from gradsift.commands.select.select import select_recipe

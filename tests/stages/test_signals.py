@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gradsift.commands.check import Inputs
+from gradsift.commands.preflight import Inputs
 from gradsift.commands.session import opened
 from gradsift.errors import MismatchError
 from gradsift.rules.blocks import Narrow, Raw

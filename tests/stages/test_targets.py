@@ -9,7 +9,7 @@ import pytest
 
 import gradsift
 from gradsift import methods
-from gradsift.commands.check import Inputs
+from gradsift.commands.preflight import Inputs
 from gradsift.commands.session import opened
 from gradsift.errors import DataError
 from gradsift.stages import rows as stored

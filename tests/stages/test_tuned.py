@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from gradsift import methods
-from gradsift.commands.check import Inputs
 from gradsift.commands.plan.plan import plan
+from gradsift.commands.preflight import Inputs
 from gradsift.commands.select.select import select
 from gradsift.commands.session import opened
 from gradsift.config import FinetuneSettings

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from gradsift.commands.check import Inputs, as_list, check_budget, read_side
 from gradsift.commands.compare.arms import ArmRows, Arms
 from gradsift.commands.compare.request import CONTROL, MEASURES, check_comparison
 from gradsift.commands.compare.results import Arm, Comparison, Results
 from gradsift.commands.compare.statistics import Measured, compare_measured
 from gradsift.commands.compare.trials import COMMAND, Command, Test, Trial, Trials
+from gradsift.commands.preflight import Inputs, as_list, check_budget, read_side
 from gradsift.commands.select.contamination import TestSets
 from gradsift.commands.session import opened
 from gradsift.compute.progress import Progress, silent

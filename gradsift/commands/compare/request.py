@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradsift import methods
 from gradsift.commands import budget as budgets
-from gradsift.commands.check import (
+from gradsift.commands.preflight import (
     Files,
     Inputs,
     check_lines,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradsift.commands.compare.arms import CONTROL
 from gradsift.commands.compare.compare import BASE, compare
+from gradsift.commands.compare.request import CONTROL
 from gradsift.commands.compare.results import Arm, Comparison
 from gradsift.commands.demo import playground
 from gradsift.compute.progress import Progress, silent

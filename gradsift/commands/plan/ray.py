@@ -16,7 +16,8 @@ from gradsift.signals.backends import BACKENDS
 from gradsift.signals.curvature.exact import MEMORY
 
 if TYPE_CHECKING:
-    from gradsift.commands.plan.costs import Rates, StageCost
+    from gradsift.commands.plan.costs import StageCost
+    from gradsift.commands.plan.probe import Rates
     from gradsift.stages.pipeline import Pipeline
 
 # and influence through the curvature

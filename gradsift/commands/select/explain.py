@@ -4,133 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from gradsift import methods, report
-from gradsift.commands.budget import Budget
-from gradsift.commands.select.constraints import Screen
+from gradsift.commands.select.result import Chosen
+from gradsift.commands.select.verdict import verdict_lines
 from gradsift.compute import machine
-from gradsift.data.pool import Pool
-from gradsift.data.records import Dropped
-from gradsift.rules.ranks import spearman
-from gradsift.stages.evidence import Evidence
 from gradsift.stages.recipe import Timing
-from gradsift.types import Selector, Subset
+from gradsift.types import Selector
 
 SHOWN = 20
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A subset of the pool (indices and per-row notes over all n pool rows) with what it came from.
-    `screen`: the rows it could choose; `evidence`: what the stages saw that it was made of.
-    """
-
-    pool: Pool
-    target: Pool | None
-    evidence: Evidence
-    method: str
-    selector: Selector
-    subset: Subset
-    asked: int
-    seed: int
-    screen: Screen
-    budget: Budget
-
-    @property
-    def n(self) -> int:
-        return len(self.pool)
-
-    @cached_property
-    def kept(self) -> np.ndarray:
-        """Pool rows that could be chosen, in order."""
-        return np.sort(np.concatenate([self.screen.candidates, self.screen.included]))
-
-    def left_out(self) -> list[Dropped]:
-        """The rows that were not to be chosen, as lines of dropped.jsonl."""
-        pool = self.pool
-        found = []
-        for row, (code, what) in sorted(self.screen.reasons.items()):
-            file, _, line = pool.place(row).rpartition(":")
-            found.append(
-                Dropped(
-                    file,
-                    int(line),
-                    pool.ids[row],
-                    f"{code}: {what}",
-                    "left out by a constraint of this selection",
-                )
-            )
-        return found
-
-    @cached_property
-    def picked(self) -> np.ndarray:
-        mask = np.zeros(self.n, dtype=bool)
-        mask[self.subset.indices] = True
-        return mask
-
-    @cached_property
-    def score(self) -> np.ndarray | None:
-        """[n], what the method ranked rows by, where it says."""
-        found = self.subset.notes.get("score")
-        return None if found is None else np.asarray(found, dtype=np.float64)
-
-    def why(self, row: int) -> str:
-        """One line on a pool row: what the method saw in it."""
-        notes, parts = self.subset.notes, []
-        if self.score is not None and np.isfinite(self.score[row]):
-            parts.append(f"score {self.score[row]:.4g}")
-        if "nearest_group" in notes and notes["nearest_group"][row] is not None:
-            parts.append(f"nearest target group {notes['nearest_group'][row]}")
-        if "cluster" in notes and notes["cluster"][row] >= 0:
-            parts.append(f"gradient cluster {notes['cluster'][row]}")
-        if row in self.screen.included:
-            parts = ["named in --include-ids"]
-        if not parts:
-            parts.append(
-                "drawn at random"
-                if self.method == "random"
-                else "chosen"
-                if self.picked[row]
-                else "not chosen"
-            )
-        return ", ".join(parts)
-
-    def columns(self) -> dict[str, Sequence[Any]]:
-        """Columns of scores.parquet over all pool rows, besides rank, gain and weight; what is
-        unknown is left out.
-        """
-        subset = self.subset
-        found: dict[str, Any] = {"tokens": self.evidence.supervised}
-        found["score"], found["influence"] = self.score, subset.notes.get("influence")
-        found["cluster"] = subset.notes.get("cluster")
-        found["norm"], found["loss"] = self.evidence.norms, self.evidence.losses
-        found["why"] = [self.why(i) if self.picked[i] else None for i in range(self.n)]
-        return {name: column for name, column in found.items() if column is not None}
-
-    def warnings(self) -> list[str]:
-        found = []
-        found += self.screen.warnings
-        if len(self.subset) < self.asked:
-            found.append(f"{len(self.subset):,} rows were chosen where {self.asked:,} were asked")
-        overlap = self.overlap()
-        if overlap:
-            found.append(f"{overlap} target rows stand in the pool word for word")
-        if "note" in self.subset.notes:
-            found.append(str(self.subset.notes["note"]))
-        return [*found, *self.evidence.warnings]
-
-    def overlap(self) -> int:
-        """Target rows whose messages are those of a pool row."""
-        target = self.target
-        if target is None:
-            return 0
-        wanted = {example.messages for example in target if example.messages}
-        return len(wanted & {example.messages for example in self.pool}) if wanted else 0
 
 
 def _cut(chosen: Chosen) -> float | None:
@@ -172,7 +56,7 @@ def report_data(
             summary=_first_sentence(chosen.selector),
             options=methods.options_of(chosen.selector),
         ),
-        verdict=tuple(_verdict(chosen, tokens)),
+        verdict=tuple(verdict_lines(chosen, tokens)),
         funnel=tuple(_funnel(chosen)),
         groups=tuple(_groups(chosen, tokens)),
         scores=scores,
@@ -204,118 +88,6 @@ def report_data(
 
 def _first_sentence(selector: Selector) -> str:
     return (inspect.getdoc(type(selector)) or "").split("\n\n")[0].replace("\n", " ")
-
-
-def _verdict(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
-    read, picked = chosen.pool.funnel["read"], chosen.picked
-    share = tokens[picked].sum() / max(tokens[chosen.kept].sum(), 1)
-    lines = [
-        report.Verdict(
-            text=(
-                f"Selected {picked.sum():,} of {read:,} rows ({100 * picked.sum() / read:.1f} %)"
-                f" with {chosen.method}."
-            )
-        ),
-        report.Verdict(
-            text=(
-                f"They hold {100 * share:.1f} % of the supervised tokens; mean answer"
-                f" {tokens[picked].mean():.0f} tokens, in the pool"
-                f" {tokens[chosen.kept].mean():.0f}."
-            )
-        ),
-    ]
-    lines += [report.Verdict(text=text) for text in _constraint_lines(chosen)]
-    lines += [report.Verdict(text=f"{text}.", level="warn") for text in chosen.warnings()]
-    if chosen.score is not None:
-        rho = spearman(chosen.score[chosen.kept], tokens[chosen.kept])
-        if np.isfinite(rho):
-            level = "warn" if abs(rho) > 0.5 and chosen.method != "length" else "note"
-            lines.append(
-                report.Verdict(
-                    text=f"Rank correlation of score and answer length: {rho:+.2f}.", level=level
-                )
-            )
-    if chosen.score is not None and chosen.evidence.norms is not None:
-        rho = spearman(chosen.score[chosen.kept], chosen.evidence.norms[chosen.kept])
-        if np.isfinite(rho):
-            lines.append(
-                report.Verdict(text=f"Rank correlation of score and gradient norm: {rho:+.2f}.")
-            )
-    if chosen.evidence.norms is not None:
-        rho = spearman(chosen.evidence.norms[chosen.kept], tokens[chosen.kept])
-        lines.append(
-            report.Verdict(text=f"Rank correlation of gradient norm and answer length: {rho:+.2f}.")
-        )
-        cosine = chosen.evidence.mean_cosine
-        if cosine is not None:
-            text = f"Mean pairwise cosine of the stored rows: {cosine:.2f}"
-            text += (
-                " (a large component is shared by all rows; differences between them are what is"
-                " left)."
-                if cosine > 0.5
-                else "."
-            )
-            lines.append(report.Verdict(text=text, level="warn" if cosine > 0.5 else "note"))
-    lines += [report.Verdict(text=text) for text in _influence_lines(chosen)]
-    return lines
-
-
-def _influence_lines(chosen: Chosen) -> list[str]:
-    """What curvature did, and how many rows help every target row, where the method says so."""
-    lines, notes = [], chosen.subset.notes
-    for curvature in chosen.evidence.curvature:
-        ratio, agreement = curvature.damping, curvature.agreement
-        if curvature.rows is not None:
-            lines.append(f"The curvature was fitted on {curvature.rows:,} rows of the pool.")
-        lines.append(
-            f"Damping over mean eigenvalue of the curvature: {ratio['least']:.2g} to"
-            f" {ratio['most']:.2g} (median {ratio['median']:.2g}); far above 1 the curvature hardly"
-            " matters and scores are plain products of gradients."
-        )
-        if agreement is not None:
-            lines.append(
-                f"The target's gradients are kept at rank {curvature.rank}; their scores order"
-                f" {agreement['rows']} rows of the pool as whole ones do to a Spearman correlation"
-                f" of {agreement['mean']:.3f} (least of {agreement['targets']} targets:"
-                f" {agreement['least']:.3f})."
-            )
-    if "neighbour_recall" in notes:
-        lines.append(
-            f"The graph holds {100 * notes['neighbour_recall']:.2f} % of the true nearest"
-            " neighbours (a sample of rows)."
-        )
-    if "helps_every_target" in notes:
-        lines.append(
-            f"{notes['helps_every_target']:,} rows help every target row; {notes['survivors']:,}"
-            f" help at least {100 * notes['quantile']:.1f} % of them and were clustered."
-        )
-    return lines
-
-
-def _constraint_lines(chosen: Chosen) -> list[str]:
-    lines = [
-        f"Left out before choosing, {reason}: {count:,} rows."
-        for reason, count in chosen.screen.counts().items()
-    ]
-    if len(chosen.screen.included):
-        lines.append(
-            f"{len(chosen.screen.included):,} rows are there because --include-ids names them; they"
-            " have no gain."
-        )
-    if chosen.budget.unit != "rows":
-        cost = (
-            chosen.evidence.lengths
-            if chosen.budget.unit == "tokens"
-            else chosen.evidence.supervised
-        )
-        kind = (
-            "tokens, prompts included," if chosen.budget.unit == "tokens" else "supervised tokens"
-        )
-        lines.append(
-            f"The budget of {chosen.budget.text} is met with {int(cost[chosen.picked].sum()):,}"
-            f" {kind} of the encoded rows."
-        )
-    return lines
 
 
 def _coverage(chosen: Chosen) -> report.Table | None:

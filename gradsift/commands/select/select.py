@@ -14,12 +14,13 @@ import torch
 
 from gradsift import methods
 from gradsift.commands import budget as budgets
-from gradsift.commands.check import Inputs, as_list, check_budget, check_selection, read_side
+from gradsift.commands.preflight import Inputs, as_list, check_budget, check_selection, read_side
 from gradsift.commands.select import outputs
 from gradsift.commands.select.choose import choose
 from gradsift.commands.select.constraints import Constraints, screen
 from gradsift.commands.select.constraints import build as build_constraints
-from gradsift.commands.select.explain import Chosen, report_data
+from gradsift.commands.select.explain import report_data
+from gradsift.commands.select.result import Chosen
 from gradsift.commands.session import deliver, opened
 from gradsift.compute.progress import Progress, silent
 from gradsift.config import Config

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gradsift.commands import check
-from gradsift.commands.check import Inputs, check_selection
+from gradsift.commands import preflight
+from gradsift.commands.preflight import Inputs, check_selection
 from gradsift.errors import BudgetError, DataError
 from tests.conftest import rows
 
@@ -86,7 +86,7 @@ def test_what_has_no_lines_is_left_to_the_job(kind: str, tmp_path: Path) -> None
 
 def test_a_large_pool_is_left_to_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FILES["lines"][1](tmp_path / "pool.jsonl")
-    monkeypatch.setattr(check, "COUNTED", 100)
+    monkeypatch.setattr(preflight, "COUNTED", 100)
     assert asked(tmp_path / "pool.jsonl", COUNT + 1)
 
 
@@ -109,6 +109,6 @@ def test_usable_rows_are_named_and_not_lines(tmp_path: Path) -> None:
 
 def test_the_lines_of_a_text_are_counted_no_further_than_needed(tmp_path: Path) -> None:
     FILES["no last line end"][1](tmp_path / "pool.jsonl")
-    [text] = check.check_pool([tmp_path / "pool.jsonl"])
+    [text] = preflight.check_pool([tmp_path / "pool.jsonl"])
     assert text is not None
     assert [text.most_rows(enough) for enough in (1, 11, 12, 13, 100)] == [1, 11, 12, 12, 12]

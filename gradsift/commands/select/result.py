@@ -1,0 +1,126 @@
+"""A subset of the pool with what it came from: per-row columns, reasons, warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from gradsift.commands.budget import Budget
+from gradsift.commands.select.constraints import Screen
+from gradsift.data.pool import Pool
+from gradsift.data.records import Dropped
+from gradsift.stages.evidence import Evidence
+from gradsift.types import Selector, Subset
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A subset of the pool (indices and per-row notes over all n pool rows) with what it came from.
+    `screen`: the rows it could choose; `evidence`: what the stages saw that it was made of.
+    """
+
+    pool: Pool
+    target: Pool | None
+    evidence: Evidence
+    method: str
+    selector: Selector
+    subset: Subset
+    asked: int
+    seed: int
+    screen: Screen
+    budget: Budget
+
+    @property
+    def n(self) -> int:
+        return len(self.pool)
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """Pool rows that could be chosen, in order."""
+        return np.sort(np.concatenate([self.screen.candidates, self.screen.included]))
+
+    def left_out(self) -> list[Dropped]:
+        """The rows that were not to be chosen, as lines of dropped.jsonl."""
+        pool = self.pool
+        found = []
+        for row, (code, what) in sorted(self.screen.reasons.items()):
+            file, _, line = pool.place(row).rpartition(":")
+            found.append(
+                Dropped(
+                    file,
+                    int(line),
+                    pool.ids[row],
+                    f"{code}: {what}",
+                    "left out by a constraint of this selection",
+                )
+            )
+        return found
+
+    @cached_property
+    def picked(self) -> np.ndarray:
+        mask = np.zeros(self.n, dtype=bool)
+        mask[self.subset.indices] = True
+        return mask
+
+    @cached_property
+    def score(self) -> np.ndarray | None:
+        """[n], what the method ranked rows by, where it says."""
+        found = self.subset.notes.get("score")
+        return None if found is None else np.asarray(found, dtype=np.float64)
+
+    def why(self, row: int) -> str:
+        """One line on a pool row: what the method saw in it."""
+        notes, parts = self.subset.notes, []
+        if self.score is not None and np.isfinite(self.score[row]):
+            parts.append(f"score {self.score[row]:.4g}")
+        if "nearest_group" in notes and notes["nearest_group"][row] is not None:
+            parts.append(f"nearest target group {notes['nearest_group'][row]}")
+        if "cluster" in notes and notes["cluster"][row] >= 0:
+            parts.append(f"gradient cluster {notes['cluster'][row]}")
+        if row in self.screen.included:
+            parts = ["named in --include-ids"]
+        if not parts:
+            parts.append(
+                "drawn at random"
+                if self.method == "random"
+                else "chosen"
+                if self.picked[row]
+                else "not chosen"
+            )
+        return ", ".join(parts)
+
+    def columns(self) -> dict[str, Sequence[Any]]:
+        """Columns of scores.parquet over all pool rows, besides rank, gain and weight; what is
+        unknown is left out.
+        """
+        subset = self.subset
+        found: dict[str, Any] = {"tokens": self.evidence.supervised}
+        found["score"], found["influence"] = self.score, subset.notes.get("influence")
+        found["cluster"] = subset.notes.get("cluster")
+        found["norm"], found["loss"] = self.evidence.norms, self.evidence.losses
+        found["why"] = [self.why(i) if self.picked[i] else None for i in range(self.n)]
+        return {name: column for name, column in found.items() if column is not None}
+
+    def warnings(self) -> list[str]:
+        found = []
+        found += self.screen.warnings
+        if len(self.subset) < self.asked:
+            found.append(f"{len(self.subset):,} rows were chosen where {self.asked:,} were asked")
+        overlap = self.overlap()
+        if overlap:
+            found.append(f"{overlap} target rows stand in the pool word for word")
+        if "note" in self.subset.notes:
+            found.append(str(self.subset.notes["note"]))
+        return [*found, *self.evidence.warnings]
+
+    def overlap(self) -> int:
+        """Target rows whose messages are those of a pool row."""
+        target = self.target
+        if target is None:
+            return 0
+        wanted = {example.messages for example in target if example.messages}
+        return len(wanted & {example.messages for example in self.pool}) if wanted else 0
