@@ -26,11 +26,11 @@ class Bids:
 
     `preset=plain`, the default, is ours: the influence is the cosine of plain gradients at the last
     checkpoint. `preset=paper` takes that of LESS, Adam directions at every checkpoint, which
-    favours short answers and costs a pass over the pool for each (docs/methods.md). Differences
-    from the paper in either: the standard deviation is over n - 1, the mean over no row is 0 and
-    ties go to the lowest row, all of which it leaves open; constant columns are left out. Where the
-    pool's rows are all alike, none is better than another: the first ones are taken, and a warning
-    says so. `standardise=false` is its ablation; `backend=` takes another influence
+    favours short answers and costs a pass over the pool for each (docs/methods.md).
+    Differences from the paper in either: the standard deviation is over n - 1, the mean over no row
+    is 0 and ties go to the lowest row, all of which it leaves open; constant columns are left out.
+    Where the pool's rows are all alike, none is better than another: the first ones are taken, and
+    a warning says so. `standardise=false` is its ablation; `backend=` takes another influence
     (docs/scores.md).
     """
 
