@@ -2,6 +2,9 @@
 
 A row that cannot be used raises `RowFault` with one of the codes of FAULTS; the pool quarantines it
 by that code.
+
+The snippet for TRL (`commands/select/train_trl.py.j2`) reads the same formats on its own, for it
+runs where gradsift is not installed: a new format is added there too.
 """
 
 from __future__ import annotations
