@@ -337,6 +337,8 @@ def encode(
     if progress:
         progress.start(n, "rows", "encoding")
     for begin in range(0, n, _BATCH):
+        # The second time that a row is parsed: reading checked it and kept its place alone, for a
+        # million parsed rows would not fit in memory.
         part = [pool[i] for i in range(begin, min(begin + _BATCH, n))]
         flat_ids: list[int] = []
         flat_labels: list[int] = []
