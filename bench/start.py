@@ -4,7 +4,7 @@ fresh process.
     python bench/start.py [--runs 5] [--json FILE]
 
 Every line is the median, least and most of the user and system CPU seconds of `python -m
-gradsift.cli.app ...`, started --runs times in turn, with the exit code it must end with (another
+gradsift.cli ...`, started --runs times in turn, with the exit code it must end with (another
 one ends the measurement). CPU time and not wall time: it is what the start costs, whatever else the
 machine does. `python` is an interpreter that does nothing, to subtract. The goal is the project's
 own: every mistake under 1.0 s.
@@ -170,7 +170,7 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
-    program = [sys.executable, "-m", "gradsift.cli.app"]
+    program = [sys.executable, "-m", "gradsift.cli"]
     commands = {"python": (0, [sys.executable, "-c", "pass"])}
     commands |= {
         name: (code, [*program, *words]) for name, (code, words) in {**MISTAKES, **OTHERS}.items()

@@ -686,7 +686,3 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()
