@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +157,12 @@ def test_lost_scores_are_made_again_with_the_same_bytes(
 
 
 class StopsAfter(Silent):
-    """Ends the job after so many shards of influence, as a signal would; `tokens`: what the stage
-    had to do.
+    """Sends the job the signal of Ctrl-C in the batch of that number of influence, so that the
+    shard in hand is its last; `tokens`: what the stage had to do.
     """
 
-    def __init__(self, shards: int) -> None:
-        self.left, self.tokens, self.here = shards, 0, False
+    def __init__(self, batches: int) -> None:
+        self.left, self.tokens, self.here = batches, 0, False
 
     def start(self, total: int, unit: str, label: str = "") -> None:
         self.here = label.startswith("influence")
@@ -171,7 +172,7 @@ class StopsAfter(Silent):
         if self.here:
             self.left -= 1
             if self.left == 0:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
 
 
 def test_a_stopped_influence_keeps_its_finished_shards(
@@ -186,7 +187,7 @@ def test_a_stopped_influence_keeps_its_finished_shards(
     parts, seen, stamps = whole.path / "parts", [], []
     for finished in (["part-00000"], ["part-00000", "part-00001"]):
         seen.append(StopsAfter(1))
-        with pytest.raises((KeyboardInterrupt, Interrupted)):
+        with pytest.raises(Interrupted):
             choose("gdig", files, copy, model_folder, progress=seen[-1], **given)
         assert sorted(path.stem for path in parts.iterdir()) == finished
         stamps.append((parts / "part-00000.safetensors").stat())
