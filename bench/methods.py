@@ -62,7 +62,7 @@ ARMS = (
     "tagcos",
     "tagcos:preset=released",
     "g2is",
-    "g2is:preset=paper",
+    "g2is:preset=uncentred",
     "g2is:preset=released",
     "gist",
     "gradmatch",

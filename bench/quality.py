@@ -67,7 +67,7 @@ TARGETED = (
     "less",
     "less:preset=released,aggregate=rows",
     "g2is",
-    "g2is:preset=paper",
+    "g2is:preset=uncentred",
     "gdig",
     "bids",
     "bids:preset=paper",
@@ -76,11 +76,11 @@ TARGETED = (
     "dsir",
 )
 AGNOSTIC = ("tagcos", "gradmatch", "kcenter", "selffilter", "ifd")
-DEFAULTS = ("contrast", "g2is", "g2is:preset=paper", "bids", "bids:preset=paper")
+DEFAULTS = ("contrast", "g2is", "g2is:preset=uncentred", "bids", "bids:preset=paper")
 # Which of two should be the default; and whether a method's weights pay.
 PAIRS = (
     ("less", "less:aggregate=max"),
-    ("g2is", "g2is:preset=paper"),
+    ("g2is", "g2is:preset=uncentred"),
     ("bids", "bids:preset=paper"),
     ("less:preset=released,aggregate=rows", "less"),
     ("gradmatch (weighted)", "gradmatch"),

@@ -12,9 +12,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from gradsift.errors import ConfigError, UnknownName
+from gradsift.types import AdamForm
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -74,7 +83,11 @@ class LoraSettings(Settings):
 
 
 class WarmupSettings(Settings):
-    """The short fine-tune whose checkpoints the gradients are taken at."""
+    """The short fine-tune whose checkpoints the gradients are taken at.
+
+    weights: how much each checkpoint counts, in step order, in place of the mean learning rate of
+    the steps before it (sums to 1 or not).
+    """
 
     share: float = Field(default=0.05, gt=0, le=1)
     min_rows: int = Field(default=512, ge=1)
@@ -87,22 +100,39 @@ class WarmupSettings(Settings):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     checkpoints: int = Field(default=3, ge=1)
+    weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Strict(False)] | None = None
     seed: int = 0
     lora: LoraSettings = LoraSettings()
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> WarmupSettings:
+        if self.weights is not None and len(self.weights) != self.checkpoints:
+            raise ValueError(
+                f"{len(self.weights)} weights for {self.checkpoints} checkpoints: give one for each"
+            )
+        return self
+
+    def canonical(self) -> dict[str, Any]:
+        made = super().canonical()
+        if self.weights is None:  # warm-ups made before there was a choice say nothing
+            del made["weights"]
+        return made
 
 
 class GradientSettings(Settings):
     """The stored rows. One setting for all methods of a run, so that a second method reuses the
     first one's rows.
 
-    dim: width of a row; a pair (a, b) with projection "rademacher" keeps a x b numbers of each
+    modules: "lora" = the warm-up's LoRA layers, "linear" = all linear layers of the blocks, or
+    linear layers by name: names, endings of names and globs ("down_proj", "*.3.mlp.*"). dim: width
+    of a row; a pair (a, b) with projection "rademacher" keeps a x b numbers of each
     layer and never forms a gradient: the way to read all linear layers (`modules` "linear"). norms:
     "sketched" takes them from such a projection, a seventh faster. adam_momentum: False takes beta1
     = 0 in Adam rows, g / sqrt(v') alone, without the first moment that all rows of a checkpoint
-    share.
+    share. adam_form: of methods whose preset does not say (`preset=released` takes "released").
     """
 
-    modules: Literal["lora", "linear"] = "lora"
+    modules: Literal["lora", "linear"] | Annotated[tuple[str, ...], Strict(False)] = "lora"
     projection: Literal["sketch", "rademacher"] = "sketch"
     dim: (
         Annotated[int, Field(ge=1)]
@@ -110,11 +140,16 @@ class GradientSettings(Settings):
     ) = 8192
     norms: Literal["exact", "sketched"] = "exact"
     seed: int = 0
-    adam_form: Literal["paper", "released"] = "paper"
+    adam_form: AdamForm = "paper"
     adam_momentum: bool = True
     token_budget: int = Field(default=1024, ge=1)
     shard_rows: int = Field(default=2048, ge=1)
     store_dtype: Literal["float16", "int8"] = "float16"
+
+    @field_validator("modules", mode="before")
+    @classmethod
+    def _names(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) and given not in ("lora", "linear") else given
 
     @model_validator(mode="after")
     def _two_sided(self) -> GradientSettings:

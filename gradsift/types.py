@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from fractions import Fraction
     from pathlib import Path
 
     import numpy as np
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 # "system", "user", "assistant", "tool"; or "text", "prompt", "completion" for raw strings that no
 # template touches
 Role = str
+
+# how the Adam transform is written: with the bias correction of the paper, or as LESS's code has it
+AdamForm = Literal["paper", "released"]
 
 IGNORE = -100  # the label of a token that is not learned, as transformers and torch have it
 
@@ -103,18 +107,20 @@ class Signal:
     target rows; groups in order of appearance
     ngrams        Tensor [n], log importance weights
     difficulty    Tensor [n], minus the score a net gave the row while a model was fine-tuned
-    ifd           Tensor [n], perplexity of the answer after its prompt over that of the answer
-    alone
+    ifd           Tensor [n, 2], mean loss of the answer after its prompt, and of the answer alone,
+    nats a token
     features      Rows [n, d] of the numbers that stand in the pool's own rows, in `fields` (which
     "difficulty" may be learned from too)
 
+    adam_form     of rows and influence that carry the Adam transform: "paper" or "released"; None
+                  = the run's setting
     modules       of rows and influence: "lora" = the modules that the run's gradients are of,
                   LoRA's unless its settings say otherwise; "linear"
                   = all linear layers, and a run of others is refused
     dim           of rows: wider ones come projected once more, to this many numbers
         (`rules.blocks.Narrow`); None = as they are stored
 
-    Raises ValueError for `modules` or `dim` of a signal that has none.
+    Raises ValueError for `modules`, `dim` or `adam_form` of a signal that has none.
     """
 
     name: Literal[
@@ -136,8 +142,14 @@ class Signal:
     backend: str | None = None
     dim: int | None = None
     fields: tuple[str, ...] = ()
+    adam_form: AdamForm | None = None
 
     def __post_init__(self) -> None:
+        if self.adam_form is not None and self.transform not in ("adam", "backend"):
+            raise ValueError(
+                f"adam_form={self.adam_form!r} of {self.name} with transform={self.transform!r}:"
+                " only rows that carry the Adam transform have a form of it"
+            )
         if self.dim is not None and (self.name != "rows" or self.dim < 1):
             raise ValueError(
                 f"dim={self.dim} of {self.name}: only rows have a width that can be chosen, of at"
@@ -160,7 +172,8 @@ class Signals:
     """What a method may read: the declared signals, and facts about the rows that cost nothing.
 
     `values` holds one value per declared Signal. `tokens` [n] are supervised tokens per row;
-    `groups` the n pool groups (sources); `target_groups` the m target groups (tasks). `map` is what
+    `groups` the n pool groups (sources); `target_groups` the m target groups (tasks). `share`: of
+    the n rows that the budget is, where it was written as a share; None for a count. `map` is what
     rules may do their blocks with: it gives the bytes of the built-in one, and calls its function
     in other processes where there are some.
     """
@@ -170,6 +183,7 @@ class Signals:
     tokens: np.ndarray | None = None
     groups: Sequence[str] = ()
     target_groups: Sequence[str] = ()
+    share: Fraction | None = None
     map: Callable[..., Any] = map
 
     def __getitem__(self, signal: Signal) -> Any:

@@ -219,6 +219,16 @@ NearBy = Annotated[
         show_default=False,
     ),
 ]
+Mix = Annotated[
+    float | None,
+    typer.Option(
+        "--mix",
+        metavar="SHARE",
+        help="Choose this part of the budget by score and draw the rest from what is left.",
+        rich_help_panel=LIMITS,
+        show_default=False,
+    ),
+]
 WarmupFrom = Annotated[
     Path | None,
     typer.Option(
@@ -499,6 +509,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("decontaminate", Decontaminate, CALL, COMPARE),
     Flag("near", Near, CONSTRAINT, CHOOSE),
     Flag("near_by", NearBy, CONSTRAINT, CHOOSE),
+    Flag("mix", Mix, CONSTRAINT, CHOOSE),
 )
 
 

@@ -27,7 +27,9 @@ class Dsir:
 
     Differences from the paper: the target's counts are joined by 1,000 grams spread as in the pool,
     so that a small target says little of words it does not hold; the text is that of all messages.
-    The details of the paper are from memory.
+    The details of the paper are from memory. Differences from the released code: it leaves out rows
+    of fewer than 100 words by default, here none is; its counts have no such prior (1e-8 is added
+    to each); another hash puts grams into the buckets, so scores differ where grams collide.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from gradsift import rules
-from gradsift.types import Rows, Signal, Signals, Subset
+from gradsift.types import AdamForm, Rows, Signal, Signals, Subset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,18 +42,22 @@ class G2is:
     `preset=mean`, the default, is ours: core=mean, plain gradients of the pool as they are.
     Principal directions after the first are at a right angle to it; where the first is near the
     mean gradient, they are mostly contrasts within the target, and their walks can end among rows
-    of other kinds (docs/methods.md). Differences from the paper in `preset=paper` (core=principal,
-    Adam directions of the pool): the directions are those of the uncentred rows, since centring
-    removes the mean gradient, which is the way the target's loss falls; they point the way of the
-    target's mean; the pool's mean unit row is taken out of the pool (`remove_mean`), since Adam
-    directions share their momentum and with it no two rows are ever in conflict; and seats are
-    redistributed and topped up. Differences from the released code (`preset=released`: centred,
-    signs as they fall, pool as it is, no redistribution): what its walks leave open is topped up
-    here, and `neighbours` is a setting (the graph is an input there).
+    of other kinds (docs/methods.md). `preset=uncentred` is ours too: core=principal, Adam rows, but
+    directions of the uncentred rows, since centring removes the mean gradient, which is the way the
+    target's loss falls; they point the way of the target's mean; the pool's mean unit row is taken
+    out of the pool (`remove_mean`), since Adam directions share their momentum and with it no two
+    rows are ever in conflict; and seats are redistributed.
+
+    `preset=paper` and `preset=released` are the published walk: directions by PCA (centred, signs
+    as they fall), the pool as it is, no redistribution. They differ in the Adam rows alone: as the
+    paper writes them (or as `[gradients] adam_form` says), and as the code forms them. Differences
+    from both: what the walks leave open is topped up here, and `neighbours` is a setting (the graph
+    is an input to the code; the paper names no number). Whether the paper's target rows enter at
+    unit length could not be read: they enter raw, as in the code.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
-    preset: Literal["mean", "paper", "released"] = "mean"
+    preset: Literal["mean", "uncentred", "paper", "released"] = "mean"
     core: Literal["mean", "principal"] | None = None
     keep: Annotated[float, Field(gt=0, le=1)] | None = None
     neighbours: NonNegativeInt = 50
@@ -73,8 +77,13 @@ class G2is:
             ]
         ):
             raise ValueError(
-                f"{given[0]} is of the principal directions: add core=principal, or preset=paper"
+                f"{given[0]} is of the principal directions: add core=principal, or"
+                " preset=uncentred"
             )
+
+    @property
+    def _published(self) -> bool:
+        return self.preset in ("paper", "released")
 
     @property
     def _by_mean(self) -> bool:
@@ -86,7 +95,9 @@ class G2is:
     @property
     def pool_rows(self) -> Signal:
         transform = self.transform or ("none" if self.preset == "mean" else "adam")
-        return Signal("rows", transform=transform, checkpoints=self.checkpoints)
+        released = self.preset == "released" and transform == "adam"
+        form: AdamForm | None = "released" if released else None
+        return Signal("rows", transform=transform, checkpoints=self.checkpoints, adam_form=form)
 
     @property
     def target_rows(self) -> Signal:
@@ -98,7 +109,7 @@ class G2is:
         from gradsift.methods.reading import Centred, products
 
         rows: Rows = signals[self.pool_rows]
-        rows = Centred(rows) if _set(self.remove_mean, self.preset == "paper") else rows
+        rows = Centred(rows) if _set(self.remove_mean, self.preset == "uncentred") else rows
         core = self._core(signals)
         n = rows.shape[0]
         seats = rules.topk.apportion(budget, core.weights.tolist())
@@ -108,7 +119,7 @@ class G2is:
             if k > 0
             else torch.empty(n, 0, dtype=torch.int64)
         )
-        redistribute = _set(self.redistribute, self.preset != "released")
+        redistribute = _set(self.redistribute, not self._published)
         found = rules.walk.gradient_walk(
             rows,
             core.directions,
@@ -158,8 +169,8 @@ class G2is:
         rows: Rows = signals[self.target_rows]
         if not self._by_mean:
             centred, orient = (
-                _set(self.centred, self.preset == "released"),
-                _set(self.orient, self.preset != "released"),
+                _set(self.centred, self._published),
+                _set(self.orient, not self._published),
             )
             return rules.components.principal(
                 rules.blocks.Raw(rows), _set(self.keep, 0.5), centred=centred, orient=orient

@@ -39,7 +39,10 @@ class Gdig:
     numbers are from memory of the paper; there are as many clusters as rows at most. Differences
     from the released code: `preset=released` ranks by the mean score over trusted examples taken
     two at a time, K-FAC with summed tokens, factored damping 0.5 and rank 32, and neither filters
-    nor clusters, as the code does; padding is masked here.
+    nor clusters, as the code does. Padding is masked here; biases are left out of factors and
+    products, where the code has them; the pool's gradients stay whole, where the code compresses
+    them to rank 32 as the target's. The code reads one matrix of the MLP in ten blocks: those
+    layers are `[gradients] modules` of recipes/gdig-released.toml.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"

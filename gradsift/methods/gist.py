@@ -34,7 +34,9 @@ class Gist:
     Differences from the paper: the gradients are random projections (the run's), which keep
     products up to noise. Without `energy`, as in the paper, what a row does outside the subspace is
     ignored, so a row with a tiny part inside can score 1. Differences from the released code:
-    float32 instead of bfloat16 products.
+    float32 instead of bfloat16 products; directions that are rounding are left out, where the code
+    keeps them (target rows that nearly repeat each other, with rank above the number of different
+    ones).
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"

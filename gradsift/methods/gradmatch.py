@@ -35,10 +35,12 @@ class Gradmatch:
     are (`normalise=false`), answers of a few tokens have by far the largest ones and take nearly
     the whole budget. One choice instead of one every few epochs of training; gradients of the
     adapter (randomly projected) instead of the last layer's; all rows at once instead of per class
-    or batch. ridge is 0, as its code sets it. Differences from the released code
-    (`preset=released`: lengths kept, a second pick of an atom ends the matching, refill at random):
-    the answer is always a completed solve, and a filled row weighs 1 / n against the mean where the
-    code has 1 against the sum.
+    or batch. Differences from the released code (`preset=released`: lengths kept, a second pick of
+    an atom ends the matching, refill at random): the answer is always a completed solve, and a
+    filled row weighs 1 / n against the mean where the code has 1 against the sum. ridge is 0, as
+    its CPU path and its per-batch settings have it; its per-class settings have 0.5
+    (`-o ridge=0.5`). With a ridge its GPU path does not end at a second pick: the presets follow
+    the CPU path.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "optional"

@@ -16,20 +16,29 @@ IFD = Signal("ifd")
 
 @dataclass(frozen=True)
 class Ifd:
-    """The rows of highest instruction-following difficulty below 1: perplexity of the answer after
-    its instruction, over that of the answer alone.
+    """The rows of highest instruction-following difficulty below 1: the loss of the answer after
+    its instruction, over its loss alone.
 
-    Source: arXiv 2308.12032 and Superfiltering (arXiv 2402.00530): rows at 1 or more are discarded
-    (the instruction does not help), of the rest the highest are kept. Cost: two forward passes over
-    the pool's answers under the base model, one of them with the prompt. Where fewer rows than the
-    budget lie below 1, the others follow from the lowest on (`fill=none`: fewer rows come back, and
-    an error where there is none).
+    Source: arXiv 2308.12032 (equations 3 to 5) and Superfiltering (arXiv 2402.00530): rows at 1 or
+    more are discarded (the instruction does not help), of the rest the highest are kept. Cost: two
+    forward passes over the pool's answers under the base model, one of them with the prompt. Where
+    fewer rows than the budget lie below 1, the others follow from the lowest on (`fill=none`: fewer
+    rows come back, and an error where there is none).
 
-    Differences from the paper: there a model fine-tuned on a few of the rows scores
-    (Superfiltering: GPT-2); here the base model does. The details of the papers are from memory.
+    ratio: "loss" = of the mean losses a token (2308.12032 and its code, Cherry); "perplexity" = of
+    their exponentials (Superfiltering), which orders rows by the difference of the losses.
+
+    The answer alone follows the token that the tokenizer puts before a text (BOS). Where it puts
+    none, the answer's first token is read and not scored, as the released scripts have it with such
+    a tokenizer: the two means are then of sets that differ by that token.
+
+    Differences from the papers: there a model fine-tuned on a few of the rows scores
+    (Superfiltering: GPT-2) a prompt of its own wording; here the base model does, after the model's
+    own template, whose end of turn is part of the answer.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "none"
+    ratio: Literal["loss", "perplexity"] = "loss"
     most: PositiveFloat = 1.0
     fill: Literal["rest", "none"] = "rest"
 
@@ -39,7 +48,8 @@ class Ifd:
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         from gradsift.methods.reading import finite
 
-        value = finite(signals, IFD).double().numpy()
+        given, alone = finite(signals, IFD).double().numpy().T
+        value = given / alone if self.ratio == "loss" else np.exp(given - alone)
         fine = value < self.most
         if self.fill == "none" and not fine.any():
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from gradsift import rules
-from gradsift.types import Signal, Signals, Subset
+from gradsift.types import AdamForm, Signal, Signals, Subset
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,12 @@ class Less:
     the maximum, as `preset=released` does: by the maximum, the groups whose cosines are largest can
     take every pick (docs/methods.md). Differences from the released code: `preset=released`
     averages the cosines with each target row within a group. Both take any number and size of
-    groups; the released code needs equal, contiguous ones. The Adam form (bias correction, eps) is
-    a setting of the run's gradients. `transform=none` compares plain gradients instead, for
-    warm-ups whose optimiser state is gone, and `checkpoints=last` those of the last checkpoint
-    alone. `backend=` takes another line of the table of influence backends (docs/scores.md):
-    `ekfac` or `trak`, say, with LESS's rule on top.
+    groups; the released code needs equal, contiguous ones. `preset=released` reads Adam rows as
+    the code forms them (bias correction, eps); else `[gradients] adam_form` says, whose default is
+    the paper's. `transform=none` compares plain gradients instead, for warm-ups whose optimiser
+    state is gone, and `checkpoints=last` those of the last checkpoint alone. `backend=` takes
+    another line of the table of influence backends (docs/scores.md): `ekfac` or `trak`, say, with
+    LESS's rule on top.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
@@ -56,6 +57,11 @@ class Less:
             )
 
     @property
+    def _form(self) -> AdamForm | None:
+        """The Adam form of the released features; None = that of the run."""
+        return "released" if self.preset == "released" and self.transform != "none" else None
+
+    @property
     def _merged(self) -> bool:
         """Whether scores have one column for each group."""
         return self.influence.backend == "less-mean"
@@ -71,6 +77,7 @@ class Less:
             transform=self.transform or "backend",
             checkpoints=self.checkpoints,
             backend=backend,
+            adam_form=self._form,
         )
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:

@@ -22,16 +22,22 @@ class Rds:
     base model over prompt and answer, unit norm, cosine. Cost: one forward pass over pool and
     target, then n x m x h multiply-adds (h = hidden size): no gradients, no warm-up.
 
-    aggregate: "rows" = every target row in turn takes its nearest unused row; "groups" = a row's
-    score for a group is that of the group's nearest row, and the groups take turns (the paper's
-    setting for several tasks); "max" = the rows of highest score for any target row.
+    aggregate: "rows" = the target rows take turns; "groups" = a row's score for a group is that of
+    the group's nearest row, and the groups take turns (the paper's setting for several tasks);
+    "max" = the rows of highest score for any target row.
+
+    taken: whose nearest row is taken already "lose"s the turn (in round r only the r-th nearest
+    row counts), so that target rows that want the same rows get fewer of their own; or takes the
+    "next" one, so that each gets as many. "next" is ours.
 
     Differences from the paper: none known. Differences from the released code: float32 pooling
-    whatever the model's dtype.
+    whatever the model's dtype; the last round ends where the budget is met, where the code
+    completes it and drops rows of an unordered set.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "required"
     aggregate: Literal["rows", "groups", "max"] = "rows"
+    taken: Literal["lose", "next"] = "lose"
 
     def needs(self) -> frozenset[Signal]:
         return frozenset({POOL, TARGET})
@@ -54,6 +60,6 @@ class Rds:
                 indices=indices, gains=score[indices], notes={"score": score, "nearest_group": why}
             )
         by_row = self.aggregate == "rows"
-        indices, gains, turn = by_turns(scores if by_row else by_group, budget)
+        indices, gains, turn = by_turns(scores if by_row else by_group, budget, taken=self.taken)
         why[indices] = [columns[c] if by_row else groups[c] for c in turn]
         return Subset(indices=indices, gains=gains, notes={"score": score, "nearest_group": why})

@@ -5,6 +5,7 @@ for a pool.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -76,13 +77,15 @@ def mean(rows: Rows) -> Tensor:
     return total / rows.shape[0]
 
 
-def by_turns(columns: Tensor, budget: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Columns [n, m] take turns: (rows in pick order, each one's score in the column whose turn it
-    was, that column).
+def by_turns(
+    columns: Tensor, budget: int, *, taken: Literal["lose", "next"] = "next"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Columns [n, m] take turns as `rules.topk.round_robin` says: (rows in pick order, each one's
+    score in the column whose turn it was, that column).
     """
-    picks = topk.round_robin(columns, budget)
-    turn = torch.arange(len(picks)) % columns.shape[1]
-    return picks.numpy(), columns[picks, turn].double().numpy(), turn.numpy()
+    turns = topk.round_robin(columns, budget, taken=taken)
+    gains = columns[turns.indices, turns.column].double()
+    return turns.indices.numpy(), gains.numpy(), turns.column.numpy()
 
 
 def products(rows: Rows, columns: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import NonNegativeFloat, PositiveInt
 
 from gradsift import rules
-from gradsift.types import Rows, Signal, Signals, Subset
+from gradsift.types import AdamForm, Rows, Signal, Signals, Subset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,16 +33,21 @@ class Tagcos:
     did. By default coefficients are dropped, as in the released code.
 
     fill: "nearest" = cluster budgets by largest remainder, so that they sum to the budget, and rows
-    nearest to the centroid complete a share that matching leaves open; "none" = budgets floored and
-    open seats left open, so that fewer rows than asked may come back: the report says how many the
-    clusters were to give and how many matched.
+    nearest to the centroid complete a share that matching leaves open; "none" = every cluster's
+    size times the share, rounded down (5% is 0.05 of each; a budget of rows is that many of the
+    pool's), and open seats left open, so that fewer rows than asked may come back: the report says
+    how many the clusters were to give and how many matched.
 
-    Differences from the paper (`preset=paper`, the default: `fill=nearest`): none known; ridge 0, a
-    repeated atom is masked, matching repeated on what is left of a cluster until its share is
-    spent. Differences from the released code (`preset=released`: ridge 1 from the second atom on, a
-    repeated atom ends a call, `fill=none`): a cluster of which no row left points toward the
-    centroid gives fewer rows than its share, where the code calls the matching again without end.
-    Clusters too small for a seat give no row, as there.
+    Differences from the paper (`preset=paper`, the default: `fill=nearest`; ridge 0, a repeated
+    atom is masked, matching repeated on what is left of a cluster until its share is spent): its
+    full text was not at hand; the ridge and what it does with a repeated atom could not be
+    verified. Differences from the released code (`preset=released`: Adam rows in the code's form,
+    ridge 1 from the second atom on, a repeated atom ends a call, `fill=none`): a cluster of which
+    no row left points toward the centroid gives fewer rows than its share; the code first takes
+    rows of negative product, and then calls the matching again without end. Clusters too small for
+    a seat give no row, as there. In both: k-means is our own (greedy k-means++, Lloyd; the code has
+    scikit-learn's), and gradients are projected by a count sketch where the code has dense random
+    signs.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]] = "none"
@@ -63,7 +69,9 @@ class Tagcos:
 
     @property
     def rows(self) -> Signal:
-        return Signal("rows", transform=self.transform, checkpoints="mean")
+        released = self.preset == "released" and self.transform == "adam"
+        form: AdamForm | None = "released" if released else None
+        return Signal("rows", transform=self.transform, checkpoints="mean", adam_form=form)
 
     @property
     def exact(self) -> bool:
@@ -84,7 +92,8 @@ class Tagcos:
         )
         labels = np.asarray(found.labels)
         sizes = np.bincount(labels, minlength=len(found.centres))
-        floors = np.floor(budget / n * sizes + 1e-9).astype(int)
+        share = Fraction(budget, n) if signals.share is None else signals.share
+        floors = np.array([int(share * size) for size in sizes.tolist()])
         seats = (
             np.asarray(rules.topk.apportion(budget, sizes, capacity=sizes))
             if self.exact

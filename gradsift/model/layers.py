@@ -116,7 +116,8 @@ def tracked_modules(
 
     None: the lora_A / lora_B layers with a trainable weight (plain linear layers also on a
     quantised base). "linear": every linear layer of the blocks (nn.Linear, Conv1D), not the head,
-    not LoRA. Names or globs over module names: those linear layers.
+    not LoRA. Names, endings of names ("mlp.down_proj") or globs: those linear layers, by their
+    names in the base model or as they are wrapped.
 
     Raises ConfigError when nothing is there, when a weight is quantised, for DoRA, whose layers do
     not see the activations that a hook reads, or for 4-bit layers on a CPU that cut the gradient;
@@ -131,11 +132,9 @@ def tracked_modules(
         linears = {n: m for n, m in model.named_modules() if is_linear(m)}
         patterns = [modules] if isinstance(modules, str) else list(modules)
         for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(n, pattern) for n in linears):
-                raise UnknownName("module", pattern, linears)
-        found = {
-            n: m for n, m in linears.items() if any(fnmatch.fnmatchcase(n, p) for p in patterns)
-        }
+            if not any(_is_named(n, pattern) for n in linears):
+                raise UnknownName("module", pattern, map(_plain, linears))
+        found = {n: m for n, m in linears.items() if any(_is_named(n, p) for p in patterns)}
     if not found:
         raise ConfigError("no linear layers to read", remedy="Name the modules.")
     packed = [n for n, m in found.items() if is_quantised(m)]
@@ -146,6 +145,22 @@ def tracked_modules(
         )
     _refuse_shared(model, found)
     return found
+
+
+def _plain(name: str) -> str:
+    """A layer's name in the base model, without what peft put around it."""
+    return name.removeprefix("base_model.model.").removesuffix(".base_layer")
+
+
+def _is_named(name: str, pattern: str) -> bool:
+    if "lora_" in name and "lora_" not in pattern:  # a glob of the base model's layers
+        return False
+    plain = _plain(name)
+    return any(
+        fnmatch.fnmatchcase(text, form)
+        for text in (name, plain)
+        for form in (pattern, f"*.{pattern}")
+    )
 
 
 def _refuse_shared(model: nn.Module, tracked: Mapping[str, nn.Module]) -> None:

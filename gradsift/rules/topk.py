@@ -5,8 +5,9 @@ turns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -103,13 +104,24 @@ def _fraction(weight: float) -> Fraction:
         raise ValueError(f"weights must be finite, got {weight}") from None
 
 
-def round_robin(scores: Any, budget: int) -> Tensor:
-    """Columns of scores [n, m] take turns, 0 to m - 1 and again; each takes its best row that
-    nobody has yet -> int64 [budget].
+@dataclass(frozen=True)
+class Turns:
+    """`indices` int64 [k], unique, in pick order; `column` int64 [k]: whose turn each was."""
 
-    Ties go to the lowest row. A larger budget only appends. Source: the per-query selection of RDS+
-    (Ivison et al. 2025). Raises ValueError for a budget outside 0..n and for scores that are not
-    finite.
+    indices: Tensor
+    column: Tensor
+
+
+def round_robin(scores: Any, budget: int, *, taken: Literal["lose", "next"] = "next") -> Turns:
+    """Columns of scores [n, m] take turns, 0 to m - 1 and again.
+
+    taken: "lose" = in round r a column names its r-th best row, and has lost the turn where
+    another column has that row already; "next" = it takes its best row that nobody has. Ties go
+    to the lowest row. A larger budget only appends.
+
+    Source: "lose" is algorithm 1 of RDS+ (Ivison et al. 2025) with its duplicates removed; "next"
+    is the same with no turn lost. Raises ValueError for a budget outside 0..n and for scores that
+    are not finite.
     """
     values = floating(scores, "scores", 2)
     n, m = values.shape
@@ -120,18 +132,26 @@ def round_robin(scores: Any, budget: int) -> Tensor:
     depth = [min(n, 2 * (budget // max(m, 1)) + 16)] * m
     queues: list[list[int]] = [[] for _ in range(m)]
     places = [0] * m
-    taken = [False] * n
+    free = [True] * n
     picks: list[int] = []
+    origin: list[int] = []
+
+    def named(j: int) -> int:
+        """The next row in column j's own order."""
+        if places[j] == len(queues[j]):
+            depth[j] = depth[j] if not queues[j] else min(n, 2 * depth[j])
+            queues[j] = best(values[:, j], depth[j]).tolist()
+        places[j] += 1
+        return queues[j][places[j] - 1]
+
+    j = 0
     while len(picks) < budget:
-        j = len(picks) % m
-        while True:
-            if places[j] == len(queues[j]):
-                depth[j] = depth[j] if not queues[j] else min(n, 2 * depth[j])
-                queues[j] = best(values[:, j], depth[j]).tolist()
-            row = queues[j][places[j]]
-            places[j] += 1
-            if not taken[row]:
-                break
-        taken[row] = True
-        picks.append(row)
-    return torch.tensor(picks, dtype=torch.int64)
+        row = named(j)
+        while taken == "next" and not free[row]:
+            row = named(j)
+        if free[row]:
+            free[row] = False
+            picks.append(row)
+            origin.append(j)
+        j = (j + 1) % m
+    return Turns(*(torch.tensor(found, dtype=torch.int64) for found in (picks, origin)))

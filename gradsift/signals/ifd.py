@@ -5,53 +5,64 @@ alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from gradsift.compute.memory import Halving
 from gradsift.model.losses import row_losses
 from gradsift.types import IGNORE
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-
-def alone(row: Any) -> dict[str, list[int]]:
-    """A row's supervised tokens with nothing before them but the row's first token (which begins a
-    text under most tokenizers).
+def alone(row: Any, begin: int | None = None) -> dict[str, list[int]]:
+    """A row's supervised tokens with nothing before them but `begin`, the token that begins a text;
+    where there is none, the first of them is read and not scored.
     """
     answer = [
         token
         for token, label in zip(row["input_ids"], row["labels"], strict=True)
         if label != IGNORE
     ]
-    return {"input_ids": [row["input_ids"][0], *answer], "labels": [IGNORE, *answer]}
+    if begin is None:
+        return {"input_ids": answer, "labels": answer}
+    return {"input_ids": [begin, *answer], "labels": [IGNORE, *answer]}
 
 
-def perplexity_ratio(
+def answer_losses(
     model: Any,
     encoded: Sequence[Any],
     *,
+    begin: int | None = None,
     token_budget: int = 4096,
     pad_id: int = 0,
     advance: Callable[[int], None] | None = None,
     halving: Halving | None = None,
 ) -> Tensor:
-    """exp(mean loss of the answer after its prompt - mean loss of the answer alone), fp64 [n];
-    below 1 where the prompt helps.
+    """Mean loss of every answer after its prompt, and alone: nats a token, fp64 [n, 2].
 
-    Source: arXiv 2308.12032, equation 3. Several answers in a row count as one text. NaN where
-    nothing is supervised or a row does not fit in memory. Other arguments as `row_losses`.
+    Several answers in a row count as one text; the end of a turn is part of the answer. NaN where
+    no token is scored (alone and without `begin`, answers of one token too) or a row does not fit
+    in memory.
+
+    Source: arXiv 2308.12032, equations 3 to 5.
+
+    Args:
+        model: a causal language model.
+        encoded: rows with input_ids and labels.
+        begin: the token that the tokenizer puts before a text (BOS); None = it puts none.
+        token_budget, pad_id, advance, halving: as `row_losses`.
     """
     halving = halving or Halving()
-    given = row_losses(
-        model, encoded, token_budget=token_budget, pad_id=pad_id, advance=advance, halving=halving
-    )
-    without = row_losses(
-        model,
-        [alone(row) for row in encoded],
-        token_budget=token_budget,
-        pad_id=pad_id,
-        advance=advance,
-        halving=halving,
-    )
-    return (given.mean - without.mean).exp()
+    columns = [
+        row_losses(
+            model,
+            rows,
+            token_budget=token_budget,
+            pad_id=pad_id,
+            advance=advance,
+            halving=halving,
+        ).mean
+        for rows in (encoded, [alone(row, begin) for row in encoded])
+    ]
+    return torch.stack(columns, dim=1)

@@ -7,8 +7,9 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,8 +21,10 @@ from gradsift.config import Config
 from gradsift.data.encode import EncodedRows, encode, tokenizer_identity
 from gradsift.data.pool import Pool
 from gradsift.errors import IntegrityError
+from gradsift.gradients.passes import Modules
 from gradsift.gradients.projection import Projection, projection_of
 from gradsift.model.checkpoints import load_checkpoints
+from gradsift.model.layers import tracked_modules
 from gradsift.model.load import from_settings, model_identity, quantiser, tokenizer_from_settings
 from gradsift.model.lora import load_adapter
 from gradsift.model.warmup import warm_up
@@ -203,14 +206,20 @@ class Context:
         made = self.checked(self.make(self.warmup_recipe(), self._warm_up))
         # and no folder that somebody has put beside them
         named = {name.partition("/")[0] for name in made.manifest["files"]}
-        return [
+        found = [
             checkpoint
             for checkpoint in load_checkpoints(made.path)
             if checkpoint.path.name in named
         ]
+        weights = self.config.warmup.weights
+        if weights is None:
+            return found
+        return [replace(c, mean_lr=weight) for c, weight in zip(found, weights, strict=True)]
 
     def _warm_up(self, artifact: Artifact) -> None:
         model = self.load_base()
+        if self.modules is not None:  # a name that no layer has is told before the training
+            tracked_modules(model, self.modules)
         checkpoints = warm_up(
             model,
             self.encoded("pool"),
@@ -241,6 +250,12 @@ class Context:
     def pad_id(self) -> int:
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(token for token in known if isinstance(token, int))
+
+    @property
+    def begin_id(self) -> int | None:
+        """The token that the tokenizer puts before a text of its own (BOS), if it puts one."""
+        first, begin = self.tokenizer("a")["input_ids"][:1], self.tokenizer.bos_token_id
+        return begin if begin is not None and list(first) == [begin] else None
 
     def load_base(self, dtype: str | None = None) -> Any:
         """The base model, in the run's number format or in another."""
@@ -274,9 +289,10 @@ class Context:
         return nothing if self.executor.remote else self.progress.advance
 
     @property
-    def modules(self) -> Literal["linear"] | None:
+    def modules(self) -> Modules:
         """What `extract` and the curvature take gradients of: None = the LoRA modules."""
-        return None if self.config.gradients.modules == "lora" else "linear"
+        named = self.config.gradients.modules
+        return None if named == "lora" else named
 
     @property
     def projection(self) -> Projection:

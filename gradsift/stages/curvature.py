@@ -53,7 +53,7 @@ def fit_recipe(context: Context, signal: Signal) -> Recipe:
     fitting = {name: settings(context, signal)[name] for name in _FIT}
     gradients = context.config.gradients
     fitting |= {
-        "modules": gradients.modules,
+        "modules": gradients.canonical()["modules"],
         "token_budget": gradients.token_budget,
         "shard_rows": gradients.shard_rows,
     }

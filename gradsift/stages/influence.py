@@ -46,7 +46,8 @@ def recipe(context: Context, signal: Signal) -> Recipe:
     """The scores themselves."""
     inputs, loss = {}, backend(str(signal.backend)).loss
     for c in context.used_checkpoints(signal):
-        inputs[f"pool{c}"] = rows.recipe(context, "pool", c, pool_transform(signal), loss).digest
+        pool = rows.recipe(context, "pool", c, pool_transform(signal), loss, signal.adam_form)
+        inputs[f"pool{c}"] = pool.digest
         inputs[f"target{c}"] = rows.recipe(context, "target", c, "none", loss).digest
     return Recipe(
         "influence",
@@ -72,7 +73,7 @@ def recipes(context: Context, signal: Signal) -> list[Recipe]:
         backend(str(signal.backend)).loss,
     )
     each = [
-        rows.recipe(context, side, c, transform, loss)
+        rows.recipe(context, side, c, transform, loss, signal.adam_form)
         for side, transform in both
         for c in context.used_checkpoints(signal)
     ]
@@ -91,7 +92,8 @@ def sides(context: Context, signal: Signal) -> Sides:
         context.used_checkpoints(signal),
         backend(str(signal.backend)).loss,
     )
-    pool = [rows.gradients(context, "pool", c, pool_transform(signal), loss) for c in used]
+    transform, form = pool_transform(signal), signal.adam_form
+    pool = [rows.gradients(context, "pool", c, transform, loss, form) for c in used]
     target = [rows.gradients(context, "target", c, "none", loss) for c in used]
     for a, b in zip(pool, target, strict=True):
         for name in ("projection", "dim", "seed", "modules"):

@@ -69,7 +69,7 @@ def value(context: Context, signal: Signal) -> tuple[Any, Tensor | None]:
     if signal.name == "features":
         return features(context, signal.fields), None
     numbers = scalars(context, signal)
-    return numbers, numbers.isfinite()
+    return numbers, _known(numbers)
 
 
 # --- embeddings
@@ -144,8 +144,8 @@ def features(context: Context, fields: Sequence[str]) -> Tensor:
 
 
 def scalars(context: Context, signal: Signal) -> Tensor:
-    """One number for every pool row [n]; NaN for rows that could not be encoded or did not fit in
-    memory.
+    """One number for every pool row [n], or two [n, 2] for "ifd"; NaN for rows that could not be
+    encoded or did not fit in memory.
     """
     name, file = signal.name, f"{signal.name}.safetensors"
 
@@ -161,14 +161,15 @@ def scalars(context: Context, signal: Signal) -> Tensor:
 
 
 def _fill_from_base(context: Context, name: str, artifact: Artifact) -> None:
-    """What the base model alone says of each row, shard by shard: fp32 [n] for "loss", fp64 for
-    "ifd".
+    """What the base model alone says of each row, shard by shard: fp32 [n] for "loss", fp64 [n, 2]
+    for "ifd".
     """
     encoded = context.encoded("pool")
     keeper = Partial(artifact, len(encoded), context.config.gradients.shard_rows)
     if keeper.missing():
         model = context.lend(None if context.executor.remote else context.load_base())
-        work = ScalarWork(model, name, context.pad_id, context.advance)
+        begin = context.begin_id if name == "ifd" else None
+        work = ScalarWork(model, name, context.pad_id, context.advance, begin=begin)
         # the answer alone is read too
         answers = np.where(encoded.codes == 0, encoded.supervised + 1, 0) if name == "ifd" else 0
         map_shards(
@@ -192,7 +193,7 @@ def finish_scalars(
     """
     numbers, about = torch.cat(keeper.read(name)).to(dtype), keeper.about()
     check_values(
-        numbers.isfinite(),
+        _known(numbers),
         context.encoded("pool"),
         noun,
         about["counts"].get("quarantined", {}),
@@ -202,6 +203,11 @@ def finish_scalars(
     hash_ = write_tensors(artifact.path / file, {name: numbers}, {"recipe": artifact.digest})
     artifact.finish(files={file: hash_}, **about)
     keeper.remove()  # last: until `finish` the shards are the only copy
+
+
+def _known(numbers: Tensor) -> Tensor:
+    """bool [n]: the rows whose numbers [n] or [n, c] are all finite."""
+    return numbers.isfinite().reshape(len(numbers), -1).all(dim=1)
 
 
 def _ngrams(context: Context) -> Tensor:
@@ -214,8 +220,8 @@ def _ngrams(context: Context) -> Tensor:
 def _difficulty_recipes(context: Context, fields: Sequence[str]) -> list[Recipe]:
     """`fields`: what difficulty is learned from, in place of embeddings."""
     settings = context.config.warmup.canonical()
-    for unused in ("checkpoints", "scheduler", "warmup_ratio", "weight_decay"):
-        del settings[unused]
+    for unused in ("checkpoints", "scheduler", "warmup_ratio", "weight_decay", "weights"):
+        settings.pop(unused, None)
     source = features_recipe(context, fields) if fields else embeddings_recipe(context, "pool")
     inputs = {"rows": context.encode_recipe("pool").digest, "features": source.digest}
     return [source, Recipe("difficulty", settings, inputs, context.compute_identity())]

@@ -183,7 +183,12 @@ class Pipeline(Context):
                 )
                 stored = self.stored(
                     rows.recipe(
-                        self, "pool", self.checkpoint_count - 1, pool_transform(signal), loss
+                        self,
+                        "pool",
+                        self.checkpoint_count - 1,
+                        pool_transform(signal),
+                        loss,
+                        signal.adam_form,
                     )
                 )
                 return None if stored is None else RowStore.open(stored.path)

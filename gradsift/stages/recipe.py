@@ -20,11 +20,11 @@ VERSIONS = {
     "embeddings": 2,
     "features": 1,
     "loss": 3,
-    "ifd": 3,
+    "ifd": 4,
     "tuned": 1,
     "ngrams": 1,
     "difficulty": 2,
-    "select": 3,
+    "select": 4,
     "trial": 2,
     "compare": 1,
 }

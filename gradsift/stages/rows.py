@@ -23,19 +23,25 @@ from gradsift.stages.shards import map_shards
 from gradsift.stages.work import GradientWork
 from gradsift.store.artifact import Artifact
 from gradsift.store.rows import RowStore
-from gradsift.types import Checkpoint, Signal, checkpoint_weights
+from gradsift.types import AdamForm, Checkpoint, Signal, checkpoint_weights
 
 # rows read at a time: what they take in fp32 adds to the peak of the stage that just made them
 _FEW = 128
 
 
 def recipe(
-    context: Context, side: str, checkpoint: int, transform: str, loss: Loss = "cross-entropy"
+    context: Context,
+    side: str,
+    checkpoint: int,
+    transform: str,
+    loss: Loss = "cross-entropy",
+    form: AdamForm | None = None,
 ) -> Recipe:
-    """The gradients of one side at one checkpoint (its number). Raises UserError for moments of
-    other layers.
+    """The gradients of one side at one checkpoint (its number). `form`: of the Adam transform, None
+    = the run's. Raises UserError for moments of other layers.
     """
     settings = context.config.gradients.canonical() | loss_fields(loss)
+    settings["adam_form"] = form or settings["adam_form"]
     if transform == "adam" and context.modules is not None:
         what = (
             "the warm-up's Adam moments are those of its LoRA layers, and modules ="
@@ -58,9 +64,12 @@ def recipe(
     )
 
 
-def mean_recipe(context: Context, side: str, transform: str) -> Recipe:
+def mean_recipe(
+    context: Context, side: str, transform: str, form: AdamForm | None = None
+) -> Recipe:
     inputs = {
-        str(c): recipe(context, side, c, transform).digest for c in range(context.checkpoint_count)
+        str(c): recipe(context, side, c, transform, form=form).digest
+        for c in range(context.checkpoint_count)
     }
     return Recipe("mean", {"weights": "mean_lr"}, inputs)
 
@@ -68,10 +77,11 @@ def mean_recipe(context: Context, side: str, transform: str) -> Recipe:
 def recipes(context: Context, signal: Signal) -> list[Recipe]:
     """The stages of the signal "rows", in the order they are made."""
     each = [
-        recipe(context, signal.side, c, signal.transform) for c in context.used_checkpoints(signal)
+        recipe(context, signal.side, c, signal.transform, form=signal.adam_form)
+        for c in context.used_checkpoints(signal)
     ]
     mean = (
-        [mean_recipe(context, signal.side, signal.transform)]
+        [mean_recipe(context, signal.side, signal.transform, signal.adam_form)]
         if signal.checkpoints == "mean"
         else []
     )
@@ -83,10 +93,10 @@ def value(context: Context, signal: Signal) -> tuple[Any, Tensor]:
     [n].
     """
     if signal.checkpoints == "mean":
-        mean = mean_rows(context, signal.side, signal.transform)
+        mean = mean_rows(context, signal.side, signal.transform, signal.adam_form)
         return mean.raw(), mean.usable
     stores = [
-        gradients(context, signal.side, c, signal.transform)
+        gradients(context, signal.side, c, signal.transform, form=signal.adam_form)
         for c in context.used_checkpoints(signal)
     ]
     usable = torch.stack([store.usable for store in stores]).all(dim=0)
@@ -94,7 +104,12 @@ def value(context: Context, signal: Signal) -> tuple[Any, Tensor]:
 
 
 def gradients(
-    context: Context, side: str, checkpoint: int, transform: str, loss: Loss = "cross-entropy"
+    context: Context,
+    side: str,
+    checkpoint: int,
+    transform: str,
+    loss: Loss = "cross-entropy",
+    form: AdamForm | None = None,
 ) -> RowStore:
     """The stored rows of one side at one checkpoint: gradients of the loss, or of the margin of an
     answer.
@@ -104,15 +119,21 @@ def gradients(
             "target rows are plain gradients; only the pool's rows take the Adam transform"
         )
     at = context.checkpoints()[checkpoint]
-    made_by = recipe(context, side, checkpoint, transform, loss)
+    made_by = recipe(context, side, checkpoint, transform, loss, form)
     artifact = context.make(
-        made_by, lambda artifact: _extract(context, artifact, side, at, transform, loss)
+        made_by, lambda artifact: _extract(context, artifact, side, at, transform, loss, form)
     )
     return RowStore.open(artifact.path)
 
 
 def _extract(
-    context: Context, artifact: Artifact, side: str, at: Checkpoint, transform: str, loss: Loss
+    context: Context,
+    artifact: Artifact,
+    side: str,
+    at: Checkpoint,
+    transform: str,
+    loss: Loss,
+    form: AdamForm | None,
 ) -> None:
     settings, modules, force = (
         context.config.gradients,
@@ -123,7 +144,7 @@ def _extract(
     model = context.model_at(at)
     dim, covered = output_dim(model, context.projection, modules), coverage(model, modules)
     spec = {
-        **settings.model_dump(include={"projection", "seed", "modules"}),
+        **settings.model_dump(mode="json", include={"projection", "seed", "modules"}),
         "dim": dim,
         "transform": transform,
     }
@@ -139,7 +160,11 @@ def _extract(
     adam = None
     if transform == "adam":
         adam = adam_transform(
-            at, settings.adam_form, momentum=settings.adam_momentum, base=model, force=force
+            at,
+            form or settings.adam_form,
+            momentum=settings.adam_momentum,
+            base=model,
+            force=force,
         )
     lent = context.lend(model, at)
     del model
@@ -164,12 +189,14 @@ def _extract(
     store.seal(artifact, extra={"mean_pairwise_cosine": cosine, "coverage": covered.summary()})
 
 
-def mean_rows(context: Context, side: str, transform: str) -> RowStore:
+def mean_rows(
+    context: Context, side: str, transform: str, form: AdamForm | None = None
+) -> RowStore:
     """Checkpoint mean of unit rows weighted by mean_lr (TAGCOS, released `mean_grad`): not
     re-normalised, the norm is in `scales`.
     """
     checkpoints = context.checkpoints()
-    stores = [gradients(context, side, c, transform) for c in range(len(checkpoints))]
+    stores = [gradients(context, side, c, transform, form=form) for c in range(len(checkpoints))]
     weights = checkpoint_weights([checkpoint.mean_lr for checkpoint in checkpoints])
 
     def fill(artifact: Artifact) -> None:
@@ -186,7 +213,7 @@ def mean_rows(context: Context, side: str, transform: str) -> RowStore:
             artifact, extra={"mean_pairwise_cosine": mean_pairwise_cosine(mean), "weights": weights}
         )
 
-    return RowStore.open(context.make(mean_recipe(context, side, transform), fill).path)
+    return RowStore.open(context.make(mean_recipe(context, side, transform, form), fill).path)
 
 
 def adam_transform(

@@ -227,11 +227,12 @@ class EmbeddingWork:
 
 @dataclass(frozen=True)
 class ScalarWork:
-    """One number for each row of a shard, fp64 [r]; NaN where a row could not be encoded or did not
-    fit in memory.
+    """What the base model says of each row of a shard: fp64 [r] for "loss", [r, 2] for "ifd"; NaN
+    where a row could not be encoded or did not fit in memory.
 
     Args:
         name: "loss" or "ifd".
+        begin: the token before a text, for "ifd".
         column: name of the tensor in the result; default: `name`.
     """
 
@@ -240,6 +241,7 @@ class ScalarWork:
     pad_id: int
     advance: Advance = nothing
     column: str = ""
+    begin: int | None = None
 
     def __call__(self) -> Callable[[EncodedRows], ShardResult]:
         model = self.model()
@@ -253,10 +255,16 @@ class ScalarWork:
                     model, rows, pad_id=self.pad_id, advance=self.advance, halving=halving
                 ).mean
             else:
-                numbers = ifd.perplexity_ratio(
-                    model, rows, pad_id=self.pad_id, advance=self.advance, halving=halving
+                numbers = ifd.answer_losses(
+                    model,
+                    rows,
+                    begin=self.begin,
+                    pad_id=self.pad_id,
+                    advance=self.advance,
+                    halving=halving,
                 )
-            full = torch.full((len(encoded),), torch.nan, dtype=torch.float64)
+            shape = (len(encoded), *numbers.shape[1:])
+            full = torch.full(shape, torch.nan, dtype=torch.float64)
             full[torch.tensor(usable, dtype=torch.int64)] = numbers.double()
             failed = frozenset(usable[i] for i in halving.failed)
             return ShardResult({self.column or self.name: full}, halving.count, failed)

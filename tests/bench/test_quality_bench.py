@@ -70,7 +70,7 @@ def test_the_recovered_gap_is_the_share_of_what_the_oracle_gains(bench: ModuleTy
             "less": method,
             "oracle source=x": oracle,
         }
-        values |= {"g2is": method, "g2is:preset=paper": method + 0.25}
+        values |= {"g2is": method, "g2is:preset=uncentred": method + 0.25}
         tables = {
             arm: Measured(value + rng.normal(0, 0.01, (4, 200)), np.ones(200), 3)
             for arm, value in values.items()
@@ -91,7 +91,7 @@ def test_the_recovered_gap_is_the_share_of_what_the_oracle_gains(bench: ModuleTy
     assert less["against rds"][0] == pytest.approx(-(0.5 + 1 + 0.1) / 6, abs=0.01)
     assert less["against rds"][2] < 0
     ((pair, (difference, low, high)),) = found["pairs"].items()
-    assert pair == "g2is against g2is:preset=paper"
+    assert pair == "g2is against g2is:preset=uncentred"
     assert low < difference < high < 0
     assert difference == pytest.approx(-0.25, abs=0.01)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gradsift.commands.budget import parse
 from gradsift.commands.select.choose import Choice, choose
 from gradsift.commands.select.constraints import Bound, Constraints, build, screen
 from gradsift.commands.select.contamination import TestSets, words
+from gradsift.commands.select.mix import mixed
 from gradsift.data.pool import read_pool
 from gradsift.errors import BudgetError, ConfigError, UnknownName, UserError
 from gradsift.rules import duplicates
@@ -329,3 +331,66 @@ def test_wrong_constraints_are_refused(pool: Any, tmp_path: Path) -> None:
     assert build(include_ids=tmp_path / "ids").include == ("code1", "code2")
     assert build().canonical() == {}
     assert Bound("a", "12.5%", "40%").rows(9) == (1, 4)
+
+
+@pytest.mark.parametrize("method", ["length", "random"])
+@pytest.mark.parametrize("share", [0.5, 0.3, 0.999])
+def test_a_mix_takes_its_share_by_score_and_draws_the_rest(
+    pool: Any, method: str, share: float
+) -> None:
+    made = choice(pool, method, [])
+    made.mix = build(mix=share).mix
+    plain = choice(pool, method, [])
+    for k in (1, 7, 20, len(pool)):
+        found, scored = made.rows(k), int(share * k + 0.5)
+        own = plain.rows(scored).indices.tolist() if scored else []
+        drawn = np.flatnonzero(found.notes["drawn"] == 1).tolist()
+        assert sorted(found.indices.tolist()) == sorted(own + drawn) and len(found) == k
+        assert found.indices.tolist()[:scored] == own and len(drawn) == k - scored
+        assert found.gains is None or np.isnan(found.gains).sum() == k - scored
+
+
+def test_what_a_mix_draws_depends_on_the_seed_alone(pool: Any) -> None:
+    def drawn(method: str, seed: int) -> list[int]:
+        made = choice(pool, method, [], included=list(range(20)))
+        made.mix, made.seed = build(mix=0.01).mix, seed
+        found = made.rows(28)  # the method's share rounds to no row
+        return np.flatnonzero(found.notes["drawn"] == 1).tolist()
+
+    assert drawn("length", 1) == drawn("random", 1) != drawn("random", 2)
+    counts = Counter(row for seed in range(400) for row in drawn("length", seed))
+    assert set(counts) == set(range(20, len(pool)))
+    assert max(counts.values()) < 2 * min(counts.values())
+
+
+def test_a_mix_holds_beside_shares_included_rows_and_a_budget_of_tokens(pool: Any) -> None:
+    made = choice(pool, "length", ["chat=:4", "math=2:"], included=[0, 9])
+    made.mix = build(mix=0.5).mix
+    found = made.rows(12)
+    assert len(set(found.indices.tolist())) == 12 and {0, 9} <= set(found.indices.tolist())
+    count = groups(pool, found)
+    assert count["chat"] <= 4 and count["math"] >= 2
+    assert (found.notes["drawn"][found.indices] == 1).sum() in range(4, 7)
+    cost = signals(pool).tokens
+    assert cost is not None
+    paid = made.tokens(cost.astype(np.int64), 300)
+    assert int(cost[paid.indices].sum()) <= 300 and (paid.notes["drawn"] == 1).any()
+
+
+def test_drawn_rows_weigh_as_much_as_a_pick_does_on_average() -> None:
+    rows = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    selector = methods.make("gradmatch")
+    given = Signals({s: rows for s in selector.needs() if s.side == "pool"}, 30)
+    found = mixed(selector, given, 10, Fraction(1, 2), np.random.default_rng(0))
+    own = selector.select(given, 5, rng=np.random.default_rng(0))
+    assert found.weights is not None and own.weights is not None
+    assert found.indices[:5].tolist() == own.indices.tolist()
+    assert found.weights.tolist() == [*own.weights, *[own.weights.mean()] * 5]
+
+
+def test_a_mix_is_a_share_and_enters_the_recipe() -> None:
+    for wrong in (0, -0.5, 1.5):
+        with pytest.raises(ConfigError, match="not a share of the budget"):
+            build(mix=wrong)
+    assert build(mix=1).canonical() == build().canonical() == {}
+    assert build(mix=0.3).canonical() == {"mix": "3/10"}

@@ -101,6 +101,7 @@ def test_scores_hold_every_pool_row(pool: Pool, tmp_path: Path) -> None:
         "norm": np.array([1, 2, 3, 4, 5], dtype=np.float32),
         "tokens": np.array([10, 20, 30, 40, 2**31 - 1], dtype=np.int64),
         "loss": [0.5, None, 1.5, 2.5, float("nan")],
+        "picked_by": ["score", None, "draw", None, "included"],
         "why": ["nearest", None, "=1+1", "d", "e"],
         "rank": np.full(5, 99),
     }
@@ -120,6 +121,7 @@ def test_scores_hold_every_pool_row(pool: Pool, tmp_path: Path) -> None:
         "norm": [1.0, 2.0, 3.0, 4.0, 5.0],
         "tokens": [10, 20, 30, 40, 2**31 - 1],
         "loss": [0.5, None, 1.5, 2.5, None],
+        "picked_by": ["score", None, "draw", None, "included"],
         "why": ["nearest", None, "=1+1", "d", "e"],
     }
 

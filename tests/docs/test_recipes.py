@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from gradsift import methods
 from gradsift.cli.app import app
 from gradsift.config import Config, build, read_toml
+from tests.model.small_models import llama
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
@@ -42,6 +44,9 @@ def test_its_command_line_plans_a_selection(
     path: Path, pool_file: Path, target_file: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     method, *options = command(path)
+    if path.stem == "gdig-released":  # its layers are those of a model of 32 blocks
+        model_folder = Path(shutil.copytree(model_folder, tmp_path / "deep"))
+        llama(num_hidden_layers=32).save_pretrained(model_folder)
     files = [
         "--pool",
         pool_file,

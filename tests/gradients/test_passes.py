@@ -239,6 +239,17 @@ def test_a_batch_in_place_of_a_row_is_not_read_as_silence() -> None:
             )  # type: ignore[dict-item]
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_layers_are_named_as_in_the_base_model(lora: bool) -> None:
+    model = build("llama", lora=lora)
+    for names in (["q_proj"], "*.q_proj", ["layers.0.self_attn.q_proj", "model.layers.[12].*.q_*"]):
+        found = [name.partition("model.layers.")[2] for name in tracked_modules(model, names)]
+        plain = [name.removesuffix(".base_layer") for name in found]
+        assert plain == [f"{i}.self_attn.q_proj" for i in range(3)]
+    first = tracked_modules(model, ["layers.0.self_attn.q_proj"])
+    assert len(first) == 1 and "layers.0." in next(iter(first))
+
+
 def test_faults_of_the_call_come_before_any_work() -> None:
     model, rows = build("llama", lora=True), make_rows(2)
     with pytest.raises(ConfigError, match="token_budget is 0"):

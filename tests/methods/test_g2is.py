@@ -14,7 +14,7 @@ from gradsift.rules import components, walk
 from gradsift.types import Signal
 from tests.methods.vectors import Stored, at_angles, choose, random_rows
 
-AS_IT_IS = {"preset": "paper", "remove_mean": False}
+AS_IT_IS = {"preset": "uncentred", "remove_mean": False}
 EAST = torch.tensor([[1.0, 0.0]])
 FOUR = at_angles(0, 20, 100, -36.87)
 
@@ -119,12 +119,14 @@ def test_released_centres_does_not_orient_and_leaves_the_pool_as_it_is() -> None
         released.indices.tolist()
         != choose(make("g2is", AS_IT_IS), pool, target, 20).indices.tolist()
     )
+    paper = choose(make("g2is", {"preset": "paper"}), pool, target, 20)
+    assert paper.indices.tolist() == released.indices.tolist()  # on the same rows
 
 
 def test_what_all_pool_rows_share_is_taken_out() -> None:
     pool, target, shared = random_rows(60, 8, 11), random_rows(6, 8, 12), 5 * random_rows(1, 8, 13)
     unit = torch.nn.functional.normalize(pool + shared, dim=1)
-    removed = choose(make("g2is", {"preset": "paper"}), pool + shared, target, 20)
+    removed = choose(make("g2is", {"preset": "uncentred"}), pool + shared, target, 20)
     by_hand = choose(make("g2is", AS_IT_IS), unit - unit.mean(0), target, 20)
     assert removed.indices.tolist() == by_hand.indices.tolist()
     assert bool((unit @ unit.T > 0).all())  # with the shared part no two rows are in conflict
@@ -191,15 +193,15 @@ def test_the_default_walks_toward_the_mean_unit_row_of_each_group() -> None:
     assert chosen.notes["walked"] == len(expected)
     assert chosen.indices[: len(expected)].tolist() == expected.indices.tolist()
     assert chosen.notes["component_weights"].tolist() == [0.5, 0.5]
-    spelled = {"preset": "paper", "core": "mean", "remove_mean": False, "transform": "none"}
+    spelled = {"preset": "uncentred", "core": "mean", "remove_mean": False, "transform": "none"}
     assert (
         choose(make("g2is", spelled), pool, target, 21, groups=groups).indices.tolist()
         == chosen.indices.tolist()
     )
-    back, paper = {"core": "principal", "remove_mean": True}, {"preset": "paper"}
+    back, ours = {"core": "principal", "remove_mean": True}, {"preset": "uncentred"}
     assert (
         choose(make("g2is", back), pool, target, 21).indices.tolist()
-        == choose(make("g2is", paper), pool, target, 21).indices.tolist()
+        == choose(make("g2is", ours), pool, target, 21).indices.tolist()
     )
 
 
@@ -215,12 +217,16 @@ def test_target_rows_that_cancel_or_are_no_numbers_have_no_mean_direction() -> N
 def test_each_preset_reads_its_rows_of_the_pool() -> None:
     target = Signal("rows", side="target")
     assert make("g2is").needs() == {Signal("rows"), target}
-    assert make("g2is", {"preset": "paper"}).needs() == {Signal("rows", transform="adam"), target}
-    assert make("g2is", {"preset": "released"}).needs() == {
+    assert make("g2is", {"preset": "uncentred"}).needs() == {
         Signal("rows", transform="adam"),
         target,
     }
-    assert make("g2is", {"preset": "paper", "transform": "none"}).needs() == {
+    assert make("g2is", {"preset": "paper"}).needs() == {Signal("rows", transform="adam"), target}
+    assert make("g2is", {"preset": "released"}).needs() == {
+        Signal("rows", transform="adam", adam_form="released"),
+        target,
+    }
+    assert make("g2is", {"preset": "uncentred", "transform": "none"}).needs() == {
         Signal("rows"),
         target,
     }
@@ -235,7 +241,7 @@ def test_options_of_the_principal_directions_are_refused_without_them(
     ):
         make("g2is", option)
     assert make("g2is", {**option, "core": "principal"}) and make(
-        "g2is", {**option, "preset": "paper"}
+        "g2is", {**option, "preset": "uncentred"}
     )
 
 

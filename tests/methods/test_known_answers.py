@@ -118,7 +118,7 @@ def test_dsir_draws_by_weight_and_takes_the_heaviest_where_asked() -> None:
 
 
 def test_ifd_discards_rows_whose_prompt_does_not_help() -> None:
-    values = {"ifd": torch.tensor([0.5, 1.2, 0.99, 0.2, 1.0])}
+    values = {"ifd": torch.tensor([[0.5, 1.2, 0.99, 0.2, 1.0], [1.0] * 5]).T}
     assert choose("ifd", values, 2).indices.tolist() == [2, 0]
     assert choose("ifd", values, 5, fill="none").indices.tolist() == [2, 0, 3]
     with pytest.raises(ValueError, match=r"below 0.1 \(the lowest is 0.2\)"):
@@ -126,6 +126,16 @@ def test_ifd_discards_rows_whose_prompt_does_not_help() -> None:
     filled = choose("ifd", values, 5)
     assert filled.indices.tolist() == [2, 0, 3, 4, 1] and "3 rows" in filled.notes["note"]
     assert Signal("ifd") in methods.make("ifd").needs()
+
+
+def test_ifd_divides_losses_or_perplexities() -> None:
+    # By the ratio of losses the second row is the harder, by their difference the first.
+    values = {"ifd": torch.tensor([[0.4, 0.5], [3.0, 3.2], [2.0, 1.0]])}
+    losses, perplexities = (choose("ifd", values, 1, ratio=r) for r in ("loss", "perplexity"))
+    assert (losses.indices.tolist(), perplexities.indices.tolist()) == ([1], [0])
+    assert losses.notes["score"] == pytest.approx([0.8, 3.0 / 3.2, 2.0])
+    assert perplexities.notes["score"] == pytest.approx(np.exp([-0.1, -0.2, 1.0]))
+    assert losses.notes["below_most"] == perplexities.notes["below_most"] == 2
 
 
 def test_gdig_says_how_many_survivors_help_nothing() -> None:

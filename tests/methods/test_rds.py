@@ -13,9 +13,16 @@ POOL, TARGET = at_angles(10, 12, 20, 91, 100, 180), at_angles(0, 90, 14)
 
 
 def test_target_rows_take_turns() -> None:
-    chosen = choose(make("rds"), POOL, TARGET, 6, groups=["a", "b", "a"])
+    chosen = choose(make("rds", {"taken": "next"}), POOL, TARGET, 6, groups=["a", "b", "a"])
     # 0 degrees takes 10, 90 takes 91, 14 takes 12; then 20, 100, and what is left
     assert chosen.indices.tolist() == [0, 3, 1, 2, 4, 5]
+
+
+def test_a_target_row_whose_nearest_is_taken_loses_its_turn() -> None:
+    chosen = choose(make("rds"), POOL, TARGET, 6, groups=["a", "b", "a"])
+    # 10, 91, 12; then 0 names 12 (lost), 90 names 100, 14 names 10 (lost); then 20
+    assert chosen.indices.tolist() == [0, 3, 1, 4, 2, 5]
+    assert chosen.notes["nearest_group"].tolist()[:5] == ["a", "a", "a", "b", "b"]
 
 
 def test_groups_take_turns_with_the_best_of_their_rows() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,21 @@ def test_tagcos_budgets_by_largest_remainder_or_floored() -> None:  # T1.7
     ]
     released = choose(make("tagcos", {"clusters": 4, "restarts": 3, "preset": "released"}), rows, 6)
     assert per_cluster(released, sizes) == [0, 1, 1, 2]
+
+
+def test_tagcos_floors_are_of_the_share_where_the_budget_is_one() -> None:
+    sizes = [20] * 7 + [19]  # 159 rows: 5 % is 7.95, and each cluster but the last has a whole seat
+    selector = make("tagcos", {"clusters": 8, "restarts": 3, "preset": "released"})
+    rows = clustered(sizes)
+    values = {signal: rows for signal in selector.needs()}
+
+    def seats(budget: int, share: Fraction | None) -> list[int]:
+        given = Signals(values, n=len(rows), share=share)
+        found = selector.select(given, budget, rng=np.random.default_rng(0))
+        return per_cluster(found, sizes)
+
+    assert seats(8, Fraction("0.05")) == seats(7, Fraction("0.05")) == [1] * 7 + [0]
+    assert seats(7, None) == [0] * 8  # seven of 159 rows are below a twentieth
 
 
 def test_tagcos_in_tight_clusters_halves_the_error_of_random() -> None:  # T1.9

@@ -13,6 +13,16 @@ from gradsift.rules import topk
 GRID = st.integers(-3, 3).map(float)
 
 
+def naive_losing_turns(scores: np.ndarray, budget: int) -> list[tuple[int, int]]:
+    """(row, column) in pick order: in round r every column names its r-th row."""
+    orders = [
+        sorted(range(len(scores)), key=lambda i: (-column[i], i)) for column in scores.T.tolist()
+    ]
+    named = [(order[r], j) for r in range(len(scores)) for j, order in enumerate(orders)]
+    firsts = {row: (row, j) for row, j in reversed(named)}  # of each row, its first naming
+    return [pair for pair in named if firsts[pair[0]] == pair][:budget]
+
+
 def naive_round_robin(scores: np.ndarray, budget: int) -> list[int]:
     picks: list[int] = []
     for turn in range(budget):
@@ -88,15 +98,60 @@ def test_apportion_sums_stays_in_capacity_and_within_one_of_the_exact_share(tota
 @settings(max_examples=80, deadline=None)
 def test_round_robin_and_top_match_the_plain_loops(scores, data):
     budget = data.draw(st.integers(0, len(scores)))
-    assert topk.round_robin(scores, budget).tolist() == naive_round_robin(scores, budget)
+    turns = topk.round_robin(scores, budget)
+    assert turns.indices.tolist() == naive_round_robin(scores, budget)
+    assert turns.column.tolist() == [i % scores.shape[1] for i in range(budget)]
+    lost = topk.round_robin(scores, budget, taken="lose")
+    assert [*zip(lost.indices.tolist(), lost.column.tolist(), strict=True)] == (
+        naive_losing_turns(scores, budget)
+    )
     order = sorted(range(len(scores)), key=lambda i: (-scores[i, 0], i))
     assert topk.top(scores[:, 0], budget).tolist() == order[:budget]
 
 
 def test_round_robin_looks_deeper_when_columns_want_the_same_rows():
     scores = torch.arange(300.0)[:, None].repeat(1, 7)
-    assert topk.round_robin(scores, 300).tolist() == list(range(299, -1, -1))
-    assert topk.round_robin(scores, 40).tolist() == topk.round_robin(scores, 300).tolist()[:40]
+    for taken in ("lose", "next"):
+        whole = topk.round_robin(scores, 300, taken=taken).indices.tolist()
+        assert whole == list(range(299, -1, -1))
+        assert topk.round_robin(scores, 40, taken=taken).indices.tolist() == whole[:40]
+
+
+# What the scripts of RDS+ gave for these scores, by budget: of each target row by itself, and of
+# two tasks, of which the first has columns 0 and 1. Of single rows only budgets that end a round:
+# in another the script drops rows of an unordered set.
+OFFICIAL = [
+    (
+        [
+            *([1522, 1157, 971], [755, 528, 350], [1011, 1138, 1012], [658, 771, 894]),
+            *([647, 628, 521], [1523, 1306, 1366], [367, 627, 424], [370, 846, 856]),
+            *([804, 1268, 1264], [1672, 1487, 1365], [1297, 870, 1422], [106, 129, 293]),
+        ],
+        ([9, 10], [5, 9, 10], [0, 5, 8, 9, 10], [0, 2, 5, 8, 9, 10]),
+        ([9, 10], [5, 9, 10], [0, 5, 9, 10], [0, 5, 8, 9, 10], [0, 2, 5, 8, 9, 10]),
+    ),
+    (
+        [
+            *([567, 884, 335], [2260, 1862, 1806], [1869, 1426, 1850], [185, 404, 650]),
+            *([534, 894, 1138], [1866, 1440, 1982], [2378, 2307, 1715], [1250, 1788, 1065]),
+            *([1216, 627, 1041], [1092, 1637, 908], [1117, 1290, 1485], [1225, 391, 927]),
+            *([1022, 563, 806], [1246, 1116, 1476], [1456, 2046, 2251], [1830, 2529, 1591]),
+            *([1186, 1064, 1624], [2504, 2487, 2211]),
+        ],
+        ([14, 15, 17], [6, 14, 15, 17], [1, 5, 6, 14, 15, 17], [1, 2, 5, 6, 14, 15, 17]),
+        ([14, 15], [14, 15, 17], [6, 14, 15, 17], [5, 6, 14, 15, 17], [1, 5, 6, 14, 15, 17]),
+    ),
+]
+
+
+@pytest.mark.parametrize(("scores", "single", "tasks"), OFFICIAL)
+def test_a_lost_turn_is_that_of_the_released_scripts(scores, single, tasks):
+    rows = torch.tensor(scores, dtype=torch.float32)
+    by_task = torch.stack([rows[:, :2].amax(1), rows[:, 2]], dim=1)
+    for columns, sets in ((rows, single), (by_task, tasks)):
+        for expected in sets:
+            turns = topk.round_robin(columns, len(expected), taken="lose")
+            assert sorted(turns.indices.tolist()) == expected
 
 
 @pytest.mark.parametrize(

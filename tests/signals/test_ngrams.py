@@ -7,11 +7,12 @@ import math
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
 import xxhash
 
 from gradsift.model.losses import row_losses
-from gradsift.signals.ifd import alone, perplexity_ratio
+from gradsift.signals.ifd import alone, answer_losses
 from gradsift.signals.ngrams import buckets, importance
 from tests.model.small_models import llama
 
@@ -54,18 +55,27 @@ def test_buckets_hold_words_and_pairs_whatever_the_case() -> None:
     assert buckets("我 们").max() < 10_000 and len(buckets("")) == 0
 
 
-def test_difficulty_is_the_ratio_of_the_two_perplexities() -> None:
+def test_difficulty_reads_the_answer_after_its_prompt_and_alone() -> None:
     model = llama()
     rows = [
         {"input_ids": [3, 5, 7, 9, 11], "labels": [-100, -100, 7, -100, 11]},
         {"input_ids": [4, 6, 8], "labels": [-100, 6, 8]},
     ]
-    assert alone(rows[0]) == {"input_ids": [3, 7, 11], "labels": [-100, 7, 11]}
-    found = perplexity_ratio(model, rows)
-    for i, row in enumerate(rows):
-        given, without = (float(row_losses(model, [r]).mean) for r in (row, alone(row)))
-        assert abs(float(found[i]) - math.exp(given) / math.exp(without)) < 1e-5
-    assert abs(float(found[1]) - 1) < 1e-6  # its prompt is one token, which the answer alone keeps
-    assert torch.isnan(
-        perplexity_ratio(model, [{"input_ids": [3, 5], "labels": [-100, -100]}])
-    ).all()
+    assert alone(rows[0], 1) == {"input_ids": [1, 7, 11], "labels": [-100, 7, 11]}
+    assert alone(rows[0]) == {"input_ids": [7, 11], "labels": [7, 11]}
+    for begin in (None, 4):
+        found = answer_losses(model, rows, begin=begin)
+        for i, row in enumerate(rows):
+            given, without = (float(row_losses(model, [r]).mean) for r in (row, alone(row, begin)))
+            assert found[i].tolist() == pytest.approx([given, without], abs=1e-6)
+    assert float(found[1, 0]) == pytest.approx(
+        float(found[1, 1]), abs=1e-6
+    )  # its prompt is `begin`
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[7, 11]])).logits[0, 0].float()
+    scored = -logits.log_softmax(0)[
+        11
+    ]  # without a token before it the answer's first is not scored
+    assert float(answer_losses(model, rows[:1])[0, 1]) == pytest.approx(float(scored), abs=1e-6)
+    nothing = [{"input_ids": [3, 5], "labels": [-100, -100]}]
+    assert torch.isnan(answer_losses(model, nothing)).all()

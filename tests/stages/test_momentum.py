@@ -1,5 +1,5 @@
-"""Adam rows without momentum: `[gradients] adam_momentum = false`, from the warm-up's own second
-moments.
+"""Adam rows without momentum (`[gradients] adam_momentum = false`), and in the form that a method's
+preset asks for.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import torch
 from gradsift.commands.preflight import Inputs
 from gradsift.commands.session import opened
 from gradsift.config import GradientSettings
+from gradsift.methods import make
 from gradsift.model.checkpoints import read_adam_state
 from gradsift.model.layers import tracked_modules
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.rows import gradients, recipe
 from gradsift.store.artifact import Artifact
+from gradsift.types import Signal
 from tests.conftest import SETTINGS
 from tests.gradients.one_by_one import one_by_one
 
@@ -85,3 +87,45 @@ def test_rows_without_momentum_share_less_and_runs_before_the_choice_are_read_as
     assert cosines[False] < cosines[True]
     assert "adam_momentum" not in GradientSettings().canonical()
     assert GradientSettings(adam_momentum=False).canonical()["adam_momentum"] is False
+
+
+def test_a_released_preset_reads_rows_of_the_released_form(
+    pool_file: Path, target_file: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    """Whatever the run's own form is: the rows of a run whose form is the released one."""
+    forms = ("paper", "released")
+    folders = {form: tmp_path / form for form in forms}
+    digests = {}
+    for form in forms:
+        given = common(folders[form], pool_file, model_folder, adam_form=form)
+        with opened(Inputs(target=target_file, **given)) as pipeline:
+            for name in ("less", "tagcos", "g2is"):
+                released = make(name, {"preset": "released"})
+                digests[form, name] = [
+                    recipe.digest for recipe in pipeline.recipes(released.needs())
+                ]
+                papers = make(name, {"preset": "paper"})
+                digests[form, name, "paper"] = [
+                    recipe.digest for recipe in pipeline.recipes(papers.needs())
+                ]
+            if form == "paper":
+                signal = Signal("rows", transform="adam", adam_form="released")
+                asked, _ = pipeline.signals(frozenset({signal}))
+                plain, _ = pipeline.signals(frozenset({Signal("rows", transform="adam")}))
+                rows, other = asked[signal][0:40], plain[Signal("rows", transform="adam")][0:40]
+            else:
+                own = Signal("rows", transform="adam")
+                settled, _ = pipeline.signals(frozenset({own}))
+                assert torch.equal(settled[own][0:40], rows)
+                assert not torch.equal(rows, other)
+    for name in ("less", "tagcos", "g2is"):
+        assert digests["paper", name] == digests["released", name]
+        # a preset of the paper leaves the form to the run
+        assert digests["paper", name, "paper"] != digests["released", name, "paper"]
+
+
+def test_only_adam_rows_have_a_form() -> None:
+    with pytest.raises(ValueError, match="adam_form='released' of rows with transform='none'"):
+        Signal("rows", adam_form="released")
+    with pytest.raises(ValueError, match="adam_form='paper' of loss"):
+        Signal("loss", adam_form="paper")

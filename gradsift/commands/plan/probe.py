@@ -93,7 +93,7 @@ def probe(
         )
     model = attach_lora(pipeline.load_base(), pipeline.config.warmup.lora)
     settings = pipeline.config.gradients
-    modules = None if settings.modules == "lora" else settings.modules
+    modules = pipeline.modules
     names = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }

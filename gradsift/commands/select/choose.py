@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from gradsift.commands.budget import Budget
 from gradsift.commands.select.constraints import Bound, Constraints, Screen
+from gradsift.commands.select.mix import mixed
 from gradsift.errors import BudgetError, DataError
 from gradsift.store.rows import RowView
 from gradsift.types import Selector, Signal, Signals, Subset
@@ -48,7 +50,8 @@ class Choice:
     """A method over the candidates among `signals`, under the shares of groups; `rows(k)` chooses k
     rows in all, the included ones first.
 
-    candidates, included: places in `signals`. A part of the rows is chosen by the method itself,
+    candidates, included: places in `signals`. mix: the share of the seats that the method fills,
+    the rest being drawn; None = all. A part of the rows is chosen by the method itself,
     with that part's signals alone.
     """
 
@@ -60,6 +63,7 @@ class Choice:
         included: np.ndarray,
         bounds: Sequence[Bound],
         seed: int,
+        mix: Fraction | None = None,
     ) -> None:
         self.selector, self.signals, self.candidates, self.included = (
             selector,
@@ -67,7 +71,7 @@ class Choice:
             candidates,
             included,
         )
-        self.bounds, self.seed, self.needs = bounds, seed, selector.needs()
+        self.bounds, self.seed, self.mix, self.needs = bounds, seed, mix, selector.needs()
         groups = np.asarray(list(signals.groups) or [""] * signals.n, dtype=object)
         self.groups, self.taken = groups[candidates], Counter(groups[included].tolist())
         self.sizes = Counter(self.groups.tolist())
@@ -165,8 +169,15 @@ class Choice:
         if seats == 0 or not len(asked):
             return np.empty(0, dtype=np.int64), None, asked
         given = narrow(self.signals, self.candidates[asked], self.needs)
+        if len(asked) < len(self.candidates) or len(self.included):
+            given = replace(given, share=None)  # it is of all the rows
         try:
-            found = self.selector.select(given, min(seats, len(asked)), rng=rng)
+            seats_here = min(seats, len(asked))
+            found = (
+                self.selector.select(given, seats_here, rng=rng)
+                if self.mix is None
+                else mixed(self.selector, given, seats_here, self.mix, rng)
+            )
         except ValueError as error:
             name = type(self.selector).__name__.lower()
             raise DataError(
@@ -305,7 +316,9 @@ def choose(
     candidates, included = (
         np.searchsorted(kept, rows) for rows in (screened.candidates, screened.included)
     )
-    choice = Choice(selector, signals, candidates, included, limits.per_group, seed)
+    share = budget.share if budget.unit == "rows" else None
+    signals = replace(signals, share=None if share is None else Fraction(share))
+    choice = Choice(selector, signals, candidates, included, limits.per_group, seed, limits.mix)
     if budget.unit != "rows":
         cost = lengths[kept] if budget.unit == "tokens" else signals.tokens
         assert cost is not None

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +62,8 @@ class Constraints:
 
     near: drop a row whose cosine to an earlier kept one is at least this, by gradient rows (plain,
     last checkpoint) or embeddings. tests: drop a row that shares 13 words in a row with one of
-    these.
+    these. mix: the share of the budget that goes by the method's scores; the rest is drawn from
+    what is left. None = all of it by score.
     """
 
     per_group: tuple[Bound, ...] = ()
@@ -70,6 +72,7 @@ class Constraints:
     near: float | None = None
     near_by: Literal["rows", "embeddings"] = "rows"
     tests: TestSets | None = None
+    mix: Fraction | None = None
 
     def canonical(self) -> dict[str, Any]:
         """What enters the selection's recipe: empty where nothing is constrained."""
@@ -79,6 +82,7 @@ class Constraints:
             "exclude": _digest(self.exclude),
             "near": None if self.near is None else [self.near, self.near_by],
             "decontaminate": None if self.tests is None else self.tests.digest,
+            "mix": None if self.mix is None else str(self.mix),
         }
         return {name: value for name, value in found.items() if value}
 
@@ -129,9 +133,10 @@ def build(
     near: float | None = None,
     near_by: str = "rows",
     decontaminate: Mapping[str, Iterable[Example]] | None = None,
+    mix: float | None = None,
 ) -> Constraints:
     """Constraints from what a user writes: `NAME=MIN:MAX` texts, files of ids (or the ids), a
-    cosine, test sets by name.
+    cosine, test sets by name, a share of the budget.
 
     Raises ConfigError, UserError.
     """
@@ -149,11 +154,17 @@ def build(
         )
     if near_by not in NEAR:
         raise UnknownName("kind of row for near duplicates", near_by, NEAR)
+    if mix is not None and not 0 < mix <= 1:
+        raise ConfigError(
+            f"--mix {mix:g}: not a share of the budget",
+            remedy="Give the part that goes by score, above 0 and at most 1, such as 0.5.",
+        )
     tests = TestSets(decontaminate.items()) if decontaminate else None
     bounds = tuple(_bound(text) for text in per_group)
     if len({bound.group for bound in bounds}) < len(bounds):
         raise ConfigError("--per-group names a group twice", remedy="Give each group one MIN:MAX.")
-    return Constraints(bounds, include, exclude, near, near_by, tests)  # type: ignore[arg-type]
+    share = None if mix is None or mix == 1 else Fraction(str(mix))
+    return Constraints(bounds, include, exclude, near, near_by, tests, share)  # type: ignore[arg-type]
 
 
 def _bound(text: str) -> Bound:

@@ -39,6 +39,7 @@ SCORES = pa.schema(
         pa.field("norm", pa.float32()),
         pa.field("tokens", pa.int32()),
         pa.field("loss", pa.float32()),
+        pa.field("picked_by", pa.string()),
         pa.field("why", pa.string()),
     ]
 )

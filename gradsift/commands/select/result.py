@@ -11,6 +11,7 @@ import numpy as np
 
 from gradsift.commands.budget import Budget
 from gradsift.commands.select.constraints import Screen
+from gradsift.commands.select.mix import DRAWN
 from gradsift.data.pool import Pool
 from gradsift.data.records import Dropped
 from gradsift.stages.evidence import Evidence
@@ -67,6 +68,18 @@ class Chosen:
         return mask
 
     @cached_property
+    def drawn(self) -> np.ndarray:
+        """bool [n]: the picks that were drawn beside the method's own."""
+        told = self.subset.notes.get(DRAWN)
+        return np.zeros(self.n, dtype=bool) if told is None else np.asarray(told) == 1
+
+    def picked_by(self, row: int) -> str | None:
+        """How a pick came in: "score", "draw" or "included"; None for a row that is none."""
+        if not self.picked[row]:
+            return None
+        return "included" if row in self.screen.included else "draw" if self.drawn[row] else "score"
+
+    @cached_property
     def score(self) -> np.ndarray | None:
         """[n], what the method ranked rows by, where it says."""
         found = self.subset.notes.get("score")
@@ -83,6 +96,8 @@ class Chosen:
             parts.append(f"gradient cluster {notes['cluster'][row]}")
         if row in self.screen.included:
             parts = ["named in --include-ids"]
+        elif self.drawn[row]:
+            parts = ["drawn at random (--mix)"]
         if not parts:
             parts.append(
                 "drawn at random"
@@ -102,6 +117,7 @@ class Chosen:
         found["score"], found["influence"] = self.score, subset.notes.get("influence")
         found["cluster"] = subset.notes.get("cluster")
         found["norm"], found["loss"] = self.evidence.norms, self.evidence.losses
+        found["picked_by"] = [self.picked_by(i) for i in range(self.n)]
         found["why"] = [self.why(i) if self.picked[i] else None for i in range(self.n)]
         return {name: column for name, column in found.items() if column is not None}
 

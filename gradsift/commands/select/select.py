@@ -20,6 +20,7 @@ from gradsift.commands.select.choose import choose
 from gradsift.commands.select.constraints import Constraints, screen
 from gradsift.commands.select.constraints import build as build_constraints
 from gradsift.commands.select.explain import report_data
+from gradsift.commands.select.mix import DRAWN
 from gradsift.commands.select.result import Chosen
 from gradsift.commands.session import deliver, opened
 from gradsift.compute.progress import Progress, silent
@@ -244,6 +245,8 @@ def select_recipe(
     config |= {
         "seed": seed,
         "add_scores": add_scores,
+        # a method may share a share out among clusters otherwise than as many rows
+        **({} if wanted.share is None else {"share": str(wanted.share)}),
         **({"constraints": limits.canonical()} if limits.canonical() else {}),
     }
     recipes = pipeline.recipes(selector.needs() | limits.needs())
@@ -304,6 +307,8 @@ def _write(pipeline: Pipeline, artifact: Artifact, chosen: Chosen, add_scores: b
         name: value for name, value in subset.notes.items() if isinstance(value, (int, float))
     }
     counts = {"selected": len(subset), "asked": chosen.asked, "read": pool.funnel["read"]}
+    if DRAWN in subset.notes:
+        counts["drawn"] = int(chosen.drawn.sum())
     artifact.finish(
         files=files, counts=counts, extra={"warnings": chosen.warnings(), "notes": numbers}
     )

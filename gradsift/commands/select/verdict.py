@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gradsift import report
+from gradsift.commands.select.mix import DRAWN
 from gradsift.commands.select.result import Chosen
 from gradsift.rules.ranks import spearman
 
@@ -104,6 +105,12 @@ def _constraint_lines(chosen: Chosen) -> list[str]:
         lines.append(
             f"{len(chosen.screen.included):,} rows are there because --include-ids names them; they"
             " have no gain."
+        )
+    if DRAWN in chosen.subset.notes:
+        drawn = int(chosen.drawn.sum())
+        lines.append(
+            f"{drawn:,} of {len(chosen.subset):,} rows are drawn from what the method left (--mix);"
+            " they have no gain."
         )
     if chosen.budget.unit != "rows":
         cost = (
