@@ -51,6 +51,7 @@ ARMS = (
     "random",
     "length",
     "dsir",
+    "bm25",
     "rds",
     "kcenter",
     "perplexity",

@@ -106,6 +106,7 @@ class Signal:
     tuned         Tensor [n, groups], the same loss after the model was fine-tuned on a group of
     target rows; groups in order of appearance
     ngrams        Tensor [n], log importance weights
+    bm25          Tensor [n, m], how well the words of a row match those of each target row
     difficulty    Tensor [n], minus the score a net gave the row while a model was fine-tuned
     ifd           Tensor [n, 2], mean loss of the answer after its prompt, and of the answer alone,
     nats a token
@@ -130,6 +131,7 @@ class Signal:
         "loss",
         "tuned",
         "ngrams",
+        "bm25",
         "difficulty",
         "ifd",
         "features",

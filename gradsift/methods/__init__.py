@@ -19,6 +19,7 @@ from gradsift.types import Selector
 
 METHODS: dict[str, str] = {
     "bids": "gradsift.methods.bids:Bids",
+    "bm25": "gradsift.methods.bm25:Bm25",
     "contrast": "gradsift.methods.contrast:Contrast",
     "dsir": "gradsift.methods.dsir:Dsir",
     "g2is": "gradsift.methods.g2is:G2is",

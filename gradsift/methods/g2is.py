@@ -50,9 +50,11 @@ class G2is:
 
     `preset=paper` and `preset=released` are the published walk: directions by PCA (centred, signs
     as they fall), the pool as it is, no redistribution. They differ in the Adam rows alone: as the
-    paper writes them (or as `[gradients] adam_form` says), and as the code forms them. Differences
-    from both: what the walks leave open is topped up here, and `neighbours` is a setting (the graph
-    is an input to the code; the paper names no number). Whether the paper's target rows enter at
+    paper writes them (or as `[gradients] adam_form` says), and as the code forms them.
+
+    Differences from the paper and from the released code: what the walks leave open is topped up
+    here, and `neighbours` is a setting (the graph is an input to the code; the paper names no
+    number). Whether the paper's target rows enter at
     unit length could not be read: they enter raw, as in the code.
     """
 

@@ -32,7 +32,7 @@ class Ifd:
     none, the answer's first token is read and not scored, as the released scripts have it with such
     a tokenizer: the two means are then of sets that differ by that token.
 
-    Differences from the papers: there a model fine-tuned on a few of the rows scores
+    Differences from the paper, from both: there a model fine-tuned on a few of the rows scores
     (Superfiltering: GPT-2) a prompt of its own wording; here the base model does, after the model's
     own template, whose end of turn is part of the answer.
     """

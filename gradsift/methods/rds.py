@@ -7,7 +7,6 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from gradsift import rules
 from gradsift.types import Signal, Signals, Subset
 
 POOL, TARGET = Signal("embeddings"), Signal("embeddings", side="target")
@@ -43,23 +42,7 @@ class Rds:
         return frozenset({POOL, TARGET})
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
-        import torch
-
-        from gradsift.methods.reading import by_turns, products, whole
+        from gradsift.methods.reading import nearest_by_turns, products, whole
 
         scores = products(signals[POOL], whole(signals[TARGET]))
-        columns = list(signals.target_groups) or ["target"] * scores.shape[1]
-        groups = list(dict.fromkeys(columns))
-        of = torch.tensor([groups.index(group) for group in columns])
-        by_group = torch.stack([scores[:, of == g].amax(dim=1) for g in range(len(groups))], dim=1)
-        best, which = by_group.max(dim=1)
-        score, why = best.numpy(), np.array([groups[g] for g in which.tolist()], dtype=object)
-        if self.aggregate == "max":
-            indices = rules.topk.top(best, budget).numpy()
-            return Subset(
-                indices=indices, gains=score[indices], notes={"score": score, "nearest_group": why}
-            )
-        by_row = self.aggregate == "rows"
-        indices, gains, turn = by_turns(scores if by_row else by_group, budget, taken=self.taken)
-        why[indices] = [columns[c] if by_row else groups[c] for c in turn]
-        return Subset(indices=indices, gains=gains, notes={"score": score, "nearest_group": why})
+        return nearest_by_turns(scores, signals.target_groups, budget, self.aggregate, self.taken)

@@ -4,7 +4,7 @@ for a pool.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradsift.rules import topk
 from gradsift.rules.blocks import Unit, group_means, stream, unit
-from gradsift.types import Rows, Signal, Signals
+from gradsift.types import Rows, Signal, Signals, Subset
 
 __all__ = [
     "Centred",
@@ -23,6 +23,7 @@ __all__ = [
     "finite",
     "group_means",
     "mean",
+    "nearest_by_turns",
     "products",
     "whole",
 ]
@@ -86,6 +87,36 @@ def by_turns(
     turns = topk.round_robin(columns, budget, taken=taken)
     gains = columns[turns.indices, turns.column].double()
     return turns.indices.numpy(), gains.numpy(), turns.column.numpy()
+
+
+def nearest_by_turns(
+    scores: Tensor,
+    target_groups: Sequence[str],
+    budget: int,
+    aggregate: Literal["rows", "groups", "max"],
+    taken: Literal["lose", "next"],
+) -> Subset:
+    """Rows of highest scores [n, m] for a target row, each of a group in `target_groups` [m]: the
+    target rows take turns, or the groups by the best of their rows, or the highest of all count.
+
+    Returns:
+        The rows in pick order. Gain: the score for whose turn it was. Notes: score [n], the best of
+        a row; nearest_group [n], whose that is, for a pick whose turn it was.
+    """
+    columns = list(target_groups) or ["target"] * scores.shape[1]
+    groups = list(dict.fromkeys(columns))
+    of = torch.tensor([groups.index(group) for group in columns])
+    by_group = torch.stack([scores[:, of == g].amax(dim=1) for g in range(len(groups))], dim=1)
+    best, which = by_group.max(dim=1)
+    score, why = best.numpy(), np.array([groups[g] for g in which.tolist()], dtype=object)
+    if aggregate == "max":
+        indices = topk.top(best, budget).numpy()
+        gains = score[indices]
+    else:
+        by_row = aggregate == "rows"
+        indices, gains, turn = by_turns(scores if by_row else by_group, budget, taken=taken)
+        why[indices] = [columns[c] if by_row else groups[c] for c in turn]
+    return Subset(indices=indices, gains=gains, notes={"score": score, "nearest_group": why})
 
 
 def products(rows: Rows, columns: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from gradsift.data.records import text_of
 from gradsift.errors import UserError
 from gradsift.model.lora import attach_lora
 from gradsift.model.warmup import plan_warmup
-from gradsift.signals import difficulty, ngrams
+from gradsift.signals import bm25, difficulty, ngrams
 from gradsift.signals.embeddings import POOLING, TOKEN_BUDGET, hidden_size
 from gradsift.signals.features import features as own_features
 from gradsift.stages.checks import check_quarantine, check_values
@@ -44,6 +44,11 @@ def recipes(context: Context, signal: Signal) -> list[Recipe]:
     if signal.name == "difficulty":
         return _difficulty_recipes(context, signal.fields)
     rows = {"rows": context.encode_recipe("pool").digest}
+    if signal.name == "bm25":
+        inputs = {side: rows.digest for side, rows in context.sides.items()}
+        if "target" in context.sides:  # its rows that cannot be encoded are no queries
+            inputs["encoded"] = context.encode_recipe("target").digest
+        return [Recipe("bm25", {"k1": bm25.K1, "b": bm25.B}, inputs)]
     if signal.name == "ngrams":
         inputs = {side: rows.digest for side, rows in context.sides.items()}
         return [Recipe("ngrams", {"buckets": ngrams.BUCKETS, "prior": ngrams.PRIOR}, inputs)]
@@ -68,6 +73,8 @@ def value(context: Context, signal: Signal) -> tuple[Any, Tensor | None]:
         return store, store.usable
     if signal.name == "features":
         return features(context, signal.fields), None
+    if signal.name == "bm25":
+        return bm25_scores(context, signal), None
     numbers = scalars(context, signal)
     return numbers, _known(numbers)
 
@@ -138,6 +145,33 @@ def features(context: Context, fields: Sequence[str]) -> Tensor:
     return context.make(features_recipe(context, fields), fill).tensors("features.safetensors")[
         "features"
     ]
+
+
+# --- words
+
+
+def bm25_scores(context: Context, signal: Signal) -> Tensor:
+    """BM25 of every pool row for every usable target row, fp32 [n, m]. Raises UserError without a
+    target.
+    """
+    if "target" not in context.sides:
+        raise UserError("bm25 needs a target", remedy="Add --target FILE.")
+    good = np.flatnonzero(context.encoded("target").codes == 0)
+
+    def fill(artifact: Artifact) -> None:
+        pool, target = context.sides["pool"], context.sides["target"]
+        context.progress.start(len(pool), "rows", "words of the pool")
+        queries = [text_of(target[int(i)]) for i in good]
+        advance = Stopping(context.progress).advance
+        found = bm25.scores((text_of(row) for row in pool), queries, advance=advance)
+        context.progress.done()
+        hash_ = write_tensors(
+            artifact.path / "scores.safetensors", {"scores": found}, {"recipe": artifact.digest}
+        )
+        artifact.finish(files={"scores.safetensors": hash_}, counts={"rows": len(found)})
+
+    made = context.make(recipes(context, signal)[-1], fill)
+    return made.tensors("scores.safetensors")["scores"]
 
 
 # --- one number per row

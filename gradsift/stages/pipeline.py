@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # Signal name -> the module whose `recipes(context, signal)` and `value(context, signal)` make it.
 STAGES: dict[str, ModuleType] = {
+    "bm25": per_row,
     "difficulty": per_row,
     "embeddings": per_row,
     "features": per_row,

@@ -23,6 +23,7 @@ VERSIONS = {
     "ifd": 4,
     "tuned": 1,
     "ngrams": 1,
+    "bm25": 1,
     "difficulty": 2,
     "select": 4,
     "trial": 2,

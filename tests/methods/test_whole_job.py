@@ -290,7 +290,7 @@ def test_without_a_row_that_helps_every_target_row_there_is_no_subset_to_be_had(
 
 
 @pytest.mark.parametrize(
-    ("method", "target"), [("selffilter", False), ("dsir", True), ("ifd", False)]
+    ("method", "target"), [("selffilter", False), ("dsir", True), ("bm25", True), ("ifd", False)]
 )
 def test_the_other_methods_run(
     method: str, target: bool, files: tuple[Path, Path], folder: Path, model_folder: Path

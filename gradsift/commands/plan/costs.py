@@ -109,6 +109,9 @@ def stage_cost(
         label, bytes_, seconds = "base model", 8 * rows, 2 * n / rates.forward
     elif recipe.stage == "ngrams":
         label, bytes_, seconds = "texts", 8 * rows, rows * 1e-4
+    elif recipe.stage == "bm25":
+        m = len(pipeline.sides["target"])
+        label, bytes_, seconds = "texts", 4 * rows * m, rows * (1e-4 + m * 5e-8)
     elif recipe.stage == "tuned":
         label = str(recipe.config["group"])
         shown = tuned.steps_on(pipeline, label) * pipeline.config.tuning.batch_size
