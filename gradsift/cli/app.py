@@ -81,7 +81,13 @@ def select(
         given.call["allow_short"],
     )
     check_selection(
-        method, inputs, budget=budget, options=options, out=out, allow_short=allow_short
+        method,
+        inputs,
+        budget=budget,
+        options=options,
+        out=out,
+        allow_short=allow_short,
+        null=given.call["null"],
     )
     from gradsift.commands.select import select
 
@@ -171,7 +177,14 @@ def plan(
         _options(option),
         given.call["allow_short"],
     )
-    check_selection(method, inputs, budget=budget, options=options, allow_short=allow_short)
+    check_selection(
+        method,
+        inputs,
+        budget=budget,
+        options=options,
+        allow_short=allow_short,
+        null=given.call["null"],
+    )
     from gradsift.commands.plan import plan as planning
 
     result = planning.plan(

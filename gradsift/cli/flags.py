@@ -347,6 +347,15 @@ AllowShort = Annotated[
         "--allow-short", help="Accept fewer rows than the budget when the pool has no more."
     ),
 ]
+NullTarget = Annotated[
+    bool,
+    typer.Option(
+        "--null",
+        help=(
+            "Also say how far the picks' scores stand above those toward rows drawn from the pool."
+        ),
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -501,6 +510,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("shard_timeout", ShardTimeout, "machine", RUN),
     Flag("force", Force, "machine", RUN),
     Flag("allow_short", AllowShort, CALL, CHOOSE, default=False),
+    Flag("null", NullTarget, CALL, CHOOSE, default=False),
     Flag("per_group", PerGroup, CONSTRAINT, CHOOSE),
     Flag("include_ids", IncludeIds, CONSTRAINT, CHOOSE),
     Flag("exclude_ids", ExcludeIds, CONSTRAINT, CHOOSE),

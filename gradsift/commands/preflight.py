@@ -80,6 +80,7 @@ def check_selection(
     options: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     allow_short: bool = False,
+    null: bool = False,
 ) -> tuple[Selector, budgets.Budget]:
     """Checks the arguments of `gradsift.select`, or of a plan of it, with the errors that it would
     end with.
@@ -94,6 +95,12 @@ def check_selection(
     """
     selector, wanted = methods.make(method, options), budgets.parse(budget)
     check_target(method, selector, inputs.target_files)
+    if null and (selector.target == "none" or not inputs.target_files):
+        raise UserError(
+            f"--null puts pool rows in the place of the target, and {method} "
+            + ("reads none" if selector.target == "none" else "was given none"),
+            remedy="Leave it out, or add --target FILE for a method that reads one.",
+        )
     check_out(out, [*inputs.pool_files, *inputs.target_files])
     config, texts = check_run(inputs)
     if not allow_short:

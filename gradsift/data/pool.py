@@ -107,6 +107,18 @@ class Pool(Sequence[Example]):
         taken.dropped, taken.warnings = self.dropped, self.warnings
         return taken
 
+    def regrouped(self, indices: Sequence[int] | np.ndarray, groups: Sequence[str]) -> Pool:
+        """The rows at `indices` in other `groups`, of the files that they are from alone: rows of a
+        pool that stand in for a target.
+        """
+        columns = self._columns.take(np.asarray(indices, dtype=np.int64))
+        used, columns.file = np.unique(columns.file, return_inverse=True)
+        columns.groups = list(groups)
+        part = [
+            [values[int(i)] for i in used] for values in (self.files, self.names, self._formats)
+        ]
+        return Pool(columns, *part, self._fields)
+
     def source(self, row: int) -> tuple[Text | Table, int, int]:
         """(container, start, end): where row `row` lies."""
         columns = self._columns

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from gradsift.commands.plan.probe import Rates
 from gradsift.commands.select.constraints import Constraints
+from gradsift.commands.select.null import draws_for
 from gradsift.rules import blocks, kmeans
 from gradsift.signals.backends import through_curvature
 from gradsift.signals.curvature import exact
@@ -47,10 +48,55 @@ CHARTS = 100_000_000  # bytes that the renderer of the report's charts takes, ho
 SHARD_META = 17  # bytes of norms, losses, scales, tokens and code per row
 
 
-def stage_cost(
-    pipeline: Pipeline, recipe: Recipe, tokens: Mapping[str, int], rates: Rates
+def of_target(pipeline: Pipeline, recipes: Sequence[Recipe]) -> list[Recipe]:
+    """The stages that are others toward another target: they read it, or what is made of it."""
+    read = {pipeline.sides["target"].digest}
+    found = []
+    for recipe in recipes:
+        if read & set(recipe.inputs.values()):
+            read.add(recipe.digest)
+            found.append(recipe)
+    return found
+
+
+def null_cost(
+    pipeline: Pipeline,
+    selector: Selector,
+    recipes: Sequence[Recipe],
+    tokens: Mapping[str, int],
+    rates: Rates,
+    choosing: float,
 ) -> StageCost:
-    """The cost of what is left to make of a stage."""
+    """The cost of the null targets: what reads a target once more for each draw, toward as many
+    rows of the pool; `choosing`: seconds of the method's rule.
+    """
+    draws, n = draws_for(selector), len(pipeline.sides["pool"])
+    drawn = len(pipeline.sides["target"])
+    theirs = {**tokens, "target": tokens["pool"] * drawn // max(n, 1)}
+    each = [
+        stage_cost(pipeline, recipe, theirs, rates, left=1.0)
+        for recipe in of_target(pipeline, recipes)
+    ]
+    return StageCost(
+        "null target",
+        f"{draws} x {drawn:,} pool rows",
+        "",
+        False,
+        draws * drawn,
+        draws * theirs["target"],
+        draws * sum(stage.bytes for stage in each),
+        draws * sum(stage.seconds for stage in each) + (draws + 1) * choosing,
+    )
+
+
+def stage_cost(
+    pipeline: Pipeline,
+    recipe: Recipe,
+    tokens: Mapping[str, int],
+    rates: Rates,
+    left: float | None = None,
+) -> StageCost:
+    """The cost of what is left to make of a stage: the share `left`, or what is not there yet."""
     side = _side(pipeline, recipe)
     rows, n, label = len(pipeline.sides[side]), tokens[side], ""
     ids = sum(len(i.encode()) + 4 for i in pipeline.sides[side].ids)
@@ -119,7 +165,7 @@ def stage_cost(
         bytes_, seconds = 4 * rows, trained / rates.train + n / rates.forward
     elif recipe.stage == "loss":
         label, bytes_, seconds = "base model", 4 * rows, n / rates.forward
-    left = remaining(pipeline, recipe)
+    left = remaining(pipeline, recipe) if left is None else left
     return StageCost(
         recipe.stage,
         label,

@@ -14,6 +14,8 @@ import numpy as np
 from gradsift.commands import budget as budgets
 from gradsift.commands.plan.costs import (
     StageCost,
+    null_cost,
+    of_target,
     peak_bytes,
     remaining,
     screening_seconds,
@@ -92,6 +94,7 @@ def plan(
     warmup_from: str | Path | None = None,
     allow_short: bool = False,
     constraints: Mapping[str, Any] | None = None,
+    null: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """The cost of `select` with the same arguments. Nothing is written; the model is loaded and run
@@ -102,15 +105,15 @@ def plan(
     """
     inputs = Inputs(run, pool, target, model, settings, pool_group, target_group, warmup_from)
     selector, wanted = check_selection(
-        method, inputs, budget=budget, options=options, allow_short=allow_short
+        method, inputs, budget=budget, options=options, allow_short=allow_short, null=null
     )
     machine.forget_peak()
     with opened(inputs, progress=progress, keep=False) as pipeline:
         limits = limits_of(constraints or {}, pipeline.config, progress or silent())
         limits.check(pipeline.sides["pool"])
         check_budget(wanted, pipeline.sides["pool"], allow_short)
-        *stages, selection = stage_recipes(pipeline, method, selector, wanted, limits, seed)
-        return _plan(pipeline, method, selector, wanted, limits, stages, selection)
+        *stages, selection = stage_recipes(pipeline, method, selector, wanted, limits, seed, null)
+        return _plan(pipeline, method, selector, wanted, limits, stages, selection, null)
 
 
 def stage_recipes(
@@ -120,6 +123,7 @@ def stage_recipes(
     wanted: budgets.Budget,
     limits: Constraints,
     seed: int,
+    null: bool = False,
 ) -> list[Recipe]:
     """Every stage that `select` takes with these arguments, in the order it makes them; the
     selection itself is the last.
@@ -128,7 +132,8 @@ def stage_recipes(
     that the method cannot work with.
     """
     stages = pipeline.recipes(selector.needs() | limits.needs())
-    return [*stages, select_recipe(pipeline, method, selector, wanted, limits, seed)]
+    selection = select_recipe(pipeline, method, selector, wanted, limits, seed, null=null)
+    return [*stages, selection]
 
 
 def _plan(
@@ -139,10 +144,14 @@ def _plan(
     limits: Constraints,
     recipes: Sequence[Recipe],
     selection: Recipe,
+    null: bool,
 ) -> Plan:
     needs = selector.needs() | limits.needs()
     encoded = {side: _encoded(pipeline, side) for side in pipeline.sides}
     todo = {recipe.stage for recipe in recipes if remaining(pipeline, recipe)}
+    null = null and not pipeline.stored(selection)
+    if null:  # toward the drawn rows, what reads a target is done again
+        todo |= {recipe.stage for recipe in of_target(pipeline, recipes)}
     rates = probe(
         pipeline,
         encoded["pool"][0],
@@ -169,6 +178,8 @@ def _plan(
         chosen = select_cost(pipeline, selector, rows, rates)
         seconds = chosen.seconds + screening_seconds(pipeline, limits, rates)
         stages.append(replace(chosen, digest=selection.digest[:12], seconds=seconds))
+        if null:
+            stages.append(null_cost(pipeline, selector, recipes, tokens, rates, chosen.seconds))
     over = spread(pipeline, stages, rates)
     return Plan(
         method=method,

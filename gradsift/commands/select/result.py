@@ -12,6 +12,7 @@ import numpy as np
 from gradsift.commands.budget import Budget
 from gradsift.commands.select.constraints import Screen
 from gradsift.commands.select.mix import DRAWN
+from gradsift.commands.select.null import Null
 from gradsift.data.pool import Pool
 from gradsift.data.records import Dropped
 from gradsift.stages.evidence import Evidence
@@ -34,6 +35,7 @@ class Chosen:
     seed: int
     screen: Screen
     budget: Budget
+    null: Null | None = None
 
     @property
     def n(self) -> int:
@@ -131,6 +133,8 @@ class Chosen:
             found.append(f"{overlap} target rows stand in the pool word for word")
         if "note" in self.subset.notes:
             found.append(str(self.subset.notes["note"]))
+        if self.null is not None and not self.null.above:
+            found.append(self.null.text().removesuffix("."))
         return [*found, *self.evidence.warnings]
 
     def overlap(self) -> int:

@@ -21,6 +21,7 @@ from gradsift.commands.select.constraints import Constraints, screen
 from gradsift.commands.select.constraints import build as build_constraints
 from gradsift.commands.select.explain import report_data
 from gradsift.commands.select.mix import DRAWN
+from gradsift.commands.select.null import against_null, draws_for
 from gradsift.commands.select.result import Chosen
 from gradsift.commands.session import deliver, opened
 from gradsift.compute.progress import Progress, silent
@@ -116,6 +117,7 @@ def select(
     allow_short: bool = False,
     add_scores: bool = False,
     constraints: Mapping[str, Any] | None = None,
+    null: bool = False,
     progress: Progress | None = None,
 ) -> Selection:
     """Choose rows of `pool` with a method of METHODS, reusing whatever the folder `run` already
@@ -125,8 +127,9 @@ def select(
     count or "10M-tokens". settings: sections of Config that differ from the run's (or, in a new
     run, from the defaults). options: the method's hyper-parameters. constraints: arguments of
     `gradsift.commands.select.constraints.build`, test sets as files, applied to any method
-    (docs/constraints.md). Killed at any point, the same call goes on where it stopped and ends with
-    the same subset.
+    (docs/constraints.md). null: also say how far the picks' scores stand above those toward rows
+    drawn from the pool, for a method with a target. Killed at any point, the same call goes on
+    where it stopped and ends with the same subset.
 
     Raises UserError (a wrong name, option, budget or combination), DataError (unusable input),
     ResourceError (disk, memory), IntegrityError (damaged work in `run`), Interrupted (a signal;
@@ -134,14 +137,14 @@ def select(
     """
     inputs = Inputs(run, pool, target, model, settings, pool_group, target_group, warmup_from)
     selector, wanted = check_selection(
-        method, inputs, budget=budget, options=options, out=out, allow_short=allow_short
+        method, inputs, budget=budget, options=options, out=out, allow_short=allow_short, null=null
     )
     with opened(inputs, progress=progress) as pipeline:
         limits = limits_of(constraints or {}, pipeline.config, progress or silent())
         limits.check(pipeline.sides["pool"])
         check_budget(wanted, pipeline.sides["pool"], allow_short)
         return select_in(
-            pipeline, method, selector, wanted, limits, seed, allow_short, add_scores, out
+            pipeline, method, selector, wanted, limits, seed, allow_short, add_scores, out, null
         )
 
 
@@ -166,6 +169,7 @@ def select_in(
     allow_short: bool = False,
     add_scores: bool = False,
     out: str | Path | None = None,
+    null: bool = False,
 ) -> Selection:
     """A selection in a run that is already open and locked; see `select`."""
     needs, read = selector.needs(), pipeline.sides["pool"].funnel["read"]
@@ -191,14 +195,17 @@ def select_in(
         evidence = pipeline.evidence(needs, recipes)
         whole = over_pool(subset, kept, len(pool))
         target = pipeline.sides.get("target")
+        told = against_null(pipeline, selector, signals, kept, left, len(subset)) if null else None
         _write(
             pipeline,
             artifact,
-            Chosen(pool, target, evidence, method, selector, whole, asked, seed, left, wanted),
+            Chosen(
+                pool, target, evidence, method, selector, whole, asked, seed, left, wanted, told
+            ),
             add_scores,
         )
 
-    chosen = select_recipe(pipeline, method, selector, wanted, limits, seed, add_scores)
+    chosen = select_recipe(pipeline, method, selector, wanted, limits, seed, add_scores, null)
     if pipeline.stored(chosen) and any(pipeline.unfinished(recipe) for recipe in recipes):
         # a repair took something away that the selection was made from
         pipeline.signals(needs | limits.needs())
@@ -233,6 +240,7 @@ def select_recipe(
     limits: Constraints,
     seed: int,
     add_scores: bool = False,
+    null: bool = False,
 ) -> Recipe:
     """The recipe of a selection: the method with its options, the budget in rows, the constraints,
     and the stages it reads.
@@ -248,6 +256,7 @@ def select_recipe(
         # a method may share a share out among clusters otherwise than as many rows
         **({} if wanted.share is None else {"share": str(wanted.share)}),
         **({"constraints": limits.canonical()} if limits.canonical() else {}),
+        **({"null": draws_for(selector)} if null else {}),
     }
     recipes = pipeline.recipes(selector.needs() | limits.needs())
     return Recipe(
@@ -309,6 +318,7 @@ def _write(pipeline: Pipeline, artifact: Artifact, chosen: Chosen, add_scores: b
     counts = {"selected": len(subset), "asked": chosen.asked, "read": pool.funnel["read"]}
     if DRAWN in subset.notes:
         counts["drawn"] = int(chosen.drawn.sum())
-    artifact.finish(
-        files=files, counts=counts, extra={"warnings": chosen.warnings(), "notes": numbers}
-    )
+    extra = {"warnings": chosen.warnings(), "notes": numbers}
+    if chosen.null is not None:
+        extra["null"] = chosen.null.plain()
+    artifact.finish(files=files, counts=counts, extra=extra)
