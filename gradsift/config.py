@@ -59,13 +59,21 @@ class EncodeSettings(Settings):
     template: str | None = None
 
 
+AUTO = "auto"
+
+
 class ModelSettings(Settings):
-    """Which model, and how it is held in memory."""
+    """Which model, and how it is held in memory.
+
+    device "auto": CUDA where torch can use it, else MPS or XPU, else the CPU. dtype "auto": on a
+    GPU the 16-bit type of the checkpoint where that GPU computes in it, else float32. A run decides
+    both once (`gradsift.model.load.in_force`); its recipes and settings file hold the decision.
+    """
 
     name: str = "tiny"
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16", "nf4"] = "float32"
-    device: str = "cpu"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "nf4"] = "auto"
+    device: str = AUTO
     attention: str | None = None
     trust_remote_code: bool = False
 
@@ -187,8 +195,9 @@ class CurvatureSettings(Settings):
 
 
 class MachineSettings(Settings):
-    """Where work runs. `threads` 0 = the physical cores that the process may use; the number in
-    force enters the digests of training and gradients, nothing else does.
+    """Where work runs. `threads` 0 = OMP_NUM_THREADS, or without it the physical cores that the
+    process may use; the number in force enters the digests of training and gradients, nothing else
+    does.
 
     executor "ray": workers over Ray, `workers` of them (0 = as many as there is room for) on the
     cluster at `address` (None = this machine), each with `threads` threads or, for a model on GPUs,

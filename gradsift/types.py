@@ -268,3 +268,8 @@ def lazy_face(
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return find, lambda: sorted(homes)
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number and its noun: "1 row", "1,200 rows", with `plural` where an s is not enough."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"

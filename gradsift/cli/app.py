@@ -89,6 +89,7 @@ def select(
         allow_short=allow_short,
         null=given.call["null"],
     )
+    _choose_waiting(given)
     from gradsift.commands.select import select
 
     result = select.select(
@@ -126,6 +127,13 @@ def _inputs(
         given.settings,
         **{n: given.call.get(n) for n in ("pool_group", "target_group", "warmup_from")},
     )
+
+
+def _choose_waiting(given: Given) -> None:
+    """How threads wait for each other is settled before torch is loaded, or never."""
+    from gradsift.compute import threads
+
+    threads.waiting().choose(given.settings.get("machine", {}).get("threads") or 0)
 
 
 def _options(pairs: list[str] | None) -> dict[str, str]:
@@ -185,6 +193,7 @@ def plan(
         allow_short=allow_short,
         null=given.call["null"],
     )
+    _choose_waiting(given)
     from gradsift.commands.plan import plan as planning
 
     result = planning.plan(
@@ -310,6 +319,7 @@ def compare(
     check_comparison(
         method, _inputs(run, pool, target, model, given), budget=budget, test=test, **checked
     )
+    _choose_waiting(given)
     from gradsift.commands.compare import compare
 
     found = compare.compare(
@@ -405,6 +415,7 @@ def score(
         checkpoints=checkpoints,
         out=out,
     )
+    _choose_waiting(given)
     from gradsift.commands import score
 
     found = score.score(
@@ -467,6 +478,7 @@ def doctor(
     from gradsift.commands.preflight import check_reading
 
     check_reading(pool, given.settings)
+    _choose_waiting(given)
     from gradsift.commands import doctor as surgery
 
     found = surgery.doctor(

@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
+from gradsift.compute import threads
+
 STAGES = "Settings of the run (one for all methods; also keys of --config)"
 LIMITS = "Constraints on the selection, for any method"
 MACHINE = "Machine"
@@ -276,7 +278,8 @@ Device = Annotated[
     str | None,
     typer.Option(
         "--device",
-        help="cpu, cuda, cuda:1 ... (default cpu)",
+        metavar="auto|cpu|cuda|cuda:1|mps|xpu",
+        help="Where the model runs. (default auto: a GPU where there is one)",
         rich_help_panel=MACHINE,
         show_default=False,
     ),
@@ -285,8 +288,11 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        metavar="float32|bfloat16|nf4",
-        help="Number format of the base model; nf4 is 4 bits. (default float32)",
+        metavar="auto|float32|bfloat16|float16|nf4",
+        help=(
+            "Number format of the base model; nf4 is 4 bits. (default auto: on a GPU the"
+            " checkpoint's 16-bit type, else float32)"
+        ),
         rich_help_panel=MACHINE,
         show_default=False,
     ),
@@ -360,7 +366,7 @@ Threads = Annotated[
     int | None,
     typer.Option(
         "--threads",
-        help="CPU threads. (default physical cores)",
+        help="CPU threads. (default OMP_NUM_THREADS, else physical cores)",
         rich_help_panel=MACHINE,
         show_default=False,
     ),
@@ -564,6 +570,7 @@ def shared_flags(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def call(**values: Any) -> None:
+        threads.observe()
         shared = {flag.name: values.pop(flag.name) for flag in flags}
         command(**values, **{slot: given(flags, shared)})
 

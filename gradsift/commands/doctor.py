@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gradsift.commands.preflight import as_list, read_side
-from gradsift.compute import machine
+from gradsift.compute import machine, threads
 from gradsift.compute.batches import plan_batches
 from gradsift.compute.memory import out_of_memory
 from gradsift.compute.progress import Progress, silent
@@ -32,6 +32,8 @@ from gradsift.model.layers import coverage
 from gradsift.model.load import from_settings, tokenizer_from_settings
 from gradsift.model.lora import attach_lora
 from gradsift.report.text import table
+from gradsift.stages.context import in_force
+from gradsift.types import counted
 
 EQUAL = 0.9999  # least cosine at which two rows of one example count as the same
 SAMPLE = 500  # pool rows that are encoded to choose from
@@ -115,8 +117,9 @@ class Diagnosis:
         allocator = ", ".join(f"{key}={value}" for key, value in facts["allocator"].items())
         found = [
             (
-                f"machine    {facts['cpu']}, {facts['threads']} threads of"
-                f" {facts['physical_cores']} cores, torch {facts['torch']}"
+                f"machine    {facts['cpu']}, {counted(facts['threads'], 'thread')} of"
+                f" {counted(facts['physical_cores'], 'core')}, torch {facts['torch']}, device"
+                f" {facts['device']}"
             ),
             f"           {facts['memory_free'] / gb:.1f} GB of memory free,"
             f" {facts['disk_free'] / gb:.1f} GB of disk free"
@@ -191,9 +194,13 @@ def doctor(
     progress = progress or silent()
     sections = {name: dict(values) for name, values in (settings or {}).items()}
     sections.setdefault("model", {})["name"] = model
-    config = build(sections, "settings")
-    configs = [_for(config, attention, dtype) for dtype in dtypes for attention in attentions]
-    threads = machine.settle(config.machine.threads)
+    waiting = threads.waiting()
+    config = in_force(build(sections, "settings"))
+    configs = [
+        in_force(_for(config, attention, dtype)) for dtype in dtypes for attention in attentions
+    ]
+    dtypes = list(dict.fromkeys(one.model.dtype for one in configs))
+    count = machine.settle(config.machine.threads)
     tokenizer = tokenizer_from_settings(config.model)
     encoded, ids, notes = _rows(pool, tokenizer, config, rows)
     lengths = np.array([len(row["input_ids"]) for row in encoded])
@@ -220,9 +227,9 @@ def doctor(
         template=_template(tokenizer, config),
         attempts=attempts,
         recommended=recommend(attempts, dtypes),
-        machine=facts(threads, Path(disk)),
+        machine={"device": config.model.device, **facts(count, Path(disk))},
         coverage=seen,
-        notes=[*notes, *_advice(attempts, seen)],
+        notes=[*notes, *filter(None, [waiting.explain(count)]), *_advice(attempts, seen)],
     )
 
 

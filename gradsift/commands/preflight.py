@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from gradsift import methods
 from gradsift.commands import budget as budgets
-from gradsift.config import Config, build
+from gradsift.config import AUTO, Config, build
 from gradsift.data.remote import place_of
 from gradsift.data.sources import check_pool, split_name
 from gradsift.errors import BudgetError, ConfigError, MismatchError, UnknownName, UserError
@@ -261,39 +261,56 @@ def settle_config(
         asked.setdefault("model", {})["name"] = model
     if pool_group is not None:
         asked.setdefault("pool", {})["group_field"] = pool_group
-    path = run.root / SETTINGS
-    if not path.exists():
+    kept = _kept(run)
+    if kept is None:
         config = build(asked, "settings")
         if "name" not in asked.get("model", {}):
             raise ConfigError(
                 "no model was named", remedy="Add --model NAME, a local folder, or --model tiny."
             )
         return config
-    kept = read_sealed(
+    if asked.get("machine", {}).get("threads") == 0:  # no number of its own: the run's
+        del asked["machine"]["threads"]
+    merged = {name: _overlaid(kept.get(name, {}), asked.get(name, {})) for name in {*kept, *asked}}
+    config = build(merged, "settings")
+    _agree(kept, config, run.root)
+    return config
+
+
+def check_kept(run: Run, config: Config) -> None:
+    """Checks settings against those that the run was made with, "auto" being decided by now.
+
+    Raises MismatchError naming the first field that differs.
+    """
+    kept = _kept(run)
+    if kept is not None:
+        _agree(kept, config, run.root)
+
+
+def _kept(run: Run) -> dict[str, Any] | None:
+    """The sections of the run's settings file; None for a run that has none yet."""
+    path = run.root / SETTINGS
+    if not path.exists():
+        return None
+    return read_sealed(
         path,
         remedy=(
             "Delete it and give the settings of the run again: what was made with them is found"
             " again."
         ),
     )
-    if asked.get("machine", {}).get("threads") == 0:  # no number of its own: the run's
-        del asked["machine"]["threads"]
-    merged = {name: _overlaid(kept.get(name, {}), asked.get(name, {})) for name in {*kept, *asked}}
-    config = build(merged, "settings")
+
+
+def _agree(kept: Mapping[str, Any], config: Config, root: Path) -> None:
     _same(
-        "machine.threads",
-        kept.get("machine", {}).get("threads", 0),
-        config.machine.threads,
-        run.root,
+        "machine.threads", kept.get("machine", {}).get("threads", 0), config.machine.threads, root
     )
     for name in RUN_SECTIONS:
-        _same(
-            name,
-            build({name: kept.get(name, {})}, path).model_dump()[name],
-            config.model_dump()[name],
-            run.root,
-        )
-    return config
+        made = build({name: kept.get(name, {})}, root / SETTINGS).model_dump()[name]
+        asked = config.model_dump()[name]
+        if name == "model":  # decided where torch is at hand, and compared then
+            asked = {k: made[k] if v == AUTO else v for k, v in asked.items()}
+        _same(name, made, asked, root)
 
 
 def _overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

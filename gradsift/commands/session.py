@@ -10,14 +10,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from gradsift.commands.preflight import RUN_SECTIONS, Inputs, read_side
-from gradsift.compute import machine
+from gradsift.commands.preflight import RUN_SECTIONS, Inputs, check_kept, read_side
+from gradsift.compute import machine, threads
 from gradsift.compute.progress import Progress, silent
 from gradsift.compute.stopping import interruptible
 from gradsift.data.remote import is_url, sent
 from gradsift.data.write import copy_file
 from gradsift.errors import IntegrityError
 from gradsift.redaction import readable_command
+from gradsift.stages.context import in_force
 from gradsift.stages.pipeline import Pipeline
 from gradsift.store.artifact import REPAIR, Artifact
 from gradsift.store.atomic import make_folder, write_atomic
@@ -56,7 +57,9 @@ def open_pipeline(run: Run, inputs: Inputs, progress: Progress, *, keep: bool = 
     """Reads pool and target; with `keep`, writes the run's settings down, so that later commands
     agree with them.
     """
-    config, target = inputs.config(run), inputs.target_files
+    waiting = threads.waiting()
+    config, target = in_force(inputs.config(run)), inputs.target_files
+    check_kept(run, config)
     candidates = read_side(inputs.pool_files, config, config.pool.group_field, progress)
     wanted = read_side(target, config, inputs.target_group, progress) if target else None
     for rows in (candidates, wanted) if wanted is not None else (candidates,):
@@ -64,6 +67,9 @@ def open_pipeline(run: Run, inputs: Inputs, progress: Progress, *, keep: bool = 
             progress.note(f"{name}: {format} rows")
     warmup_from = None if inputs.warmup_from is None else Path(inputs.warmup_from)
     pipeline = Pipeline(run, config, candidates, wanted, warmup_from=warmup_from, progress=progress)
+    progress.note(f"device {config.model.device}, dtype {config.model.dtype}")
+    if (told := waiting.explain(pipeline.threads)) is not None:
+        progress.note(told)
     if config.model.dtype in ("bfloat16", "nf4") and machine.emulates_bfloat16(config.model.device):
         progress.note(
             f"{config.model.dtype}: this CPU has no bfloat16 products, and gradients may take ten"

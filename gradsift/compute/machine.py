@@ -13,9 +13,12 @@ import resource
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+
+from gradsift.compute.threads import default_threads
 
 # glibc's mallopt numbers (malloc.h). Freed tensors stay in the process instead of going back to the
 # kernel, whose page faults can cost half of a small model's time; blocks of 32 MB and more (shards,
@@ -27,6 +30,8 @@ _MALLOPT = (
 )
 
 
+_ACCELERATORS = ("cuda", "mps", "xpu")  # in the order of preference
+
 # oneDNN keeps compiled kernels for every shape it has met, 1,024 of them by default: batches of
 # ever new lengths fill hundreds of megabytes with kernels that are hardly used again. A batch
 # itself needs some thirty, layer after layer.
@@ -34,13 +39,13 @@ _KERNEL_CACHES, _KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACI
 
 
 def settle(threads: int) -> int:
-    """Set torch's threads (0 = the physical cores that this process may use), the kernel caches
-    (before the first product by oneDNN) and, with glibc, the allocator.
+    """Set torch's threads (0 = `default_threads`), the kernel caches (before the first product by
+    oneDNN) and, with glibc, the allocator.
 
     Returns the number of threads in force. Variables that the user has set stay as they are.
     """
     _bound_kernels()
-    threads = threads or usable_cores()
+    threads = threads or default_threads()
     torch.set_num_threads(threads)
     if _glibc():
         mallopt = ctypes.CDLL(None).mallopt
@@ -53,14 +58,40 @@ def settle(threads: int) -> int:
     return threads
 
 
-def usable_cores() -> int:
-    """Physical cores, or fewer where this process is bound to some CPUs only: more threads than
-    CPUs wait for each other at every product.
+def best_device() -> str:
+    """The kind of device to compute on here: "cuda" where torch can use one, else "mps" or "xpu",
+    else "cpu".
     """
-    bound = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return min(psutil.cpu_count(logical=False) or bound, bound)
+    return next((kind for kind in _ACCELERATORS if has_device(kind)), "cpu")
+
+
+def has_device(kind: str) -> bool:
+    """Whether torch can compute on a device of this kind here. True for kinds that this function
+    does not know: torch decides when the model is moved there.
+    """
+    return kind not in _ACCELERATORS or bool(_accelerator(kind).is_available())
+
+
+def has_type(device: str, dtype: str) -> bool:
+    """Whether `device` computes in "bfloat16" or "float16" by itself, not by way of float32.
+
+    Args:
+        device: Such as "cuda:1"; CPUs count as having neither, because most are slower in 16 bit.
+        dtype: The name of the type.
+    """
+    kind = device.split(":")[0]
+    if kind == "cpu":
+        return False
+    if dtype != "bfloat16":
+        return dtype == "float16"
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return kind != "mps" or bool(torch.backends.mps.is_macos_or_newer(14, 0))
+
+
+def _accelerator(kind: str) -> Any:
+    """torch's module for a kind of device; MPS has its own question under `backends`."""
+    return torch.backends.mps if kind == "mps" else getattr(torch, kind)
 
 
 def emulates_bfloat16(device: str) -> bool:

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import xxhash
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,8 +31,9 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from gradsift.compute import machine
 from gradsift.compute.progress import quiet
-from gradsift.config import ModelSettings
+from gradsift.config import AUTO, ModelSettings
 from gradsift.errors import ConfigError, DataError, IntegrityError, UnknownName, UserError
 from gradsift.model.layers import REPACKS, some
 from gradsift.model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_file, adapter_json
@@ -45,6 +46,8 @@ DTYPES = {
     "float16": torch.float16,
     FOUR_BIT: torch.bfloat16,
 }
+# As safetensors names the types that "auto" may choose.
+_STORED = {"BF16": "bfloat16", "F16": "float16"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -129,18 +132,30 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attention: str | None = None,
+    spread: bool = False,
 ) -> PreTrainedModel:
     """The causal language model of a hub name, a local folder or a built-in name, in eval mode on
     `device`.
 
-    device: "auto" spreads it over all GPUs that the process sees (accelerate's device map). dtype:
-    float32, bfloat16, float16, or nf4: linear layers but the head in 4 bits by bitsandbytes (QLoRA,
-    arXiv 2305.14314), the rest and all products in bfloat16. attention: transformers'
-    attn_implementation ("eager", "sdpa", ...); None = its default. Raises UserError for a name that
-    is nowhere or holds only pickled weights, DataError when the files lack weights that the model
-    needs, ConfigError for an unknown dtype, for nf4 without bitsandbytes, or for remote code
-    without a pinned commit.
+    device, dtype: "auto" as in ModelSettings. spread: over all GPUs that the process sees
+    (accelerate's device map), wherever `device` is. dtype: float32, bfloat16, float16, or nf4:
+    linear layers but the head in 4 bits by bitsandbytes (QLoRA, arXiv 2305.14314), the rest and all
+    products in bfloat16. attention: transformers' attn_implementation ("eager", "sdpa", ...); None
+    = its default. Raises UserError for a name that is nowhere or holds only pickled weights,
+    DataError when the files lack weights that the model needs, ConfigError for an unknown dtype or
+    device, for a model whose quantisation or dtype needs a library that is not installed, or for
+    remote code without a pinned commit.
     """
+    if AUTO in (dtype, str(device)):
+        wanted = ModelSettings(
+            name=name,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=cast(Any, dtype),
+            device=str(device),
+        )
+        decided = in_force(wanted)
+        dtype, device = decided.dtype, decided.device
     if dtype not in DTYPES:
         raise UnknownName("dtype", dtype, DTYPES)
     if dtype == FOUR_BIT and find_spec("bitsandbytes") is None:
@@ -152,7 +167,7 @@ def load_model(
     if revision is None:
         _refuse_pickles(Path(path))
     extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    if str(device) == "auto":
+    if spread:
         extra["device_map"] = "auto"
     if dtype == FOUR_BIT:
         extra["quantization_config"] = BitsAndBytesConfig(
@@ -191,7 +206,7 @@ def load_model(
                 "Give a complete causal language model (for an adapter, give its base model here)."
             ),
         )
-    if str(device) != "auto" and not getattr(model, "is_quantized", False):
+    if not spread and not getattr(model, "is_quantized", False):
         model = model.to(device)
     for module in model.modules():
         if hasattr(module, REPACKS):
@@ -199,8 +214,87 @@ def load_model(
     return model.eval()
 
 
+def in_force(settings: ModelSettings, *, elsewhere: bool = False) -> ModelSettings:
+    """`settings` with device and number format decided where they say "auto".
+
+    Args:
+        settings: Those of a run.
+        elsewhere: The model runs on other machines: whether its device exists is not asked here.
+
+    Returns:
+        The same record, or one without "auto".
+
+    Raises:
+        ConfigError: This machine has no such device.
+        UserError: As `locate`.
+    """
+    device = settings.device
+    if device == AUTO:
+        device = machine.best_device()
+    elif not elsewhere:
+        _require_device(device)
+    dtype = settings.dtype
+    if dtype == AUTO:
+        dtype = "float32"
+        if device != "cpu":
+            stored = _stored_type(settings)
+            dtype = stored if machine.has_type(device, stored) else dtype
+    if (device, dtype) == (settings.device, settings.dtype):
+        return settings
+    return settings.model_copy(update={"device": device, "dtype": dtype})
+
+
+def _require_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+        present = machine.has_device(kind)
+    except RuntimeError:
+        raise ConfigError(
+            f"no such device: {device!r}",
+            remedy="Give auto, cpu, cuda, cuda:1, mps or xpu.",
+        ) from None
+    if not present:
+        raise ConfigError(
+            f"the device {device!r} is not on this machine, or not for this build of torch"
+            f" ({torch.__version__})",
+            remedy=f"Take --device {machine.best_device()}, or install a build of torch for it.",
+        )
+
+
+def _stored_type(settings: ModelSettings) -> str:
+    """The number format of a checkpoint, by config.json or, where that says nothing, by the first
+    weight in a folder; "float32" where neither tells.
+    """
+    path, revision = locate(settings.name, settings.revision, settings.trust_remote_code)
+    folder = Path(path)
+    try:
+        file = (
+            folder / "config.json"
+            if folder.is_dir()
+            else Path(str(cached_file(path, "config.json", revision=revision or "main")))
+        )
+        config: Any = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return "float32"  # what is wrong with it is told when the model is loaded
+    for part in (config, config.get("text_config")) if isinstance(config, dict) else ():
+        if isinstance(part, dict) and (named := part.get("dtype") or part.get("torch_dtype")):
+            return str(named).rpartition(".")[2]
+    for weights in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        try:
+            with safe_open(weights, "pt") as opened:
+                kinds = {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+        except SafetensorError:
+            continue
+        return next((_STORED[kind] for kind in _STORED if kind in kinds), "float32")
+    return "float32"
+
+
 def from_settings(
-    settings: ModelSettings, *, device: str | torch.device | None = None, dtype: str | None = None
+    settings: ModelSettings,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | None = None,
+    spread: bool = False,
 ) -> PreTrainedModel:
     """The model that `settings` name, as `load_model` gives it.
 
@@ -208,6 +302,7 @@ def from_settings(
         settings: Name, revision, number format, device, attention.
         device: A device in place of the settings' own.
         dtype: A number format in place of the settings' own.
+        spread: As `load_model`.
 
     Returns:
         The model in eval mode on the device.
@@ -222,6 +317,7 @@ def from_settings(
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
         attention=settings.attention,
+        spread=spread,
     )
 
 

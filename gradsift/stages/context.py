@@ -23,6 +23,7 @@ from gradsift.data.pool import Pool
 from gradsift.errors import IntegrityError
 from gradsift.gradients.passes import Modules
 from gradsift.gradients.projection import Projection, projection_of
+from gradsift.model import load
 from gradsift.model.checkpoints import load_checkpoints
 from gradsift.model.layers import tracked_modules
 from gradsift.model.load import from_settings, model_identity, quantiser, tokenizer_from_settings
@@ -37,6 +38,15 @@ from gradsift.store.tensors import file_hash, folder_hash
 from gradsift.types import Checkpoint, Signal
 
 T = TypeVar("T", bound="Context")
+
+
+def in_force(config: Config) -> Config:
+    """The settings with the model's device and number format decided where they say "auto".
+
+    Raises as `gradsift.model.load.in_force`.
+    """
+    model = load.in_force(config.model, elsewhere=config.machine.executor == "ray")
+    return config if model is config.model else config.model_copy(update={"model": model})
 
 
 class Context:
@@ -57,7 +67,7 @@ class Context:
         executor: Executor | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.run, self.config, self.warmup_from = run, config, warmup_from
+        self.run, self.config, self.warmup_from = run, in_force(config), warmup_from
         self.timings: list[Timing] = []
         self._sound: set[str] = set()
         self.sides: dict[str, Pool] = {
@@ -66,7 +76,7 @@ class Context:
         }
         self.progress = progress or silent()
         self.threads = machine.settle(config.machine.threads)
-        self.executor = executor or ray.executor_of(config, self.threads, self.progress.note)
+        self.executor = executor or ray.executor_of(self.config, self.threads, self.progress.note)
         self.tokenizer = tokenizer_from_settings(config.model)
         self.model_identity = model_identity(config.model.name, config.model.revision)
         self._encoded: dict[str, EncodedRows] = {}
@@ -260,7 +270,7 @@ class Context:
     def load_base(self, dtype: str | None = None) -> Any:
         """The base model, in the run's number format or in another."""
         spans = self.config.machine.spans(self.config.model.device)
-        return from_settings(self.config.model, device="auto" if spans else None, dtype=dtype)
+        return from_settings(self.config.model, dtype=dtype, spread=spans)
 
     def model_at(self, checkpoint: Checkpoint) -> Any:
         """The warmed-up model at a checkpoint, in eval mode; only one is held."""

@@ -119,7 +119,7 @@ class ModelSource:
                 where=where,
                 remedy=remedy,
             )
-        loaded = from_settings(model, device="auto" if self.spans else model.device.split(":")[0])
+        loaded = from_settings(model, device=model.device.split(":")[0], spread=self.spans)
         if not self.adapter:
             return loaded
         with tempfile.TemporaryDirectory(prefix="gradsift-") as folder:
