@@ -9,6 +9,7 @@ other, and says what becomes of them.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -430,15 +431,23 @@ class Capture:
         a = a.to(self.device)
         if a.dim() == 2:
             a = a.view(batch.b, batch.t, -1) if a.shape[0] == batch.b * batch.t else a[None]
-        if a.shape[:2] == (batch.b, batch.t):
+        if a.dim() > 3 and a.shape[0] == batch.b and math.prod(a.shape[1:-1]) == batch.t:
+            a = a.flatten(1, -2)  # [b, 1, t, r]: latent attention has one head for all
+        if a.dim() == 3 and a.shape[:2] == (batch.b, batch.t):
             return a
         if a.dim() == 3 and a.shape[:2] == (1, len(batch.flat)):
             out = a.new_zeros(batch.b * batch.width, a.shape[2])
             return out.index_copy_(0, batch.slots, a[0]).view(batch.b, batch.width, -1)
+        kind = name.partition(".lora_")[0].rpartition(".")[2]
+        expert = " (experts of a mixture cannot be read)" if "expert" in name else ""
         raise ConfigError(
-            f"module {name} sees activations of shape {tuple(a.shape)}, which do not say whose"
-            " example they are",
-            remedy="Leave this module out (experts of a mixture cannot be read).",
+            f"sees activations of shape {tuple(a.shape)} where {batch.b} rows of {batch.t} tokens"
+            " were given: whose row they are is not known",
+            where=name,
+            remedy=(
+                f"Leave {kind} out{expert}: name the other layers, as [warmup.lora] targets ="
+                ' ["q_proj", "v_proj"] in --config does, or as modules=[...] of gradsift.extract.'
+            ),
         )
 
 

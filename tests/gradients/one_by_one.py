@@ -12,6 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
@@ -135,6 +139,34 @@ def qwen2_moe() -> nn.Module:
     return Qwen2MoeForCausalLM(Qwen2MoeConfig(**grouped, **sizes))
 
 
+# latent attention: keys and values are one low-rank head, which some layers see as [b, 1, t, r]
+_LATENT = {
+    **_SHAPE,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "max_position_embeddings": 64,
+}
+
+
+def deepseek_v2() -> nn.Module:
+    return DeepseekV2ForCausalLM(DeepseekV2Config(**_LATENT))
+
+
+def deepseek_v3() -> nn.Module:
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**_LATENT))
+
+
 def stretched(kind: str) -> nn.Module:
     """Rotary factors that are others in a batch with a row of over 12 tokens: Phi-3's, or a
     Llama's.
@@ -166,6 +198,7 @@ def stretched(kind: str) -> nn.Module:
     return Phi3ForCausalLM(Phi3Config(**grouped, **sizes, rope_scaling=scaling))
 
 
+_LATENT_LAYERS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], Sequence[str]]] = {
     "llama": (llama, ("q_proj", "v_proj", "o_proj", "down_proj")),
     "qwen2": (qwen2, ("q_proj", "k_proj", "gate_proj")),
@@ -179,6 +212,8 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Sequence[str]]] = {
     "neox": (neox, ("query_key_value", "dense_h_to_4h")),
     "mixtral": (mixtral, ("q_proj", "o_proj")),
     "qwen2-moe": (qwen2_moe, ("k_proj", "shared_expert.up_proj")),
+    "deepseek-v2": (deepseek_v2, _LATENT_LAYERS),
+    "deepseek-v3": (deepseek_v3, _LATENT_LAYERS),
 }
 
 
