@@ -21,12 +21,13 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ POLICIES: dict[str, dict[str, str]] = {
 }
 
 
-def settings(steps: int) -> dict[str, dict[str, Any]]:
+def of_steps(steps: int) -> dict[str, dict[str, Any]]:
     """A warm-up of `steps` steps of 16 rows, by as many threads as there are cores."""
     return {
         "encode": {"max_length": 256},
@@ -52,7 +53,11 @@ def settings(steps: int) -> dict[str, dict[str, Any]]:
 
 
 # The run in which the warm-up is measured never gets to its end; the other one has a short one.
-RUNS = {"cold": settings(1000), "warm": settings(10)}
+RUNS = {"cold": of_steps(1000), "warm": of_steps(10)}
+
+
+# ends with the bench, however that ends
+SPIN = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n for _ in range(10**6): pass"
 
 
 class Enough(Exception):
@@ -67,14 +72,14 @@ class Pace:
         self.start(0, "")
 
     def start(self, total: int, unit: str, label: str = "") -> None:
-        self.label, self.count, self.began, self.last = label, 0, 0.0, 0.0
+        self.label, self.count, self.began = label, 0, 0.0
 
     def advance(self, k: int = 1) -> None:
         now = time.perf_counter()
         if not self.began:
             self.began = now
             return
-        self.count, self.last = self.count + k, now
+        self.count += k
         if now - self.began > self.seconds:
             raise Enough
 
@@ -83,9 +88,9 @@ class Pace:
 
     def done(self) -> None: ...
 
-    @property
     def rate(self) -> float:
-        return self.count / max(self.last - self.began, 1e-9)
+        """Units a second, until now: a stage ends with a unit, or where one takes too long."""
+        return self.count / (time.perf_counter() - self.began) if self.began else 0.0
 
 
 def measure(job: dict[str, Any]) -> None:
@@ -97,25 +102,29 @@ def measure(job: dict[str, Any]) -> None:
     from gradsift.commands.session import opened
     from gradsift.stages.rows import gradients
 
-    found = {}
-    for name in RUNS:
+    def enough(signum: int, frame: Any) -> None:
+        raise Enough
+
+    signal.signal(signal.SIGALRM, enough)
+    rates, notes = {}, []
+    for name, settings in RUNS.items():
         pace = Pace(job["seconds"])
-        inputs = Inputs(job[name], job["pool"], model=job["model"], settings=RUNS[name])
+        inputs = Inputs(job[name], job["pool"], model=job["model"], settings=settings)
+        signal.setitimer(signal.ITIMER_REAL, 3 * job["seconds"])
         with contextlib.suppress(Enough), opened(inputs, progress=pace) as pipeline:
             if name == "cold":
                 pipeline.checkpoints()
             else:
                 gradients(pipeline, "pool", 0, "none")
-        found[name] = pace.rate
-    print(
-        json.dumps(
-            {
-                "steps_per_minute": round(60 * found["cold"], 1),
-                "tokens_per_second": round(found["warm"], 1),
-                "line": next((line for line in pace.notes if "wait" in line), None),
-            }
-        )
-    )
+        rates[name] = pace.rate()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        notes += [line for line in pace.notes if "while they wait" in line]
+    found = {
+        "steps_per_minute": round(60 * rates["cold"], 1),
+        "tokens_per_second": round(rates["warm"], 1),
+        "line": notes[0] if notes else None,
+    }
+    print(json.dumps(found))
 
 
 def prepare(folder: Path, model: str | None, pool: str | None) -> None:
@@ -140,8 +149,7 @@ def prepare(folder: Path, model: str | None, pool: str | None) -> None:
 def busy(count: int) -> Iterator[None]:
     """`count` processes that do nothing but spin."""
     others = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
-        for _ in range(count)
+        subprocess.Popen([sys.executable, "-c", SPIN, str(os.getpid())]) for _ in range(count)
     ]
     try:
         time.sleep(0.5)
@@ -213,7 +221,15 @@ def main() -> None:
         for _ in range(args.rounds):
             for beside in args.beside:
                 for waiting in args.waiting:
-                    found.setdefault((waiting, beside), []).append(arm(job, waiting, beside))
+                    one = arm(job, waiting, beside)
+                    print(waiting, beside, one, file=sys.stderr, flush=True)
+                    found.setdefault((waiting, beside), []).append(one)
+                    written(found, args)
+    print(written(found, args))
+
+
+def written(found: Mapping[tuple[str, int], list[dict[str, Any]]], args: argparse.Namespace) -> str:
+    """The arms measured so far as JSON, which also goes to the file of --json."""
     arms = [
         {
             "waiting": waiting,
@@ -239,9 +255,9 @@ def main() -> None:
         "model": "a Llama of hidden size 256" if args.model is None else Path(args.model).name,
     }
     text = json.dumps(result, indent=1)
-    print(text)
     if args.json:
         args.json.write_text(text + "\n")
+    return text
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.gradients.passes import Modules, extract
 from gradsift.gradients.projection import Projection, projection_of
 from gradsift.model.layers import coverage
-from gradsift.model.load import from_settings, tokenizer_from_settings
+from gradsift.model.load import from_settings, tokenizer_from_settings, vocabulary
 from gradsift.model.lora import attach_lora
 from gradsift.report.text import table
+from gradsift.stages.checks import check_vocabulary
 from gradsift.stages.context import in_force
 from gradsift.types import counted
 
@@ -264,7 +265,9 @@ def _rows(
     spread = np.unique(
         np.linspace(0, len(candidates) - 1, min(SAMPLE, len(candidates))).astype(int)
     )
-    found = encode(candidates.take(spread), tokenizer, config.encode)
+    sample = candidates.take(spread)
+    found = encode(sample, tokenizer, config.encode)
+    check_vocabulary(sample, found, vocabulary(config.model))
     usable = np.flatnonzero((found.codes == 0) & (found.supervised > 0))
     if len(usable) < 2:
         raise DataError(

@@ -12,7 +12,9 @@ from gradsift.commands.preflight import as_list, read_side
 from gradsift.compute.progress import silent
 from gradsift.config import build
 from gradsift.data.encode import encode
-from gradsift.model.load import tokenizer_from_settings
+from gradsift.errors import DataError
+from gradsift.model.load import tokenizer_from_settings, vocabulary
+from gradsift.stages.checks import check_vocabulary
 from gradsift.types import IGNORE, Encoded
 
 if TYPE_CHECKING:
@@ -39,13 +41,18 @@ def inspect(
     candidates = read_side(as_list(pool), config, pool_group or config.pool.group_field, silent())
     tokenizer = tokenizer_from_settings(config.model)
     shown = range(min(start, len(candidates)), min(start + rows, len(candidates)))
-    encoded = encode(candidates.take(shown), tokenizer, config.encode)
+    taken = candidates.take(shown)
+    encoded = encode(taken, tokenizer, config.encode)
     lines: list[RenderableType] = [
         f"{name}: {format}" for name, format in candidates.formats.items()
     ]
     lines.append(", ".join(f"{count:,} {name}" for name, count in candidates.funnel.items()))
     lines += [f"dropped {dropped}" for dropped in candidates.dropped[:10]]
     lines += encoded.notes
+    try:
+        check_vocabulary(taken, encoded, vocabulary(config.model))
+    except DataError as error:  # rows are shown all the same
+        lines.append(str(error))
     for i, row in enumerate(shown):
         code = int(encoded.codes[i])
         what = (

@@ -103,6 +103,13 @@ class EncodedRows(Sequence[dict[str, list[int]]]):
         at = slice(int(self._begin[row]), int(self._begin[row + 1]))
         return {"input_ids": self._ids[at].tolist(), "labels": self._labels[at].tolist()}
 
+    def first_over(self, tokens: int) -> tuple[int, int] | None:
+        """(row, id) of the first id that is none of `tokens` tokens; None where all are."""
+        if int(self._ids.max(initial=0)) < tokens:
+            return None
+        at = int(np.argmax(self._ids >= tokens))
+        return int(np.searchsorted(self._begin, at, side="right")) - 1, int(self._ids[at])
+
     def part(self, rows: slice) -> EncodedRows:
         """Some neighbouring rows, without the notes: what a worker needs of a shard."""
         at = slice(int(self._begin[rows.start]), int(self._begin[rows.stop]))
@@ -377,10 +384,12 @@ def encode(
 def _judge(
     pool: Sequence[Example], codes: np.ndarray, details: Mapping[int, str], settings: EncodeSettings
 ) -> None:
+    if not len(codes):
+        return
     empty = np.isin(codes, (NO_SUPERVISED, CUT_AWAY, REFUSED, REWRITTEN, OUTSIDE_VOCABULARY))
     unusable = codes != 0
-    bad = empty if empty.mean() > MAX_EMPTY else unusable if len(codes) and unusable.all() else None
-    if bad is None or not len(codes):
+    bad = empty if empty.mean() > MAX_EMPTY else unusable if unusable.all() else None
+    if bad is None:
         return
     code = int(np.bincount(codes[bad]).argmax())
     row = int(np.flatnonzero(codes == code)[0])

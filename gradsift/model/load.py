@@ -97,6 +97,16 @@ def locate(name: str, revision: str | None, trust_remote_code: bool) -> tuple[st
 
 
 def _unreachable(name: str, error: Exception) -> UserError:
+    if Path(name).expanduser().is_dir() or name == TINY:
+        return UserError(
+            f"cannot load what is in this folder ({' '.join(str(error).split())[:300]})",
+            where=name,
+            remedy=(
+                "Copy or save the model again with its tokenizer"
+                " (`tokenizer.save_pretrained(FOLDER)`), or upgrade transformers for a newer kind"
+                " of model."
+            ),
+        )
     return UserError(
         f"cannot get this model or tokenizer ({' '.join(str(error).split())[:200]})",
         where=name,
@@ -196,6 +206,18 @@ def load_model(
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise _refusal(name, error) from error
+    except (ImportError, RuntimeError) as error:
+        if (method := _quantised_by(path, revision)) is None:
+            raise
+        raise ConfigError(
+            f"its weights are quantised ({method}), and what loads them is not here"
+            f" ({' '.join(str(error).split())[:200]})",
+            where=name,
+            remedy=(
+                "Install the library that this names, use a machine that has the device for it, or"
+                " give the model's unquantised weights (--dtype nf4 makes 4 bits of those)."
+            ),
+        ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise DataError(
@@ -261,11 +283,10 @@ def _require_device(device: str) -> None:
         )
 
 
-def _stored_type(settings: ModelSettings) -> str:
-    """The number format of a checkpoint, by config.json or, where that says nothing, by the first
-    weight in a folder; "float32" where neither tells.
+def _configs(path: str, revision: str | None) -> list[dict[str, Any]]:
+    """config.json as it is, and its part about the language model where there is one; nothing for a
+    file that cannot be read: what is wrong with it is told when the model is loaded.
     """
-    path, revision = locate(settings.name, settings.revision, settings.trust_remote_code)
     folder = Path(path)
     try:
         file = (
@@ -273,11 +294,41 @@ def _stored_type(settings: ModelSettings) -> str:
             if folder.is_dir()
             else Path(str(cached_file(path, "config.json", revision=revision or "main")))
         )
-        config: Any = json.loads(file.read_bytes())
+        whole: Any = json.loads(file.read_bytes())
     except (OSError, ValueError):
-        return "float32"  # what is wrong with it is told when the model is loaded
-    for part in (config, config.get("text_config")) if isinstance(config, dict) else ():
-        if isinstance(part, dict) and (named := part.get("dtype") or part.get("torch_dtype")):
+        return []
+    parts = (whole, whole.get("text_config")) if isinstance(whole, dict) else ()
+    return [part for part in parts if isinstance(part, dict)]
+
+
+def vocabulary(settings: ModelSettings) -> int | None:
+    """How many tokens the model embeds, by its config.json; None where that does not say."""
+    path, revision = locate(settings.name, settings.revision, settings.trust_remote_code)
+    sizes = [
+        size
+        for part in _configs(path, revision)
+        for key in ("vocab_size", "padded_vocab_size")
+        if isinstance(size := part.get(key), int)
+    ]
+    return max(sizes, default=None)
+
+
+def _quantised_by(path: str, revision: str | None) -> str | None:
+    """The kind of quantisation that a checkpoint's config.json names."""
+    for part in _configs(path, revision):
+        if isinstance(found := part.get("quantization_config"), dict):
+            return str(found.get("quant_method", "unknown"))
+    return None
+
+
+def _stored_type(settings: ModelSettings) -> str:
+    """The number format of a checkpoint, by config.json or, where that says nothing, by the first
+    weights in a folder; "float32" where neither tells.
+    """
+    path, revision = locate(settings.name, settings.revision, settings.trust_remote_code)
+    folder = Path(path)
+    for part in _configs(path, revision):
+        if named := part.get("dtype") or part.get("torch_dtype"):
             return str(named).rpartition(".")[2]
     for weights in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         try:

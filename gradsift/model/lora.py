@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import weakref
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -23,6 +26,14 @@ from gradsift.model.layers import block_linears, lora_targets, some
 from gradsift.store.tensors import read_tensors
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_log = logging.getLogger("gradsift")
+
+# What an adapter put in place of weights of its base model, which `remove_lora` gives back: PiSSA,
+# OLoRA, CorDA and LoftQ take from the base what they give to the adapter, and an adapter may bring
+# the embedding that it was trained on.
+_LEAVE_BASE = ("gaussian", "orthogonal", "eva", "mica")  # starts that leave the base as it is
+_Own = list[tuple[nn.Parameter, Tensor]]
+_OWN: weakref.WeakKeyDictionary[PeftModel, _Own] = weakref.WeakKeyDictionary()
 
 
 def attach_lora(model: PreTrainedModel, settings: LoraSettings | None = None) -> PeftModel:
@@ -34,7 +45,8 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings | None = None) ->
 
     The initial weights depend on `settings.seed` and the model's shape alone; the caller's random
     state is left as it was. LoRA weights are float32 also on a half-precision base. Raises
-    ConfigError when no layer fits `targets`, MismatchError when there is LoRA already.
+    ConfigError when no layer fits `targets` or peft refuses one of them, MismatchError when there
+    is LoRA already; the model is bare then.
     """
     settings = settings or LoraSettings()
     _require_bare(model)
@@ -61,17 +73,84 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings | None = None) ->
         task_type="CAUSAL_LM",
         fan_in_fan_out=all(isinstance(m, Conv1D) for m in chosen),
     )
-    return _inject(model, config, settings.seed)
+    try:
+        return _inject(model, config, settings.seed)
+    except _REFUSALS as error:
+        raise ConfigError(
+            f"peft refuses the LoRA targets {json.dumps(settings.targets)} of"
+            f" {type(model).__name__} ({' '.join(str(error).split())[:300]})",
+            remedy=(
+                "Name other layers, as [warmup.lora] targets ="
+                f" {json.dumps(_acceptable(model, targets, str(error)))} in --config does."
+            ),
+        ) from error
+
+
+# What peft raises for layers that it does not take, or not by themselves.
+_REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, KeyError)
+
+
+def _acceptable(model: nn.Module, targets: Iterable[str], refusal: str) -> list[str]:
+    """The targets that peft's refusal does not speak of, else such linear layers, by last name."""
+    linears = {n.rpartition(".")[2] for n in block_linears(model)}
+    for names in (targets, linears):
+        found = sorted(n for n in names if n.rpartition(".")[2] not in refusal)
+        if found:
+            return found
+    return sorted(linears)
 
 
 def _inject(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
     training = model.training
+    before = _as_they_are(model, config)
     # peft puts the model's own name here, and would warn of a base that has moved
     config.base_model_name_or_path = None
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        peft = get_peft_model(model, config)
+        try:
+            peft = cast(PeftModel, get_peft_model(model, config))
+        except Exception:
+            _put_back(before)
+            _strip(model)
+            raise
+    _OWN[peft] = [(p, own) for p, own in before if p.data.data_ptr() != own.data_ptr()]
     return cast(PeftModel, peft.train(training))
+
+
+def _as_they_are(model: PreTrainedModel, config: LoraConfig) -> _Own:
+    """The parameters and their values; copies of those that the adapter's start edits in place."""
+    edits = (
+        isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _LEAVE_BASE
+    )
+    edited = {
+        id(p)
+        for name, module in model.named_modules()
+        if edits and check_target_module_exists(config, name)
+        for p in module.parameters()
+    }
+    return [
+        (p, p.data.to("cpu", copy=True) if id(p) in edited else p.data) for p in model.parameters()
+    ]
+
+
+def _put_back(own: _Own) -> None:
+    for parameter, data in own:
+        parameter.data = data.to(parameter.device)
+
+
+def _strip(model: nn.Module) -> None:
+    """Takes off the adapter layers that peft put on before it gave up."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            parent, _, leaf = name.rpartition(".")
+            bare = (
+                module.get_base_layer()
+                if isinstance(module, BaseTunerLayer)
+                else module.original_module
+            )
+            setattr(model.get_submodule(parent), leaf, bare)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def _require_bare(model: nn.Module) -> None:
@@ -83,10 +162,20 @@ def _require_bare(model: nn.Module) -> None:
 
 
 def remove_lora(model: PeftModel) -> PreTrainedModel:
-    """The base model without the LoRA layers, its own layers the same objects as before. All its
-    parameters are left frozen.
+    """The base model without the LoRA layers, its own layers the same objects with the same weights
+    as before. All its parameters are left frozen.
     """
-    return cast(PreTrainedModel, cast(Any, model).unload())
+    kept = {
+        name: wrapper.original_module
+        for name, wrapper in cast(Any, model).get_base_model().named_modules()
+        if isinstance(wrapper, ModulesToSaveWrapper)
+    }
+    base = cast(PreTrainedModel, cast(Any, model).unload())
+    for name, original in kept.items():  # peft leaves the adapter's copies there
+        parent, _, leaf = name.rpartition(".")
+        setattr(base.get_submodule(parent), leaf, original.requires_grad_(False))
+    _put_back(_OWN.pop(model, []))
+    return base
 
 
 def adapter_json(path: Path) -> dict[str, Any]:
@@ -138,8 +227,10 @@ def load_adapter(base: PreTrainedModel | PeftModel, path: str | Path) -> PeftMod
     """`base` with the LoRA adapter of a peft folder, in eval mode, LoRA trainable and float32. A
     PeftModel loses its present adapter first.
 
-    Strict: raises MismatchError that names missing keys, unexpected keys and other shapes, after
-    which `base` is bare again; UserError for a folder without a safetensors adapter.
+    The base embedding or head that peft keeps in the file of an adapter over them is loaded too,
+    and told where it is not the base's own. Strict: raises MismatchError that names missing keys,
+    unexpected keys and other shapes, after which `base` is bare again; UserError for a folder
+    without a safetensors adapter.
     """
     path = Path(path)
     config = read_adapter_config(path)
@@ -148,18 +239,64 @@ def load_adapter(base: PreTrainedModel | PeftModel, path: str | Path) -> PeftMod
     _require_bare(model)
     try:
         peft = _inject(model, config, seed=0)
-    except ValueError as error:  # peft finds none of the target modules
-        what = f"the adapter does not fit {type(model).__name__} ({error})"
+    except _REFUSALS as error:  # peft finds none of the target modules, or refuses one
+        what = (
+            f"the adapter does not fit {type(model).__name__}"
+            f" ({' '.join(str(error).split())[:300]})"
+        )
         raise MismatchError(
             what, where=path, remedy="Give the adapter's own base model."
         ) from error
+    inside = base_weights(peft, weights)
+    own = {name: weights.pop(name) for name in inside}
     try:
-        _check_keys(weights, adapter_state(peft), path)
+        _check_keys(
+            weights | own,
+            adapter_state(peft) | {n: p.data for n, p in inside.items()},
+            path,
+        )
     except MismatchError:
         remove_lora(peft)
         raise
+    _take_over(peft, {name: (inside[name], own[name]) for name in inside}, path)
     set_peft_model_state_dict(peft, weights)
     return cast(PeftModel, peft.eval())
+
+
+def base_weights(model: PeftModel, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters of the base model among `names`, as peft's files call them: where an adapter
+    is over the embedding or the head, or the vocabulary was resized, peft saves those of the base.
+    """
+    embeddings = [
+        layer
+        for find in ("get_input_embeddings", "get_output_embeddings")
+        if isinstance(layer := getattr(model, find, lambda: None)(), nn.Module)
+    ]
+    bare = {id(p) for layer in embeddings for p in layer.parameters()}
+    known = {
+        name: p
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if id(p) in bare and "lora_" not in name and "modules_to_save" not in name
+    }
+    wanted = set(names) - adapter_state(model).keys()
+    return {name: p for name, p in known.items() if name in wanted}
+
+
+def _take_over(
+    model: PeftModel, brought: Mapping[str, tuple[nn.Parameter, Tensor]], path: Path
+) -> None:
+    """Puts the adapter's own embedding in place of the base's where it is another one."""
+    for name, (parameter, tensor) in brought.items():
+        own = tensor.to(parameter.device, parameter.dtype)
+        if torch.equal(own, parameter.data):
+            continue
+        _log.warning(
+            "%s: the adapter brings its own %s, which is not the base model's; it is used",
+            path,
+            name,
+        )
+        _OWN[model].append((parameter, parameter.data))
+        parameter.data = own
 
 
 def _adapter_weights(file: Path) -> dict[str, Tensor]:

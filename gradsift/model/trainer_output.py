@@ -27,11 +27,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 from gradsift.errors import IntegrityError, MismatchError, UserError
 from gradsift.model.layers import some
 from gradsift.model.load import locate
-from gradsift.model.lora import ADAPTER_WEIGHTS, adapter_state, read_adapter_config
+from gradsift.model.lora import (
+    ADAPTER_WEIGHTS,
+    adapter_state,
+    base_weights,
+    read_adapter_config,
+)
 from gradsift.store.atomic import read_json
 from gradsift.types import Checkpoint
 
 OPTIMIZER, SCHEDULER, TRAINER = "optimizer.pt", "scheduler.pt", "trainer_state.json"
+WHOLE = "optimizer.bin"
 PLAIN = (
     "Take plain gradients (-o transform=none), or train again with gradsift.TrajectoryCallback,"
     " which keeps the moments by name."
@@ -94,7 +100,6 @@ def _sharded(folder: Path) -> str | None:
         "zero_to_fp32.py",
         "pytorch_model_fsdp*",
         "optimizer_[0-9]*",
-        "optimizer.bin",
     ):
         for path in sorted(folder.glob(pattern)):
             return path.name
@@ -229,11 +234,15 @@ def read_optimizer(
     path = folder / OPTIMIZER
     if not path.is_file():
         sharded = _sharded(folder)
-        what = (
-            f"the optimizer state is sharded ({sharded})"
-            if sharded
-            else f"no {OPTIMIZER}: the adapter was saved without optimizer state"
-        )
+        if sharded:
+            what = f"the optimizer state is sharded ({sharded})"
+        elif (folder / WHOLE).is_file():
+            what = (
+                f"the optimizer state is in {WHOLE}, as accelerate and FSDP write it, and not in a"
+                f" Trainer's {OPTIMIZER}"
+            )
+        else:
+            what = f"no {OPTIMIZER}: the adapter was saved without optimizer state"
         raise MismatchError(what, where=folder, remedy=PLAIN)
     saved = _load(path)
     try:
@@ -305,7 +314,6 @@ def _skeleton(folder: Path, base: nn.Module | None) -> PeftModel:
 
 
 def _check_adapter(folder: Path, model: PeftModel) -> None:
-    expected = {n: list(t.shape) for n, t in adapter_state(model).items()}
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
             found = {
@@ -317,6 +325,8 @@ def _check_adapter(folder: Path, model: PeftModel) -> None:
             where=folder / ADAPTER_WEIGHTS,
             remedy="Copy the checkpoint again.",
         ) from error
+    known = adapter_state(model) | {n: p.data for n, p in base_weights(model, found).items()}
+    expected = {n: list(t.shape) for n, t in known.items()}
     other = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
     if other:
         what = f"the adapter does not fit the base model at {some(other)}"

@@ -414,10 +414,12 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if devices:
             torch.cuda.set_rng_state_all(devices)
+        # Names that were not there before mean that the adapter could not be taken off: the error
+        # that led here says why, and is not to be hidden by another one.
         for name, p in model.named_parameters():
-            p.requires_grad_(wanted[name])
+            p.requires_grad_(wanted.get(name, False))
             p.grad = None
         for name, m in model.named_modules():
-            m.training = modes[name]
+            m.training = modes.get(name, False)
         if use_cache is not None:
             model.config.use_cache = use_cache

@@ -63,6 +63,24 @@ def _check(
         )
 
 
+def check_vocabulary(side: Pool, encoded: EncodedRows, tokens: int | None) -> None:
+    """Raises DataError, naming the row, for an id that is none of the `tokens` that the model
+    embeds (None = not known): a tokenizer with tokens that the model never got.
+    """
+    found = None if tokens is None else encoded.first_over(tokens)
+    if found is not None:
+        row, number = found
+        raise DataError(
+            f"has the token id {number:,}, and the model embeds {tokens:,} tokens: the tokenizer"
+            " beside it has more",
+            where=side.place(row),
+            remedy=(
+                "Give the tokenizer that the model was trained with, or save the model after"
+                " model.resize_token_embeddings(len(tokenizer))."
+            ),
+        )
+
+
 def check_encoded(target: Pool, encoded: EncodedRows) -> None:
     """Raises DataError, naming file and reason, for a file or a group of the target without a row
     that could be read and encoded.

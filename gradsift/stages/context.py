@@ -166,6 +166,9 @@ class Context:
                 self.make(self.encode_recipe(side), lambda artifact: self._encode(side, artifact))
             )
             self._encoded[side] = EncodedRows.load(artifact.path)
+            checks.check_vocabulary(
+                self.sides[side], self._encoded[side], load.vocabulary(self.config.model)
+            )
             if side == "target":  # before anything is spent
                 checks.check_encoded(self.sides[side], self._encoded[side])
         return self._encoded[side]

@@ -13,7 +13,11 @@ import pytest
 from gradsift.compute import threads
 from gradsift.compute.threads import POLICY, WAITING, Load, Waiting
 
-BUSY = "import sys; print(1, flush=True)\nwhile True: pass"
+# ends with the test, however that ends
+BUSY = (
+    "import os; print(1, flush=True); parent = os.getppid()\n"
+    "while os.getppid() == parent:\n for _ in range(10**6): pass"
+)
 
 
 class Seen(Load):

@@ -372,7 +372,6 @@ def test_8_bit_states_are_refused(theirs: Path) -> None:
         "global_step30/x.pt",
         "bf16_zero_pp_rank_0_optim_states.pt",
         "pytorch_model_fsdp_0/x",
-        "optimizer.bin",
     ],
 )
 def test_sharded_states_are_refused_by_name(theirs: Path, name: str) -> None:
@@ -385,6 +384,14 @@ def test_sharded_states_are_refused_by_name(theirs: Path, name: str) -> None:
     (last.path / "adapter_model.safetensors").unlink()
     with pytest.raises(MismatchError, match=r"sharded \(DeepSpeed or FSDP\)"):
         load_checkpoints(theirs)
+
+
+def test_a_whole_state_under_another_name_is_not_called_sharded(theirs: Path) -> None:
+    last = load_checkpoints(theirs)[-1]
+    (last.path / "optimizer.pt").rename(last.path / "optimizer.bin")
+    with pytest.raises(MismatchError, match=r"in optimizer\.bin, as accelerate") as refused:
+        read_moments(last)
+    assert "sharded" not in str(refused.value)
 
 
 def test_groups_that_fit_no_order_are_refused(theirs: Path) -> None:
