@@ -210,10 +210,52 @@ class Subset:
         return len(self.indices)
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a finished selection knows of one pool row: a method's `why(facts)` makes a sentence of
+    it.
+
+    Args:
+        rank: from 1 in pick order; None where the row was not picked.
+        gain, weight: those of the pick; None where there is none.
+        score: the note "score" of the row; None where the method ranks no rows.
+        tokens: supervised tokens of the row.
+        loss: nats per supervised token, of the base model or at the last checkpoint.
+        notes: the method's other notes: at this row where they are per row, else as they are.
+        target_rows: rows of the target; 0 without one.
+        tuned: target group -> (optimiser steps, rows) of the training on it.
+        checkpoints: how many checkpoints of the warm-up were read.
+    """
+
+    rank: int | None = None
+    gain: float | None = None
+    weight: float | None = None
+    score: float | None = None
+    tokens: int = 0
+    loss: float | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    target_rows: int = 0
+    tuned: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    checkpoints: int = 0
+
+    @property
+    def value(self) -> float | None:
+        """The gain of a pick, else the row's score."""
+        return self.gain if self.gain is not None else self.score
+
+    @property
+    def group(self) -> str | None:
+        """The target group that the method saw the row nearest to, where it says."""
+        return self.notes.get("nearest_group")
+
+
 @runtime_checkable
 class Selector(Protocol):
     """A method: a frozen dataclass of hyper-parameters. It never sees a model, tokenizer, device or
     path.
+
+    A method may also have `why(self, facts: Facts) -> str`: one clause without a full stop, in
+    words and with units, on what it saw in a row; its numbers are those of the row's score or gain.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]]

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from gradsift import rules
-from gradsift.types import Signal, Signals, Subset
+from gradsift.methods.words import figure
+from gradsift.types import Facts, Signal, Signals, Subset
 
 
 @dataclass(frozen=True)
@@ -84,3 +85,14 @@ class Bids:
             "nearest_group": np.array([groups[j] for j in columns[which].tolist()], dtype=object),
         }
         return Subset(indices=indices, gains=picks.gains.double().numpy(), notes=notes)
+
+    def why(self, facts: Facts) -> str:
+        if facts.value is None:
+            return "taken in the order of the file: every row has the same influence"
+        unit = " standard deviations" if self.standardise else ""
+        side = "above" if facts.value >= 0 else "below"
+        said = f"{figure(abs(facts.value))}{unit} {side} the mean of"
+        if facts.gain is not None:
+            return f"its influence on one target row stood {said} the picks before it"
+        whose = f"a row of {facts.group}" if facts.group is not None else "one target row"
+        return f"its influence on {whose} is at best {said} the picks"

@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from gradsift.types import Signal, Signals, Subset
+from gradsift.methods.words import figure
+from gradsift.types import Facts, Signal, Signals, Subset
 
 BM25 = Signal("bm25")
 
@@ -43,3 +44,7 @@ class Bm25:
         return nearest_by_turns(
             finite(signals, BM25), signals.target_groups, budget, self.aggregate, self.taken
         )
+
+    def why(self, facts: Facts) -> str:
+        whose = f"a row of {facts.group}" if facts.group is not None else "a target row"
+        return f"its words match those of {whose} with a BM25 score of {figure(facts.value or 0.0)}"

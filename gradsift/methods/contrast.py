@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from gradsift import rules
-from gradsift.types import Signal, Signals, Subset
+from gradsift.methods.words import answer, count, figure
+from gradsift.types import Facts, Signal, Signals, Subset
 
 LOSS, TUNED = Signal("loss"), Signal("tuned")
 
@@ -70,3 +71,16 @@ class Contrast:
         indices, gains, turn = by_turns(fall, budget)
         why[indices] = [groups[g] for g in turn]
         return Subset(indices=indices, gains=gains, notes={"score": score, "nearest_group": why})
+
+    def why(self, facts: Facts) -> str:
+        fall, group = facts.value or 0.0, facts.group
+        steps, rows = facts.tuned.get(str(group), (0, 0))
+        nats = f"{figure(abs(fall))} nats {'likelier' if fall >= 0 else 'less likely'}"
+        each = {"row": "", "sqrt": " per square root of its tokens", "token": " per token"}
+        after = (
+            f"after {count(steps, 'step')} on your {count(rows, 'row')}"
+            if steps
+            else "after training on your rows"
+        )
+        of = f" of {group}" if group is not None else ""
+        return f"its {answer(facts.tokens)} became {nats}{each[self.per]} {after}{of}"

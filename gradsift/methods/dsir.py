@@ -9,7 +9,8 @@ import numpy as np
 from pydantic import PositiveFloat
 
 from gradsift import rules
-from gradsift.types import Signal, Signals, Subset
+from gradsift.methods.words import figure
+from gradsift.types import Facts, Signal, Signals, Subset
 
 NGRAMS = Signal("ngrams")
 
@@ -51,3 +52,11 @@ class Dsir:
         ).numpy()
         gain = weights.numpy()
         return Subset(indices, gains=gain[indices], notes={"score": gain})
+
+    def why(self, facts: Facts) -> str:
+        value = facts.value or 0.0
+        side = "likelier" if value >= 0 else "less likely"
+        drawn = "drawn by weight: " if self.draw == "gumbel" and facts.rank is not None else ""
+        return (
+            f"{drawn}its words are {figure(abs(value))} nats {side} in the target than in the pool"
+        )

@@ -9,7 +9,8 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from gradsift import rules
-from gradsift.types import AdamForm, Rows, Signal, Signals, Subset
+from gradsift.methods.words import figure
+from gradsift.types import AdamForm, Facts, Rows, Signal, Signals, Subset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -193,6 +194,23 @@ class G2is:
         return rules.components.Components(
             means / lengths, torch.full((len(names),), 1 / len(names), dtype=torch.float64)
         )
+
+    def why(self, facts: Facts) -> str:
+        value = figure(facts.value or 0.0)
+        seen = (
+            f"its gradient has a cosine of {value} with the mean gradient of a target group"
+            if self._by_mean
+            else f"its weighted cosine with the target's principal directions is {value}"
+        )
+        if facts.rank is None:
+            return seen
+        walk = facts.notes.get("component", -1)
+        how = (
+            f"reached by the walk along direction {walk + 1} of the target"
+            if walk >= 0
+            else "taken after the walks had ended"
+        )
+        return f"{seen}; {how}"
 
 
 def _set(given: T | None, preset: T) -> T:

@@ -9,7 +9,8 @@ import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
 from gradsift import rules
-from gradsift.types import Rows, Signal, Signals, Subset
+from gradsift.methods.words import count, figure
+from gradsift.types import Facts, Rows, Signal, Signals, Subset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,6 +120,17 @@ class Gdig:
             if none := int((helped == 0).sum()) if least == 0 else 0:
                 notes["note"] += f"; {none:,} of these help none"
         return notes
+
+    def why(self, facts: Facts) -> str:
+        value = facts.value or 0.0
+        verb = "lowers" if value >= 0 else "raises"
+        rows = count(facts.target_rows, "trusted row")
+        said = (
+            f"training on it {verb} the loss of your {rows}: influence {figure(value)} in the mean"
+        )
+        cluster = facts.notes.get("cluster", -1)
+        drawn = f"; drawn from gradient cluster {cluster}" if cluster >= 0 else ""
+        return said + (drawn if facts.rank is not None else "")
 
 
 def threshold(helped: np.ndarray, m: int, budget: int) -> int:

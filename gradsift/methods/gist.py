@@ -9,7 +9,8 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from gradsift import rules
-from gradsift.types import Rows, Signal, Signals, Subset
+from gradsift.methods.words import figure
+from gradsift.types import Facts, Rows, Signal, Signals, Subset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,6 +88,20 @@ class Gist:
         return rules.components.principal(
             target, 1.0, by="count", centred=False, orient=False
         ).directions[: self.rank]
+
+    def why(self, facts: Facts) -> str:
+        group = facts.group if facts.group is not None else "the target"
+        inside = facts.notes.get("energy")
+        part = "" if inside is None else f", where {inside:.1%} of its squared length lies"
+        if self.energy:
+            return (
+                f"its gradient has {figure(facts.value or 0.0)} = cosine times share with the mean"
+                f" gradient of {group} inside the target's subspace{part}"
+            )
+        return (
+            f"its gradient has a cosine of {figure(facts.value or 0.0)} with the mean gradient of"
+            f" {group} inside the target's subspace{part}"
+        )
 
 
 def _cosines(rows: Rows, basis: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ import numpy as np
 from pydantic import NonNegativeFloat
 
 from gradsift import rules
-from gradsift.types import Rows, Signal, Signals, Subset
+from gradsift.methods.words import figure
+from gradsift.types import Facts, Rows, Signal, Signals, Subset
 
 TARGET = Signal("rows", side="target")
 
@@ -103,3 +104,11 @@ class Gradmatch:
                 " weight 1/n"
             )
         return Subset(indices=indices, gains=score[indices], weights=weights, notes=notes)
+
+    def why(self, facts: Facts) -> str:
+        whose = "target" if facts.target_rows else "pool"
+        weight = "" if facts.weight is None else f"; it weighs {figure(facts.weight)} in the match"
+        return (
+            f"the product of its gradient with the {whose}'s mean gradient is"
+            f" {figure(facts.value or 0.0)}{weight}"
+        )

@@ -9,7 +9,8 @@ import numpy as np
 from pydantic import PositiveFloat
 
 from gradsift import rules
-from gradsift.types import Signal, Signals, Subset
+from gradsift.methods.words import answer, figure
+from gradsift.types import Facts, Signal, Signals, Subset
 
 IFD = Signal("ifd")
 
@@ -67,3 +68,10 @@ class Ifd:
                 " filled with rows above"
             )
         return Subset(indices, gains=np.where(fine, value, -value)[indices], notes=notes)
+
+    def why(self, facts: Facts) -> str:
+        ratio = figure(facts.score or 0.0)
+        return (
+            f"with its instruction the {self.ratio} of its {answer(facts.tokens)} is {ratio} times"
+            " that of the answer alone"
+        )

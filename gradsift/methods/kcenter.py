@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from gradsift import rules
-from gradsift.types import Signal, Signals, Subset
+from gradsift.types import Facts, Signal, Signals, Subset
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,9 @@ class Kcenter:
         return Subset(
             indices=rules.kcenter.farthest_first(signals[signal], budget, rng=rng).numpy()
         )
+
+    def why(self, facts: Facts) -> str:
+        if facts.rank == 1:
+            return "drawn at random, to start from"
+        what = "embedding" if self.signal == "embeddings" else "gradient"
+        return f"its {what} was the farthest from those of all rows picked before it"

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from gradsift import rules
-from gradsift.types import Signal, Signals, Subset
+from gradsift.methods.words import count
+from gradsift.types import Facts, Signal, Signals, Subset
 
 
 @dataclass(frozen=True)
@@ -35,3 +36,6 @@ class Length:
         gain = signals.tokens.astype(np.float64) * (1 if self.order == "longest" else -1)
         indices = rules.topk.top(gain, budget).numpy()
         return Subset(indices=indices, gains=gain[indices], notes={"score": gain})
+
+    def why(self, facts: Facts) -> str:
+        return f"its answer has {count(round(abs(facts.value or 0.0)), 'supervised token')}"

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from gradsift import rules
-from gradsift.types import AdamForm, Signal, Signals, Subset
+from gradsift.methods.words import count, figure
+from gradsift.types import AdamForm, Facts, Signal, Signals, Subset
 
 
 @dataclass(frozen=True)
@@ -102,3 +103,20 @@ class Less:
             gains=gains,
             notes={"influence": score, "score": score, "nearest_group": why},
         )
+
+    def why(self, facts: Facts) -> str:
+        backend, value = self.influence.backend, figure(facts.value or 0.0)
+        group = facts.group if facts.group is not None else "the target"
+        if backend not in ("less", "less-mean", "cosine"):
+            return f"training on it helps {group}: influence {value} by {backend}"
+        adam = backend != "cosine" if self.transform is None else self.transform == "adam"
+        step = "optimiser step" if adam else "gradient"
+        whom = "the mean gradient" if self._merged else "the gradients of the rows"
+        if self.aggregate == "rows" and facts.gain is not None:
+            whom = "the gradient of a row"
+        over = (
+            f", mean over {count(facts.checkpoints, 'checkpoint')}"
+            if self.checkpoints == "mean" and facts.checkpoints
+            else ""
+        )
+        return f"its {step} has a cosine of {value} with {whom} of {group}{over}"

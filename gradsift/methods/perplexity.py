@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from gradsift import rules
-from gradsift.types import Signal, Signals, Subset
+from gradsift.methods.words import figure
+from gradsift.types import Facts, Signal, Signals, Subset
 
 LOSS = Signal("loss")
 
@@ -43,3 +44,10 @@ class Perplexity:
             gain = loss if self.band == "high" else -loss
         indices = rules.topk.top(gain, budget).numpy()
         return Subset(indices=indices, gains=gain[indices], notes={"score": gain})
+
+    def why(self, facts: Facts) -> str:
+        value = abs(facts.value or 0.0)
+        if self.band != "middle":
+            return f"the base model's loss on it is {figure(value)} nats per token"
+        loss = "" if facts.loss is None else f" ({figure(facts.loss)} nats per token)"
+        return f"its loss{loss} ranks {figure(value)} places from the middle of the pool's"

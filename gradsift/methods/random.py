@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from gradsift.types import Signal, Signals, Subset
+from gradsift.types import Facts, Signal, Signals, Subset
 
 
 @dataclass(frozen=True)
@@ -24,3 +24,6 @@ class Random:
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         return Subset(indices=rng.permutation(signals.n)[:budget].astype(np.int64))
+
+    def why(self, facts: Facts) -> str:
+        return "drawn at random"

@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from gradsift.types import Signal, Signals, Subset
+from gradsift.methods.words import figure
+from gradsift.types import Facts, Signal, Signals, Subset
 
 POOL, TARGET = Signal("embeddings"), Signal("embeddings", side="target")
 
@@ -46,3 +47,9 @@ class Rds:
 
         scores = products(signals[POOL], whole(signals[TARGET]))
         return nearest_by_turns(scores, signals.target_groups, budget, self.aggregate, self.taken)
+
+    def why(self, facts: Facts) -> str:
+        whose = f"a row of {facts.group}" if facts.group is not None else "a target row"
+        return (
+            f"its hidden states have a cosine of {figure(facts.value or 0.0)} with those of {whose}"
+        )

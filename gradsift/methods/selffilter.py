@@ -11,7 +11,8 @@ import numpy as np
 from pydantic import NonNegativeFloat, NonNegativeInt
 
 from gradsift import rules
-from gradsift.types import Signal, Signals, Subset
+from gradsift.methods.words import figure
+from gradsift.types import Facts, Signal, Signals, Subset
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,12 @@ class Selffilter:
         return Subset(
             found.indices.numpy(), gains=found.gains.numpy(), notes={"score": difficulty.numpy()}
         )
+
+    def why(self, facts: Facts) -> str:
+        score, gain = facts.score or 0.0, facts.gain
+        said = f"the score net finds it hard: difficulty {figure(score)}"
+        if score < 0:
+            said = f"the score net finds it easy: difficulty {figure(score)}"
+        if gain is None or figure(gain) == figure(score):
+            return said
+        return f"{said}, {figure(gain)} after the picks like it"

@@ -10,7 +10,8 @@ import numpy as np
 from pydantic import NonNegativeFloat, PositiveInt
 
 from gradsift import rules
-from gradsift.types import AdamForm, Rows, Signal, Signals, Subset
+from gradsift.methods.words import figure
+from gradsift.types import AdamForm, Facts, Rows, Signal, Signals, Subset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -208,6 +209,14 @@ class Tagcos:
             )
         gains = (atoms[torch.as_tensor(chosen, device=atoms.device)] @ centre).cpu().numpy()
         return _ClusterPicks(members[chosen], gains, found.coefficients.numpy(), len(members))
+
+    def why(self, facts: Facts) -> str:
+        cluster = facts.notes.get("cluster", -1)
+        whose = f"its cluster {cluster}" if cluster >= 0 else "its cluster"
+        return (
+            "the product of its gradient with the mean gradient of"
+            f" {whose} is {figure(facts.value or 0.0)}"
+        )
 
 
 @dataclass(frozen=True)

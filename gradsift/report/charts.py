@@ -8,7 +8,7 @@ from typing import Any
 
 import altair as alt
 
-from gradsift.report.data import Comparison, Group, Histogram, ReportData
+from gradsift.report.data import Comparison, Curve, Group, Histogram, Map, ReportData
 from gradsift.report.text import visible
 
 MAX_BARS = 20
@@ -26,6 +26,10 @@ def charts(data: ReportData) -> dict[str, dict[str, Any]]:
         made["clusters"] = _clusters(data)
     if data.lengths is not None and sum(data.lengths.counts):
         made["lengths"] = _lengths(data.lengths)
+    if data.map is not None and data.map.points:
+        made["map"] = _map(data.map)
+    if data.warmup is not None:
+        made["warmup"] = _warmup(data.warmup)
     if data.comparison is not None and any(
         row.value is not None for row in data.comparison.results
     ):
@@ -207,6 +211,80 @@ def _clusters(data: ReportData) -> alt.LayerChart:
     )
     return alt.layer(line.encode(x=x, y=y), points).properties(
         width="container", height=220, description="Rows and picks of each cluster."
+    )
+
+
+# A star of five points within a circle of radius 1.
+STAR = (
+    "M0,-1L.235,-.324L.951,-.309L.38,.124L.588,.809L0,.4L-.588,.809L-.38,.124L-.951,-.309"
+    "L-.235,-.324Z"
+)
+
+
+def _map(data: Map) -> alt.LayerChart:
+    """Dots of the pool below, stars of the target and picks above; `chosen` is the place of the
+    point that the reader has opened.
+    """
+    rows = [
+        {"i": place, "x": point.x, "y": point.y, "kind": point.kind}
+        for place, point in enumerate(data.points)
+    ]
+    axis = alt.Axis(tickCount=4, format="~g")
+    x = alt.X("x:Q", title=visible(data.x), scale=_domain([p.x for p in data.points]), axis=axis)
+    y = alt.Y("y:Q", title=visible(data.y), scale=_domain([p.y for p in data.points]), axis=axis)
+    base = alt.Chart().encode(x=x, y=y)
+
+    def dots(kind: str, **mark: Any) -> alt.Chart:
+        return base.transform_filter(f"datum.kind == '{kind}'").mark_point(
+            style=f"map-{kind}", filled=True, aria=False, cursor="pointer", **mark
+        )
+
+    chosen = alt.param(name="chosen", value=-1)
+    return (
+        alt.layer(
+            dots("pool", size=16, opacity=0.9),
+            dots("picked", size=36, opacity=0.95),
+            dots("target", size=150, opacity=1, shape=STAR, strokeWidth=0.6),
+            base.transform_filter("datum.i == chosen").mark_point(
+                style="map-chosen", filled=False, size=260, strokeWidth=2.5, aria=False
+            ),
+            data=_values(rows),
+        )
+        .add_params(chosen)
+        .properties(
+            width="container",
+            height=360,
+            description="Rows of the pool, of the target and picked rows in two dimensions.",
+        )
+    )
+
+
+def _domain(values: list[float]) -> alt.Scale:
+    """A scale with a margin at both ends; stated, for the layer of the chosen point is empty at
+    first and has no extent.
+    """
+    margin = 0.03 * (max(values) - min(values)) or 0.5
+    return alt.Scale(domain=[min(values) - margin, max(values) + margin], nice=False, zero=False)
+
+
+def _warmup(data: Curve) -> alt.LayerChart:
+    values = [{"step": place + 1, "loss": value} for place, value in enumerate(data.values)]
+    x = alt.X("step:Q", title="step", axis=alt.Axis(tickCount=6, format="d", grid=False))
+    y = alt.Y(
+        "loss:Q",
+        title=visible(data.label),
+        scale=alt.Scale(zero=False),
+        axis=alt.Axis(tickCount=4, format="~g"),
+    )
+    line = (
+        alt.Chart(_values(values))
+        .mark_line(style="picked-line", strokeWidth=1.5)
+        .encode(x=x, y=y, tooltip=[alt.Tooltip("step:Q"), alt.Tooltip("loss:Q", format=".4f")])
+    )
+    marks = alt.Chart(_values([{"step": step} for step in data.marks])).encode(x="step:Q")
+    rule = marks.mark_rule(style="cut", strokeWidth=1, strokeDash=[4, 3])
+    return alt.layer(rule, line).properties(
+        width="container", height=170, description="The loss of every step of the warm-up."
     )
 
 

@@ -123,6 +123,15 @@ class Turn(Part):
     cut: Int = 0  # characters left out of `content`
 
 
+class Near(Part):
+    """The target row nearest to a pool row. `how`: the measure in words, its value included."""
+
+    id: Text
+    place: Text = ""  # file:line
+    opening: Text = ""
+    how: Text = ""
+
+
 class Row(Part):
     id: Text
     group: Text
@@ -134,6 +143,7 @@ class Row(Part):
     influence: MaybeReal = None
     tokens: Int | None = None
     why: Text = ""
+    nearest: Near | None = None
 
     @property
     def opening(self) -> str:
@@ -192,6 +202,41 @@ class Comparison(Part):
     note: Text = ""
 
 
+class Point(Part):
+    """One row on the map. `text`: its turns, shortened; `cut`: characters left out."""
+
+    kind: Literal["pool", "target", "picked"]
+    x: Real
+    y: Real
+    id: Text
+    group: Text = ""
+    place: Text = ""  # file:line
+    rank: Int | None = None
+    text: Text = ""
+    cut: Int = 0
+
+
+class Map(Part):
+    """The pool in two dimensions. `x`, `y`: what the axes are; `note`: what is drawn and what is
+    left out, or, without points, why there is no map. Points: picks in pick order, then target
+    rows, then a sample of the pool's other rows.
+    """
+
+    title: Text = "Map of the rows"
+    x: Text = ""
+    y: Text = ""
+    note: Text = ""
+    points: Several[Point] = ()
+
+
+class Curve(Part):
+    """One value per optimiser step, from step 1; `marks`: steps to draw a line at."""
+
+    label: Text
+    values: Several[Real]
+    marks: Several[Int] = ()
+
+
 class Reproduce(Part):
     command: Text = ""
     seeds: dict[str, Option] = {}
@@ -216,6 +261,8 @@ class ReportData(Part):
     best: Several[Row] = ()
     borderline: Several[Row] = ()
     worst: Several[Row] = ()
+    map: Map | None = None
+    warmup: Curve | None = None
     coverage: Table | None = None
     agreement: Table | None = None
     timings: Several[Timing] = ()
@@ -297,6 +344,7 @@ def row_card(
     influence: float | None = None,
     tokens: int | None = None,
     why: str = "",
+    nearest: Near | None = None,
 ) -> Row:
     """An example as the report shows it: the first 12 turns, 4,000 characters of each, with what
     was left out counted.
@@ -312,6 +360,7 @@ def row_card(
         influence=influence,
         tokens=tokens,
         why=why,
+        nearest=nearest,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from gradsift.report.data import Comparison, Histogram, ReportData, Row
+from gradsift.report.data import Comparison, Curve, Histogram, ReportData, Row
 from gradsift.report.text import count, excerpt, number, pieces, seconds, share, size, visible
 
 MARKS = {"ok": "", "note": "Note: ", "warn": "Warning: "}
@@ -76,6 +76,9 @@ def render(data: ReportData) -> str:
             [plain(c.name), count(c.rows), count(c.picked), number(c.norm)] for c in data.clusters
         )
         lines += ["## Clusters", "", *table(["cluster", "rows", "picked", "norm"], rows, 1)]
+    if data.map:
+        where = " The map is in report.html." if data.map.points else ""
+        lines += [f"## {plain(data.map.title)}", "", f"{plain(data.map.note)}{where}", ""]
     for title, cards in (
         ("Best rows", data.best),
         ("Borderline rows", data.borderline),
@@ -83,6 +86,8 @@ def render(data: ReportData) -> str:
     ):
         if cards:
             lines += [f"## {title}", "", *(line for card in cards for line in _card(card))]
+    if data.warmup:
+        lines += _curve(data.warmup)
     for title, found in (
         ("What the gradients cover", data.coverage),
         ("Which selections agree", data.agreement),
@@ -179,6 +184,18 @@ def _histogram(title: str, data: Histogram) -> list[str]:
     return [f"## {title}", "", *cut, *table([plain(data.label), "rows", "picked"], rows, 1)]
 
 
+def _curve(data: Curve) -> list[str]:
+    """A dozen of the steps, the first, the last and the checkpoints among them."""
+    last = len(data.values)
+    steps = {1, last, *(step for step in data.marks if 0 < step <= last)}
+    steps |= set(range(1, last, max(1, -(-last // 10))))
+    rows = (
+        [count(step), number(data.values[step - 1]), "yes" if step in data.marks else ""]
+        for step in sorted(steps)
+    )
+    return ["## The warm-up", "", *table(["step", plain(data.label), "checkpoint"], rows, 0)]
+
+
 def _card(row: Row) -> list[str]:
     facts = {
         "rank": count(row.rank),
@@ -187,6 +204,9 @@ def _card(row: Row) -> list[str]:
         "tokens": count(row.tokens),
     }
     facts |= {"group": plain(row.group), "file": plain(row.place), "why": plain(row.why)}
+    if (near := row.nearest) is not None:
+        where = plain(near.place or near.id)
+        facts["nearest target row"] = f"{plain(excerpt(near.opening))} ({where}; {plain(near.how)})"
     lines = [
         f"### {plain(excerpt(row.opening, 60))}",
         "",

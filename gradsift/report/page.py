@@ -15,9 +15,10 @@ from markupsafe import Markup
 
 from gradsift.report import text
 from gradsift.report.charts import MAX_BARS, by_size, charts
-from gradsift.report.data import ReportData
+from gradsift.report.data import Point, ReportData
 
 HERE = Path(__file__).parent
+LISTED = 200  # points of the map that its table has
 
 
 @functools.cache
@@ -66,6 +67,29 @@ def _option(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
+def _rows(data: ReportData) -> list[dict[str, Any]]:
+    """What the map shows of each of its points, in their order. Scripts set it as text."""
+    return [
+        {
+            "x": point.x,
+            "y": point.y,
+            "kind": point.kind,
+            "about": _about(point),
+            "text": "".join(
+                f"[{piece}]" if control else piece for piece, control in text.pieces(point.text)
+            ),
+            "cut": point.cut,
+        }
+        for point in (data.map.points if data.map is not None else ())
+    ]
+
+
+def _about(point: Point) -> str:
+    kind = {"picked": f"pick {text.count(point.rank)}", "target": "target row", "pool": "pool row"}
+    named = (point.id, point.group and f"group {point.group}", point.place)
+    return " · ".join([kind[point.kind].strip(), *(text.visible(part) for part in named if part)])
+
+
 def script_json(value: Any) -> str:
     """JSON that may stand inside a script element: ASCII, and no character that the HTML parser
     reads.
@@ -101,7 +125,9 @@ def render(data: ReportData) -> str:
             charts=set(specs),
             policy=Markup(policy),
             style=Markup(style),
-            specs=Markup(script_json(specs)),
+            specs=Markup(script_json({"specs": specs, "rows": _rows(data)})),
+            listed=LISTED,
+            stars=data.map is not None and any(p.kind == "target" for p in data.map.points),
             bundle=Markup(bundle),
             script=Markup(script),
             groups=by_size(data.groups),

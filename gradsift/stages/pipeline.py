@@ -7,9 +7,9 @@ known before anything runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,15 +18,16 @@ from gradsift.compute import ray
 from gradsift.compute.progress import Told
 from gradsift.errors import DataError, IntegrityError, MismatchError
 from gradsift.gradients.objectives import Loss
+from gradsift.model.warmup import RECORD
 from gradsift.rules.blocks import Narrow
 from gradsift.signals.backends import backend, pool_transform, through_curvature
 from gradsift.stages import checks, curvature, influence, per_row, rows, tuned
 from gradsift.stages.context import Context
-from gradsift.stages.evidence import CurvatureEvidence, Evidence
+from gradsift.stages.evidence import CurvatureEvidence, Evidence, Helped, Vectors
 from gradsift.stages.recipe import Recipe
 from gradsift.store import provenance
 from gradsift.store.artifact import REPAIR
-from gradsift.store.atomic import marker
+from gradsift.store.atomic import marker, read_json
 from gradsift.store.rows import RowStore, RowView
 from gradsift.types import Signal, Signals
 
@@ -171,7 +172,77 @@ class Pipeline(Context):
                 "adapter": self.config.warmup.lora.seed,
                 "projection": self.config.gradients.seed,
             },
+            vectors=self._vectors(needs, {recipe.digest for recipe in read}),
+            helped=self._helped(needs),
+            tuned=(
+                {group: tuned.training(self, group) for group in tuned.groups(self)}
+                if any(signal.name == "tuned" for signal in self.at_hand(needs))
+                else {}
+            ),
+            **self._warmed(read),
         )
+
+    def _vectors(self, needs: frozenset[Signal], read: Collection[str]) -> Vectors | None:
+        """Rows to draw the pool by: gradients at the last checkpoint, else embeddings or features,
+        else the influence on every target row. Only those of the recipes `read`, by digest, so that
+        a report does not depend on what else the run holds.
+        """
+        signals = self.at_hand(needs)
+        last = self.checkpoint_count - 1
+        for signal in filter(reads_stored_rows, signals):
+            loss: Loss = (
+                backend(str(signal.backend)).loss if signal.name == "influence" else "cross-entropy"
+            )
+            made_by = rows.recipe(self, "pool", last, pool_transform(signal), loss)
+            pool = self._store(made_by, read)
+            if pool is not None:
+                wanted = "target" in self.sides
+                made_by = rows.recipe(self, "target", last, "none", loss) if wanted else None
+                target = None if made_by is None else self._store(made_by, read)
+                adam = pool_transform(signal) == "adam"
+                return _of_stores("gradients", pool, target, adam=adam)
+        for signal in signals:
+            if signal.side == "pool" and signal.name == "embeddings":
+                of = {
+                    side: self._store(per_row.embeddings_recipe(self, side), read)
+                    for side in self.sides
+                }
+                if (pool := of["pool"]) is not None:
+                    return _of_stores("embeddings", pool, of.get("target"))
+            if signal.name == "features":
+                columns = per_row.features(self, signal.fields)
+                return Vectors("features", columns, columns.isfinite().all(dim=1).numpy())
+        if (helped := self._helped(needs)) is not None and helped.scores.shape[1] > 1:
+            fine = helped.scores.isfinite().all(dim=1) & (helped.scores != 0).any(dim=1)
+            return Vectors("influence", helped.scores, fine.numpy())
+        return None
+
+    def _store(self, recipe: Recipe, read: Collection[str]) -> RowStore | None:
+        stored = self.stored(recipe) if recipe.digest in read else None
+        return None if stored is None else RowStore.open(stored.path)
+
+    def _helped(self, needs: frozenset[Signal]) -> Helped | None:
+        """The influence on every target row, where one was made through the curvature."""
+        for signal in filter(through_curvature, self.at_hand(needs)):
+            stored = self.stored(curvature.recipe(self, signal))
+            if stored is not None:
+                held = stored.tensors("scores.safetensors")
+                if held["scores"].shape[1] == len(held["target"]):
+                    return Helped(held["scores"], held["target"].numpy())
+        return None
+
+    def _warmed(self, read: Sequence[Recipe]) -> dict[str, Any]:
+        """The warm-up's losses and checkpoints, where the selection read them."""
+        if all(recipe.stage != "warmup" for recipe in read):
+            return {}
+        record = None
+        if self.warmup_from is None and (made := self.stored(self.warmup_recipe())) is not None:
+            record = read_json(made.path / RECORD)
+        losses = (record or {}).get("losses", [])
+        return {
+            "checkpoints": tuple(checkpoint.step for checkpoint in self.checkpoints()),
+            "warmup_losses": tuple(float(loss) for loss in losses),
+        }
 
     def _last_rows(self, needs: frozenset[Signal]) -> RowStore | None:
         """The pool's stored rows at the last checkpoint, of the first signal that reads any."""
@@ -215,6 +286,17 @@ class Pipeline(Context):
         return CurvatureEvidence(
             rows, extra["damping_to_mean_eigenvalue"], extra["rank"], extra.get("rank_agreement")
         )
+
+
+def _of_stores(
+    kind: Literal["gradients", "embeddings"],
+    pool: RowStore,
+    target: RowStore | None,
+    *,
+    adam: bool = False,
+) -> Vectors:
+    usable = None if target is None else target.usable.numpy()
+    return Vectors(kind, pool, pool.usable.numpy(), target, usable, adam)
 
 
 def signal_recipe(pipeline: Pipeline, signal: Signal) -> Recipe:

@@ -83,6 +83,19 @@ def steps_on(context: Context, group: str) -> int:
     )
 
 
+def training(context: Context, group: str) -> tuple[int, int]:
+    """(optimiser steps, rows) of the training on one group: of its rows that could be encoded."""
+    count = len(_taken(context, group))
+    return context.config.tuning.steps_for(count), count
+
+
+def _taken(context: Context, group: str) -> list[int]:
+    """The rows of a target group that could be encoded."""
+    codes = context.encoded("target").codes
+    groups = context.sides["target"].groups
+    return [i for i, other in enumerate(groups) if other == group and codes[i] == 0]
+
+
 def _fill(context: Context, group: str, artifact: Artifact) -> None:
     encoded = context.encoded("pool")
     keeper = Partial(artifact, len(encoded), context.config.gradients.shard_rows)
@@ -100,11 +113,7 @@ def _trained(context: Context, group: str) -> Iterator[tuple[Any, Any]]:
     trained in full stays in this process: only an adapter is small enough to travel.
     """
     target, settings = context.encoded("target"), context.config.tuning
-    taken = [
-        i
-        for i, other in enumerate(context.sides["target"].groups)
-        if other == group and target.codes[i] == 0
-    ]
+    taken = _taken(context, group)
     model = context.config.model
     context.progress.start(settings.steps_for(len(taken)), "steps", f"training on {group}")
     steps = Stopping(context.progress)

@@ -257,7 +257,11 @@ def test_the_report_says_what_was_done(less: Selection) -> None:
     assert {t.stage for t in data.timings} >= {"encode", "warmup", "gradients", "influence"}
     assert sum(g.picked_rows for g in data.groups) == 18
     assert len(data.best) == 18 and len(data.worst) == 20
-    assert all("nearest target group dev" in row.why for row in data.best)
+    assert all("with the mean gradient of dev" in row.why for row in data.best)
+    assert all(row.nearest is not None for row in (*data.best, *data.borderline))
+    assert data.map is not None and len(data.map.points) == 72 + 20
+    assert data.warmup is not None and len(data.warmup.values) == 30
+    assert data.warmup.marks == (10, 20, 30)
     assert data.scores is not None and sum(data.scores.picked) == 18
     assert (less.folder / "report.html").stat().st_size > 500_000
 

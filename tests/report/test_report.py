@@ -23,9 +23,13 @@ from gradsift.report import (
     Cluster,
     Compared,
     Comparison,
+    Curve,
     Group,
     Histogram,
+    Map,
     Method,
+    Near,
+    Point,
     ReportData,
     Reproduce,
     Row,
@@ -69,6 +73,40 @@ def card(number: int, *, evil: bool = False, rank: int | None = None) -> Row:
         gain=0.4 - 0.01 * number,
         tokens=9,
         why=EVIL if evil else "",
+        nearest=Near(
+            id=EVIL if evil else "t1", place="dev.jsonl:3", opening=EVIL, how="cosine 0.21"
+        ),
+    )
+
+
+def drawn() -> Map:
+    """Two picks, a target row and three rows of the pool, the first two in one place; one of them
+    hostile.
+    """
+    named = [
+        ("picked", 0.1, 0.2, "first pick", 1),
+        ("picked", 0.3, -0.2, EVIL, 2),
+        ("target", 0.25, 0.05, "a target row", None),
+        *(("pool", -0.1 * i, 0.1 * i, f"pool row {i}", None) for i in range(3)),
+    ]
+    return Map(
+        x="first principal direction (12.0% of the variance)",
+        y="second principal direction (5.0%)",
+        note="Gradients of two picks, one target row and three others.",
+        points=tuple(
+            Point(
+                kind=kind,
+                x=x,
+                y=y,
+                id=words,
+                group="math",
+                place="math.jsonl:1",
+                rank=rank,
+                text=f"user: {words}\n\nassistant: yes",
+                cut=3,
+            )
+            for kind, x, y, words, rank in named
+        ),
     )
 
 
@@ -124,6 +162,12 @@ def full() -> ReportData:
         best=(*(card(i, rank=i + 1) for i in range(3)), card(3, evil=True, rank=4)),
         borderline=(card(5, rank=276), card(6)),
         worst=(card(50),),
+        map=drawn(),
+        warmup=Curve(
+            label="loss (nats per token)",
+            values=tuple(2 + 1 / step for step in range(1, 31)),
+            marks=(10, 20, 30),
+        ),
         coverage=Table(
             columns=("module", "parameters", "share"),
             rows=(("q_proj", 4096, 1.0), (EVIL, 0, None)),
@@ -410,7 +454,7 @@ def test_json_inside_a_script_cannot_end_it() -> None:
 def test_charts_carry_the_numbers() -> None:
     data = full()
     specs = charts(data)
-    assert list(specs) == ["groups", "scores", "clusters", "lengths", "comparison"]
+    assert list(specs) == ["groups", "scores", "clusters", "lengths", "map", "warmup", "comparison"]
 
     def values(name: str, keep: Callable[[dict], bool] = lambda row: True) -> list[dict]:
         text = json.dumps(specs[name])

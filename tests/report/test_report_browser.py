@@ -190,7 +190,7 @@ def report(written: Callable[[ReportData], Path]) -> Path:
 
 
 DRAWN = "document.documentElement.dataset.charts === 'drawn'"
-CHARTS = ["comparison", "groups", "scores", "clusters", "lengths"]
+CHARTS = ["comparison", "groups", "scores", "map", "clusters", "lengths", "warmup"]
 
 
 @pytest.mark.parametrize("width, dark", [(1000, False), (1000, True), (390, False)])
@@ -339,4 +339,63 @@ def test_a_report_without_charts_has_no_script(
     assert page.js("document.scripts.length") == 0
     assert page.js("document.querySelector('.lead').textContent") == data.verdict[0].text
     assert path.stat().st_size < 40_000
+    assert page.complaints() == []
+
+
+MARKS = (
+    "(kind => [...document.querySelectorAll('[data-chart=map] svg .mark-symbol')].map(layer =>"
+    " [...layer.querySelectorAll('path')].map(mark => [mark.getAttribute('fill'),"
+    " mark.getBoundingClientRect().x + mark.getBoundingClientRect().width / 2,"
+    " mark.getBoundingClientRect().y + mark.getBoundingClientRect().height / 2])))()"
+)
+SHOWN = "document.querySelector('#map-row .role').textContent"
+
+
+def test_the_map_draws_each_kind_in_its_own_colour(page: Page, report: Path) -> None:
+    page.open(report)
+    page.wait(DRAWN)
+    pool, picked, target, chosen = page.js(MARKS)
+    assert [len(layer) for layer in (pool, picked, target, chosen)] == [3, 2, 1, 0]
+    assert [{mark[0] for mark in layer} for layer in (pool, picked, target)] == [
+        {"#8a939b"},
+        {"#0d7d72"},
+        {"#b4452c"},
+    ]
+    # right of and above one another as their numbers are
+    assert picked[0][1] < picked[1][1] and picked[0][2] < picked[1][2]
+
+
+def test_a_click_on_the_map_shows_the_row(page: Page, report: Path) -> None:
+    page.open(report)
+    page.wait(DRAWN)
+    assert page.js("document.querySelector('#map-row').innerText").startswith("Click a dot")
+    page.js("document.querySelector('[data-chart=map]').scrollIntoView({block: 'center'})")
+    _, x, y = page.js(MARKS)[2][0]
+    for kind in ("mousePressed", "mouseReleased"):
+        page.call("Input.dispatchMouseEvent", type=kind, x=x + 2, y=y, button="left", clickCount=1)
+    assert page.js(SHOWN).startswith("target row · a target row")
+    told = page.js("document.querySelector('#map-row').innerText")
+    assert "user: a target row" in told and "assistant: yes" in told and "3 more char" in told
+    page.wait(f"{MARKS}[3].length === 1")
+    ring = page.js(MARKS)[3][0]
+    assert ring[1:] == pytest.approx([x, y], abs=1)
+    page.js("document.querySelector('#map-row').scrollIntoView()")
+    assert page.complaints() == []
+
+
+def test_the_map_is_walked_by_keys(page: Page, report: Path) -> None:
+    page.open(report)
+    page.wait(DRAWN)
+    page.js("document.querySelector('#map-keys').focus()")
+    assert page.js("document.activeElement.getAttribute('aria-label')").startswith("Map of rows")
+    seen = []
+    for key in ("ArrowRight", "ArrowRight", "PageDown", "PageDown", "PageDown", "End", "Home"):
+        page.call("Input.dispatchKeyEvent", type="keyDown", key=key)
+        seen.append(page.js(SHOWN).split(" · ")[0])
+    assert seen == ["pick 1", "pick 2", "target row", "pool row", "pool row", "pool row", "pick 1"]
+    page.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
+    told = page.js("document.querySelector('#map-row').innerText")
+    assert "<script>window.__pwned=1</script>" in told and "[U+202E]" in told
+    assert page.js("document.querySelectorAll('#map-row script, #map-row img').length") == 0
+    assert page.js("typeof window.__pwned") == "undefined"
     assert page.complaints() == []

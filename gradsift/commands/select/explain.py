@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradsift import methods, report
+from gradsift.commands.select.map import draw, nearest_rows
 from gradsift.commands.select.result import Chosen
 from gradsift.commands.select.verdict import verdict_lines
 from gradsift.compute import machine
@@ -48,7 +49,11 @@ def report_data(
         if chosen.score is None
         else report.histogram(chosen.score, chosen.picked, label=f"{chosen.method} score", cut=cut)
     )
-    best, borderline, worst = _ends(chosen)
+    ends = _ends(chosen)
+    nearest = nearest_rows(chosen, [row for rows in ends for row in rows])
+    best, borderline, worst = (
+        tuple(_card(chosen, row, nearest.get(row)) for row in rows) for rows in ends
+    )
     return report.ReportData(
         title=f"{chosen.method}: {len(subset):,} of {pool.funnel['read']:,} rows",
         method=report.Method(
@@ -62,9 +67,11 @@ def report_data(
         scores=scores,
         clusters=tuple(_clusters(chosen)),
         lengths=report.histogram(tokens, chosen.picked, label="supervised tokens", upper=0.99),
-        best=tuple(best),
-        borderline=tuple(borderline),
-        worst=tuple(worst),
+        best=best,
+        borderline=borderline,
+        worst=worst,
+        map=draw(chosen),
+        warmup=_warmup(chosen),
         coverage=_coverage(chosen),
         agreement=agreement,
         timings=tuple(
@@ -191,37 +198,42 @@ def _clusters(chosen: Chosen) -> list[report.Cluster]:
     ]
 
 
-def _ends(chosen: Chosen) -> tuple[list[report.Row], list[report.Row], list[report.Row]]:
+def _warmup(chosen: Chosen) -> report.Curve | None:
+    losses = [loss for loss in chosen.evidence.warmup_losses if np.isfinite(loss)]
+    if len(losses) < 2 or len(losses) < len(chosen.evidence.warmup_losses):
+        return None
+    return report.Curve(
+        label="loss (nats per token)",
+        values=tuple(losses),
+        marks=chosen.evidence.checkpoints,
+    )
+
+
+def _ends(chosen: Chosen) -> tuple[list[int], list[int], list[int]]:
     """Best picks, rows on both sides of the cut, and the rows the method likes least."""
     subset, score = chosen.subset, chosen.score
     picks = np.asarray(subset.indices)
     if subset.gains is not None:
         picks = picks[np.argsort(-np.asarray(subset.gains), kind="stable")]
-    best = [_card(chosen, int(i)) for i in picks[:SHOWN]]
+    best = [int(i) for i in picks[:SHOWN]]
     if score is None:
         return best, [], []
     left = chosen.kept[~chosen.picked[chosen.kept]]
     left = left[np.argsort(-score[left], kind="stable")]
     near = [*picks[-SHOWN // 2 :], *left[: SHOWN // 2]]
-    return (
-        best,
-        [_card(chosen, int(i)) for i in near],
-        [_card(chosen, int(i)) for i in left[::-1][:SHOWN]],
-    )
+    return best, [int(i) for i in near], [int(i) for i in left[::-1][:SHOWN]]
 
 
-def _card(chosen: Chosen, row: int) -> report.Row:
-    pool, subset = chosen.pool, chosen.subset
-    where = np.flatnonzero(np.asarray(subset.indices) == row)
-    rank = int(where[0]) if len(where) else None
-    gain = float(subset.gains[rank]) if rank is not None and subset.gains is not None else None
+def _card(chosen: Chosen, row: int, nearest: report.Near | None) -> report.Row:
+    pool, subset, facts = chosen.pool, chosen.subset, chosen.facts(row)
     influence = subset.notes.get("influence")
     return report.row_card(
         pool[row],
         place=pool.place(row),
-        rank=None if rank is None else rank + 1,
-        gain=gain,
+        rank=facts.rank,
+        gain=facts.gain,
         influence=None if influence is None else float(influence[row]),
         tokens=int(chosen.evidence.supervised[row]),
         why=chosen.why(row),
+        nearest=nearest,
     )

@@ -16,7 +16,7 @@ from gradsift.commands.select.null import Null
 from gradsift.data.pool import Pool
 from gradsift.data.records import Dropped
 from gradsift.stages.evidence import Evidence
-from gradsift.types import Selector, Subset
+from gradsift.types import Facts, Selector, Subset
 
 
 @dataclass(frozen=True)
@@ -87,28 +87,52 @@ class Chosen:
         found = self.subset.notes.get("score")
         return None if found is None else np.asarray(found, dtype=np.float64)
 
+    @cached_property
+    def ranks(self) -> dict[int, int]:
+        """Pool row -> its place in pick order, from 0."""
+        return {int(row): place for place, row in enumerate(self.subset.indices)}
+
+    def facts(self, row: int) -> Facts:
+        """What this selection knows of a pool row."""
+        subset, place, evidence = self.subset, self.ranks.get(row), self.evidence
+
+        def of_pick(values: np.ndarray | None) -> float | None:
+            known = None if place is None or values is None else float(values[place])
+            return known if known is not None and np.isfinite(known) else None
+
+        score = None if self.score is None else float(self.score[row])
+        return Facts(
+            rank=None if place is None else place + 1,
+            gain=of_pick(subset.gains),
+            weight=of_pick(subset.weights),
+            score=score if score is not None and np.isfinite(score) else None,
+            tokens=int(evidence.supervised[row]),
+            loss=None if evidence.losses is None else float(evidence.losses[row]),
+            notes={name: self._note(value, row) for name, value in subset.notes.items()},
+            target_rows=0 if self.target is None else len(self.target),
+            tuned=evidence.tuned,
+            checkpoints=len(evidence.checkpoints),
+        )
+
+    def _note(self, value: Any, row: int) -> Any:
+        """A note of the method: at `row` where it has one value per pool row."""
+        if isinstance(value, np.ndarray) and value.ndim == 1 and len(value) == self.n:
+            return value[row].item() if isinstance(value[row], np.generic) else value[row]
+        return value
+
     def why(self, row: int) -> str:
-        """One line on a pool row: what the method saw in it."""
-        notes, parts = self.subset.notes, []
-        if self.score is not None and np.isfinite(self.score[row]):
-            parts.append(f"score {self.score[row]:.4g}")
-        if "nearest_group" in notes and notes["nearest_group"][row] is not None:
-            parts.append(f"nearest target group {notes['nearest_group'][row]}")
-        if "cluster" in notes and notes["cluster"][row] >= 0:
-            parts.append(f"gradient cluster {notes['cluster'][row]}")
+        """One line on a pool row: what the method saw in it, in its own words and units."""
         if row in self.screen.included:
-            parts = ["named in --include-ids"]
-        elif self.drawn[row]:
-            parts = ["drawn at random (--mix)"]
-        if not parts:
-            parts.append(
-                "drawn at random"
-                if self.method == "random"
-                else "chosen"
-                if self.picked[row]
-                else "not chosen"
-            )
-        return ", ".join(parts)
+            return "named in --include-ids"
+        if self.drawn[row]:
+            return "drawn at random (--mix)"
+        facts, explain = self.facts(row), getattr(self.selector, "why", None)
+        if explain is not None and (facts.rank is not None or facts.score is not None):
+            return explain(facts)
+        parts = [] if facts.score is None else [f"score {facts.score:.4g}"]
+        if facts.group is not None:
+            parts.append(f"nearest target group {facts.group}")
+        return ", ".join(parts) or ("chosen" if facts.rank is not None else "not chosen")
 
     def columns(self) -> dict[str, Sequence[Any]]:
         """Columns of scores.parquet over all pool rows, besides rank, gain and weight; what is

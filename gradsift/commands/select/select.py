@@ -309,16 +309,17 @@ def _write(pipeline: Pipeline, artifact: Artifact, chosen: Chosen, add_scores: b
     for fault in pipeline.run.trusted()[1]:
         pipeline.progress.note(f"not needed and not read: {fault}")
     agreement = matrix(pipeline.run, artifact)
-    write_report(
-        report_data(chosen, pipeline.timings, pipeline.run.commands[-1], agreement), artifact.path
-    )
+    data = report_data(chosen, pipeline.timings, pipeline.run.commands[-1], agreement)
+    write_report(data, artifact.path)
+    # in the terminal too
+    warnings = [line.text.removesuffix(".") for line in data.verdict if line.level == "warn"]
     numbers = {
         name: value for name, value in subset.notes.items() if isinstance(value, (int, float))
     }
     counts = {"selected": len(subset), "asked": chosen.asked, "read": pool.funnel["read"]}
     if DRAWN in subset.notes:
         counts["drawn"] = int(chosen.drawn.sum())
-    extra = {"warnings": chosen.warnings(), "notes": numbers}
+    extra = {"warnings": warnings, "notes": numbers}
     if chosen.null is not None:
         extra["null"] = chosen.null.plain()
     artifact.finish(files=files, counts=counts, extra=extra)

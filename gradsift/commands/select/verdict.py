@@ -9,8 +9,21 @@ from gradsift.commands.select.mix import DRAWN
 from gradsift.commands.select.result import Chosen
 from gradsift.rules.ranks import spearman
 
+# Where the mean answer of the picks is so many times longer or shorter than the pool's, a selection
+# may have chosen by length.
+LOPSIDED = 2.0
+
+
+def _lopsided(chosen: Chosen, tokens: np.ndarray) -> bool:
+    """Whether the picks' mean answer is far shorter or longer than the pool's, and not by request
+    (method `length`).
+    """
+    mine, all_ = tokens[chosen.picked].mean(), tokens[chosen.kept].mean()
+    return chosen.method != "length" and not all_ / LOPSIDED <= mine <= all_ * LOPSIDED
+
 
 def verdict_lines(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
+    """The sentences of the verdict; `tokens` [n]: supervised tokens of every pool row."""
     read, picked = chosen.pool.funnel["read"], chosen.picked
     share = tokens[picked].sum() / max(tokens[chosen.kept].sum(), 1)
     lines = [
@@ -25,7 +38,8 @@ def verdict_lines(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
                 f"They hold {100 * share:.1f} % of the supervised tokens; mean answer"
                 f" {tokens[picked].mean():.0f} tokens, in the pool"
                 f" {tokens[chosen.kept].mean():.0f}."
-            )
+            ),
+            level="warn" if len(chosen.subset) and _lopsided(chosen, tokens) else "ok",
         ),
     ]
     lines += [report.Verdict(text=text) for text in _constraint_lines(chosen)]
