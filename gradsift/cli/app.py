@@ -641,11 +641,15 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
         typer.echo(path)
 
 
-@app.command(epilog="Example: gradsift diff runs/a/select-0123456789ab runs/a/select-ba9876543210")
+@app.command(
+    epilog="Example: gradsift diff runs/a/select-less-01234567 runs/b/select-tagcos-89abcdef"
+)
 def diff(
     a: Annotated[
         Path,
-        typer.Argument(metavar="A", help="A selection (a select-... folder, or a run with one)."),
+        typer.Argument(
+            metavar="A", help="A selection: a select-... folder, or a run, whose newest is taken."
+        ),
     ],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
     as_json: AsJson = False,
@@ -659,6 +663,14 @@ def diff(
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
+    for name, folder, among in zip("ab", found["selections"], found["among"], strict=True):
+        taken = f"  (the newest of {among:,} selections there)" if among > 1 else ""
+        typer.echo(f"{name}         {folder}{taken}")
+    if max(found["among"]) > 1:
+        typer.echo(
+            "          Name a select-... folder in place of its run to compare another one.",
+            err=True,
+        )
     typer.echo(
         f"rows      {found['a']:,} and {found['b']:,}, {found['common']:,} in common (Jaccard"
         f" {found['jaccard']:.2f})"

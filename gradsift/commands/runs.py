@@ -34,7 +34,7 @@ def show(root: Path) -> dict[str, Any]:
                 if key in config
             }
             line |= {
-                "seconds": artifact.stats.get("wall_seconds"),
+                "seconds": _seconds(artifact),
                 "counts": artifact.manifest["counts"],
                 "about": about,
             }
@@ -42,6 +42,16 @@ def show(root: Path) -> dict[str, Any]:
         stages.append(line)
     stages.sort(key=lambda line: (line.get("finished", float("inf")), line["folder"]))
     return {"run": str(run.root), "commands": run.commands, "stages": stages}
+
+
+def _seconds(artifact: Artifact) -> float | None:
+    """Wall seconds of a stage; of a trial, those of its training and test, which ran before the
+    artifact was opened. None where stats.json is lost.
+    """
+    stats = artifact.stats
+    if artifact.stage == "trial" and "training" in stats:
+        return round(stats["training"] + stats.get("testing", 0.0), 3)
+    return stats.get("wall_seconds")
 
 
 def verify(
@@ -125,13 +135,14 @@ def report(root: Path) -> list[Path]:
 
 def diff(a: Path, b: Path) -> dict[str, Any]:
     """Two selections of one pool: rows each has, rows in common, Jaccard overlap, overlap among the
-    first j picks ("overlap_at": {j: share}), Spearman of the scores (None where one has none), and
-    the settings in which they differ (field: [a, b]).
+    first j picks ("overlap_at": {j: share}), Spearman of the scores (None where one has none), the
+    settings in which they differ (field: [a, b]), which folders were compared ("selections"), and
+    how many selections there were to take each from ("among"; 1 for a folder that was named).
 
     Raises MismatchError for selections of different pools: their rows have nothing to do with each
     other.
     """
-    first, second = _selection(a), _selection(b)
+    (first, among), (second, others) = _selection(a), _selection(b)
     from gradsift.report.agreement import correlation, indices, overlaps, same_pool
 
     if not same_pool(first, second):
@@ -144,6 +155,8 @@ def diff(a: Path, b: Path) -> dict[str, Any]:
     left, right = (set(rows.tolist()) for rows in picked)
     common = len(left & right)
     return {
+        "selections": [str(s.path) for s in (first, second)],
+        "among": [among, others],
         "a": len(left),
         "b": len(right),
         "common": common,
@@ -156,15 +169,18 @@ def diff(a: Path, b: Path) -> dict[str, Any]:
     }
 
 
-def _selection(path: Path) -> Artifact:
-    """A select-... folder, or the newest selection of a run."""
+def _selection(path: Path) -> tuple[Artifact, int]:
+    """A select-... folder, or the newest selection of a run; and how many there were to take it
+    from.
+    """
     if path.name.startswith("select-") and path.is_dir():
         artifact = Artifact.load(path)
         if artifact is not None and artifact.complete:
-            return artifact
-    newest = open_run(path).latest("select")
+            return artifact, 1
+    run = open_run(path)
+    newest = run.latest("select")
     if newest is None:
         raise DataError(
             "holds no finished selection", where=path, remedy="Run `gradsift select` first."
         )
-    return newest
+    return newest, sum(artifact.complete for artifact in run.artifacts("select"))

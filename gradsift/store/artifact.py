@@ -1,7 +1,7 @@
 """Artifacts: folders that are either complete or resumable.
 
-An artifact is a folder `<stage>-<first 12 digits of the recipe digest>`. `manifest.json` is written
-last: it exists = complete. The recipe names everything the content depends on, so a folder is found
+An artifact is a folder named by `folder_name`. `manifest.json` is written last: it exists =
+complete. The recipe names everything the content depends on, so a folder is found
 again by what it holds, never by when or where it was made.
 """
 
@@ -63,6 +63,16 @@ def recipe(
         "inputs": dict(inputs),
         "identity": dict(identity),
     }
+
+
+def folder_name(made_by: Mapping[str, Any]) -> str:
+    """The folder of an artifact: `<stage>-<first 12 digits of the recipe digest>`, with the method
+    between the two where the recipe names one.
+    """
+    method = made_by["config"].get("method")
+    named = isinstance(method, str) and method.isascii() and method.replace("_", "").isalnum()
+    parts = [made_by["stage"], *([method] if named else []), recipe_digest(dict(made_by))[:12]]
+    return "-".join(parts)
 
 
 def recipe_file(made_by: Mapping[str, Any], schema: int = SCHEMA) -> bytes:
@@ -162,7 +172,9 @@ class Artifact:
         self.recipe = dict(made_by)
         self.stage: str = self.recipe["stage"]
         self.digest = recipe_digest(self.recipe)
-        self.path = inside(root, f"{self.stage}-{self.digest[:12]}")
+        plain, name = f"{self.stage}-{self.digest[:12]}", folder_name(self.recipe)
+        # a selection of before folders were named after their method
+        self.path = inside(root, plain if (root / plain).is_dir() else name)
         self._opened = time.monotonic()
         # spent on other artifacts since this one was opened
         self.seconds_elsewhere: Callable[[], float] = lambda: 0.0

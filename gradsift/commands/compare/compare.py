@@ -403,7 +403,7 @@ def _commanded(
 def _keep(pipeline: Pipeline, result: Comparison, choices: Sequence[ArmRows]) -> Comparison:
     """Writes the comparison down and into the reports of the selections it is about."""
     inputs = {
-        f"{i:03d}": choice.selection.folder.name
+        f"{i:03d}": f"select-{choice.selection.folder.name[-12:]}"
         for i, choice in enumerate(choices)
         if choice.selection is not None
     }
@@ -417,7 +417,8 @@ def _keep(pipeline: Pipeline, result: Comparison, choices: Sequence[ArmRows]) ->
         write_atomic(artifact.path / "comparison.md", result.markdown().encode())
         artifact.finish(files={}, counts={"arms": len(result.arms)})
 
-    pipeline.make(Recipe("compare", {"result": recipe_digest(costs.summary())}, inputs), fill)
+    made_by = Recipe("compare", {"result": recipe_digest(costs.summary())}, inputs)
+    artifact = pipeline.make(made_by, fill)
     for choice in choices:
         if choice.selection is not None:
             data = ReportData.model_validate_json(
@@ -426,4 +427,4 @@ def _keep(pipeline: Pipeline, result: Comparison, choices: Sequence[ArmRows]) ->
             write_report(
                 data.model_copy(update={"comparison": result.panel()}), choice.selection.folder
             )
-    return result
+    return replace(result, folder=artifact.path)

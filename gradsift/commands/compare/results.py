@@ -13,6 +13,8 @@ from gradsift import report
 from gradsift.compute.progress import duration
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
     from gradsift.commands.select.select import Selection
@@ -84,7 +86,8 @@ class Results:
 @dataclass(frozen=True)
 class Comparison:
     """All that `gradsift compare` found. settings: what was trained and how; overlap: pool rows
-    left out because they share 13 words with a test; cost: minutes of choosing and training.
+    left out because they share 13 words with a test; cost: minutes of choosing and training;
+    folder: where comparison.md is.
     """
 
     control: str
@@ -95,6 +98,8 @@ class Comparison:
     overlap: int = 0
     cost: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    # where it is kept; no part of a summary
+    folder: Path | None = field(default=None, compare=False, repr=False)
 
     def table(
         self, test: str | None = None, measure: str = "loss", equal: str | None = None
@@ -116,9 +121,12 @@ class Comparison:
 
     def summary(self) -> dict[str, Any]:
         plain = replace(
-            self, arms=tuple(replace(arm, draws=(), selection=None) for arm in self.arms)
+            self,
+            arms=tuple(replace(arm, draws=(), selection=None) for arm in self.arms),
+            folder=None,
         )
         summary = asdict(plain)
+        del summary["folder"]
         for arm in summary["arms"]:
             del arm["draws"], arm["selection"]
         for table in summary["tables"]:
@@ -156,7 +164,18 @@ class Comparison:
             lines += [*self._heading(table), *self._body(table), ""]
         lines += [f"cost      {text}" for text in self.spent()]
         lines += [f"note      {text}" for text in ("* = the interval leaves out 0", *self.notes)]
-        return lines
+        return lines + [f"{kind:<10}{path}" for kind, path in self.paths()]
+
+    def paths(self) -> list[tuple[str, Path]]:
+        """What was written: the comparison, then the report and the chosen rows of each method."""
+        found = [] if self.folder is None else [("compared", self.folder / "comparison.md")]
+        for arm in self.arms:
+            if arm.kind == "method" and arm.selection is not None:
+                found += [
+                    ("report", arm.selection.report),
+                    ("subset", arm.selection.subset_path),
+                ]
+        return list(dict.fromkeys(found))
 
     def spent(self) -> list[str]:
         """What a training takes, on a choice and on everything, and what choosing took: a sentence
