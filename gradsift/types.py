@@ -256,6 +256,8 @@ class Selector(Protocol):
 
     A method may also have `why(self, facts: Facts) -> str`: one clause without a full stop, in
     words and with units, on what it saw in a row; its numbers are those of the row's score or gain.
+    And `notices(self, n: int, budget: int) -> list[str]`: what `gradsift plan` is to warn of when
+    `budget` of n rows are chosen.
     """
 
     target: ClassVar[Literal["required", "optional", "none"]]

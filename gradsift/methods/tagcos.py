@@ -16,6 +16,8 @@ from gradsift.types import AdamForm, Facts, Rows, Signal, Signals, Subset
 if TYPE_CHECKING:
     from torch import Tensor
 
+LEAST_ROWS = 4  # of a cluster, on average: the mean of fewer is hardly a direction of its own
+
 
 @dataclass(frozen=True)
 class Tagcos:
@@ -32,6 +34,9 @@ class Tagcos:
     pool's mean feature (`cosine=true`: to the clusters' directions, by their shares); a row that a
     repeated match or the fill added weighs 1 / n, its own in that mean, and a note says how many
     did. By default coefficients are dropped, as in the released code.
+
+    clusters: with `fill=nearest` at most as many as there are rows to choose, and one for every
+    four rows; where that is fewer, the report and the plan say so.
 
     fill: "nearest" = cluster budgets by largest remainder, so that they sum to the budget, and rows
     nearest to the centroid complete a share that matching leaves open; "none" = every cluster's
@@ -79,12 +84,33 @@ class Tagcos:
         """Whether the budget is met to the row."""
         return (self.fill or ("none" if self.preset == "released" else "nearest")) == "nearest"
 
+    def settled(self, n: int, budget: int) -> int:
+        """How many clusters n rows are put into for a budget: no more than there are rows to
+        choose, and four rows in each on average. Where shares are rounded down, as in the released
+        code, as many as asked.
+        """
+        if not self.exact:
+            return min(self.clusters, n)
+        return max(1, min(self.clusters, budget, n // LEAST_ROWS))
+
+    def notices(self, n: int, budget: int) -> list[str]:
+        """What there is to say before n rows are clustered."""
+        settled = self.settled(n, budget)
+        if settled == self.clusters or not self.exact:
+            return []
+        why = (
+            f"no more than the {budget:,} rows to choose"
+            if settled == budget
+            else f"{n:,} rows fill no more, {LEAST_ROWS} in each on average"
+        )
+        return [f"{settled:,} clusters in place of {self.clusters:,}: {why}"]
+
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         rows: Rows = signals[self.rows]
         n = rows.shape[0]
         found = rules.kmeans.fit(
             rows,
-            min(self.clusters, n),
+            self.settled(n, budget),
             rng=rng,
             cosine=self.cosine,
             iterations=self.iterations,
@@ -122,7 +148,8 @@ class Tagcos:
         }
         notes["centroid_norms"] = np.array([float(centre.norm()) for centre in found.centres])
         notes |= {"seats": int(seats.sum()), "matched": matched}
-        told = [lopsided(sizes)] if 2 * sizes.max() > n and len(sizes) > 2 else []
+        told = self.notices(n, budget)
+        told += [lopsided(sizes)] if 2 * sizes.max() > n and len(sizes) > 2 else []
         told += self._counts(budget, int(seats.sum()), len(order), matched)
         return Subset(
             indices=np.array([picks[c].members[rank] for rank, c in order], dtype=np.int64),

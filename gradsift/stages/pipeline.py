@@ -193,7 +193,9 @@ class Pipeline(Context):
             loss: Loss = (
                 backend(str(signal.backend)).loss if signal.name == "influence" else "cross-entropy"
             )
-            made_by = rows.recipe(self, "pool", last, pool_transform(signal), loss)
+            made_by = rows.recipe(
+                self, "pool", last, pool_transform(signal), loss, signal.adam_form
+            )
             pool = self._store(made_by, read)
             if pool is not None:
                 wanted = "target" in self.sides

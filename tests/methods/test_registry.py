@@ -73,6 +73,24 @@ def test_tagcos_floors_are_of_the_share_where_the_budget_is_one() -> None:
     assert seats(7, None) == [0] * 8  # seven of 159 rows are below a twentieth
 
 
+def test_tagcos_makes_no_more_clusters_than_rows_and_budget_can_fill() -> None:
+    rows = clustered([10] * 8)
+    for options, budget, count in (
+        ({}, 20, 20),  # not 100: one for every four rows, and no more than rows to choose
+        ({}, 12, 12),
+        ({"clusters": 6}, 12, 6),
+        ({"preset": "released"}, 12, 80),  # as asked, as far as there are rows
+    ):
+        chosen = choose(make("tagcos", {"restarts": 1, **options}), rows, budget)
+        assert chosen.notes["cluster"].max() + 1 == count
+        said = f"{count} clusters in place of 100"
+        assert (said in str(chosen.notes.get("note"))) == (options == {})
+    unbound = make("tagcos")
+    assert unbound.settled(4_000, 100) == 100 and not unbound.notices(4_000, 100)  # type: ignore[attr-defined]
+    (few,) = unbound.notices(40, 30)  # type: ignore[attr-defined]
+    assert few == "10 clusters in place of 100: 40 rows fill no more, 4 in each on average"
+
+
 def test_tagcos_in_tight_clusters_halves_the_error_of_random() -> None:  # T1.9
     generator = torch.Generator().manual_seed(3)
     centre = torch.nn.functional.normalize(torch.randn(256, generator=generator), dim=0)

@@ -33,7 +33,7 @@ UNITS = {
     "gdig": "influence",
     "gist": "cosine",
     "gradmatch": "product of its gradient",
-    "ifd": "perplexity of its 104-token answer",
+    "ifd": "the loss of its 104-token answer is 0.457 times",
     "kcenter": "farthest",
     "length": "supervised tokens",
     "less": "cosine",
@@ -97,6 +97,7 @@ def test_the_example_of_contrast_reads_as_a_person_would_say_it() -> None:
         ("gist", {"energy": "true"}, "cosine times share"),
         ("bids", {"standardise": "false"}, "stood 10.2 above the mean"),
         ("contrast", {"per": "sqrt"}, "nats likelier per square root of its tokens"),
+        ("ifd", {"ratio": "perplexity"}, "the perplexity of its 104-token answer is"),
         ("kcenter", {"signal": "rows"}, "its gradient was the farthest"),
     ],
 )

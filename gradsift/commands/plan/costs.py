@@ -215,7 +215,8 @@ def select_cost(pipeline: Pipeline, selector: Selector, rows: int, rates: Rates)
     """k-means, the graph of neighbours, or matching (a row of products for every pick, inside its
     cluster) dominates where a method does it; elsewhere selecting is reading the signals once.
     """
-    n, clusters = len(pipeline.sides["pool"]), getattr(selector, "clusters", 0)
+    n = len(pipeline.sides["pool"])
+    clusters = _clusters(selector, n, rows)
     # greedy k-means++ costs about that many passes besides
     steps = getattr(selector, "iterations", 0) + 8
     pairs = n * n / 2 if hasattr(selector, "neighbours") and hasattr(selector, "exact") else 0
@@ -237,6 +238,12 @@ def select_cost(pipeline: Pipeline, selector: Selector, rows: int, rates: Rates)
         int(rows * mean_bytes + 24 * n + 1_200_000),
         seconds,
     )
+
+
+def _clusters(selector: Selector, n: int, rows: int) -> int:
+    """How many clusters a method makes of n rows to choose `rows`; 0 for one that makes none."""
+    settled = getattr(selector, "settled", None)
+    return getattr(selector, "clusters", 0) if settled is None else settled(n, rows)
 
 
 def screening_seconds(pipeline: Pipeline, limits: Constraints, rates: Rates) -> float:

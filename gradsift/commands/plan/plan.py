@@ -41,7 +41,7 @@ SAMPLE = 2000  # rows that are encoded to learn token counts, where the encoding
 @dataclass(frozen=True)
 class Plan:
     """The stages of a selection with their cost. `read`, `dropped`, `usable`: pool rows; `tokens`
-    of the pool; totals over what is not there yet.
+    of the pool; totals over what is not there yet; `warnings`: of the method, at so many rows.
     """
 
     method: str
@@ -55,6 +55,7 @@ class Plan:
     seconds: float
     peak_bytes: int
     spread: Spread | None = None
+    warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,7 +76,8 @@ class Plan:
             f"total    {duration(self.seconds)}, {self.bytes / 1e6:,.1f} MB on disk,"
             f" {self.peak_bytes / 1e6:,.0f} MB of memory at the most"
         )
-        return "\n".join(lines if self.spread is None else [*lines, self.spread.line()])
+        lines += [] if self.spread is None else [self.spread.line()]
+        return "\n".join([*lines, *(f"warning  {text}" for text in self.warnings)])
 
 
 def plan(
@@ -193,6 +195,7 @@ def _plan(
         seconds=sum(stage.seconds for stage in stages) if over is None else over.seconds,
         peak_bytes=peak_bytes(pipeline, selector, rates, limits),
         spread=over,
+        warnings=tuple(getattr(selector, "notices", lambda n, budget: [])(len(candidates), rows)),
     )
 
 
