@@ -27,6 +27,7 @@ NOTES = {"nearest_group": "dev", "cluster": 3, "component": 0, "energy": 0.125}
 # a word of the unit or the thing that each method measures
 UNITS = {
     "bids": "standard deviations",
+    "bm25": "BM25 score",
     "contrast": "nats likelier after 13 steps on your 20 rows of dev",
     "dsir": "nats likelier in the target than in the pool",
     "g2is": "cosine",

@@ -6,16 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from gradsift.commands.select.choose import narrow
 from gradsift.commands.select.constraints import Screen
-from gradsift.errors import DataError
+from gradsift.errors import DataError, UserError
 from gradsift.stages.pipeline import Pipeline
-from gradsift.types import Selector, Signals, Subset
+from gradsift.types import Selector, Signals
 
 SEED = 20_260_218  # of the draws: the same rows for every method and seed of a selection
 DRAWS = 5
@@ -30,11 +30,16 @@ def draws_for(selector: Selector) -> int:
 
 @dataclass(frozen=True)
 class Null:
-    """How the picks' scores toward the target stand to those toward rows drawn from the pool.
+    """How far the picks' scores stand above the pool's, toward the target and toward rows drawn from
+    the pool.
+
+    Scores of different targets have different scales (longer rows match more words; a mean of many
+    kinds is near every row). So each is measured in the pool's own spread: mean score of the picks
+    less that of all candidates, over the standard deviation of the candidates' scores.
 
     Args:
-        target: mean score of the picks toward the target, in the method's own unit.
-        draws: the same toward each draw.
+        target: toward the target.
+        draws: toward each draw.
         rows: target rows of a draw.
     """
 
@@ -47,21 +52,12 @@ class Null:
         """Whether the target's picks score higher than those of every draw."""
         return self.target > max(self.draws)
 
-    @property
-    def deviations(self) -> float | None:
-        """Standard deviations of the draws between their mean and the target's; None where there is
-        no telling.
-        """
-        spread = stdev(self.draws) if len(self.draws) > 1 else 0.0
-        return (self.target - fmean(self.draws)) / spread if spread > 0 else None
-
     def plain(self) -> dict[str, Any]:
         """As JSON."""
         return {
             "target": self.target,
             "draws": list(self.draws),
             "rows": self.rows,
-            "deviations": self.deviations,
             "above": self.above,
         }
 
@@ -71,21 +67,18 @@ class Null:
         drawn = (
             f"{len(self.draws)} draws of {self.rows:,} pool rows"
             if many
-            else (f"{self.rows:,} rows drawn from the pool")
+            else f"{self.rows:,} rows drawn from the pool"
         )
-        span = f" ({min(self.draws):.4g} to {max(self.draws):.4g})" if many else ""
-        far = (
-            ""
-            if self.deviations is None
-            else f", {self.deviations:+.1f} standard deviations of them"
-        )
+        span = f" ({min(self.draws):.2f} to {max(self.draws):.2f})" if many else ""
         said = (
-            f"Null target: the picks score {self.target:.4g} toward the target on average, and"
-            f" {fmean(self.draws):.4g}{span} toward {drawn} in its place{far}."
+            f"Null target: the picks' scores stand {self.target:.2f} standard deviations above the"
+            f" pool's; toward {drawn} in the target's place {fmean(self.draws):.2f}{span}."
         )
         if self.above:
             return said
-        return f"{said} These scores do not see the target: take random rows, or train longer."
+        return (
+            f"{said} These scores tell the target from no other: take random rows, or train longer."
+        )
 
 
 def against_null(
@@ -132,7 +125,9 @@ def _as_target(pipeline: Pipeline, rows: np.ndarray, groups: Sequence[str]) -> A
 def _score(
     selector: Selector, signals: Signals, kept: np.ndarray, candidates: np.ndarray, k: int
 ) -> float:
-    """Mean score of the k rows that the method chooses by itself among `candidates` (pool rows)."""
+    """How far the k rows that the method chooses by itself among `candidates` (pool rows) stand
+    above them all, in standard deviations of their scores; 0 where all score the same.
+    """
     places = np.flatnonzero(np.isin(kept, candidates))
     given = replace(narrow(signals, places, selector.needs()), share=None)
     try:
@@ -142,16 +137,14 @@ def _score(
         raise DataError(
             f"{name} cannot choose toward a null target: {error}", remedy="Leave --null out."
         ) from error
-    return float(np.mean(_of_picks(found)))
-
-
-def _of_picks(found: Subset) -> np.ndarray:
-    """What the method thinks of each pick: its influence or score, whose unit does not depend on
-    what was picked before; else its gain.
-    """
-    for name in ("influence", "score"):
-        if name in found.notes:
-            return np.asarray(found.notes[name], dtype=np.float64)[found.indices]
-    if found.gains is None:
-        raise DataError("the method scores no rows: there is nothing to compare with a null target")
-    return np.asarray(found.gains, dtype=np.float64)
+    # what the method thinks of a row whatever was picked before it
+    score = found.notes.get("influence", found.notes.get("score"))
+    if score is None:
+        raise UserError(
+            f"{type(selector).__name__.lower()} gives rows no score that a null target could be"
+            " compared by",
+            remedy="Leave --null out.",
+        )
+    score = np.asarray(score, dtype=np.float64)
+    spread = score.std()
+    return float((score[found.indices].mean() - score.mean()) / spread) if spread > 0 else 0.0
