@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -40,15 +40,38 @@ class Settings(BaseModel):
         return self.model_dump(mode="json")
 
 
+class FileSettings(Settings):
+    """How the rows of one source are read, where that is not how the others are."""
+
+    format: str | None = None
+    mapping: dict[str, str] | None = None
+
+
 class PoolSettings(Settings):
-    """How rows are read."""
+    """How rows are read. `mapping`: our field -> theirs; `files`: the name of a source -> its own
+    format and mapping.
+    """
 
     format: str = "auto"
     group_field: str | None = None
     id_field: str = "id"
     mapping: dict[str, str] | None = None
+    files: dict[str, FileSettings] = {}
     max_bad_rows: float | int = Field(default=0.05, ge=0)
     dedup: Literal["none", "exact"] = "none"
+
+
+class TargetSettings(Settings):
+    """The same for the rows of targets and tests. A format or mapping of the pool holds for them
+    too, where it fits, unless they have their own.
+    """
+
+    format: str | None = None
+    group_field: str | None = None
+    id_field: str | None = None
+    mapping: dict[str, str] | None = None
+    files: dict[str, FileSettings] = {}
+    max_bad_rows: float | int | None = Field(default=None, ge=0)
 
 
 class EncodeSettings(Settings):
@@ -273,12 +296,13 @@ class TuningSettings(FinetuneSettings):
 
 
 class Config(Settings):
-    """All stages. TOML sections carry the field names: [pool], [encode], [model], [warmup],
-    [gradients], [curvature], [tuning] (on target rows, for the signal "tuned"), [finetune] (on
-    subsets, to judge them), [machine].
+    """All stages. TOML sections carry the field names: [pool], [target] (how the rows of targets
+    and tests are read), [encode], [model], [warmup], [gradients], [curvature], [tuning] (on target
+    rows, for the signal "tuned"), [finetune] (on subsets, to judge them), [machine].
     """
 
     pool: PoolSettings = PoolSettings()
+    target: TargetSettings = TargetSettings()
     encode: EncodeSettings = EncodeSettings()
     model: ModelSettings = ModelSettings()
     warmup: WarmupSettings = WarmupSettings()
@@ -287,6 +311,15 @@ class Config(Settings):
     tuning: TuningSettings = TuningSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     machine: MachineSettings = MachineSettings()
+
+    def reading(self, side: Literal["pool", "target"]) -> PoolSettings:
+        """How the rows of a side are read: those of the target as its own settings say, and as the
+        pool's say where it has none.
+        """
+        if side == "pool":
+            return self.pool
+        own = {name: value for name, value in self.target if value is not None}
+        return self.pool.model_copy(update={"group_field": None, **own})
 
     def with_values(self, section: str, where: str = "flags", **values: Any) -> Config:
         """A copy with `values` (those that are not None) set in one section; raises ConfigError or
@@ -325,6 +358,9 @@ def _explain(error: ValidationError, where: str | Path) -> ConfigError | Unknown
 def _known(path: list[str]) -> list[str]:
     model: Any = Config
     for part in path:
+        if not hasattr(model, "model_fields"):  # records by the name of a source
+            model = get_args(model)[-1]
+            continue
         model = model.model_fields[part].annotation
     return [".".join([*path, name]) for name in model.model_fields]
 

@@ -113,6 +113,7 @@ main()
 """
 POOL = ["--pool", "pool.jsonl", "--model", "tiny", "--run", "new"]
 SELECT = ["select", "length", *POOL, "--budget", "5"]
+LESS = ["select", "less", *POOL, "--budget", "5", "--target", "pool.jsonl"]
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "method": (
         ["select", "lesss", *POOL, "--budget", "5"],
@@ -166,7 +167,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
             "select",
             "length",
             "--pool",
-            "pool.csv",
+            "pool.xls",
             "--model",
             "tiny",
             "--run",
@@ -174,7 +175,61 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
             "--budget",
             "5",
         ],
-        "pool.csv: .csv is not a kind of file gradsift reads",
+        "pool.xls: .xls is not a kind of file gradsift reads",
+    ),
+    "pattern": (
+        ["inspect", "--pool", "*.parquet"],
+        "*.parquet: the pattern names no file",
+    ),
+    "group": (
+        [*SELECT, "--pool-group", "kinds"],
+        "no row has the field 'kinds' to group by. Did you mean 'kind'?",
+    ),
+    "map": ([*SELECT, "--map", "question"], "--map question: not OURS=THEIRS"),
+    "field of a map": (
+        [*SELECT, "--map", "instrucion=question"],
+        "unknown field of the mapping 'instrucion'. Did you mean 'instruction'?",
+    ),
+    "name in a map": (
+        [*SELECT, "--map", "instruction=qestion"],
+        "no row has the field 'qestion' for 'instruction'",
+    ),
+    "map of the target": (
+        [
+            "select",
+            "less",
+            *POOL,
+            "--budget",
+            "5",
+            "--target",
+            "pool.jsonl",
+            "--target-map",
+            "output=ansr",
+        ],
+        "no row has the field 'ansr' for 'output'",
+    ),
+    "format of the target": (
+        [
+            "select",
+            "less",
+            *POOL,
+            "--budget",
+            "5",
+            "--target",
+            "pool.jsonl",
+            "--target-format",
+            "chatml",
+        ],
+        "unknown format 'chatml'",
+    ),
+    "suffix of out": ([*SELECT, "--out", "picks.txt"], "picks.txt: its suffix names no container"),
+    "kind of out": (
+        [*SELECT, "--out", "picks.parquet"],
+        "picks.parquet: .jsonl rows are not turned into .parquet: types would change",
+    ),
+    "suffix of scores": (
+        ["score", "--backend", "dot", *POOL, "--target", "pool.jsonl", "--out", "scores.csv"],
+        "scores.csv: scores are written as parquet alone",
     ),
     "format": ([*SELECT, "--format", "chatml"], "unknown format 'chatml'"),
     "TOML": ([*SELECT, "--config", "broken.toml"], "broken.toml: not valid TOML"),
@@ -253,6 +308,35 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 }
 
 
+# The same of files, which are a fault of the data.
+DAMAGE: dict[str, tuple[list[str], str]] = {
+    "fields": (
+        ["inspect", "--pool", "pool.csv"],
+        "pool.csv: no known format fits its fields: 'question', 'answer'. Name your fields by a"
+        " mapping: --map instruction=question,output=answer",
+    ),
+    "list of strings": (
+        ["inspect", "--pool", "strings.json"],
+        "strings.json: is a JSON list of strings, not of rows",
+    ),
+    "preference rows": (
+        [
+            "plan",
+            "length",
+            "--pool",
+            "pairs.jsonl",
+            "--model",
+            "tiny",
+            "--run",
+            "new",
+            "--budget",
+            "1",
+        ],
+        "pairs.jsonl: holds preference rows, not rows with one answer",
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pool of twelve rows, files of other kinds, configurations, and a run that has settings
@@ -261,6 +345,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("mistakes")
     write_rows(root / "pool.jsonl", rows(12))
     (root / "pool.csv").write_text("question,answer\n2 + 2,4\n")
+    (root / "pool.xls").write_bytes(b"\xd0\xcf\x11\xe0")
+    (root / "strings.json").write_text('["a", "b"]')
+    write_rows(root / "pairs.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
     (root / "broken.toml").write_text("[gradients\n")
     (root / "key.toml").write_text("[gradients]\ndimension = 64\n")
     (root / "value.toml").write_text('[gradients]\ndim = "wide"\n')
@@ -291,6 +378,15 @@ def test_a_mistake_is_told_without_heavy_libraries(name: str, folder: Path) -> N
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert not (folder / "new").exists()  # what is refused leaves nothing behind
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_an_unusable_file_is_told_without_heavy_libraries(name: str, folder: Path) -> None:
+    words, said = DAMAGE[name]
+    done = blocked(words, folder)
+    assert done.returncode == 3, done.stderr
+    assert said in done.stderr and done.stdout == ""
+    assert not (folder / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ PoolFiles = Annotated[
         "--pool",
         metavar="[NAME=]FILE",
         help=(
-            "Candidates: jsonl, json, parquet, .gz, .zst, a datasets folder, hf:NAME, s3:// or"
-            " other URLs. Repeatable."
+            "Candidates: jsonl, json, csv, parquet, .gz, .zst, a folder of such files, a pattern"
+            " such as 'data/*.parquet' in quotes, a datasets folder, hf:NAME, 'hf:NAME\\[SPLIT]',"
+            " s3:// or other URLs. Repeatable."
         ),
         show_default=False,
     ),
@@ -77,7 +78,10 @@ RunFolder = Annotated[
 Out = Annotated[
     str | None,
     typer.Option(
-        "--out", metavar="FILE|URL", help="Also copy the chosen rows here.", show_default=False
+        "--out",
+        metavar="FILE|URL",
+        help="Also write the chosen rows here; the suffix says in which container.",
+        show_default=False,
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the selection.")]
@@ -112,6 +116,38 @@ TargetGroup = Annotated[
         "--target-group",
         metavar="FIELD",
         help="Group target rows by this field instead of by file.",
+        show_default=False,
+    ),
+]
+Map = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="[NAME:]OURS=THEIRS",
+        help=(
+            "Which field of the rows holds which of ours, such as instruction=question. Repeatable,"
+            " or with commas; NAME: for one source alone."
+        ),
+        rich_help_panel=STAGES,
+        show_default=False,
+    ),
+]
+TargetFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--target-format",
+        help="Row format of targets and tests. (default as the pool's, where that fits)",
+        rich_help_panel=STAGES,
+        show_default=False,
+    ),
+]
+TargetMap = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target-map",
+        metavar="[NAME:]OURS=THEIRS",
+        help="As --map, for targets and tests. (default as the pool's, where that fits)",
+        rich_help_panel=STAGES,
         show_default=False,
     ),
 ]
@@ -433,7 +469,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 
 
 # Where the value of a flag goes that is no setting: to an argument of the library call of the same
-# name, among the constraints, or below the settings, as the file that holds the others.
+# name, among the constraints, or to the settings in a way of its own: as the file that holds the
+# others, or as what the files of rows hold.
 CALL = "call"
 CONSTRAINT = "constraint"
 FILE = "file"
@@ -496,6 +533,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag("pool_group", PoolGroup, CALL, RUN | INSPECT),
     Flag("target_group", TargetGroup, CALL, RUN),
     Flag("format", Format, "pool", RUN | INSPECT | DOCTOR),
+    Flag("map", Map, FILE, RUN | INSPECT | DOCTOR),
+    Flag("target_format", TargetFormat, FILE, RUN),
+    Flag("target_map", TargetMap, FILE, RUN),
     Flag("max_length", MaxLength, "encode", RUN | INSPECT | DOCTOR),
     Flag("max_bad_rows", MaxBad, "pool", RUN | INSPECT | DOCTOR, convert=number),
     Flag("dedup", Dedup, "pool", CHOOSE),
@@ -587,11 +627,13 @@ def given(flags: Iterable[Flag], values: Mapping[str, Any]) -> Given:
         if (
             value is None
             or value == []
-            or flag.section == FILE
+            or flag.name == "config"
             or (flag.name == "dedup" and value == "near")
         ):
             continue
-        if flag.section == CONSTRAINT:
+        if flag.section == FILE:
+            _read_as(settings, flag.name, value)
+        elif flag.section == CONSTRAINT:
             constraints[flag.name] = value
         elif flag.section == CALL:
             call[flag.name] = value
@@ -604,6 +646,30 @@ def given(flags: Iterable[Flag], values: Mapping[str, Any]) -> Given:
         call,
         _near(values["dedup"] == "near", constraints) if "near" in values else constraints,
     )
+
+
+def _read_as(settings: dict[str, dict[str, Any]], name: str, value: Any) -> None:
+    """Puts among the settings how files are read, as a flag says it. Raises ConfigError."""
+    from gradsift.errors import ConfigError
+
+    section = settings.setdefault("target" if name.startswith("target") else "pool", {})
+    if name == "target_format":
+        section["format"] = value
+        return
+    flag = f"--{name.replace('_', '-')}"
+    for pair in (pair for text in value for pair in text.split(",")):
+        names, equals, theirs = pair.partition("=")
+        source, _, ours = names.strip().rpartition(":")
+        if not (equals and ours.strip() and theirs.strip()):
+            raise ConfigError(
+                f"{flag} {pair}: not OURS=THEIRS",
+                remedy=f"Write it as {flag} instruction=question,output=answer.",
+            )
+        own = section
+        if source:
+            section["files"] = {**section.get("files", {})}
+            own = section["files"][source] = {**section["files"].get(source, {})}
+        own["mapping"] = {**(own.get("mapping") or {}), ours.strip(): theirs.strip()}
 
 
 def sections(config: Path | None) -> dict[str, dict[str, Any]]:

@@ -43,11 +43,10 @@ def inspect(
     shown = range(min(start, len(candidates)), min(start + rows, len(candidates)))
     taken = candidates.take(shown)
     encoded = encode(taken, tokenizer, config.encode)
-    lines: list[RenderableType] = [
-        f"{name}: {format}" for name, format in candidates.formats.items()
-    ]
+    lines: list[RenderableType] = [*candidates.read_as()]
     lines.append(", ".join(f"{count:,} {name}" for name, count in candidates.funnel.items()))
     lines += [f"dropped {dropped}" for dropped in candidates.dropped[:10]]
+    lines += [f"warning: {text}" for text in candidates.warnings]
     lines += encoded.notes
     try:
         check_vocabulary(taken, encoded, vocabulary(config.model))

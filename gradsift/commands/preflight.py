@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from gradsift import methods
 from gradsift.commands import budget as budgets
 from gradsift.config import AUTO, Config, build
+from gradsift.data.files import container, converted
 from gradsift.data.remote import place_of
-from gradsift.data.sources import check_pool, split_name
+from gradsift.data.sources import check_pool, expanded
 from gradsift.errors import BudgetError, ConfigError, MismatchError, UnknownName, UserError
 from gradsift.signals.backends import backend as backend_of
 from gradsift.store.artifact import read_sealed
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 Files: TypeAlias = Sequence[str | Path] | str | Path
 Columns = Literal["rows", "groups"]
+Side = Literal["pool", "target"]
 COUNTED = 64 << 20  # bytes of a pool above which its lines are not counted ahead of the reading
 
 # What a run is made with, besides the number of threads.
@@ -102,7 +104,11 @@ def check_selection(
             remedy="Leave it out, or add --target FILE for a method that reads one.",
         )
     check_out(out, [*inputs.pool_files, *inputs.target_files])
+    if out is not None:
+        container(out)
     config, texts = check_run(inputs)
+    if out is not None:
+        check_container(out, inputs.pool_files, texts)
     if not allow_short:
         check_lines(wanted, texts, inputs, config)
     return selector, wanted
@@ -127,6 +133,10 @@ def check_scores(
             "scores are influence on a target and none was given", remedy="Add --target FILE."
         )
     check_out(out, [*inputs.pool_files, *inputs.target_files])
+    if out is not None and not str(out).partition("?")[0].lower().endswith(".parquet"):
+        raise UserError(
+            "scores are written as parquet alone", where=out, remedy="End the name in .parquet."
+        )
     check_run(inputs)
     return settled
 
@@ -156,12 +166,40 @@ def _settled(name: str, columns: str | None, checkpoints: str | None) -> tuple[S
     )  # type: ignore[return-value]
 
 
-def check_reading(pool: Files, settings: Config | Mapping[str, Mapping[str, Any]]) -> None:
-    """Checks files that are read as rows, under a config or its sections. Raises as
+def check_reading(
+    pool: Files,
+    settings: Config | Mapping[str, Mapping[str, Any]],
+    side: Side = "pool",
+    group_field: str | None = None,
+) -> list[Text | None]:
+    """Checks files that are read as rows of a side, under a config or its sections. Raises as
     `check_selection`.
+
+    Returns:
+        For each file its text where it is a plain one, else None.
     """
     config = settings if isinstance(settings, Config) else build(settings, "settings")
-    check_pool(as_list(pool), format=config.pool.format, mapping=config.pool.mapping)
+    arguments = reading(config, side)
+    return check_pool(
+        as_list(pool),
+        group_field=group_field or arguments["group_field"],
+        **{name: arguments[name] for name in ("format", "mapping", "files", "inherited")},
+    )
+
+
+def reading(config: Config, side: Side) -> dict[str, Any]:
+    """Arguments of `read_pool` for the rows of a side."""
+    settings = config.reading(side)
+    own = config.target if side == "target" else config.pool
+    return {
+        "format": settings.format,
+        "group_field": settings.group_field,
+        "id_field": settings.id_field,
+        "mapping": settings.mapping,
+        "files": {name: file.model_dump() for name, file in settings.files.items()},
+        "inherited": [name for name in ("format", "mapping") if getattr(own, name) is None],
+        "max_bad_rows": settings.max_bad_rows,
+    }
 
 
 def open_run(root: Path) -> Run:
@@ -181,9 +219,9 @@ def check_run(inputs: Inputs) -> tuple[Config, list[Text | None]]:
         The settings in force, and of the pool's files the plain texts, None for others.
     """
     config = inputs.config(Run(Path(inputs.run)))
-    texts = check_pool(inputs.pool_files, format=config.pool.format, mapping=config.pool.mapping)
+    texts = check_reading(inputs.pool_files, config)
     if inputs.target_files:
-        check_reading(inputs.target_files, config)
+        check_reading(inputs.target_files, config, "target", inputs.target_group)
     return config, texts
 
 
@@ -239,13 +277,29 @@ def check_budget(wanted: budgets.Budget, pool: Pool, allow_short: bool) -> None:
 def check_out(out: str | Path | None, inputs: Sequence[str | Path]) -> None:
     """Raises UserError when `out` would overwrite a file of `inputs`, given as [NAME=]FILE."""
     if out is not None and any(
-        place_of(str(out)) == place_of(split_name(file)[1]) for file in inputs
+        place_of(str(out)) == place_of(source.file) for source in expanded(inputs)
     ):
         raise UserError(
             "--out names an input file",
             where=out,
             remedy="Choose another name for what is written.",
         )
+
+
+def check_container(
+    out: str | Path, pool: Sequence[str | Path], texts: Sequence[Text | None]
+) -> None:
+    """Raises UserError when the rows of the pool cannot be written in the container that the suffix
+    of `out` names; a packed file or a hub dataset is not asked what it holds.
+    """
+    kinds = []
+    for source, text in zip(expanded(pool), texts, strict=True):
+        try:
+            kinds.append(text.kind if text is not None else container(source.file)[0])
+        except UserError:
+            continue
+    if kinds:
+        converted(kinds, out)
 
 
 def settle_config(
@@ -343,21 +397,16 @@ def read_side(
     config: Config,
     group_field: str | None,
     progress: Progress | None = None,
+    side: Side = "pool",
 ) -> Pool:
     """A pool or target as the settings say, exact duplicates dropped where asked."""
     from gradsift.data.pool import read_pool
 
-    settings = config.pool
-    rows = read_pool(
-        files,
-        format=settings.format,
-        group_field=group_field,
-        id_field=settings.id_field,
-        mapping=settings.mapping,
-        max_bad_rows=settings.max_bad_rows,
-        progress=progress,
-    )
-    if settings.dedup == "exact":
+    arguments = reading(config, side)
+    if group_field is not None or side == "pool":
+        arguments["group_field"] = group_field
+    rows = read_pool(files, **arguments, progress=progress)
+    if config.pool.dedup == "exact":
         twice = rows.exact_duplicates()
         rows = rows.take([i for i in range(len(rows)) if i not in twice])
     return rows

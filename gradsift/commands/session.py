@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from gradsift.commands.preflight import RUN_SECTIONS, Inputs, check_kept, read_s
 from gradsift.compute import machine, threads
 from gradsift.compute.progress import Progress, silent
 from gradsift.compute.stopping import interruptible
+from gradsift.data.files import container
 from gradsift.data.remote import is_url, sent
-from gradsift.data.write import copy_file
+from gradsift.data.write import copy_file, rewrite
 from gradsift.errors import IntegrityError
 from gradsift.redaction import readable_command
 from gradsift.stages.context import in_force
@@ -61,10 +63,11 @@ def open_pipeline(run: Run, inputs: Inputs, progress: Progress, *, keep: bool = 
     config, target = in_force(inputs.config(run)), inputs.target_files
     check_kept(run, config)
     candidates = read_side(inputs.pool_files, config, config.pool.group_field, progress)
-    wanted = read_side(target, config, inputs.target_group, progress) if target else None
+    group = inputs.target_group
+    wanted = read_side(target, config, group, progress, "target") if target else None
     for rows in (candidates, wanted) if wanted is not None else (candidates,):
-        for name, format in rows.formats.items():
-            progress.note(f"{name}: {format} rows")
+        for line in rows.read_as():
+            progress.note(f"{line} rows")
     warmup_from = None if inputs.warmup_from is None else Path(inputs.warmup_from)
     pipeline = Pipeline(run, config, candidates, wanted, warmup_from=warmup_from, progress=progress)
     progress.note(f"device {config.model.device}, dtype {config.model.dtype}")
@@ -84,19 +87,31 @@ def open_pipeline(run: Run, inputs: Inputs, progress: Progress, *, keep: bool = 
 
 
 def deliver(artifact: Artifact, name: str, out: str | Path | None) -> Path:
-    """The file `name` of a complete artifact; with `out` a copy there, whose path is returned
-    unless it is a URL.
+    """The file `name` of a complete artifact; with `out` its rows there, in the container that the
+    suffix of `out` names: a copy where that is the file's own. Returns the path of what was
+    written unless it is a URL.
 
     Raises IntegrityError when the file is not the one that was written; DiskFull, ResourceError,
-    UserError for a URL that leads nowhere.
+    UserError for a URL that leads nowhere and a container that the rows cannot be written in.
     """
     path = artifact.file(name)
     if file_hash(path) != artifact.manifest["files"][name]:
         raise IntegrityError("is not the file that the manifest names", where=path, remedy=REPAIR)
-    if out is not None and is_url(str(out)):
-        sent(path, str(out))
-    elif out is not None:
-        make_folder(Path(out).absolute().parent)
+    if out is None:
+        return path
+    same = container(out) == container(name)
+    if is_url(str(out)):
+        if same:
+            sent(path, str(out))
+            return path
+        with tempfile.TemporaryDirectory(prefix="gradsift-") as folder:
+            made = Path(folder, Path(str(out).partition("?")[0]).name)
+            rewrite(path, made)
+            sent(made, str(out))
+        return path
+    make_folder(Path(out).absolute().parent)
+    if same:
         copy_file(path, Path(out))
-        path = Path(out)
-    return path
+    else:
+        rewrite(path, Path(out))
+    return Path(out)

@@ -1,6 +1,6 @@
 """File containers: where the rows of one source lie, and how they come back as they were.
 
-A container is `Text` (jsonl or a JSON array, plain, .gz or .zst: rows are byte ranges) or
+A container is `Text` (jsonl, a JSON array or csv, plain, .gz or .zst: rows are byte ranges) or
 `tables.Table` (parquet, an Arrow file, a saved `datasets` folder, a hub dataset: rows are table
 rows). Compressed text is unpacked once into an unlinked temporary file, so that every row can be
 read again without the rest. Text rows are read with pread, not through a memory map: a file that is
@@ -10,6 +10,7 @@ cut while it is in use gives an error here, and would kill the process there.
 from __future__ import annotations
 
 import contextlib
+import csv
 import difflib
 import errno
 import json
@@ -19,25 +20,43 @@ import re
 import tempfile
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import zstandard
 
-from gradsift.data.limits import AGAIN, ROOM, expanded
+from gradsift.data.folders import saved_files
+from gradsift.data.formats import RowFault, parse_row
+from gradsift.data.limits import AGAIN, MAX_ROW_BYTES, ROOM, expanded
 from gradsift.data.records import Place
 from gradsift.data.remote import fetched, is_url
-from gradsift.data.saved import saved_files
 from gradsift.errors import DataError, DiskFull, ResourceError, UserError
 from gradsift.redaction import redacted
 
 if TYPE_CHECKING:
     from gradsift.data.tables import Table
 
-TEXTS = (".jsonl", ".ndjson", ".json")
+CELLS = {".csv": ",", ".tsv": "\t"}
+TEXTS = (".jsonl", ".ndjson", ".json", *CELLS)
 PACKED = (".gz", ".zst", ".zstd")
 SUFFIXES = (*TEXTS, *PACKED, ".parquet", ".arrow")
+# kind of a container -> suffix
+KINDS = {
+    "lines": ".jsonl",
+    "array": ".json",
+    "csv": ".csv",
+    "tsv": ".tsv",
+    "parquet": ".parquet",
+    "arrow": ".arrow",
+}
+# What rows of a kind can be written as. JSON has values that no column and no cell has.
+_BECOMES = {
+    **dict.fromkeys(("lines", "array"), ("lines", "array")),
+    "csv": ("lines", "array", "csv"),
+    "tsv": ("lines", "array", "tsv"),
+    **dict.fromkeys(("parquet", "arrow"), ("lines", "array", "parquet", "arrow")),
+}
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".dill")
 CHUNK = 1 << 22  # bytes read at a time
 _SAVE_AS = "Save the rows as jsonl or parquet."
@@ -55,7 +74,8 @@ class _Kind(NamedTuple):
 
 
 def open_source(name: str, *, max_row_bytes: int, max_expansion: float) -> Text | Table:
-    """The container behind a path, a URL that fsspec knows, or `hf:NAME[:CONFIG][@REVISION]`.
+    """The container behind a path, a URL that fsspec knows, or `hf:NAME[:CONFIG][@REVISION][SPLIT]`
+    (the split in brackets).
 
     Raises UserError (missing, a pickle, an unknown kind), DataError (damaged), ResourceError (disk
     full, expands beyond the limit).
@@ -76,7 +96,7 @@ def open_source(name: str, *, max_row_bytes: int, max_expansion: float) -> Text 
                 else arrow([kind.path], kind.name, max_expansion)
             )
         if kind.of == "text":
-            return Text(os.dup(kind.file.fileno()), kind.name, max_row_bytes)
+            return _text(os.dup(kind.file.fileno()), kind.name, max_row_bytes)
         return _unpack(kind.file, kind.of, kind.name, max_row_bytes, max_expansion)
 
 
@@ -88,7 +108,7 @@ def check_source(name: str) -> Text | None:
         name: as `open_source` takes it. A URL or a hub dataset is not looked at.
 
     Returns:
-        The text where the name is that of a plain one, to count its lines; else None.
+        The text where the name is that of a plain one, to look at its rows; else None.
     """
     if _is_hub(name) or is_url(name):
         return None
@@ -96,7 +116,7 @@ def check_source(name: str) -> Text | None:
         if kind.file is None:
             saved_files(kind.path)
         return (
-            Text(os.dup(kind.file.fileno()), kind.name, 0)
+            _text(os.dup(kind.file.fileno()), kind.name, MAX_ROW_BYTES)
             if kind.file is not None and kind.of == "text"
             else None
         )
@@ -104,6 +124,44 @@ def check_source(name: str) -> Text | None:
 
 def _is_hub(name: str) -> bool:
     return name.startswith("hf:") and len(name) > 3
+
+
+def container(path: str | Path) -> tuple[str, str]:
+    """(kind, compression) that the suffixes of a path or URL name. Raises UserError."""
+    named = Path(str(path).partition("?")[0] if is_url(str(path)) else path)
+    packing = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}.get(named.suffix.lower(), "")
+    inner = Path(named.stem).suffix.lower() if packing else named.suffix.lower()
+    kind = ({ending: kind for kind, ending in KINDS.items()} | {".ndjson": "lines"}).get(inner)
+    if kind is None or (packing and kind in ("parquet", "arrow")):
+        raise UserError(
+            "its suffix names no container",
+            where=path,
+            remedy=(
+                "End the name in .jsonl, .json, .csv, .tsv (also with .gz or .zst), .parquet or"
+                " .arrow."
+            ),
+        )
+    return kind, packing
+
+
+def converted(kinds: Collection[str], path: str | Path) -> str | None:
+    """What is to be said when rows of these kinds are written to `path`: that they are converted;
+    None where they stay as they are.
+
+    Raises:
+        UserError: its suffix names no container, or one that the rows cannot be written in.
+    """
+    kind, _ = container(path)
+    for came in kinds:
+        if kind not in _BECOMES[came]:
+            known = ", ".join(KINDS[name] for name in _BECOMES[came])
+            raise UserError(
+                f"{KINDS[came]} rows are not turned into {KINDS[kind]}: types would change",
+                where=path,
+                remedy=f"End the name in one of {known}.",
+            )
+    others = sorted({KINDS[came] for came in kinds} - {KINDS[kind]})
+    return f"rows are converted from {', '.join(others)} to {KINDS[kind]}" if others else None
 
 
 @contextlib.contextmanager
@@ -172,7 +230,7 @@ def _kind(file: IO[bytes], path: Path, name: str) -> str:
     if path.suffix.lower() not in (*TEXTS, *PACKED, "") and head.lstrip(b"\xef\xbb\xbf" + _BLANK)[
         :1
     ] not in (b"{", b"["):
-        known = ", ".join((*TEXTS, *PACKED, ".parquet", ".arrow"))
+        known = ", ".join(SUFFIXES)
         raise UserError(
             f"{path.suffix} is not a kind of file gradsift reads",
             where=name,
@@ -227,7 +285,7 @@ def _unpack(
                 where=name,
                 remedy="Unpack it first.",
             )
-        return Text(os.dup(spool.fileno()), name, max_row_bytes, cut)
+        return _text(os.dup(spool.fileno()), name, max_row_bytes, cut)
 
 
 def _copy_unpacked(
@@ -271,6 +329,19 @@ def _copy_unpacked(
     return None if decoder is None else "the file ends in the middle of its compressed data"
 
 
+def _text(fd: int, name: str, max_row_bytes: int, cut: str | None = None) -> Text:
+    """The text in an open file, which is csv by its name where its first byte does not say
+    otherwise.
+    """
+    path = Path(name.partition("?")[0] if is_url(name) else name)
+    inner = Path(path.stem) if path.suffix.lower() in PACKED else path
+    delimiter = CELLS.get(inner.suffix.lower())
+    head = os.pread(fd, 64, 0).lstrip(b"\xef\xbb\xbf" + _BLANK)
+    if delimiter is None or head[:1] in (b"{", b"["):
+        return Text(fd, name, max_row_bytes, cut)
+    return Cells(fd, name, max_row_bytes, cut, delimiter)
+
+
 _MARK, _SOLID, _MORE, _PIECE = (
     re.compile(rb) for rb in (rb'["{}\[\]]', rb"[^ \t\r\n]", rb"[^ \t\r\n,]", rb"[^,]+")
 )
@@ -298,11 +369,21 @@ class Text:
             raise DataError(
                 "is one JSON object spread over lines",
                 where=name,
-                remedy="Write one row a line, or a JSON list of rows.",
+                remedy=_rows_in(first) or "Write one row a line, or a JSON list of rows.",
+            )
+        if self.kind == "array" and (items := _items(first)):
+            raise DataError(
+                f"is a JSON list of {items}, not of rows",
+                where=name,
+                remedy='Make each of them an object, such as {"text": "..."}.',
             )
         # of an array: start of its first element, end of its last; set by rows()
         self.first = self.last = self.begin
         self.blank = 0
+
+    def parse(self, data: bytes) -> dict[str, Any]:
+        """The record of a row's bytes. Raises RowFault."""
+        return parse_row(data)
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes [start, end). Raises DataError when the file has changed since it was opened."""
@@ -445,6 +526,135 @@ class Text:
                     yield self._oversized(number, piece.start(), piece.end())
                 else:
                     yield Place(number, piece.start(), piece.end(), piece.group().strip(_BLANK))
+
+
+class Cells(Text):
+    """A csv or tsv file: its first line names the columns, and every cell is a text. `kind` is
+    "csv" or "tsv"; `begin` to `first` is the line of names.
+    """
+
+    def __init__(
+        self, fd: int, name: str, max_row_bytes: int, cut: str | None, delimiter: str
+    ) -> None:
+        super().__init__(fd, name, max_row_bytes, cut)
+        self.kind = "tsv" if delimiter == "\t" else "csv"
+        self.delimiter = delimiter
+        csv.field_size_limit(max(csv.field_size_limit(), max_row_bytes))
+        self.columns: list[str] = []
+        head = next(iter(self._records(self.begin)), None)
+        if head is None:
+            return
+        _, self.first, cells = head
+        if delimiter == "," and len(cells) == 1:
+            # what a spreadsheet writes where the comma is the decimal point
+            self.delimiter = next((d for d in (";", "\t") if d in cells[0]), ",")
+            cells = next(iter(self._records(self.begin)))[2]
+        self.columns = [cell.strip() for cell in cells]
+        twice = {column for column in self.columns if self.columns.count(column) > 1}
+        if twice:
+            raise DataError(
+                f"has two columns named {min(twice)!r}",
+                where=name,
+                remedy="Rename or drop one of them.",
+            )
+
+    def parse(self, data: bytes) -> dict[str, Any]:
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RowFault("not-utf8", f"byte {error.start + 1} of the row is not UTF-8") from None
+        if "\0" in text:
+            raise RowFault("nul", "the row holds NUL bytes")
+        try:
+            cells = next(csv.reader([text], delimiter=self.delimiter), [])
+        except csv.Error as error:
+            raise RowFault("bad-csv", f"the row cannot be split into cells ({error})") from None
+        if len(cells) != len(self.columns):
+            raise RowFault(
+                "bad-csv", f"{len(cells)} cells below {len(self.columns)} names of columns"
+            )
+        return dict(zip(self.columns, cells, strict=True))
+
+    def rows(self) -> Iterator[Place]:
+        """Every row that is not blank, in file order; `blank` counts the others."""
+        self.blank, line = 0, 1 + os.pread(self._fd, self.first, 0).count(b"\n")
+        for start, end, cells in self._records(self.first):
+            data = os.pread(self._fd, end - start, start)
+            body = data.rstrip(b"\r\n")
+            if not cells:
+                self.blank += 1
+            elif len(body) > self.max_row_bytes:
+                yield self._oversized(line, start, start + len(body))
+            elif b"\n" in body and body.count(b'"') % 2:
+                self.cut = f"the quote that opens in line {line} is never closed"
+                yield Place(line, start, end, fault=("cut-file", self.cut))
+            else:
+                yield Place(line, start, start + len(body), body)
+            line += data.count(b"\n")
+
+    def _records(self, at: int) -> Iterator[tuple[int, int, list[str]]]:
+        """(begin, end, cells) of every record from byte `at` on. A cell in quotes may hold new
+        lines.
+        """
+        start = end = at
+
+        def texts() -> Iterator[str]:
+            nonlocal end
+            for line in self._physical(at):
+                end += len(line)
+                # both are told when the row is parsed
+                yield line.decode("utf-8", "surrogateescape").replace("\0", " ")
+
+        reader = csv.reader(texts(), delimiter=self.delimiter)
+        while True:
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error:
+                # told when the row is parsed
+                cells = [""]
+            yield start, end, cells
+            start = end
+
+    def _physical(self, at: int) -> Iterator[bytes]:
+        """The lines from byte `at` on, each with its end."""
+        carry = b""
+        while chunk := os.pread(self._fd, CHUNK, at):
+            at += len(chunk)
+            *lines, carry = (carry + chunk).split(b"\n")
+            for line in lines:
+                yield line + b"\n"
+            if len(carry) > self.max_row_bytes:
+                # too long for a row, and a line without end must not fill the memory
+                yield carry
+                carry = b""
+        if carry:
+            yield carry
+
+
+def _rows_in(head: bytes) -> str | None:
+    """Which list of a JSON object holds the rows, as a remedy."""
+    match = re.search(rb'"([A-Za-z_][\w.-]{0,40})"\s*:\s*\[\s*\{', head)
+    return f"Write the list below its key {match[1].decode()!r} alone." if match else None
+
+
+def _items(head: bytes) -> str | None:
+    """What the JSON list that a text begins with holds, where that is no object; None for one that
+    holds an object, or nothing.
+    """
+    decoder, names = json.JSONDecoder(), {str: "strings", list: "lists", bool: "true and false"}
+    text, at, found = head.decode("utf-8", "replace"), 1, None
+    while True:
+        at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
+        if text[at : at + 1] in ("", "{", "]"):
+            return found if text[at : at + 1] != "{" else None
+        try:
+            item, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            # the end of what was read of the file, or damage, which the rows tell
+            return found if len(head) >= 1 << 15 else None
+        found = found or names.get(type(item), "numbers" if item is not None else "nulls")
 
 
 def _brackets(data: mmap.mmap, at: int) -> Iterator[tuple[int, int]]:

@@ -10,11 +10,14 @@ runs where gradsift is not installed: a new format is added there too.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from gradsift.types import IGNORE, Message
+from gradsift.data.marks import loss, tokens
+from gradsift.data.marks.media import media
+from gradsift.data.marks.preference import preference
+from gradsift.types import Message
 
 # of nested lists and objects in one row: templates and JSON writers recurse, so depth must be
 # bounded before they see it
@@ -23,6 +26,7 @@ MAX_DEPTH = 100
 # code -> how to fix. The codes are what `dropped.jsonl`, the funnel and docs/formats.md speak of.
 FAULTS: dict[str, str] = {
     "bad-json": "Write the row again with a JSON library, one object a line.",
+    "bad-csv": "Write the row again with a csv library, with as many cells as there are columns.",
     "not-utf8": "Convert the file to UTF-8.",
     "nul": "Remove the NUL characters: they are what is left of a damaged write.",
     "surrogate": (
@@ -32,11 +36,24 @@ FAULTS: dict[str, str] = {
     "duplicate-key": "Keep one of the two values: readers disagree on which one counts.",
     "too-deep": f"Flatten the row to at most {MAX_DEPTH} levels of nesting.",
     "too-long": "Split the row, or raise max_row_bytes.",
-    "not-object": "Make each row a JSON object.",
-    "missing-field": "Give the format or a mapping by hand if the detected format is wrong.",
+    "not-object": 'Make each row a JSON object, such as {"text": "..."}.',
+    "missing-field": (
+        "Add it; or, where it has another name, say so: --map instruction=question (of a target:"
+        " --target-map)."
+    ),
     "wrong-type": "Correct the field's type.",
     "unknown-role": "Use the roles system, user, assistant and tool.",
-    "not-text": "Remove images and audio: gradsift reads text only.",
+    "not-text": (
+        "Leave out rows with pictures, films or sounds, and write other parts as text: gradsift"
+        " reads text only."
+    ),
+    "preference": (
+        "Rows that hold rejected answers are not supported yet: keep rows with the good answer"
+        " alone, without the field that judges it. Of `prompt` and `chosen`, --map"
+        " completion=chosen reads the chosen answers; where `chosen` is a whole chat, --map"
+        " messages=chosen."
+    ),
+    "packed": "Give each document a row of its own: rows are scored one by one.",
     "no-answer": "Add an assistant turn: without one there is nothing to learn from.",
     "cut-file": "Copy or download the file again: it ends in the middle.",
 }
@@ -90,7 +107,8 @@ def parse_row(line: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         if b"\0" in line:
             raise RowFault("nul", "the row holds NUL bytes") from None
-        raise RowFault("bad-json", f"{error.msg} at character {error.pos + 1} of the row") from None
+        said = error.msg.removesuffix(" at")
+        raise RowFault("bad-json", f"{said} at character {error.pos + 1} of the row") from None
     except ValueError as error:  # a number of thousands of digits
         raise RowFault("bad-json", str(error).split(";")[0]) from None
     if not isinstance(record, dict):
@@ -102,6 +120,18 @@ def parse_row(line: bytes) -> dict[str, Any]:
     if b"\\u" in line and (b"\\u0000" in line or b"\\ud" in line or b"\\uD" in line):
         check_strings(record)
     return record
+
+
+def parse_value(text: str) -> Any:
+    """The JSON value in a text. Raises RowFault."""
+    try:
+        value = _DECODE(text)
+    except RecursionError:
+        raise RowFault("too-deep", f"nested deeper than {MAX_DEPTH} levels") from None
+    except ValueError as error:
+        raise RowFault("bad-json", f"a text is not the JSON that it should be ({error})") from None
+    check_depth(value)
+    return value
 
 
 def check_depth(value: Any) -> None:
@@ -156,6 +186,11 @@ def _kind(value: Any) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
+def _a(value: Any) -> str:
+    kind = _kind(value)
+    return kind if kind == "null" else f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
 _TAGS = {  # what ShareGPT-like files call the roles
     "human": "user",
@@ -166,11 +201,14 @@ _TAGS = {  # what ShareGPT-like files call the roles
     "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
+    "ai": "assistant",
     "observation": "tool",
     "tool": "tool",
     "function_response": "tool",
     "function_call": "function_call",
 }
+# of a turn that is a pair of question and answer: the key of each, in order of preference
+_ASKED, _SAID = ("human", "user", "instruction"), ("assistant", "gpt", "bot", "output")
 UNSUPERVISED: Mapping[str, Any] = {"weight": 0}
 FIELD_NAMES = (
     "instruction",
@@ -186,6 +224,7 @@ FIELD_NAMES = (
     "text",
     "input_ids",
     "labels",
+    "attention_mask",
     "from",
     "value",
     "role",
@@ -203,6 +242,8 @@ class Fields:
         self._of = {name: self.mapping.get(name, name) for name in FIELD_NAMES}
         # fields of a turn that are not extra
         self.spoken = frozenset(self._of[name] for name in ("role", "content", "from", "value"))
+        # what their owner has said the meaning of
+        self.named = frozenset(self.mapping.values())
 
     def name(self, ours: str) -> str:
         return self._of[ours]
@@ -225,16 +266,14 @@ class Fields:
             return default or ""
         if not isinstance(value, str):
             raise RowFault(
-                "wrong-type", f"the field {self._of[ours]!r} is a {_kind(value)}, not a string"
+                "wrong-type", f"the field {self._of[ours]!r} is {_a(value)}, not a string"
             )
         return value
 
     def many(self, record: Mapping[str, Any], ours: str) -> list[Any]:
         value = self.need(record, ours)
         if not isinstance(value, list):
-            raise RowFault(
-                "wrong-type", f"the field {self._of[ours]!r} is a {_kind(value)}, not a list"
-            )
+            raise RowFault("wrong-type", f"the field {self._of[ours]!r} is {_a(value)}, not a list")
         return value
 
 
@@ -242,33 +281,50 @@ def _text_of(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        parts = []
-        for part in content:
-            if not (
-                isinstance(part, dict)
-                and isinstance(part.get("text"), str)
-                and part.get("type", "text") == "text"
-            ):
-                raise RowFault("not-text", f"{where} holds a part that is not text")
-            parts.append(part["text"])
-        return "".join(parts)
-    raise RowFault("wrong-type", f"the content of {where} is a {_kind(content)}, not a string")
+        return "".join([_part(part, where) for part in content])
+    raise RowFault("wrong-type", f"the content of {where} is {_a(content)}, not a string")
+
+
+def _part(part: Any, where: str) -> str:
+    """The text of one part of a content, under whichever name the writer's API gives it."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise RowFault("not-text", f"{where} holds a part that is {_a(part)}")
+    kind = part.get("type")
+    if kind in (None, "text", "input_text", "output_text"):
+        for name in ("text", "value", kind, "content"):
+            text = part.get(name)
+            if isinstance(text, dict):
+                text = text.get("value")
+            if isinstance(text, str) and not media(part):
+                return text
+    shown = f"of the type {str(kind)[:40]!r}" if kind else f"with the fields {_names(part)}"
+    raise RowFault("not-text", f"{where} holds a part {shown}, which is no text")
+
+
+def _names(record: Mapping[str, Any]) -> str:
+    return ", ".join(repr(str(name)[:40]) for name in list(record)[:8]) or "none"
 
 
 def _turn(turn: Any, number: int, fields: Fields) -> Message:
-    """One {role, content} or {from, value} turn; both spellings are read in both formats, since
-    files mix the names of the list.
+    """One {role, content} or {from, value} turn; any mixture of the spellings is read, since files
+    mix them.
     """
     where = f"turn {number}"
     if not isinstance(turn, dict):
-        raise RowFault("wrong-type", f"{where} is a {_kind(turn)}, not an object")
+        raise RowFault("wrong-type", f"{where} is {_a(turn)}, not an object")
     role, content = turn.get(fields.name("role")), turn.get(fields.name("content"))
-    tagged = role is None
-    if tagged:
-        role, content = turn.get(fields.name("from")), turn.get(fields.name("value"))
-        role = _TAGS.get(role, role) if isinstance(role, str) else role
+    if role is None:
+        role = turn.get(fields.name("from"))
+    if content is None:
+        content = turn.get(fields.name("value"))
+    if content is None and isinstance(turn.get("parts"), list):
+        turn = dict(turn)
+        content = turn.pop("parts")
     if not isinstance(role, str):
         raise RowFault("missing-field" if role is None else "wrong-type", f"{where} has no role")
+    role = _role(role)
     if role == "function_call":
         return _function_call(content, where)
     if role not in ROLES:
@@ -276,6 +332,8 @@ def _turn(turn: Any, number: int, fields: Fields) -> Message:
     extra = {
         key: value for key, value in turn.items() if value is not None and key not in fields.spoken
     }
+    if extra:
+        _check_extra(extra, role, where)
     if content is None:
         if not extra.get("tool_calls"):
             raise RowFault("missing-field", f"{where} has no content")
@@ -283,6 +341,28 @@ def _turn(turn: Any, number: int, fields: Fields) -> Message:
     return Message(
         role, content if isinstance(content, str) else _text_of(content, where), extra or None
     )
+
+
+def _role(name: str) -> str:
+    """The role behind what a file calls it, in capitals or not; an unknown name as it is."""
+    if name in ROLES:
+        return name
+    small = name.strip().lower()
+    role = _TAGS.get(small, small)
+    return role if role in ROLES or role == "function_call" else name
+
+
+def _check_extra(extra: Mapping[str, Any], role: str, where: str) -> None:
+    """Raises RowFault for a picture among the further fields of a turn, and for a switch of the
+    loss that cannot be read.
+    """
+    if held := media(extra):
+        raise RowFault("not-text", f"{where} has a field {held!r} with something in it")
+    if role == "assistant":
+        try:
+            loss.learned(extra)
+        except loss.Unreadable as error:
+            raise RowFault("wrong-type", f"{where}: {error}") from None
 
 
 def _function_call(value: Any, where: str) -> Message:
@@ -310,9 +390,40 @@ def _function_call(value: Any, where: str) -> Message:
 
 
 def _turns(turns: Any, fields: Fields) -> tuple[Message, ...]:
+    if isinstance(turns, str):
+        turns = _list_in(turns)
     if not isinstance(turns, list):
-        raise RowFault("wrong-type", f"the turns are a {_kind(turns)}, not a list")
+        raise RowFault("wrong-type", f"the turns are {_a(turns)}, not a list")
+    if any(isinstance(turn, dict) and not _has_role(turn, fields) for turn in turns):
+        turns = [part for turn in turns for part in _halves(turn, fields)]
     return tuple([_turn(turn, number, fields) for number, turn in enumerate(turns, 1)])
+
+
+def _list_in(text: str) -> Any:
+    """The list that a JSON text holds, as columns of texts have it; else the text."""
+    try:
+        found = json.loads(text)
+        check_depth(found)
+    except (ValueError, RecursionError):
+        raise RowFault("wrong-type", "the turns are a text that is not JSON") from None
+    return found
+
+
+def _has_role(turn: Mapping[str, Any], fields: Fields) -> bool:
+    return turn.get(fields.name("role")) is not None or turn.get(fields.name("from")) is not None
+
+
+def _halves(turn: Any, fields: Fields) -> list[Any]:
+    """The two turns of a {human, assistant} pair; any other turn as it is."""
+    if isinstance(turn, dict) and not _has_role(turn, fields):
+        asked, said = (next((n for n in names if n in turn), None) for names in (_ASKED, _SAID))
+        if asked and said:
+            rest = {name: item for name, item in turn.items() if name not in (asked, said)}
+            return [
+                {fields.name("role"): "user", fields.name("content"): turn[asked]},
+                {**rest, fields.name("role"): "assistant", fields.name("content"): turn[said]},
+            ]
+    return [turn]
 
 
 def _tools(record: Mapping[str, Any], fields: Fields) -> tuple[Any, ...]:
@@ -346,15 +457,10 @@ def _answered(messages: tuple[Message, ...]) -> tuple[Message, ...]:
 
 
 def supervised(message: Message) -> bool:
-    """Whether the turn is one to learn from: an assistant turn that does not say `weight: 0` or
-    `train: false`.
+    """Whether the turn is one to learn from: an assistant turn that no switch of
+    `gradsift.data.marks.loss` turns off.
     """
-    extra = message.extra or {}
-    return (
-        message.role == "assistant"
-        and extra.get("weight", 1) != 0
-        and extra.get("train", True) is not False
-    )
+    return message.role == "assistant" and (not message.extra or loss.learned(message.extra))
 
 
 def _without_loss(message: Message) -> Message:
@@ -370,6 +476,8 @@ def _alpaca(record: Mapping[str, Any], fields: Fields) -> Content:
     output, system = fields.text(record, "output"), fields.text(record, "system", "")
     messages = [Message("system", system)] if system else []
     for pair in fields.get(record, "history") or ():
+        if isinstance(pair, dict):
+            pair = [half.get(fields.name("content")) for half in _halves(pair, fields)]
         if not (
             isinstance(pair, list)
             and len(pair) == 2
@@ -387,18 +495,25 @@ def _alpaca(record: Mapping[str, Any], fields: Fields) -> Content:
     return Content(_answered(tuple(messages)))
 
 
+def _with_system(
+    messages: tuple[Message, ...], record: Mapping[str, Any], fields: Fields
+) -> tuple[Message, ...]:
+    """The turns below the system text that the row has in a field of its own."""
+    system = fields.get(record, "system")
+    if not isinstance(system, str) or not system or (messages and messages[0].role == "system"):
+        return messages
+    return (Message("system", system), *messages)
+
+
 def _sharegpt(record: Mapping[str, Any], fields: Fields) -> Content:
-    messages = _turns(fields.need(record, "conversations"), fields)
-    system = fields.text(record, "system", "")
-    if system and not (messages and messages[0].role == "system"):
-        messages = (Message("system", system), *messages)
+    fields.text(record, "system", "")
+    messages = _with_system(_turns(fields.need(record, "conversations"), fields), record, fields)
     return Content(_answered(messages), _tools(record, fields))
 
 
 def _messages(record: Mapping[str, Any], fields: Fields) -> Content:
-    return Content(
-        _answered(_turns(fields.need(record, "messages"), fields)), _tools(record, fields)
-    )
+    messages = _with_system(_turns(fields.need(record, "messages"), fields), record, fields)
+    return Content(_answered(messages), _tools(record, fields))
 
 
 def _prompt_completion(record: Mapping[str, Any], fields: Fields) -> Content:
@@ -423,16 +538,21 @@ def _text(record: Mapping[str, Any], fields: Fields) -> Content:
 
 
 def _tokenised(record: Mapping[str, Any], fields: Fields) -> Content:
-    ids, labels = fields.many(record, "input_ids"), fields.many(record, "labels")
-    for name, values, least in (("input_ids", ids, 0), ("labels", labels, IGNORE)):
-        if not all(type(value) is int and (value >= 0 or value == least) for value in values):
-            raise RowFault(
-                "wrong-type", f"the field {fields.name(name)!r} is not a list of token ids"
-            )
-    if len(ids) != len(labels):
-        raise RowFault("wrong-type", f"{len(ids)} input_ids but {len(labels)} labels")
-    if not any(label != IGNORE for label in labels[1:]):
-        raise RowFault("no-answer", "no label after the first token is supervised")
+    try:
+        ids, labels = tokens.read(
+            fields.many(record, "input_ids"),
+            (
+                None
+                if fields.get(record, "labels") is None and tokens.masks(record)
+                else fields.many(record, "labels")
+            ),
+            fields.get(record, "attention_mask"),
+            record,
+        )
+    except tokens.Packed as error:
+        raise RowFault("packed", str(error)) from None
+    except tokens.Unusable as error:
+        raise RowFault(error.code, str(error)) from None
     return Content((), (), (tuple(ids), tuple(labels)))
 
 
@@ -448,12 +568,18 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], Fields], 
 }
 
 
+# Names of other tools for the fields of a format: where a file has these, and ours in no row.
+ALIASES: tuple[dict[str, str], ...] = (
+    {"conversations": "conversation"},
+    {"messages": "contents"},
+    {"instruction": "query", "output": "response"},
+    {"input": "context", "output": "response"},
+)
+
+
 def detect(record: Mapping[str, Any], fields: Fields) -> str | None:
     """The format whose required fields the row has; None when it has those of none."""
-    for name, (required, _) in FORMATS.items():
-        if all(fields.get(record, field) is not None for field in required):
-            return name
-    return None
+    return next((name for name in FORMATS if _fits(record, name, fields)), None)
 
 
 def vote(records: Sequence[Mapping[str, Any]], fields: Fields) -> tuple[str | None, dict[str, int]]:
@@ -469,9 +595,71 @@ def vote(records: Sequence[Mapping[str, Any]], fields: Fields) -> tuple[str | No
     return (best if votes[best] else None), {name: count for name, count in votes.items() if count}
 
 
+def settle(
+    records: Sequence[Mapping[str, Any]],
+    format: str = "auto",
+    mapping: Mapping[str, str] | None = None,
+    inherited: Collection[str] = (),
+) -> tuple[str | None, Fields]:
+    """How a file is read: its format, None where none fits, and which fields hold what.
+
+    Args:
+        records: its first rows.
+        format: a key of FORMATS, or "auto": the rows vote.
+        mapping: our field -> theirs. What names a field that no row has, where ours is there, is
+            meant for another file.
+        inherited: "format" where it is meant for other files too: where no row fits it, they vote.
+    """
+    mapping = {
+        ours: theirs
+        for ours, theirs in (mapping or {}).items()
+        if stands(theirs, records) or not stands(ours, records)
+    }
+    fields = Fields(mapping)
+    if format == "auto" and mapping:
+        # a mapping that names all that a format needs chooses it
+        format = detect(dict.fromkeys(mapping, True), Fields()) or format
+    holds = "format" not in inherited or not records
+    if format != "auto" and (holds or any(_fits(record, format, fields) for record in records)):
+        return format, fields
+    winner, votes = vote(records, fields)
+    for alias in ALIASES:
+        known = {ours: theirs for ours, theirs in alias.items() if stands(theirs, records)}
+        if known:
+            other = Fields({**known, **mapping})
+            named, more = vote(records, other)
+            if named and more[named] > (votes[winner] if winner else 0):
+                winner, votes, fields = named, more, other
+    return winner, fields
+
+
+def _fits(record: Mapping[str, Any], format: str, fields: Fields) -> bool:
+    missing = [field for field in FORMATS[format][0] if fields.get(record, field) is None]
+    # of tokens a mask says as much as labels
+    return not missing or (missing == ["labels"] and bool(tokens.masks(record)))
+
+
+def stands(name: str, records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a row has the field, or a turn of it."""
+    return any(
+        name in record
+        or any(
+            isinstance(turn, dict) and name in turn
+            for turns in record.values()
+            if isinstance(turns, list)
+            for turn in turns
+        )
+        for record in records
+    )
+
+
 def convert(record: Mapping[str, Any], format: str, fields: Fields) -> Content:
     """The messages of a record. Raises RowFault."""
     _, converter = FORMATS[format]
+    if held := media(record, fields.named):
+        raise RowFault("not-text", f"the field {held!r} has something in it")
+    if judged := preference(record, fields.named):
+        raise RowFault("preference", judged)
     try:
         return converter(record, fields)
     except RowFault as fault:

@@ -7,8 +7,9 @@ A pool keeps offsets, ids, groups and hashes, and reads a row again when it is a
 from __future__ import annotations
 
 import functools
+import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
@@ -16,20 +17,18 @@ import numpy as np
 import xxhash
 
 from gradsift.data.files import Text, open_source
-from gradsift.data.formats import Fields, convert, detect, parse_row
-from gradsift.data.limits import EXPANSION
-from gradsift.data.reader import NO_GROUP, Progress, Reader, too_many, unique_ids
+from gradsift.data.formats import Fields, convert
+from gradsift.data.limits import EXPANSION, MAX_ROW_BYTES
+from gradsift.data.reader import NO_GROUP, Progress, Reader, absent, too_many, unique_ids
 from gradsift.data.records import Columns, Dropped, canonical
 from gradsift.data.remote import is_url
-from gradsift.data.sources import check_names, default_name, split_name
+from gradsift.data.sources import check_names, choice, expanded
 from gradsift.errors import DataError
 from gradsift.redaction import redacted
 from gradsift.types import Example
 
 if TYPE_CHECKING:
     from gradsift.data.tables import Table
-
-MAX_ROW_BYTES = 10_000_000
 
 
 class Pool(Sequence[Example]):
@@ -47,7 +46,7 @@ class Pool(Sequence[Example]):
         files: list[Text | Table],
         names: list[str],
         formats: list[str],
-        fields: Fields,
+        fields: list[Fields],
     ) -> None:
         self.files, self.names = files, names
         self._columns, self._formats, self._fields = columns, formats, fields
@@ -62,14 +61,35 @@ class Pool(Sequence[Example]):
     def formats(self) -> dict[str, str]:
         return dict(zip(self.names, self._formats, strict=True))
 
+    def read_as(self) -> list[str]:
+        """The format of every file, in a line each; of many files in one group, in one line."""
+        lines: dict[str, None] = {}
+        files = list(zip(self.names, self._formats, strict=True))
+        beside = Counter((str(Path(name).parent), format) for name, format in files)
+        for name, format in files:
+            place = str(Path(name).parent), format
+            many = beside[place] > 3
+            lines[
+                f"{place[0]} ({beside[place]} files): {format}" if many else f"{name}: {format}"
+            ] = None
+        return list(lines)
+
+    @property
+    def mappings(self) -> dict[str, dict[str, str]]:
+        """File -> our field -> its own, where the names differ."""
+        return {name: fields.mapping for name, fields in zip(self.names, self._fields, strict=True)}
+
     @functools.cached_property
     def digest(self) -> str:
-        """xxh3-128 hex over formats, bytes, groups and ids of the rows, in order."""
+        """xxh3-128 hex over formats, mappings, bytes, groups and ids of the rows, in order."""
         hasher = xxhash.xxh3_128(self._columns.row_hash.tobytes())
+        kinds = [
+            format + (json.dumps(fields.mapping, sort_keys=True) if fields.mapping else "")
+            for format, fields in zip(self._formats, self._fields, strict=True)
+        ]
         for i, (id, group) in enumerate(zip(self.ids, self.groups, strict=True)):
-            hasher.update(
-                f"{len(id)}:{id}{len(group)}:{group}{self._formats[self._columns.file[i]]}".encode()
-            )
+            kind = kinds[self._columns.file[i]]
+            hasher.update(f"{len(id)}:{id}{len(group)}:{group}{kind}".encode())
         return hasher.hexdigest()
 
     def __len__(self) -> int:
@@ -83,7 +103,8 @@ class Pool(Sequence[Example]):
         if isinstance(index, slice):
             return self.take(range(*index.indices(len(self))))
         row = range(len(self))[index]
-        content = convert(self.record(row), self._formats[self._columns.file[row]], self._fields)
+        file = self._columns.file[row]
+        content = convert(self.record(row), self._formats[file], self._fields[file])
         return Example(
             self.ids[row], content.messages, self.groups[row], content.tools, content.tokens
         )
@@ -136,7 +157,7 @@ class Pool(Sequence[Example]):
         """The row as a dict, all fields of the file."""
         file, start, end = self.source(row)
         data = file.read(start, end)
-        return parse_row(data) if isinstance(data, bytes) else data
+        return file.parse(data) if isinstance(file, Text) else data
 
     def place(self, row: int) -> str:
         """file:line of the row."""
@@ -163,40 +184,51 @@ def read_pool(
     group_field: str | None = None,
     id_field: str = "id",
     mapping: Mapping[str, str] | None = None,
+    files: Mapping[str, Mapping[str, Any]] | None = None,
+    inherited: Collection[str] = (),
     max_bad_rows: float | int = 0.05,
     max_row_bytes: int = MAX_ROW_BYTES,
     max_expansion: float = EXPANSION,
     progress: Progress | None = None,
 ) -> Pool:
-    """Reads rows from files `[NAME=]FILE` or `hf:NAME[:CONFIG][@REVISION]`; docs/formats.md lists
-    formats, containers and codes.
+    """Reads rows from files, folders and patterns `[NAME=]FILE`, or from
+    `hf:NAME[:CONFIG][@REVISION]` with a split in brackets; docs/formats.md lists formats,
+    containers and codes.
 
     format: a key of FORMATS, or "auto": each file's first 1,000 rows vote. mapping: our field ("id"
-    and "group" too) -> their field. group_field: the row's field that is its group (rows without
-    it: "?"); else NAME, by default the file name without its suffixes. max_bad_rows: a share (float
-    up to 1) or a count (int) of the rows read that may be unusable. max_row_bytes: longer rows are
-    quarantined. max_expansion: how many times its size a compressed file of more than 1 GiB
-    unpacked may grow to.
+    and "group" too) -> their field; what names a field that a file has not is meant for the other
+    files. files: NAME -> the `format` and `mapping` of that source alone. inherited: "format" or
+    "mapping" where these are meant for another pool, and hold for the files that they fit.
+    group_field: the row's field that is its group (rows without it: "?"); else NAME, by default the
+    file name without its suffixes. max_bad_rows: a share (float up to 1) or a count (int) of the
+    rows read that may be unusable. max_row_bytes: longer rows are quarantined. max_expansion: how
+    many times its size a compressed file of more than 1 GiB unpacked may grow to.
 
-    Raises UserError (a missing or unreadable kind of file, an unknown format or field), DataError
-    (no usable row), TooManyBadRows, ResourceError (disk full, expansion over the limit).
+    Raises UserError (a missing or unreadable kind of file, an unknown format or field, a field that
+    no row has), DataError (no usable row), TooManyBadRows, ResourceError (disk full, expansion over
+    the limit).
     """
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    check_names(sources, format, mapping)
-    fields = Fields(mapping)
+    named = expanded(sources)
+    check_names(named, format, mapping, files)
     id_field, group_field = (
         (mapping or {}).get("id", id_field),
         (mapping or {}).get("group", group_field),
     )
-    reader = Reader(fields, _mapped_format(format, mapping), group_field, id_field, progress)
-    files, names = [], []
-    for source in sources:
-        name, file = split_name(source)
-        files.append(open_source(file, max_row_bytes=max_row_bytes, max_expansion=max_expansion))
-        names.append(redacted(file) if is_url(file) else file)
-        reader.read(files[-1], name or default_name(file))
+    reader = Reader(group_field, id_field, progress)
+    if "mapping" not in inherited:
+        reader.unseen = {theirs: ours for ours, theirs in (mapping or {}).items()}
+    opened, names = [], []
+    for source in named:
+        opened.append(
+            open_source(source.file, max_row_bytes=max_row_bytes, max_expansion=max_expansion)
+        )
+        names.append(redacted(source.file) if is_url(source.file) else source.file)
+        asked = choice(source.group, format, mapping, files)
+        reader.read(opened[-1], source.group, *asked, inherited)
+    _refuse_absent(reader)
     changed = unique_ids(reader.ids, reader.named)
-    pool = Pool(reader.columns(), files, names, reader.formats, fields)
+    pool = Pool(reader.columns(), opened, names, reader.formats, reader.fields)
     pool.dropped = reader.dropped
     pool.arguments = dict(
         sources=[str(source) for source in sources],
@@ -204,6 +236,8 @@ def read_pool(
         group_field=group_field,
         id_field=id_field,
         mapping=dict(mapping) if mapping else None,
+        files={name: dict(own) for name, own in files.items()} if files else None,
+        inherited=list(inherited),
         max_bad_rows=max_bad_rows,
         max_row_bytes=max_row_bytes,
         max_expansion=max_expansion,
@@ -214,12 +248,16 @@ def read_pool(
     return pool
 
 
-def _mapped_format(format: str, mapping: Mapping[str, str] | None) -> str:
-    """A mapping that names every required field of a format chooses it; otherwise the vote does."""
-    chosen = (
-        detect(dict.fromkeys(mapping, True), Fields()) if format == "auto" and mapping else None
-    )
-    return chosen or format
+def _refuse_absent(reader: Reader) -> None:
+    """Raises UserError for a field that was named, and that no row has."""
+    if not reader.seen:
+        return
+    for theirs, ours in reader.unseen.items():
+        raise absent(theirs, f"for {ours!r}", reader.seen)
+    field = reader.group_field
+    alone = reader.counts["group:none"] == len(reader.ids) > 0
+    if field and alone and not reader.seen[field]:
+        raise absent(field, "to group by", reader.seen)
 
 
 def _judge(pool: Pool, counts: Counter[str], max_bad_rows: float | int) -> None:
@@ -276,6 +314,11 @@ def _warnings(pool: Pool, reader: Reader, changed: int) -> list[str]:
             f"{counts['id:other']:,} rows have an id that is neither a text nor a whole number; a"
             " hash of the row stands in"
         )
+    found += [
+        f"{count:,} {'row has' if count == 1 else 'rows have'} {key.partition(':')[2]}"
+        for key, count in counts.items()
+        if key.startswith("remark:")
+    ]
     if counts["group:none"]:
         found.append(
             f"{counts['group:none']:,} rows have no field {reader.group_field!r}; their group is"

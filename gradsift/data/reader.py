@@ -4,12 +4,13 @@ those that cannot be used.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import itertools
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,11 +26,14 @@ from gradsift.data.formats import (
     RowFault,
     check_strings,
     convert,
-    parse_row,
-    vote,
+    detect,
+    settle,
+    stands,
 )
+from gradsift.data.marks import loss
+from gradsift.data.marks.preference import graded, preference
 from gradsift.data.records import Columns, Dropped, Place, canonical
-from gradsift.errors import DataError, TooManyBadRows
+from gradsift.errors import DataError, TooManyBadRows, UserError
 
 if TYPE_CHECKING:
     from gradsift.data.tables import Table
@@ -61,8 +65,6 @@ def _content_hash(content: Content) -> bytes:
 class Reader:
     """Reads sources one by one into columns, quarantine and counts."""
 
-    fields: Fields
-    format: str
     group_field: str | None
     id_field: str
     progress: Progress | None
@@ -75,10 +77,25 @@ class Reader:
     content_hash: bytearray = field(default_factory=bytearray)
     dropped: list[Dropped] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    # of each file
     formats: list[str] = field(default_factory=list)
+    fields: list[Fields] = field(default_factory=list)
+    # fields that a mapping names -> ours, until a row has them; names of the first rows
+    unseen: dict[str, str] = field(default_factory=dict)
+    seen: Counter[str] = field(default_factory=Counter)
 
-    def read(self, file: Text | Table, group: str) -> None:
-        """All rows of one file. Raises DataError when no row of it fits a format."""
+    def read(
+        self,
+        file: Text | Table,
+        group: str,
+        format: str = "auto",
+        mapping: Mapping[str, str] | None = None,
+        inherited: Collection[str] = (),
+    ) -> None:
+        """All rows of one file. `format`, `mapping`, `inherited`: see `formats.settle`.
+
+        Raises DataError when no row of it fits a format.
+        """
         if self.progress:
             self.progress.start(
                 len(file), "bytes" if isinstance(file, Text) else "rows", f"reading {file.name}"
@@ -86,12 +103,17 @@ class Reader:
         before, at = self.counts["read"], 0
         rows = self._parsed(file)
         head = list(itertools.islice(rows, VOTERS))
-        format = self._format(file, [record for _, record in head if isinstance(record, dict)])
+        records = [record for _, record in head if isinstance(record, dict)]
+        format, fields = settled(file.name, records, format, mapping, inherited)
         number = len(self.formats)
         self.formats.append(format)
+        self.fields.append(fields)
+        self.seen.update(key for record in records for key in record)
+        for theirs in [theirs for theirs in self.unseen if stands(theirs, records)]:
+            del self.unseen[theirs]
         for source in (head, rows):
             for place, record in source:
-                self._add(file, number, place, record, format, group)
+                self._add(file, number, place, record, group)
                 if self.progress and not self.counts["read"] % VOTERS:
                     self.progress.advance(place.end - at)
                     at = place.end
@@ -116,42 +138,21 @@ class Reader:
                 continue
             try:
                 if isinstance(file, Text):
-                    yield place, parse_row(place.data)
+                    yield place, file.parse(place.data)
                 else:
                     check_strings(place.data)
                     yield place, place.data
             except RowFault as fault:
                 yield place, fault
 
-    def _format(self, file: Text | Table, records: list[dict[str, Any]]) -> str:
-        if self.format != "auto":
-            return self.format
-        winner, _ = vote(records, self.fields)
-        if winner is None and records:
-            seen = Counter(key for record in records for key in record)
-            names = ", ".join(repr(name) for name, _ in seen.most_common(8)) or "none"
-            known = "; ".join(
-                f"{name} ({', '.join(required)})" for name, (required, _) in FORMATS.items()
-            )
-            remedy = (
-                "Give a mapping from our fields to yours, such as prompt=question. Formats:"
-                f" {known}."
-            )
-            raise DataError(
-                f"no known format fits its fields: {names}", where=file.name, remedy=remedy
-            )
-        return winner or "messages"
-
-    def _add(
-        self, file: Text | Table, number: int, place: Place, record: Any, format: str, group: str
-    ) -> None:
+    def _add(self, file: Text | Table, number: int, place: Place, record: Any, group: str) -> None:
         self.counts["read"] += 1
         id = None
         try:
             if isinstance(record, RowFault):
                 raise record
             id = self._id(record)
-            content = convert(record, format, self.fields)
+            content = convert(record, self.formats[number], self.fields[number])
         except RowFault as fault:
             self.counts[f"quarantined:{fault.code}"] += 1
             self.dropped.append(Dropped(file.name, place.line, id, str(fault), fault.fix))
@@ -160,6 +161,7 @@ class Reader:
                     self.dropped, self.counts["read"], "most rows are bad; reading stopped"
                 ) from None
             return
+        self._remark(record, content)
         data = place.data if isinstance(file, Text) else canonical(record)
         row_hash = xxhash.xxh3_128_digest(data.rstrip(b"\r"))
         self.ids.append(row_hash.hex() if id is None else id)
@@ -168,6 +170,25 @@ class Reader:
         self.places.extend((number, place.line, place.start, place.end))
         self.row_hash += row_hash
         self.content_hash += _content_hash(content)
+
+    def _remark(self, record: dict[str, Any], content: Content) -> None:
+        """Counts what should be said of a row that is used."""
+        if self.unseen:
+            for theirs in [theirs for theirs in self.unseen if theirs in record]:
+                del self.unseen[theirs]
+        found = {
+            said
+            for message in content.messages
+            if message.extra and message.role == "assistant"
+            for said in loss.remarks(message.extra)
+        }
+        if "label" in record and graded(record):
+            found.add(
+                "a 'label' of 0 or 1 beside a completion, which is learned either way; if it says"
+                " good or bad, keep the good rows alone"
+            )
+        for said in found:
+            self.counts[f"remark:{said}"] += 1
 
     def _id(self, record: Mapping[str, Any]) -> str | None:
         value = record.get(self.id_field)
@@ -200,6 +221,75 @@ class Reader:
             for data in (self.row_hash, self.content_hash)
         ]
         return Columns(self.ids, self.groups, file.astype(np.int32), line, start, end, *hashes)
+
+
+def settled(
+    name: str,
+    records: list[dict[str, Any]],
+    format: str,
+    mapping: Mapping[str, str] | None,
+    inherited: Collection[str] = (),
+) -> tuple[str, Fields]:
+    """Format and fields of the file `name` by its first records; see `formats.settle`.
+
+    Raises:
+        DataError: no known format fits.
+    """
+    winner, fields = settle(records, format, mapping, inherited)
+    if winner is not None or not records:
+        return winner or "messages", fields
+    judged = [text for record in records if (text := preference(record, fields.named))]
+    if 2 * len(judged) > len(records):
+        raise DataError(
+            f"holds preference rows, not rows with one answer: {judged[0]}",
+            where=name,
+            remedy=FAULTS["preference"],
+        )
+    seen = Counter(str(key) for record in records for key in record)
+    names = ", ".join(repr(key[:60]) for key, _ in seen.most_common(8)) or "none"
+    raise DataError(
+        f"no known format fits its fields: {names}", where=name, remedy=_remedy(records, seen)
+    )
+
+
+# names that others give to a question and to its answer
+_ASKED = ("question", "query", "prompt", "instruction", "input", "inputs", "problem", "user")
+_SAID = ("answer", "response", "output", "outputs", "completion", "solution", "target", "targets")
+
+
+def _remedy(records: list[dict[str, Any]], seen: Counter[str]) -> str:
+    """What to do about rows that no format fits."""
+    for key, value in records[0].items():
+        inside = value[0] if len(records) == 1 and isinstance(value, list) and value else None
+        if isinstance(inside, dict) and detect(inside, Fields()):
+            return f"It is one object: write the list below its key {key!r} alone, as the rows."
+    if "input_ids" in seen:
+        return (
+            "Add `labels`: the tokens that are learned, and -100 for the others; or a"
+            " `completion_mask`."
+        )
+    asked, said = (next((n for n in names if n in seen), None) for names in (_ASKED, _SAID))
+    example = f"instruction={asked or 'question'},output={said or 'answer'}"
+    known = "; ".join(f"{name} ({', '.join(required)})" for name, (required, _) in FORMATS.items())
+    return (
+        f"Name your fields by a mapping: --map {example} (of a target: --target-map; in a TOML file"
+        f" the key `mapping` of [pool] or [target]). Formats: {known}."
+    )
+
+
+def absent(field: str, why: str, records: list[dict[str, Any]] | Counter[str]) -> UserError:
+    """The error for a field that was named and that no row has."""
+    names = (
+        records
+        if isinstance(records, Counter)
+        else Counter(str(key) for record in records for key in record)
+    )
+    near = difflib.get_close_matches(field, list(names), n=1, cutoff=0.5)
+    shown = ", ".join(repr(name[:60]) for name, _ in names.most_common(8)) or "none"
+    return UserError(
+        f"no row has the field {field!r} {why}",
+        remedy=f"Did you mean {near[0]!r}?" if near else f"The rows have: {shown}.",
+    )
 
 
 def too_many(dropped: list[Dropped], read: int, why: str) -> TooManyBadRows:

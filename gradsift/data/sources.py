@@ -1,16 +1,52 @@
-"""The sources of a pool as they are named: `[NAME=]FILE` or hf:NAME, and what is wrong with them
-before a row is read.
+"""The sources of a pool as they are named: `[NAME=]FILE`, a folder, a pattern or hf:NAME, and what
+is wrong with them before a row is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from gradsift.data.files import SUFFIXES, Text, check_source
-from gradsift.data.formats import FIELD_NAMES, FORMATS
+from gradsift.data.folders import folder_files, is_pattern, is_saved, matching
+from gradsift.data.formats import FIELD_NAMES, FORMATS, RowFault
+from gradsift.data.reader import VOTERS, absent, settled
 from gradsift.data.remote import is_url
 from gradsift.errors import UnknownName, UserError
+
+LOOKED_AT = 16 << 20  # bytes of a text whose format is looked for before it is read
+SCANNED = 64 << 20  # bytes of texts that are searched for the name of a field before they are read
+
+
+class Source(NamedTuple):
+    """A file to read, and the group of its rows."""
+
+    group: str
+    file: str
+
+
+def expanded(sources: Sequence[str | Path]) -> list[Source]:
+    """The files behind the names of sources: those of a folder or a pattern are one group.
+
+    Raises:
+        UserError: a pattern names no file, or a folder none that could be read.
+    """
+    found = []
+    for source in sources:
+        name, file = split_name(source)
+        group = name or default_name(file)
+        if file.startswith("hf:") or is_url(file):
+            found.append(Source(group, file))
+        elif is_pattern(file):
+            found += [Source(group, str(path)) for path in matching(file)]
+        elif (path := Path(file)).is_dir() and not is_saved(path):
+            found += [Source(group, str(inside)) for inside in folder_files(path)]
+        else:
+            found.append(Source(group, file))
+    return found
 
 
 def split_name(source: str | Path) -> tuple[str | None, str]:
@@ -31,13 +67,19 @@ def split_name(source: str | Path) -> tuple[str | None, str]:
 
 
 def default_name(file: str) -> str:
-    """The file's name without the suffixes of containers: its group."""
+    """The group of a source without a name: the file's name without the suffixes of containers; of
+    a pattern what stands before its first wildcard, or the folder.
+    """
     if file.startswith("hf:"):
-        return file[3:].split("@")[0].rstrip("/").rsplit("/", 1)[-1]
+        return re.sub(r"\[.*\]$", "", file[3:]).split("@")[0].rstrip("/").rsplit("/", 1)[-1]
     path = Path(file.partition("?")[0] if is_url(file) else file)
+    if not is_url(file) and is_pattern(file):
+        parts = [part for part in path.parts if not re.search(r"[*?[]", part)]
+        stem = re.split(r"[*?[]", path.name)[0].rstrip("-_.")
+        return stem or (parts[-1] if parts and parts[-1] not in ("/", ".", "..") else "pool")
     while path.suffix.lower() in SUFFIXES and path.stem:
         path = path.with_suffix("")
-    return path.name or str(path)
+    return path.name or path.resolve().name
 
 
 def check_pool(
@@ -45,26 +87,100 @@ def check_pool(
     *,
     format: str = "auto",
     mapping: Mapping[str, str] | None = None,
+    files: Mapping[str, Mapping[str, Any]] | None = None,
+    group_field: str | None = None,
+    inherited: Collection[str] = (),
 ) -> list[Text | None]:
-    """Raises what `read_pool` raises before it reads a row, without unpacking or fetching anything.
+    """Raises what `read_pool` raises before it reads a row, without unpacking or fetching anything;
+    of plain texts also that no format fits, or that no row has a field that was named.
 
     Returns:
-        For each source its text where it is a plain one, else None.
+        For each file its text where it is a plain one, else None.
     """
-    check_names(sources, format, mapping)
-    return [check_source(split_name(source)[1]) for source in sources]
+    named = expanded(sources)
+    check_names(named, format, mapping, files)
+    texts = [check_source(source.file) for source in named]
+    heads = []
+    for source, text in zip(named, texts, strict=True):
+        if text is not None:
+            records, whole = _head(text)
+            heads += records
+            if whole:
+                asked = choice(source.group, format, mapping, files)
+                settled(text.name, records, *asked, inherited)
+    plain = [text for text in texts if text is not None]
+    if len(plain) == len(texts) and sum(map(len, plain)) <= SCANNED:
+        wanted = {} if group_field is None else {group_field: "to group by"}
+        if "mapping" not in inherited:
+            wanted |= {theirs: f"for {ours!r}" for ours, theirs in (mapping or {}).items()}
+        for field, why in wanted.items():
+            if field.isascii() and not any(_mentions(text, field) for text in plain):
+                error = absent(field, why, heads)
+                # a group that looks like no field at all is told when the rows are read
+                if field != group_field or "Did you mean" in (error.remedy or ""):
+                    raise error
+    return texts
+
+
+def choice(
+    group: str,
+    format: str,
+    mapping: Mapping[str, str] | None,
+    files: Mapping[str, Mapping[str, Any]] | None,
+) -> tuple[str, Mapping[str, str] | None]:
+    """(format, mapping) that are asked for the files of one group: its own before the common
+    ones.
+    """
+    own = (files or {}).get(group, {})
+    return own.get("format") or format, {**(mapping or {}), **(own.get("mapping") or {})}
+
+
+def _head(text: Text) -> tuple[list[dict[str, Any]], bool]:
+    """The first records of a text, and whether they are those that vote on its format."""
+    records: list[dict[str, Any]] = []
+    for place in itertools.islice(text.rows(), VOTERS):
+        if place.start > LOOKED_AT:
+            return records, False
+        try:
+            if place.data is not None:
+                records.append(text.parse(place.data))
+        except RowFault:
+            continue
+    return records, True
+
+
+def _mentions(text: Text, field: str) -> bool:
+    """Whether a row of the text may have the field."""
+    if text.kind not in ("lines", "array"):
+        return field in getattr(text, "columns", ())
+    return any(f'"{field}"'.encode() in chunk for chunk in _overlapping(text, len(field) + 2))
+
+
+def _overlapping(text: Text, length: int) -> Iterator[bytes]:
+    """The bytes of a text in pieces, each with the last `length` bytes of the one before."""
+    for at in range(0, len(text), 1 << 22):
+        yield text.read(max(0, at - length), min(at + (1 << 22), len(text)))
 
 
 def check_names(
-    sources: Sequence[str | Path], format: str, mapping: Mapping[str, str] | None
+    sources: Sequence[Source],
+    format: str,
+    mapping: Mapping[str, str] | None,
+    files: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Raises UserError for no source, UnknownName for a format or a field of the mapping that there
-    is not.
+    """Raises UserError for no source, UnknownName for a format, a field of the mapping or a group
+    that there is not.
     """
     if not sources:
         raise UserError("no pool file was named", remedy="Name at least one file.")
-    if format != "auto" and format not in FORMATS:
-        raise UnknownName("format", format, [*FORMATS, "auto"])
-    for ours in mapping or {}:
-        if ours not in (*FIELD_NAMES, "id", "group"):
-            raise UnknownName("field of the mapping", ours, (*FIELD_NAMES, "id", "group"))
+    for name in files or {}:
+        if name not in (groups := {source.group for source in sources}):
+            raise UnknownName("source", name, groups)
+    for asked in (format, *[own.get("format") or "auto" for own in (files or {}).values()]):
+        if asked != "auto" and asked not in FORMATS:
+            raise UnknownName("format", asked, [*FORMATS, "auto"])
+    known = (*FIELD_NAMES, "id", "group")
+    for named in (mapping or {}, *[own.get("mapping") or {} for own in (files or {}).values()]):
+        for ours in named:
+            if ours not in known:
+                raise UnknownName("field of the mapping", ours, known)

@@ -2,14 +2,19 @@
 
 Parquet is unpacked once into an unlinked temporary Arrow file. Every batch is checked before a
 value of it is read: Arrow takes offsets as the file states them, and a file may lie.
+
+A record is what was written, not what the columns make of it: values of the JSON type are decoded
+wherever they stand, and fields of tools and of their calls that Arrow added to make all structs of
+a column equal are taken out again.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,15 +22,18 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
+from gradsift.data.folders import is_saved, saved_files
+from gradsift.data.formats import RowFault, parse_value
 from gradsift.data.limits import AGAIN, EXPANSION, ROOM, expanded
 from gradsift.data.records import Place
-from gradsift.data.saved import saved_files
 from gradsift.errors import DataError, DiskFull, OutOfMemory, UserError
 
 # rows decoded at once; rows and bytes of a batch that is kept
 _STEP, _BATCH_ROWS, _BATCH_BYTES = 256, 1 << 14, 1 << 26
 # what a value without a Python value raises
 _UNREADABLE = (ValueError, LookupError, ArithmeticError, TypeError, pa.ArrowException)
+# where a null says that another row has the field
+_CALLS = frozenset({"tool_calls", "function_call", "tools", "functions"})
 
 
 class Table:
@@ -36,6 +44,8 @@ class Table:
     def __init__(self, table: pa.Table, name: str, kind: str) -> None:
         self.table, self.name, self.kind = table, name, kind
         self.cut, self.blank = None, 0
+        decoders = {field.name: _decoder(field) for field in table.schema}
+        self._decoders = {name: decode for name, decode in decoders.items() if decode}
         if len(set(table.column_names)) < table.num_columns:
             twice = next(
                 column for column in table.column_names if table.column_names.count(column) > 1
@@ -49,7 +59,7 @@ class Table:
 
     def read(self, start: int, end: int) -> Any:
         """The record of row `start`."""
-        return self.table.slice(start, end - start).to_pylist()[0]
+        return self._decoded(self.table.slice(start, end - start).to_pylist()[0])
 
     def rows(self) -> Iterator[Place]:
         at = 0
@@ -60,8 +70,18 @@ class Table:
                 records = [self._record(batch, i) for i in range(batch.num_rows)]
             for record in records:
                 fault = record if isinstance(record, tuple) else None
+                if not fault and self._decoders:
+                    try:
+                        self._decoded(record)
+                    except RowFault as error:
+                        fault = (error.code, error.text)
                 yield Place(at + 1, at, at + 1, None if fault else record, fault)
                 at += 1
+
+    def _decoded(self, record: dict[str, Any]) -> dict[str, Any]:
+        for name, decode in self._decoders.items():
+            record[name] = decode(record[name])
+        return record
 
     @staticmethod
     def _record(batch: pa.RecordBatch, row: int) -> dict[str, Any] | tuple[str, str]:
@@ -71,6 +91,57 @@ class Table:
             return "not-utf8", "a text of the row is not UTF-8"
         except _UNREADABLE as error:
             return "wrong-type", f"a value of the row cannot be read ({_short(error)})"
+
+
+def _decoder(field: pa.Field, called: bool = False) -> Callable[[Any], Any] | None:
+    """From the Python value of a column or of a part of it to the value that was written; None
+    where they are the same.
+
+    Args:
+        field: the column, or a field inside it.
+        called: whether it stands inside tools or their calls, where nulls are no values.
+    """
+    called, kind = called or field.name in _CALLS, field.type
+    if _is_json(field):
+        return lambda text: None if text is None else parse_value(text)
+    if pa.types.is_struct(kind):
+        inner = {child.name: _decoder(child, called) for child in kind}
+        decoders = {name: decode for name, decode in inner.items() if decode}
+        return _struct_decoder(decoders, called) if decoders or called else None
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        decode = _decoder(kind.value_field, called)
+        return _list_decoder(decode) if decode else None
+    return None
+
+
+def _is_json(field: pa.Field) -> bool:
+    """Whether a field is of the JSON type, which old versions of Arrow know by its metadata
+    alone.
+    """
+    if isinstance(field.type, pa.BaseExtensionType):
+        return field.type.extension_name == "arrow.json"
+    return (field.metadata or {}).get(b"ARROW:extension:name") == b"arrow.json"
+
+
+def _list_decoder(decode: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda items: None if items is None else [decode(item) for item in items]
+
+
+def _struct_decoder(
+    decoders: dict[str, Callable[[Any], Any]], called: bool
+) -> Callable[[Any], Any]:
+    def decoded(record: dict[str, Any] | None) -> dict[str, Any] | None:
+        if record is None:
+            return None
+        found = {
+            name: decoders[name](value) if name in decoders else value
+            for name, value in record.items()
+        }
+        if called:
+            return {name: value for name, value in found.items() if value is not None}
+        return found
+
+    return decoded
 
 
 def parquet(file: IO[bytes], name: str, max_expansion: float) -> Table:
@@ -164,6 +235,8 @@ def _check(batch: pa.RecordBatch) -> None:
 
 def _without_texts(kind: pa.DataType) -> pa.DataType:
     """The type with bytes in place of texts."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _without_texts(kind.storage_type)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return pa.binary() if pa.types.is_string(kind) else pa.large_binary()
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
@@ -186,26 +259,29 @@ def _short(error: Exception) -> str:
     return str(error).split("\n")[0][:120]
 
 
-def saved_folder(path: Path) -> Table:
+def saved_folder(path: Path, split: str = "") -> Table:
     """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk` (its train split, or
-    its only one).
+    its only one, where none is named).
     """
-    folder, files = saved_files(path)
+    folder, files = saved_files(path, split)
     return arrow(files, str(folder), EXPANSION)
 
 
 def hub(name: str) -> Table:
-    """`hf:NAME[:CONFIG][@REVISION]` through the `datasets` library; NAME may be a local folder. The
-    train split, or the only one.
+    """`hf:NAME[:CONFIG][@REVISION]`, maybe with a split in brackets, through the `datasets`
+    library; NAME may be a local folder. Without a split the train split, or the only one.
     """
-    rest, config, revision = name[3:], "", ""
-    if not os.path.isdir(rest):
+    rest, config, revision, split = name[3:], "", "", ""
+    # a slice such as train[:10%] has brackets of its own
+    match = re.fullmatch(r"(.+?)\[([^\[]+(?:\[[^\[]*\])?)\]", rest)
+    if match and not os.path.isdir(rest):
+        rest, split = match.groups()
+    local = os.path.isdir(rest)
+    if not local:
         rest, _, revision = rest.partition("@")
         rest, _, config = rest.partition(":")
-    if os.path.isfile(os.path.join(rest, "state.json")) or os.path.isfile(
-        os.path.join(rest, "dataset_dict.json")
-    ):
-        return saved_folder(Path(rest))
+    if local and is_saved(Path(rest)):
+        return saved_folder(Path(rest), split)
     try:
         import datasets
         from datasets.exceptions import DatasetsError
@@ -220,18 +296,21 @@ def hub(name: str) -> Table:
     options: Any = {"trust_remote_code": False} if datasets.__version__.startswith("3.") else {}
     try:
         loaded: Any = datasets.load_dataset(
-            rest, config or None, revision=revision or None, **options
+            rest, config or None, revision=revision or None, split=split or None, **options
         )
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         remedy = "Check the name, the network and HF_TOKEN; or download the files and name them."
+        if split and "split" in str(error).lower():
+            remedy = "Correct the name in brackets."
+        elif local:
+            remedy = "Name its files instead, or a pattern such as 'FOLDER/*.parquet'."
         raise UserError(f"cannot be loaded ({_short(error)})", where=name, remedy=remedy) from error
     if isinstance(loaded, dict):
         if "train" not in loaded and len(loaded) != 1:
-            splits = ", ".join(loaded)
             raise UserError(
-                f"holds the splits {splits} and no train",
+                f"holds the splits {', '.join(loaded)} and no train",
                 where=name,
-                remedy="Download the split and name its file.",
+                remedy=f"Name one in brackets: '{name}[{next(iter(loaded))}]'.",
             )
         loaded = loaded["train" if "train" in loaded else next(iter(loaded))]
     return Table(loaded.data.table, name, "arrow")

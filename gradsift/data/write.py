@@ -5,7 +5,9 @@ from rows.
 from __future__ import annotations
 
 import contextlib
+import csv
 import gzip
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +20,8 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import zstandard
 
-from gradsift.data.files import Text
+from gradsift.data.files import KINDS, Cells, Text, container, open_source
+from gradsift.data.limits import EXPANSION
 from gradsift.data.records import canonical, finite_numbers
 from gradsift.data.tables import Table
 from gradsift.errors import UserError
@@ -29,19 +32,32 @@ if TYPE_CHECKING:
     from gradsift.data.pool import Pool
     from gradsift.data.records import Dropped
 
-_SUFFIX = {"lines": ".jsonl", "array": ".json", "parquet": ".parquet", "arrow": ".arrow"}
-
 
 def subset_suffix(pool: Pool) -> str:
     """The suffix of the container that keeps the pool's rows as they are; .jsonl when its files are
-    of several kinds.
+    of several kinds, or their columns differ.
     """
     kinds = {file.kind for file in pool.files}
-    return _SUFFIX[kinds.pop()] if len(kinds) == 1 else ".jsonl"
+    shapes = [_columns(file) for file in pool.files]
+    return KINDS[kinds.pop()] if len(kinds) == 1 and _equal(shapes) else ".jsonl"
+
+
+def _columns(file: Any) -> Any:
+    """What the columns of a table or of cells are; None for JSON, which has none."""
+    if isinstance(file, Table):
+        return file.table.schema
+    return (file.columns, file.delimiter) if isinstance(file, Cells) else None
+
+
+def _equal(shapes: Sequence[Any]) -> bool:
+    first = shapes[0]
+    return all(
+        shape.equals(first) if isinstance(shape, pa.Schema) else shape == first for shape in shapes
+    )
 
 
 def write_subset(
-    pool: Pool,
+    pool: Pool | _File,
     subset: Subset | Sequence[int] | np.ndarray,
     path: str | Path,
     *,
@@ -51,13 +67,14 @@ def write_subset(
     when the rows are as they were).
 
     The suffix of `path` decides: .jsonl and .json (with .gz or .zst after them: compressed) take
-    the bytes of text rows as they stand in their files; .parquet and .arrow take rows of tables
-    with their schema. Table rows in a .jsonl, and array rows that span lines, are written as
-    canonical JSON, which is said. Rows keep the order of the pool. add: extra columns, each with
-    one value per pick, in pick order (as `Subset.gains`); text rows are then written anew.
+    the bytes of JSON rows as they stand in their files, .csv and .tsv those of rows of such files;
+    .parquet and .arrow take rows of tables with their schema. Table rows and cells in a .jsonl, and
+    array rows that span lines, are written as canonical JSON, which is said. Rows keep the order of
+    the pool. add: extra columns, each with one value per pick, in pick order (as `Subset.gains`);
+    text rows are then written anew.
 
-    Raises UserError (an unknown suffix, text rows into a table, a column that exists, `path` is a
-    file of the pool), DiskFull, ResourceError.
+    Raises UserError (an unknown suffix, JSON rows or cells into a table, a column that exists,
+    `path` is a file of the pool), DiskFull, ResourceError.
     """
     path = Path(path)
     picks = np.asarray(
@@ -79,10 +96,13 @@ def write_subset(
             raise UserError(
                 "is a file of the pool", where=path, remedy="Write the subset to another file."
             )
-    kind, packing = _kind(path)
+    kind, packing = container(path)
     with _replacing(path, packing) as out:
         if kind in ("parquet", "arrow"):
             _write_table(pool, rows, columns, out, kind, path)
+            return []
+        if kind in ("csv", "tsv"):
+            _write_cells(pool, rows, columns, out, kind, path)
             return []
         anew = _write_text(pool, rows, columns, out, kind)
     if not anew:
@@ -98,11 +118,44 @@ def write_subset(
     ]
 
 
+class _File:
+    """All rows of one file, as `write_subset` takes those of a pool."""
+
+    def __init__(self, path: Path) -> None:
+        # rows of any length have passed already
+        file = open_source(str(path), max_row_bytes=1 << 40, max_expansion=EXPANSION)
+        self.files, self.names = [file], [str(path)]
+        self._places = [(place.start, place.end) for place in file.rows()]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def source(self, row: int) -> tuple[Text | Table, int, int]:
+        return self.files[0], *self._places[row]
+
+    def raw(self, row: int) -> bytes:
+        data = self.files[0].read(*self._places[row])
+        return data if isinstance(data, bytes) else canonical(data)
+
+    def record(self, row: int) -> dict[str, Any]:
+        file, data = self.files[0], self.files[0].read(*self._places[row])
+        return file.parse(data) if isinstance(file, Text) else data
+
+
+def rewrite(source: Path, path: Path) -> None:
+    """Writes all rows of the file `source` to `path`, in the container that its suffix names.
+
+    Raises as `write_subset`.
+    """
+    rows = _File(source)
+    write_subset(rows, range(len(rows)), path)
+
+
 def write_dropped(pool: Pool, path: str | Path, also: Sequence[Dropped] = ()) -> None:
     """The quarantine, and rows a selection left out besides, as jsonl: file, line, id, reason,
     fix.
     """
-    with _replacing(Path(path), _kind(Path(path))[1]) as out:
+    with _replacing(Path(path), container(path)[1]) as out:
         for row in [*pool.dropped, *also]:
             told = {
                 "file": row.file,
@@ -125,25 +178,6 @@ def copy_file(source: Path, path: Path) -> None:
     with _replacing(path, "") as out:
         for chunk in file_chunks(source):
             out.write(chunk)
-
-
-def _kind(path: Path) -> tuple[str, str]:
-    """(container, compression) that the suffixes of a path ask for."""
-    packing = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}.get(path.suffix.lower(), "")
-    inner = Path(path.stem).suffix.lower() if packing else path.suffix.lower()
-    kind = {
-        ".jsonl": "lines",
-        ".ndjson": "lines",
-        ".json": "array",
-        ".parquet": "parquet",
-        ".arrow": "arrow",
-    }.get(inner)
-    if kind is None or (packing and kind in ("parquet", "arrow")):
-        known = ".jsonl, .json (also with .gz or .zst), .parquet or .arrow"
-        raise UserError(
-            "its suffix names no container", where=path, remedy=f"End the name in {known}."
-        )
-    return kind, packing
 
 
 def _packed(file: IO[bytes], packing: str) -> contextlib.AbstractContextManager[Any]:
@@ -179,7 +213,11 @@ def _refuse_taken(name: str, taken: Any) -> None:
 
 
 def _write_text(
-    pool: Pool, rows: np.ndarray, columns: Mapping[str, list[Any]], out: IO[bytes], kind: str
+    pool: Pool | _File,
+    rows: np.ndarray,
+    columns: Mapping[str, list[Any]],
+    out: IO[bytes],
+    kind: str,
 ) -> int:
     """Returns how many rows were not written as they stand in their file (without counting those
     that got new columns).
@@ -193,7 +231,7 @@ def _write_text(
             for name in columns:
                 _refuse_taken(name, record)
             data = canonical({**record, **{name: values[i] for name, values in columns.items()}})
-        elif isinstance(file, Table) or (kind == "lines" and b"\n" in data):
+        elif isinstance(file, Table | Cells) or (kind == "lines" and b"\n" in data):
             data, anew = canonical(pool.record(row)), anew + 1
         if kind == "array":
             out.write(_between(previous, file, start) if i else _head(file))
@@ -203,16 +241,65 @@ def _write_text(
         previous = file
     if kind == "array":
         out.write(_tail(previous) if previous else b"[]\n")
-    elif previous and not _unended(previous, end):
+    elif previous and (isinstance(previous, Cells) or not _unended(previous, end)):
         out.write(b"\n")
     return anew
+
+
+def _write_cells(
+    pool: Pool | _File,
+    rows: np.ndarray,
+    columns: Mapping[str, list[Any]],
+    out: IO[bytes],
+    kind: str,
+    path: Path,
+) -> None:
+    """The line of names and the lines of the rows as they stand, with further cells at their
+    end.
+    """
+    files = [file for file in pool.files if isinstance(file, Cells) and file.kind == kind]
+    if len(files) < len(pool.files):
+        raise UserError(
+            f"its suffix names no container for other rows than .{kind} ones: types would change",
+            where=path,
+            remedy="Write .jsonl instead.",
+        )
+    if not _equal([_columns(file) for file in files]):
+        raise UserError(
+            "the pool's files have different columns", where=path, remedy="Write .jsonl instead."
+        )
+    first = files[0]
+    for name in columns:
+        _refuse_taken(name, first.columns)
+    ending = b"\r\n" if first.read(first.begin, first.first).endswith(b"\r\n") else b"\n"
+    head = first.read(0, first.first).rstrip(b"\r\n")
+    out.write(head + _more(first.delimiter, list(columns)) + ending)
+    end, file = 0, None
+    for i, row in enumerate(rows.tolist()):
+        file, _, end = pool.source(row)
+        if i:
+            out.write(ending)
+        out.write(
+            pool.raw(row) + _more(first.delimiter, [column[i] for column in columns.values()])
+        )
+    if file is not None and not _unended(file, end):
+        out.write(ending)
+
+
+def _more(delimiter: str, cells: Sequence[Any]) -> bytes:
+    """Cells to be added to a line."""
+    if not cells:
+        return b""
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter, lineterminator="").writerow(cells)
+    return (delimiter + text.getvalue()).encode()
 
 
 def _unended(file: Any, end: int) -> bool:
     """Whether a row that ends there is the last line of a file that does not end in a newline: then
     neither does the subset.
     """
-    return isinstance(file, Text) and file.kind == "lines" and end == file.size
+    return isinstance(file, Text) and file.kind != "array" and end == file.size
 
 
 def _head(file: Any) -> bytes:
@@ -241,7 +328,7 @@ def _is_array(file: Any) -> bool:
 
 
 def _write_table(
-    pool: Pool,
+    pool: Pool | _File,
     rows: np.ndarray,
     columns: Mapping[str, list[Any]],
     out: IO[bytes],

@@ -20,7 +20,7 @@ from gradsift.cli.app import app
 from gradsift.cli.flags import CALL, CONSTRAINT, FILE, FLAGS, RUN
 from gradsift.commands.preflight import settle_config
 from gradsift.config import Config
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, UnknownName
 from gradsift.store.run import Run
 
 SECTIONS = set(Config.model_fields)
@@ -334,3 +334,53 @@ def test_the_command_line_loads_no_heavy_library() -> None:
         ).stdout.strip()
         == "[]"
     )
+
+
+# --- how files are read
+
+
+def test_a_map_reaches_the_settings_of_its_side(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("p.jsonl", "t.jsonl"):
+        (tmp_path / name).write_text('{"question": "q", "answer": "a", "uid": "1"}\n' * 40)
+    both = ["--map", "instruction=question,output=answer", "--map", "id=uid"]
+    for command in sorted(RUN | {"inspect", "doctor"}):
+        given = arguments(monkeypatch, command, *both)
+        assert given["settings"]["pool"] == {
+            "mapping": {"instruction": "question", "output": "answer", "id": "uid"}
+        }
+    own = ["--map", "p:instruction=question", "--map", "p:output=answer", "--target-format"]
+    given = arguments(
+        monkeypatch, "select", *own, "alpaca", "--target-map", "instruction=question,output=answer"
+    )
+    assert given["settings"] == {
+        "pool": {"files": {"p": {"mapping": {"instruction": "question", "output": "answer"}}}},
+        "target": {
+            "format": "alpaca",
+            "mapping": {"instruction": "question", "output": "answer"},
+        },
+    }
+    for wrong in ("instruction", "=question", "instruction="):
+        with pytest.raises(ConfigError, match=r"not OURS=THEIRS"):
+            arguments(monkeypatch, "select", "--map", wrong)
+
+
+def test_a_map_stands_above_that_of_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("p.jsonl", "t.jsonl"):
+        (tmp_path / name).write_text('{"question": "q", "answer": "a"}\n' * 40)
+    file = tmp_path / "c.toml"
+    file.write_text(
+        '[pool]\nmapping = {instruction = "q", output = "answer"}\n'
+        '[target.files.t]\nformat = "alpaca"\n'
+    )
+    given = arguments(monkeypatch, "select", "--config", str(file), "--map", "instruction=question")
+    config = settle_config(Run(tmp_path / "r"), "tiny", given["settings"], None)
+    assert config.pool.mapping == {"instruction": "question", "output": "answer"}
+    assert config.target.files["t"].format == "alpaca"
+    assert config.reading("target").mapping == config.pool.mapping
+    file.write_text('[pool.files.p]\nformt = "alpaca"\n')
+    with pytest.raises(UnknownName, match=r"unknown setting 'pool.files.p.formt'.*format"):
+        arguments(monkeypatch, "select", "--config", str(file))

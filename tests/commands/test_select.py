@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -337,6 +338,43 @@ def test_the_subset_is_copied_where_asked(
     assert out.read_bytes() == (chosen.folder / "selected.jsonl").read_bytes()
     with pytest.raises(UserError, match="input file"):
         select("random", pool_file, model_folder, tmp_path / "r", budget=5, out=pool_file)
+
+
+def test_the_suffix_of_out_decides_what_is_written(
+    tmp_path: Path, pool_file: Path, model_folder: Path
+) -> None:
+    run = tmp_path / "r"
+    plain = select("random", pool_file, model_folder, run, budget=5)
+    lines = plain.subset_path.read_bytes()
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert plain.converted is None
+    packed = tmp_path / "picks.jsonl.gz"
+    chosen = select("random", pool_file, model_folder, run, budget=5, out=packed)
+    assert gzip.decompress(packed.read_bytes()) == lines and chosen.converted is None
+    array = tmp_path / "picks.json"
+    chosen = select("random", pool_file, model_folder, run, budget=5, out=array)
+    assert json.loads(array.read_bytes()) == rows
+    assert chosen.lines()[-1] == (f"subset    {array} (rows are converted from .jsonl to .json)")
+    assert chosen.summary()["converted"] == "rows are converted from .jsonl to .json"
+    for name, wrong in (("picks.txt", "names no container"), ("picks.parquet", "types would")):
+        with pytest.raises(UserError, match=wrong):
+            select("random", pool_file, model_folder, tmp_path / "n", budget=5, out=tmp_path / name)
+    assert not (tmp_path / "n").exists()
+
+
+def test_each_side_is_read_under_its_own_names(
+    tmp_path: Path, pool_file: Path, model_folder: Path
+) -> None:
+    asked = [{"question": f"q {i}", "answer": f"a {i}"} for i in range(6)]
+    target = write_rows(tmp_path / "t.jsonl", asked)
+    mapping = {"instruction": "question", "output": "answer"}
+    settings = {**SETTINGS, "target": {"mapping": mapping, "format": "alpaca"}}
+    with pytest.raises(DataError, match="--target-map"):
+        select("rds", pool_file, model_folder, tmp_path / "r", budget=5, target=target)
+    chosen = select(
+        "rds", pool_file, model_folder, tmp_path / "r", budget=5, target=target, settings=settings
+    )
+    assert len(chosen) == 5
 
 
 def test_wrong_questions_are_refused_before_anything_is_made(

@@ -140,6 +140,38 @@ ROWS["prompt-completion turns"] = [
     {"prompt": TURNS[:4], "completion": TURNS[4:5]},
     {"prompt": TURNS[1:2], "completion": TURNS[2:3]},
 ]
+# what others call the fields, and what says which turns and tokens are learned
+ROWS["other names"] = [
+    {"query": "How are you?", "response": "Well.", "system": "Be kind.", "history": [["a", "b"]]},
+    {"query": "And now?", "response": "Still.", "history": [{"user": "c", "assistant": "d"}]},
+]
+ROWS["dolly"] = [{"instruction": "Add.", "context": "1 and 1", "response": "2"}]
+ROWS["pairs"] = [{"conversation": [{"human": "a", "assistant": "b"}, {"human": "c", "gpt": "d"}]}]
+ROWS["mixed names"] = [
+    {
+        "system": "Be kind.",
+        "conversations": [
+            {"role": "Human", "value": "Hello."},
+            {"from": "GPT", "content": ["Good ", {"type": "output_text", "text": "day."}]},
+        ],
+    },
+]
+ROWS["texts of turns"] = [{"messages": json.dumps(TURNS[:3]), "system": "Be kind."}]
+ROWS["switches"] = [
+    {
+        "messages": [
+            {"role": "user", "content": "Which way?"},
+            {"role": "assistant", "content": "Left.", **switch},
+            {"role": "user", "content": "Sure?"},
+            {"role": "assistant", "content": "Right."},
+        ]
+    }
+    for switch in ({"loss": False}, {"lossWeight": "0.0"}, {"mask_loss": True}, {"train": "yes"})
+]
+ROWS["padded tokens"] = [
+    {"input_ids": [0, 0, 5, 6, 7], "labels": [0, 0, -100, 6, 7], "attention_mask": [0, 0, 1, 1, 1]},
+    {"input_ids": [5, 6, 7, 0], "completion_mask": [0, 0, 1, 1], "attention_mask": [1, 1, 1, 0]},
+]
 
 
 def written(
@@ -269,6 +301,40 @@ def test_a_parquet_selection_is_read_too(
     ours = encode(pool, tokenizer)
     theirs = script(tmp_path / "out").make_dataset(tokenizer)
     assert [row["labels"] for row in theirs] == [ours[0]["labels"], ours[1]["labels"]]
+
+
+def test_tables_of_calls_cells_and_several_mappings_are_read_too(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows = [
+        {"messages": [*TURNS[:1], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+        for call in (
+            {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}},
+            {"type": "function", "function": {"name": "g", "arguments": {"b": "x"}}},
+        )
+    ]
+    notes = pa.array(['{"a": 1}', "null"])
+    table = pa.Table.from_pylist(rows)
+    table = table.append_column("note", pa.ExtensionArray.from_storage(pa.json_(), notes))
+    pq.write_table(table, tmp_path / "calls.parquet")
+    (tmp_path / "cells.csv").write_text('\ufeffinstruction,output\n"a, b","c\nd"\n', "utf-8")
+    (tmp_path / "qa.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    (tmp_path / "own.jsonl").write_text(json.dumps(ROWS["alpaca"][0]) + "\n")
+    mapping = {"instruction": "question", "output": "answer"}
+    for name, files in (
+        ("calls", ["calls.parquet"]),
+        ("cells", ["cells.csv"]),
+        ("mappings", ["qa.jsonl", "own.jsonl"]),
+    ):
+        pool = read_pool(
+            [tmp_path / file for file in files], mapping=mapping if name == "mappings" else None
+        )
+        written_files = write_outputs(tmp_path / name, pool, Subset(indices=np.arange(len(pool))))
+        ours = encode(pool, tokenizer)
+        theirs = script(tmp_path / name).make_dataset(tokenizer)
+        assert [row["labels"] for row in theirs] == [row["labels"] for row in ours], name
+        only = [path.name for path in written_files if path.parent.name == "trainers"]
+        assert (only == ["train_trl.py"]) == (name == "mappings")
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
@@ -418,11 +484,22 @@ def test_llama_factory_is_not_told_of_columns_no_row_has(tmp_path: Path) -> None
     }
 
 
+def test_llama_factory_gets_other_names(tmp_path: Path) -> None:
+    info = factory(written(tmp_path, ROWS["other names"][:1]))
+    assert info["columns"]["prompt"] == "query" and info["columns"]["response"] == "response"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    info = factory(written(tmp_path, [{"conversations": turns}]))
+    assert info["tags"]["role_tag"] == "role" and info["tags"]["assistant_tag"] == "assistant"
+
+
 def test_plain_chats_need_no_openai_converter(tmp_path: Path) -> None:
     assert factory(written(tmp_path, [{"messages": TURNS[:3]}]))["formatting"] == "sharegpt"
 
 
-@pytest.mark.parametrize("name", ["tokenised", "prompt-completion turns"])
+@pytest.mark.parametrize(
+    "name",
+    ["tokenised", "prompt-completion turns", "pairs", "mixed names", "texts of turns"],
+)
 def test_what_llama_factory_does_not_read_has_no_entry(name: str, tmp_path: Path) -> None:
     assert not (written(tmp_path, ROWS[name]) / "trainers" / "dataset_info.json").exists()
 

@@ -186,8 +186,8 @@ def test_pickles_are_refused_by_content(tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"\.csv is not a kind"):
-        pool_of(tmp_path, b"a,b\n", "p.csv")
+    with pytest.raises(UserError, match=r"\.xls is not a kind"):
+        pool_of(tmp_path, b"a,b\n", "p.xls")
     assert len(pool_of(tmp_path, GOOD, "part-0001.bak")) == 1
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="a pipe"):

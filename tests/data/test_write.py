@@ -1,12 +1,14 @@
 """Subsets out: the rows byte for byte as they were, in whatever container they came in."""
 
 import contextlib
+import csv
 import gzip
 import json
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +17,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gradsift.data.files import converted
 from gradsift.data.pool import Pool, read_pool
-from gradsift.data.write import subset_suffix, write_subset
+from gradsift.data.write import rewrite, subset_suffix, write_subset
 from gradsift.errors import DiskFull, ResourceError, UserError
 from gradsift.types import Subset
 from tests.data.test_pool import GOOD, ROWS, lines, put
@@ -299,3 +302,111 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     with files_no_larger_than(100), pytest.raises(DiskFull):
         write_subset(pool, range(300), tmp_path / "out.jsonl.zst")
     assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl.gz"]
+
+
+# --- the suffix decides
+
+KINDS = ["jsonl", "json", "csv", "tsv", "parquet", "arrow"]
+PLAIN = [
+    {"id": f"r{i}", "prompt": f"say, \u2028 {i}", "completion": f"{i}\u00e9"} for i in range(6)
+]
+# what cannot be written: JSON has values that no column and no cell has
+REFUSED = {
+    *((came, to) for came in ("jsonl", "json") for to in ("csv", "tsv", "parquet", "arrow")),
+    *((came, to) for came in ("csv", "tsv") for to in ("csv", "tsv", "parquet", "arrow")),
+    *((came, to) for came in ("parquet", "arrow") for to in ("csv", "tsv")),
+} - {("csv", "csv"), ("tsv", "tsv")}
+
+
+def source(folder: Path, kind: str) -> str:
+    if kind not in ("csv", "tsv"):
+        return put(folder, kind, PLAIN)
+    path = folder / f"rows.{kind}"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(PLAIN[0]), delimiter="," if kind == "csv" else "\t")
+        writer.writeheader()
+        writer.writerows(PLAIN)
+    return str(path)
+
+
+def read_with_datasets(path: Path) -> list[dict]:
+    """The rows as `datasets` reads them; packed files are unpacked as it does by their suffix."""
+    datasets.disable_progress_bars()
+    kind = {".jsonl": "json", ".json": "json", ".tsv": "csv"}
+    suffix = path.suffixes[0]
+    if suffix == ".arrow":
+        return pa.ipc.open_file(path).read_all().to_pylist()
+    if path.suffix == ".zst":
+        plain = path.with_suffix("")
+        plain.write_bytes(unpacked(path))
+        path = plain
+    more = {"sep": "\t"} if suffix == ".tsv" else {}
+    loaded = datasets.load_dataset(
+        kind.get(suffix, suffix[1:]), data_files=str(path), split="train", **more
+    )
+    return list(loaded)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning:datasets.*", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("to", KINDS)
+@pytest.mark.parametrize("came", KINDS)
+def test_the_suffix_decides_what_is_written(
+    tmp_path: Path, came: str, to: str, packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    pool = read_pool([source(tmp_path, came)])
+    out = tmp_path / f"picks.{to}{packing}"
+    if (packing and to in ("parquet", "arrow")) or (came, to) in REFUSED:
+        with pytest.raises(UserError):
+            write_subset(pool, [4, 1], out)
+        assert not out.exists()
+        return
+    write_subset(pool, [4, 1], out)
+    assert read_with_datasets(out) == [PLAIN[1], PLAIN[4]]
+    assert converted([pool.files[0].kind], out) == (
+        None if came == to else f"rows are converted from .{came} to .{to}"
+    )
+    if came == to and came not in ("parquet", "arrow"):
+        for row in (1, 4):
+            assert pool.raw(row) in unpacked(out)
+    again = tmp_path / f"again.{to}"
+    rewrite(out, again)
+    assert unpacked(again) == unpacked(out)
+
+
+def test_cells_stay_as_they_were(tmp_path: Path) -> None:
+    text = b'\xef\xbb\xbfid,text\r\n1,"a, b"\r\n\r\n2,"c\nd"\r\n3,  e \r\n'
+    (tmp_path / "p.csv").write_bytes(text)
+    pool = read_pool([tmp_path / "p.csv"])
+    assert subset_suffix(pool) == ".csv"
+    write_subset(pool, range(3), tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_bytes() == text.replace(b"\r\n\r\n", b"\r\n")
+    write_subset(pool, [2, 1], tmp_path / "more.csv", add={"gain": [0.5, None]})
+    again = read_pool([tmp_path / "more.csv"])
+    assert [again.record(row)["gain"] for row in range(2)] == ["", "0.5"]
+    with pytest.raises(UserError, match="have a field 'text' already"):
+        write_subset(pool, [1], tmp_path / "x.csv", add={"text": [1]})
+    (tmp_path / "q.csv").write_bytes(b"text,id\nx,9\n")
+    both = read_pool([tmp_path / "p.csv", tmp_path / "q.csv"])
+    assert subset_suffix(both) == ".jsonl"
+    with pytest.raises(UserError, match="different columns"):
+        write_subset(both, [0, 3], tmp_path / "both.csv")
+
+
+def test_tables_of_tools_become_lines_without_the_nulls_that_arrow_added(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
+        for call in (
+            {"function": {"name": "f", "arguments": {"a": 1}}},
+            {"function": {"name": "g", "arguments": {"b": 2}}},
+        )
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    pool = read_pool([tmp_path / "p.parquet"])
+    write_subset(pool, [0, 1], tmp_path / "out.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_bytes().splitlines()] == rows
+    write_subset(pool, [0, 1], tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet").equals(pq.read_table(tmp_path / "p.parquet"))

@@ -102,7 +102,9 @@ def compare(
             raise ConfigError(
                 "two tests have the same name", remedy="Tell them apart as --test NAME=FILE."
             )
-        others = [read_side([file], pipeline.config, None, progress) for file in decontaminate]
+        others = [
+            read_side([file], pipeline.config, None, progress, "target") for file in decontaminate
+        ]
         overlap = _overlapping(
             pipeline.sides["pool"], [*(test.examples for test in tests), *others]
         )
@@ -128,7 +130,7 @@ def compare(
 def _test(
     pipeline: Pipeline, file: str | Path, measures: tuple[str, ...], progress: Progress
 ) -> Test:
-    rows = read_side([file], pipeline.config, None, progress)
+    rows = read_side([file], pipeline.config, None, progress, "target")
     other = pipeline.over(rows)
     encoded, name = other.encoded("pool"), rows.groups[0]
     if not encoded.supervised.sum():

@@ -97,7 +97,7 @@ def check_comparison(
         )
     config, texts = check_run(inputs)
     check_lines(wanted, texts, inputs, config)
-    check_reading(test, config)
+    check_reading(test, config, "target")
     return request
 
 

@@ -30,8 +30,8 @@ def draws_for(selector: Selector) -> int:
 
 @dataclass(frozen=True)
 class Null:
-    """How far the picks' scores stand above the pool's, toward the target and toward rows drawn from
-    the pool.
+    """How far the picks' scores stand above the pool's, toward the target and toward rows drawn
+    from the pool.
 
     Scores of different targets have different scales (longer rows match more words; a mean of many
     kinds is near every row). So each is measured in the pool's own spread: mean score of the picks

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from gradsift.commands.select.trainers import trainer_files
 from gradsift.data.pool import Pool
 from gradsift.data.records import Dropped
-from gradsift.data.tables import Table
 from gradsift.data.write import subset_suffix, write_dropped, write_subset
 from gradsift.errors import UnknownName, UserError
 from gradsift.store.atomic import make_folder, write_atomic
@@ -73,7 +72,7 @@ def write_outputs(
     folder = Path(folder)
     make_folder(folder)
     table = score_table(pool, subset, columns or {})
-    selected = folder / f"selected{_suffix(pool)}"
+    selected = folder / f"selected{subset_suffix(pool)}"
     notes = write_subset(pool, subset, selected, add=_added(table, subset) if add_scores else None)
     if say:
         for note in notes:
@@ -185,13 +184,3 @@ def _weight_lines(pool: Pool, subset: Subset) -> bytes:
         for i in order
     )
     return "".join(line + "\n" for line in lines).encode()
-
-
-# --- what trainers read
-
-
-def _suffix(pool: Pool) -> str:
-    suffix = subset_suffix(pool)
-    tables = [file.table.schema for file in pool.files if isinstance(file, Table)]
-    # one table cannot hold two schemas
-    return suffix if all(schema.equals(tables[0]) for schema in tables) else ".jsonl"

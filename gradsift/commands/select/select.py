@@ -26,6 +26,7 @@ from gradsift.commands.select.result import Chosen
 from gradsift.commands.session import deliver, opened
 from gradsift.compute.progress import Progress, silent
 from gradsift.config import Config
+from gradsift.data.files import container, converted
 from gradsift.report.agreement import matrix
 from gradsift.report.write import write_report
 from gradsift.stages.pipeline import Pipeline
@@ -51,6 +52,7 @@ class Selection:
     timings: list[Timing]
     warnings: list[str]
     funnel: dict[str, int]
+    converted: str | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -66,6 +68,7 @@ class Selection:
             "asked": self.asked,
             "funnel": self.funnel,
             "subset": str(self.subset_path),
+            "converted": self.converted,
             "report": str(self.report),
             "folder": str(self.folder),
             "stages": [vars(timing) for timing in self.timings],
@@ -95,7 +98,7 @@ class Selection:
             ),
             *[f"warning   {text}" for text in self.warnings],
             f"report    {self.report}",
-            f"subset    {self.subset_path}",
+            f"subset    {self.subset_path}{f' ({self.converted})' if self.converted else ''}",
         ]
 
 
@@ -153,7 +156,7 @@ def limits_of(given: Mapping[str, Any], config: Config, progress: Progress) -> C
     ConfigError, UserError, DataError.
     """
     tests = {
-        str(file): read_side([file], config, None, progress)
+        str(file): read_side([file], config, None, progress, "target")
         for file in as_list(given.get("decontaminate") or ())
     }
     return build_constraints(**{**given, "decontaminate": tests})
@@ -210,7 +213,7 @@ def select_in(
         # a repair took something away that the selection was made from
         pipeline.signals(needs | limits.needs())
     artifact = pipeline.make(chosen, fill)
-    pool = pipeline.sides["pool"]
+    pool, target = pipeline.sides["pool"], pipeline.sides.get("target")
     indices = artifact.tensors("subset.safetensors")["indices"].numpy()
     name = next(name for name in artifact.manifest["files"] if name.startswith("selected."))
     path = deliver(artifact, name, out)
@@ -225,10 +228,12 @@ def select_in(
         timings=pipeline.timings,
         warnings=[
             *pool.warnings,
+            *([f"target: {text}" for text in target.warnings] if target is not None else []),
             *pipeline.run.mended(),
             *artifact.manifest.get("extra", {}).get("warnings", []),
         ],
         funnel=pool.funnel,
+        converted=None if out is None else converted([container(name)[0]], out),
     )
 
 

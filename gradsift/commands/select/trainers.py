@@ -27,8 +27,8 @@ def trainer_files(
     """File name -> text. LLaMA-Factory and Axolotl know one format per file, so theirs are left out
     for a pool of mixed formats.
     """
-    formats = set(pool.formats.values())
-    fields = dict(pool.arguments.get("mapping") or {})
+    formats, mappings = set(pool.formats.values()), list(pool.mappings.values())
+    fields = [mapping for k, mapping in enumerate(mappings) if mapping not in mappings[:k]]
     name = formats.pop() if len(formats) == 1 else None
     files = {
         "train_trl.py": _trl(
@@ -40,9 +40,11 @@ def trainer_files(
             fields=fields,
         )
     }
-    if name is None:
+    if name is None or len(fields) > 1:
         return files
-    shape = _Shape(pool, subset, fields)
+    shape = _Shape(pool, subset, fields[0])
+    if shape.odd:
+        return files
     info = _llama_factory(name, shape, selected)
     if info is not None:
         files["dataset_info.json"] = (
@@ -62,6 +64,8 @@ class _Shape:
         self.present: set[str] = set()
         # tool calls in a turn; prompts that are lists of turns
         self.calls, self.lists = False, False
+        # names of turns that are not those of the format; turns that neither trainer can read
+        self.roles, self.odd = False, False
         for index in subset.indices:
             record = pool.record(int(index))
             self.present.update(key for key, value in record.items() if value is not None)
@@ -70,6 +74,25 @@ class _Shape:
                 isinstance(turn, dict) and turn.get("tool_calls") for turn in turns
             )
             self.lists |= isinstance(record.get(self.name("prompt")), list)
+            turns = turns or record.get(self.name("conversations"))
+            if isinstance(turns, list):
+                self._look_at(turns)
+            elif turns is not None:
+                self.odd = True
+
+    def _look_at(self, turns: list[Any]) -> None:
+        for turn in turns:
+            spoken = turn.get(self.name("role")), turn.get(self.name("from"))
+            content = turn.get(self.name("content")), turn.get(self.name("value"))
+            self.roles |= spoken[0] is not None
+            if content[0 if spoken[0] is not None else 1] is None and not turn.get("tool_calls"):
+                self.odd = True
+
+    @property
+    def spoken(self) -> tuple[str, str]:
+        """The fields of a turn: whose it is, and what it says."""
+        ours = ("role", "content") if self.roles else ("from", "value")
+        return self.name(ours[0]), self.name(ours[1])
 
     def name(self, ours: str) -> str:
         return self.mapping.get(ours, ours)
@@ -115,10 +138,10 @@ def _llama_factory(format: str, shape: _Shape, selected: str) -> dict[str, Any] 
         return info | {"formatting": "alpaca", "columns": shape.columns(prompt="text")}
     if format == "sharegpt":
         tags = {
-            "role_tag": shape.name("from"),
-            "content_tag": shape.name("value"),
-            "user_tag": "human",
-            "assistant_tag": "gpt",
+            "role_tag": shape.spoken[0],
+            "content_tag": shape.spoken[1],
+            "user_tag": "user" if shape.roles else "human",
+            "assistant_tag": "assistant" if shape.roles else "gpt",
         }
         tags |= {
             "observation_tag": "observation",
@@ -129,13 +152,13 @@ def _llama_factory(format: str, shape: _Shape, selected: str) -> dict[str, Any] 
         return info | {"formatting": "sharegpt", "columns": columns, "tags": tags}
     if format == "messages":
         tags = {
-            "role_tag": shape.name("role"),
-            "content_tag": shape.name("content"),
+            "role_tag": shape.spoken[0],
+            "content_tag": shape.spoken[1],
             "user_tag": "user",
             "assistant_tag": "assistant",
         }
         tags |= {"observation_tag": "tool", "function_tag": "function_call", "system_tag": "system"}
-        columns = shape.columns(messages="messages", tools="tools")
+        columns = shape.columns(messages="messages", system="system", tools="tools")
         return info | {
             "formatting": "openai" if shape.calls else "sharegpt",
             "columns": columns,
@@ -157,18 +180,16 @@ def _axolotl(format: str, shape: _Shape, selected: str) -> str | None:
     reader for.
     """
     quoted = _yaml
-    kind = {".parquet": "parquet", ".arrow": "arrow"}.get(Path(selected).suffix, "json")
+    kinds = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv"}
+    kind = kinds.get(Path(selected).suffix, "json")
     lines = [f"  - path: {quoted('../' + selected)}", f"    ds_type: {kind}"]
     note = (
         "# Axolotl resolves the path from the folder it is started in: start it here, or write the"
         " full path."
     )
     if format in ("messages", "sharegpt"):
-        chat = {
-            "messages": ("messages", "role", "content"),
-            "sharegpt": ("conversations", "from", "value"),
-        }[format]
-        turns, role, content = (quoted(shape.name(part)) for part in chat)
+        turns = quoted(shape.name("messages" if format == "messages" else "conversations"))
+        role, content = map(quoted, shape.spoken)
         lines += ["    type: chat_template", f"    field_messages: {turns}"]
         lines += [
             "    message_property_mappings:",
