@@ -65,7 +65,7 @@ ORACLES = {
 TARGETED = (
     "contrast",
     "less",
-    "less:preset=released,aggregate=rows",
+    "less:backend=less,aggregate=rows",
     "g2is",
     "g2is:preset=uncentred",
     "gdig",
@@ -82,7 +82,7 @@ PAIRS = (
     ("less", "less:aggregate=max"),
     ("g2is", "g2is:preset=uncentred"),
     ("bids", "bids:preset=paper"),
-    ("less:preset=released,aggregate=rows", "less"),
+    ("less:backend=less,aggregate=rows", "less"),
     ("gradmatch (weighted)", "gradmatch"),
 )
 SEVERAL = ("contrast", "bids", "bids:preset=paper", "less", "less:aggregate=max", "rds")
