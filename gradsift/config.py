@@ -62,8 +62,8 @@ class PoolSettings(Settings):
 
 
 class TargetSettings(Settings):
-    """The same for the rows of targets and tests. A format or mapping of the pool holds for them
-    too, where it fits, unless they have their own.
+    """How the rows of targets and tests are read. What has no value here is as in [pool]; a format
+    or mapping of the pool then holds where it fits.
     """
 
     format: str | None = None
@@ -282,7 +282,7 @@ class FinetuneSettings(Settings):
 
 
 class TuningSettings(FinetuneSettings):
-    """The same for the model that is tuned on the target, further: what a row gains tells the
+    """As [finetune], for the model that is tuned on the target, further: what a row gains tells the
     target's kind from all others only once the model has left what every training does to it. lr:
     None = 1e-3 with LoRA, 2e-5 in full.
     """

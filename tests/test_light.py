@@ -222,6 +222,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ],
         "unknown format 'chatml'",
     ),
+    "out in a folder that is read": (
+        [word.replace("pool.jsonl", "*.jsonl") for word in [*SELECT, "--out", "picks.jsonl"]],
+        "picks.jsonl: the next command would read --out as rows of *.jsonl",
+    ),
     "suffix of out": ([*SELECT, "--out", "picks.txt"], "picks.txt: its suffix names no container"),
     "kind of out": (
         [*SELECT, "--out", "picks.parquet"],

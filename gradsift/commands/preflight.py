@@ -7,6 +7,7 @@ and nothing it imports, loads torch, transformers, peft or pyarrow.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from gradsift import methods
 from gradsift.commands import budget as budgets
 from gradsift.config import AUTO, Config, build
 from gradsift.data.files import container, converted
-from gradsift.data.remote import place_of
-from gradsift.data.sources import check_pool, expanded
+from gradsift.data.remote import is_url, place_of
+from gradsift.data.sources import check_pool, expanded, holds, split_name
 from gradsift.errors import BudgetError, ConfigError, MismatchError, UnknownName, UserError
 from gradsift.signals.backends import backend as backend_of
 from gradsift.store.artifact import read_sealed
@@ -197,7 +198,8 @@ def reading(config: Config, side: Side) -> dict[str, Any]:
         "id_field": settings.id_field,
         "mapping": settings.mapping,
         "files": {name: file.model_dump() for name, file in settings.files.items()},
-        "inherited": [name for name in ("format", "mapping") if getattr(own, name) is None],
+        "inherited": [name for name in ("format", "mapping") if getattr(own, name) is None]
+        + ["files"] * (side == "target"),
         "max_bad_rows": settings.max_bad_rows,
     }
 
@@ -276,28 +278,39 @@ def check_budget(wanted: budgets.Budget, pool: Pool, allow_short: bool) -> None:
 
 def check_out(out: str | Path | None, inputs: Sequence[str | Path]) -> None:
     """Raises UserError when `out` would overwrite a file of `inputs`, given as [NAME=]FILE."""
-    if out is not None and any(
-        place_of(str(out)) == place_of(source.file) for source in expanded(inputs)
-    ):
+    if out is None:
+        return
+    place = place_of(str(out))
+    if any(place == place_of(source.file) for source in expanded(inputs)):
         raise UserError(
             "--out names an input file",
             where=out,
             remedy="Choose another name for what is written.",
         )
+    for file in (split_name(source)[1] for source in inputs):
+        if not is_url(str(out)) and holds(file, Path(out)):
+            raise UserError(
+                f"the next command would read --out as rows of {file}",
+                where=out,
+                remedy="Write it outside of the folders that are read.",
+            )
 
 
 def check_container(
     out: str | Path, pool: Sequence[str | Path], texts: Sequence[Text | None]
 ) -> None:
     """Raises UserError when the rows of the pool cannot be written in the container that the suffix
-    of `out` names; a packed file or a hub dataset is not asked what it holds.
+    of `out` names; a packed file is taken for what its name says.
     """
     kinds = []
     for source, text in zip(expanded(pool), texts, strict=True):
-        try:
-            kinds.append(text.kind if text is not None else container(source.file)[0])
-        except UserError:
-            continue
+        if text is not None:
+            kinds.append(text.kind)
+        elif source.file.startswith("hf:") or Path(source.file).is_dir():
+            kinds.append("arrow")
+        else:
+            with contextlib.suppress(UserError):
+                kinds.append(container(source.file)[0])
     if kinds:
         converted(kinds, out)
 

@@ -41,6 +41,11 @@ def matching(pattern: str) -> list[Path]:
     return files
 
 
+def _is_run(place: str, name: str) -> bool:
+    """Whether a folder is one that `--run` named: what was chosen is no pool."""
+    return os.path.isfile(os.path.join(place, name, "run.json"))
+
+
 def folder_files(path: Path) -> list[Path]:
     """The files of a folder and the folders in it that hold rows, sorted: all of one kind.
 
@@ -49,7 +54,7 @@ def folder_files(path: Path) -> list[Path]:
     """
     files: dict[str, list[Path]] = {}
     for place, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if name[0] not in "._"]
+        folders[:] = [name for name in folders if name[0] not in "._" and not _is_run(place, name)]
         for name in names:
             file = Path(place, name)
             kinds = [suffix.lower() for suffix in file.suffixes]

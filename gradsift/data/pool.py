@@ -156,8 +156,9 @@ class Pool(Sequence[Example]):
     def record(self, row: int) -> dict[str, Any]:
         """The row as a dict, all fields of the file."""
         file, start, end = self.source(row)
-        data = file.read(start, end)
-        return file.parse(data) if isinstance(file, Text) else data
+        if isinstance(file, Text):
+            return file.parse(file.read(start, end))
+        return file.read(start, end)
 
     def place(self, row: int) -> str:
         """file:line of the row."""
@@ -197,8 +198,8 @@ def read_pool(
 
     format: a key of FORMATS, or "auto": each file's first 1,000 rows vote. mapping: our field ("id"
     and "group" too) -> their field; what names a field that a file has not is meant for the other
-    files. files: NAME -> the `format` and `mapping` of that source alone. inherited: "format" or
-    "mapping" where these are meant for another pool, and hold for the files that they fit.
+    files. files: NAME -> the `format` and `mapping` of that source alone. inherited: those of
+    "format", "mapping" and "files" that are meant for other pools too, and hold where they fit.
     group_field: the row's field that is its group (rows without it: "?"); else NAME, by default the
     file name without its suffixes. max_bad_rows: a share (float up to 1) or a count (int) of the
     rows read that may be unusable. max_row_bytes: longer rows are quarantined. max_expansion: how
@@ -210,7 +211,7 @@ def read_pool(
     """
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
     named = expanded(sources)
-    check_names(named, format, mapping, files)
+    check_names(named, format, mapping, files, inherited)
     id_field, group_field = (
         (mapping or {}).get("id", id_field),
         (mapping or {}).get("group", group_field),

@@ -233,13 +233,14 @@ def settled(
     """Format and fields of the file `name` by its first records; see `formats.settle`.
 
     Raises:
-        DataError: no known format fits.
+        DataError: no known format fits, or all are preference rows.
     """
     winner, fields = settle(records, format, mapping, inherited)
-    if winner is not None or not records:
-        return winner or "messages", fields
     judged = [text for record in records if (text := preference(record, fields.named))]
-    if 2 * len(judged) > len(records):
+    alone = len(judged) == len(records) or (winner is None and 2 * len(judged) > len(records))
+    if (winner is not None and not (judged and alone)) or not records:
+        return winner or "messages", fields
+    if alone:
         raise DataError(
             f"holds preference rows, not rows with one answer: {judged[0]}",
             where=name,

@@ -4,6 +4,7 @@ is wrong with them before a row is read.
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -82,6 +83,18 @@ def default_name(file: str) -> str:
     return path.name or path.resolve().name
 
 
+def holds(file: str, path: Path) -> bool:
+    """Whether a folder or pattern that is read holds a path, be there a file or not."""
+    if file.startswith("hf:") or is_url(file):
+        return False
+    if is_pattern(file):
+        return fnmatch.fnmatch(str(path.resolve()), str(Path(file).resolve()))
+    folder = Path(file)
+    if not folder.is_dir() or is_saved(folder):
+        return False
+    return path.resolve().is_relative_to(folder.resolve())
+
+
 def check_pool(
     sources: Sequence[str | Path],
     *,
@@ -98,7 +111,7 @@ def check_pool(
         For each file its text where it is a plain one, else None.
     """
     named = expanded(sources)
-    check_names(named, format, mapping, files)
+    check_names(named, format, mapping, files, inherited)
     texts = [check_source(source.file) for source in named]
     heads = []
     for source, text in zip(named, texts, strict=True):
@@ -167,14 +180,16 @@ def check_names(
     format: str,
     mapping: Mapping[str, str] | None,
     files: Mapping[str, Mapping[str, Any]] | None = None,
+    inherited: Collection[str] = (),
 ) -> None:
     """Raises UserError for no source, UnknownName for a format, a field of the mapping or a group
     that there is not.
     """
     if not sources:
         raise UserError("no pool file was named", remedy="Name at least one file.")
+    groups = {source.group for source in sources}
     for name in files or {}:
-        if name not in (groups := {source.group for source in sources}):
+        if name not in groups and "files" not in inherited:
             raise UnknownName("source", name, groups)
     for asked in (format, *[own.get("format") or "auto" for own in (files or {}).values()]):
         if asked != "auto" and asked not in FORMATS:

@@ -70,7 +70,7 @@ class Table:
                 records = [self._record(batch, i) for i in range(batch.num_rows)]
             for record in records:
                 fault = record if isinstance(record, tuple) else None
-                if not fault and self._decoders:
+                if self._decoders and not isinstance(record, tuple):
                     try:
                         self._decoded(record)
                     except RowFault as error:

@@ -138,8 +138,8 @@ class _File:
         return data if isinstance(data, bytes) else canonical(data)
 
     def record(self, row: int) -> dict[str, Any]:
-        file, data = self.files[0], self.files[0].read(*self._places[row])
-        return file.parse(data) if isinstance(file, Text) else data
+        file, place = self.files[0], self._places[row]
+        return file.parse(file.read(*place)) if isinstance(file, Text) else file.read(*place)
 
 
 def rewrite(source: Path, path: Path) -> None:

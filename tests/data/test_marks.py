@@ -138,6 +138,7 @@ JUDGED: dict[str, dict] = {
     "ranks": {"prompt": "q", "answers": [{"text": "a", "rank": 1}, {"text": "b", "rank": 2}]},
     "steps": {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]},
     "two": {"question": "q", "response_j": "a", "response_k": "b"},
+    "arena": {"winner": "model_a", "conversation_a": [ASKED, TURN], "conversation_b": [ASKED]},
 }
 
 

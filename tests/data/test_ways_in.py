@@ -10,7 +10,7 @@ import pytest
 
 from gradsift.data.formats import Fields, RowFault, convert, settle
 from gradsift.data.pool import Pool, read_pool
-from gradsift.data.sources import check_pool, default_name, expanded
+from gradsift.data.sources import check_pool, default_name, expanded, holds
 from gradsift.errors import DataError, TooManyBadRows, UnknownName, UserError
 from tests.data.test_pool import ROWS, lines
 
@@ -98,6 +98,7 @@ def filled(folder: Path, names: dict[str, str]) -> Path:
 
 def test_the_files_of_a_folder_are_one_group(tmp_path: Path) -> None:
     names = {"b.parquet": "2", "a.parquet": "1", "sub/c.parquet": "3", ".hidden.parquet": "4"}
+    names |= {"run/run.json": "7", "run/select/selected.jsonl": "8"}
     folder = filled(tmp_path / "shards", {**names, "README.md": "5", "info.json": "6"})
     pool = read_pool([folder])
     assert [messages[0][1] for messages in said(pool)] == ["1", "2", "3"]
@@ -441,3 +442,32 @@ def test_errors_of_json_read_as_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_bytes(lines(ROWS["text"]) + b'{"text": "open\n')
     with pytest.raises(TooManyBadRows, match="Unterminated string starting at character 10"):
         read_pool([tmp_path / "p.jsonl"])
+
+
+# --- what is said of many files
+
+
+def test_many_files_of_one_folder_are_one_line(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "d", {f"{i}.jsonl": f"{i}" for i in range(5)})
+    assert read_pool([folder]).read_as() == [f"{folder} (5 files): text"]
+    few = filled(tmp_path / "e", {"a.jsonl": "a", "b.jsonl": "b"})
+    assert read_pool([few]).read_as() == [f"{few}/a.jsonl: text", f"{few}/b.jsonl: text"]
+
+
+def test_what_a_folder_or_a_pattern_would_read(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "d", {"a.jsonl": "a"})
+    assert holds(str(folder), folder / "picks.jsonl") and holds(str(folder), folder / "x/y.jsonl")
+    assert holds(f"{folder}/*.jsonl", folder / "picks.jsonl")
+    assert not holds(f"{folder}/*.jsonl", folder / "picks.json")
+    assert not holds(str(folder), tmp_path / "picks.jsonl")
+    assert not holds(str(folder / "a.jsonl"), folder / "picks.jsonl")
+
+
+def test_names_of_other_targets_are_no_mistake(tmp_path: Path) -> None:
+    qa, alpaca = two(tmp_path)
+    own = {"qa": {"mapping": ASKED}}
+    assert len(read_pool([alpaca], files=own, inherited=["files"])) == 7
+    assert len(read_pool([qa], files=own, inherited=["files"])) == 3
+    pool = read_pool([alpaca], format="messages", inherited=["format"])
+    assert pool.formats == {str(alpaca): "alpaca"}
+    assert len(read_pool([alpaca], mapping={"output": "reply"}, inherited=["mapping"])) == 7

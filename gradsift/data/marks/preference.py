@@ -17,7 +17,7 @@ _CHOSEN = re.compile(r"(?:^|_)(?:chosen|preferred|accepted|winner|winning|better
 _JUDGED = re.compile(r"^(?:label|kto_(?:tag|label)|(?:is_)?(?:desirable|chosen|preferred))$")
 # two answers told apart by their last letter or number
 _NUMBERED = re.compile(
-    r"^(?P<stem>(?:.*_)?(?:response|answer|completion|output|generation|ref|reply))_?"
+    r"^(?P<stem>(?:.*_)?(?:response|answer|completion|output|generation|ref|reply|conversation|messages))_?"
     r"(?P<which>[012abjk])$"
 )
 _MANY = re.compile(
