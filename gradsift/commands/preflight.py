@@ -183,7 +183,7 @@ def check_reading(
     arguments = reading(config, side)
     return check_pool(
         as_list(pool),
-        group_field=group_field or arguments["group_field"],
+        group_field=config.pool.group_field if side == "pool" else group_field,
         **{name: arguments[name] for name in ("format", "mapping", "files", "inherited")},
     )
 
@@ -223,7 +223,8 @@ def check_run(inputs: Inputs) -> tuple[Config, list[Text | None]]:
     config = inputs.config(Run(Path(inputs.run)))
     texts = check_reading(inputs.pool_files, config)
     if inputs.target_files:
-        check_reading(inputs.target_files, config, "target", inputs.target_group)
+        group_field = inputs.target_group or config.target.group_field
+        check_reading(inputs.target_files, config, "target", group_field)
     return config, texts
 
 
@@ -415,9 +416,7 @@ def read_side(
     """A pool or target as the settings say, exact duplicates dropped where asked."""
     from gradsift.data.pool import read_pool
 
-    arguments = reading(config, side)
-    if group_field is not None or side == "pool":
-        arguments["group_field"] = group_field
+    arguments = {**reading(config, side), "group_field": group_field}
     rows = read_pool(files, **arguments, progress=progress)
     if config.pool.dedup == "exact":
         twice = rows.exact_duplicates()

@@ -63,7 +63,7 @@ def open_pipeline(run: Run, inputs: Inputs, progress: Progress, *, keep: bool = 
     config, target = in_force(inputs.config(run)), inputs.target_files
     check_kept(run, config)
     candidates = read_side(inputs.pool_files, config, config.pool.group_field, progress)
-    group = inputs.target_group
+    group = inputs.target_group or config.target.group_field
     wanted = read_side(target, config, group, progress, "target") if target else None
     for rows in (candidates, wanted) if wanted is not None else (candidates,):
         for line in rows.read_as():

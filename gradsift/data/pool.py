@@ -19,10 +19,10 @@ import xxhash
 from gradsift.data.files import Text, open_source
 from gradsift.data.formats import Fields, convert
 from gradsift.data.limits import EXPANSION, MAX_ROW_BYTES
-from gradsift.data.reader import NO_GROUP, Progress, Reader, absent, too_many, unique_ids
+from gradsift.data.reader import NO_GROUP, Progress, Reader, too_many, unique_ids
 from gradsift.data.records import Columns, Dropped, canonical
 from gradsift.data.remote import is_url
-from gradsift.data.sources import check_names, choice, expanded
+from gradsift.data.sources import absent, check_names, choice, expanded
 from gradsift.errors import DataError
 from gradsift.redaction import redacted
 from gradsift.types import Example
@@ -135,10 +135,10 @@ class Pool(Sequence[Example]):
         columns = self._columns.take(np.asarray(indices, dtype=np.int64))
         used, columns.file = np.unique(columns.file, return_inverse=True)
         columns.groups = list(groups)
-        part = [
-            [values[int(i)] for i in used] for values in (self.files, self.names, self._formats)
-        ]
-        return Pool(columns, *part, self._fields)
+        kept = [int(i) for i in used]
+        files, names = [self.files[i] for i in kept], [self.names[i] for i in kept]
+        formats, fields = [self._formats[i] for i in kept], [self._fields[i] for i in kept]
+        return Pool(columns, files, names, formats, fields)
 
     def source(self, row: int) -> tuple[Text | Table, int, int]:
         """(container, start, end): where row `row` lies."""
@@ -330,8 +330,5 @@ def _warnings(pool: Pool, reader: Reader, changed: int) -> list[str]:
     ]
     found += [f"{file}: no usable row" for file in pool.empty_files()]
     if len(set(reader.formats)) > 1:
-        found.append(
-            "the files have different formats: "
-            + ", ".join(f"{name} {form}" for name, form in pool.formats.items())
-        )
+        found.append(f"the files have different formats: {'; '.join(pool.read_as()[:8])}")
     return found

@@ -4,7 +4,6 @@ those that cannot be used.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import itertools
 import json
@@ -20,25 +19,22 @@ import xxhash
 from gradsift.data.files import Text
 from gradsift.data.formats import (
     FAULTS,
-    FORMATS,
     Content,
     Fields,
     RowFault,
     check_strings,
     convert,
-    detect,
-    settle,
     stands,
 )
 from gradsift.data.marks import loss
-from gradsift.data.marks.preference import graded, preference
+from gradsift.data.marks.preference import graded
 from gradsift.data.records import Columns, Dropped, Place, canonical
-from gradsift.errors import DataError, TooManyBadRows, UserError
+from gradsift.data.sources import VOTERS, settled
+from gradsift.errors import TooManyBadRows
 
 if TYPE_CHECKING:
     from gradsift.data.tables import Table
 
-VOTERS = 1000  # rows of a file that decide its format
 NO_GROUP = "?"
 
 
@@ -221,76 +217,6 @@ class Reader:
             for data in (self.row_hash, self.content_hash)
         ]
         return Columns(self.ids, self.groups, file.astype(np.int32), line, start, end, *hashes)
-
-
-def settled(
-    name: str,
-    records: list[dict[str, Any]],
-    format: str,
-    mapping: Mapping[str, str] | None,
-    inherited: Collection[str] = (),
-) -> tuple[str, Fields]:
-    """Format and fields of the file `name` by its first records; see `formats.settle`.
-
-    Raises:
-        DataError: no known format fits, or all are preference rows.
-    """
-    winner, fields = settle(records, format, mapping, inherited)
-    judged = [text for record in records if (text := preference(record, fields.named))]
-    alone = len(judged) == len(records) or (winner is None and 2 * len(judged) > len(records))
-    if (winner is not None and not (judged and alone)) or not records:
-        return winner or "messages", fields
-    if alone:
-        raise DataError(
-            f"holds preference rows, not rows with one answer: {judged[0]}",
-            where=name,
-            remedy=FAULTS["preference"],
-        )
-    seen = Counter(str(key) for record in records for key in record)
-    names = ", ".join(repr(key[:60]) for key, _ in seen.most_common(8)) or "none"
-    raise DataError(
-        f"no known format fits its fields: {names}", where=name, remedy=_remedy(records, seen)
-    )
-
-
-# names that others give to a question and to its answer
-_ASKED = ("question", "query", "prompt", "instruction", "input", "inputs", "problem", "user")
-_SAID = ("answer", "response", "output", "outputs", "completion", "solution", "target", "targets")
-
-
-def _remedy(records: list[dict[str, Any]], seen: Counter[str]) -> str:
-    """What to do about rows that no format fits."""
-    for key, value in records[0].items():
-        inside = value[0] if len(records) == 1 and isinstance(value, list) and value else None
-        if isinstance(inside, dict) and detect(inside, Fields()):
-            return f"It is one object: write the list below its key {key!r} alone, as the rows."
-    if "input_ids" in seen:
-        return (
-            "Add `labels`: the tokens that are learned, and -100 for the others; or a"
-            " `completion_mask`."
-        )
-    asked, said = (next((n for n in names if n in seen), None) for names in (_ASKED, _SAID))
-    example = f"instruction={asked or 'question'},output={said or 'answer'}"
-    known = "; ".join(f"{name} ({', '.join(required)})" for name, (required, _) in FORMATS.items())
-    return (
-        f"Name your fields by a mapping: --map {example} (of a target: --target-map; in a TOML file"
-        f" the key `mapping` of [pool] or [target]). Formats: {known}."
-    )
-
-
-def absent(field: str, why: str, records: list[dict[str, Any]] | Counter[str]) -> UserError:
-    """The error for a field that was named and that no row has."""
-    names = (
-        records
-        if isinstance(records, Counter)
-        else Counter(str(key) for record in records for key in record)
-    )
-    near = difflib.get_close_matches(field, list(names), n=1, cutoff=0.5)
-    shown = ", ".join(repr(name[:60]) for name, _ in names.most_common(8)) or "none"
-    return UserError(
-        f"no row has the field {field!r} {why}",
-        remedy=f"Did you mean {near[0]!r}?" if near else f"The rows have: {shown}.",
-    )
 
 
 def too_many(dropped: list[Dropped], read: int, why: str) -> TooManyBadRows:

@@ -4,20 +4,23 @@ is wrong with them before a row is read.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import itertools
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gradsift.data.files import SUFFIXES, Text, check_source
 from gradsift.data.folders import folder_files, is_pattern, is_saved, matching
-from gradsift.data.formats import FIELD_NAMES, FORMATS, RowFault
-from gradsift.data.reader import VOTERS, absent, settled
+from gradsift.data.formats import FAULTS, FIELD_NAMES, FORMATS, Fields, RowFault, detect, settle
+from gradsift.data.marks.preference import preference
 from gradsift.data.remote import is_url
-from gradsift.errors import UnknownName, UserError
+from gradsift.errors import DataError, UnknownName, UserError
 
+VOTERS = 1000  # rows of a file that decide its format
 LOOKED_AT = 16 << 20  # bytes of a text whose format is looked for before it is read
 SCANNED = 64 << 20  # bytes of texts that are searched for the name of a field before they are read
 
@@ -199,3 +202,95 @@ def check_names(
         for ours in named:
             if ours not in known:
                 raise UnknownName("field of the mapping", ours, known)
+
+
+def settled(
+    name: str,
+    records: list[dict[str, Any]],
+    format: str,
+    mapping: Mapping[str, str] | None,
+    inherited: Collection[str] = (),
+) -> tuple[str, Fields]:
+    """Format and fields of the file `name` by its first records; see `formats.settle`.
+
+    Raises:
+        DataError: no known format fits, or all are preference rows.
+    """
+    if len(records) == 1 and (remedy := _turned(records[0])):
+        raise DataError("is one object around its rows", where=name, remedy=remedy)
+    winner, fields = settle(records, format, mapping, inherited)
+    judged = [text for record in records if (text := preference(record, fields.named))]
+    alone = len(judged) == len(records) or (winner is None and 2 * len(judged) > len(records))
+    if (winner is not None and not (judged and alone)) or not records:
+        return winner or "messages", fields
+    if alone:
+        raise DataError(
+            f"holds preference rows, not rows with one answer: {judged[0]}",
+            where=name,
+            remedy=FAULTS["preference"],
+        )
+    seen = Counter(str(key) for record in records for key in record)
+    names = ", ".join(repr(key[:60]) for key, _ in seen.most_common(8)) or "none"
+    raise DataError(
+        f"no known format fits its fields: {names}", where=name, remedy=_remedy(records, seen)
+    )
+
+
+def _turned(record: dict[str, Any]) -> str | None:
+    """What to do about the only record of a file where the rows stand inside it: below a key, as
+    the values of their ids, or column by column.
+    """
+    values = list(record.values())
+    for key, value in record.items():
+        inside = value[0] if isinstance(value, list) and value else None
+        if isinstance(inside, dict) and not detect(record, Fields()) and detect(inside, Fields()):
+            return f"Write the list below its key {key!r} alone."
+    if len(values) > 1 and all(isinstance(value, dict) for value in values):
+        if detect(values[0], Fields()):
+            return "Write its values alone, one row a line."
+        if len({tuple(value) for value in values}) == 1 and len(values[0]) > 1:
+            return "It holds columns: write it with orient='records' and lines=True."
+    if (
+        len(values) > 1
+        and all(isinstance(value, list) and len(value) > 1 for value in values)
+        and len({len(value) for value in values}) == 1
+        and not any(isinstance(item, (dict, list, int)) for value in values for item in value)
+    ):
+        return "It holds columns: write it with orient='records' and lines=True."
+    return None
+
+
+# names that others give to a question and to its answer
+_ASKED = ("question", "query", "prompt", "instruction", "input", "inputs", "problem", "user")
+_SAID = ("answer", "response", "output", "outputs", "completion", "solution", "target", "targets")
+
+
+def _remedy(records: list[dict[str, Any]], seen: Counter[str]) -> str:
+    """What to do about rows that no format fits."""
+    if "input_ids" in seen:
+        return (
+            "Add `labels`: the tokens that are learned, and -100 for the others; or a"
+            " `completion_mask`."
+        )
+    asked, said = (next((n for n in names if n in seen), None) for names in (_ASKED, _SAID))
+    example = f"instruction={asked or 'question'},output={said or 'answer'}"
+    known = "; ".join(f"{name} ({', '.join(required)})" for name, (required, _) in FORMATS.items())
+    return (
+        f"Name your fields by a mapping: --map {example} (of a target: --target-map; in a TOML file"
+        f" the key `mapping` of [pool] or [target]). Formats: {known}."
+    )
+
+
+def absent(field: str, why: str, records: list[dict[str, Any]] | Counter[str]) -> UserError:
+    """The error for a field that was named and that no row has."""
+    names = (
+        records
+        if isinstance(records, Counter)
+        else Counter(str(key) for record in records for key in record)
+    )
+    near = difflib.get_close_matches(field, list(names), n=1, cutoff=0.5)
+    shown = ", ".join(repr(name[:60]) for name, _ in names.most_common(8)) or "none"
+    return UserError(
+        f"no row has the field {field!r} {why}",
+        remedy=f"Did you mean {near[0]!r}?" if near else f"The rows have: {shown}.",
+    )

@@ -111,6 +111,10 @@ def _decoder(field: pa.Field, called: bool = False) -> Callable[[Any], Any] | No
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         decode = _decoder(kind.value_field, called)
         return _list_decoder(decode) if decode else None
+    if pa.types.is_map(kind) and called:
+        # which Python has as pairs
+        decode = _decoder(kind.item_field, called) or (lambda value: value)
+        return lambda pairs: None if pairs is None else {name: decode(v) for name, v in pairs}
     return None
 
 

@@ -207,6 +207,25 @@ def test_nulls_that_a_table_adds_to_calls_and_tools_are_not_learned(tmp_path: Pa
     assert read_pool([tmp_path / "q.jsonl"])[0].messages[0].extra == {"tool_calls": calls}
 
 
+def test_arguments_that_are_a_map_are_an_object(tmp_path: Path) -> None:
+    function = pa.struct([("name", pa.string()), ("arguments", pa.map_(pa.string(), pa.string()))])
+    turn = pa.struct(
+        [
+            ("role", pa.string()),
+            ("content", pa.string()),
+            ("tool_calls", pa.list_(pa.struct([("function", function)]))),
+        ]
+    )
+    call = {"function": {"name": "f", "arguments": [("city", "Oslo")]}}
+    turns = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    pq.write_table(
+        pa.table({"messages": pa.array([turns], pa.list_(turn))}), tmp_path / "p.parquet"
+    )
+    message = read_pool([tmp_path / "p.parquet"])[0].messages[0]
+    arguments = message.extra["tool_calls"][0]["function"]["arguments"]  # type: ignore[index]
+    assert arguments == {"city": "Oslo"}
+
+
 def json_array(values: list) -> pa.Array:
     texts = pa.array([None if value is None else json.dumps(value) for value in values])
     return pa.ExtensionArray.from_storage(pa.json_(), texts)
@@ -438,6 +457,23 @@ def test_an_object_around_the_rows_is_named(tmp_path: Path) -> None:
             read_pool([tmp_path / "p.json"])
 
 
+@pytest.mark.parametrize(
+    "value, remedy",
+    [
+        ({"instruction": ["q", "r"], "output": ["a", "b"]}, "orient='records'"),
+        ({"text": {"0": "a", "1": "b"}, "id": {"0": "x", "1": "y"}}, "orient='records'"),
+        ({"a": {"text": "t"}, "b": {"text": "u"}}, "Write its values alone"),
+        ({"version": 1, "rows": [{"text": "t"}]}, "the list below its key 'rows' alone"),
+    ],
+)
+def test_rows_inside_one_object_are_named(tmp_path: Path, value: dict, remedy: str) -> None:
+    (tmp_path / "p.json").write_text(json.dumps(value))
+    for read in (read_pool, check_pool):
+        with pytest.raises(DataError, match="is one object around its rows") as error:
+            read([tmp_path / "p.json"])
+        assert remedy in str(error.value)
+
+
 def test_errors_of_json_read_as_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_bytes(lines(ROWS["text"]) + b'{"text": "open\n')
     with pytest.raises(TooManyBadRows, match="Unterminated string starting at character 10"):
@@ -471,3 +507,10 @@ def test_names_of_other_targets_are_no_mistake(tmp_path: Path) -> None:
     pool = read_pool([alpaca], format="messages", inherited=["format"])
     assert pool.formats == {str(alpaca): "alpaca"}
     assert len(read_pool([alpaca], mapping={"output": "reply"}, inherited=["mapping"])) == 7
+
+
+def test_rows_in_other_groups_keep_how_they_are_read(tmp_path: Path) -> None:
+    qa, alpaca = two(tmp_path)
+    pool = read_pool([alpaca, qa], mapping=ASKED)
+    moved = pool.regrouped([8, 9], ["x", "y"])
+    assert [(row.group, row.messages[0].content) for row in moved] == [("x", "q1"), ("y", "q2")]
