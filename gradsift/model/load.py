@@ -132,6 +132,8 @@ def load_tokenizer(
             )
     except (OSError, ValueError, RecursionError) as error:
         raise _refusal(name, error) from error
+    except ImportError as error:
+        raise _lacking(name, error) from error
 
 
 def load_model(
@@ -208,6 +210,8 @@ def load_model(
         raise _refusal(name, error) from error
     except (ImportError, RuntimeError) as error:
         if (method := _quantised_by(path, revision)) is None:
+            if isinstance(error, ImportError):
+                raise _lacking(name, error) from error
             raise
         raise ConfigError(
             f"its weights are quantised ({method}), and what loads them is not here"
@@ -376,6 +380,14 @@ def tokenizer_from_settings(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The tokenizer of the model that `settings` name. Raises UserError where there is none."""
     return load_tokenizer(
         settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+    )
+
+
+def _lacking(name: str, error: ImportError) -> ConfigError:
+    return ConfigError(
+        f"needs a library that is not installed ({' '.join(str(error).split())[:300]})",
+        where=name,
+        remedy="Install it, or take another --attention where that is what needs it.",
     )
 
 

@@ -114,6 +114,50 @@ def test_a_name_that_is_nowhere_says_what_to_do_offline(
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "quantised",
+    [
+        {"quant_method": "aqlm"},
+        {"quant_method": "hqq", "quant_config": {}},
+        {"quant_method": "compressed-tensors", "config_groups": {}},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    ],
+)
+def test_quantised_weights_without_their_library_are_one_line(
+    quantised: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "q")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "q" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": quantised})
+    )
+    with pytest.raises((ConfigError, DataError)) as refused:
+        load_model(str(tmp_path / "q"))
+    if isinstance(refused.value, DataError):
+        pytest.skip("the library is installed here")
+    said = str(refused.value)
+    assert quantised["quant_method"] in said and "unquantised weights" in said and "\n" not in said
+
+
+def test_a_library_that_is_not_installed_is_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"needs a library that is not installed.*--attention"):
+        load_model(str(folder), attention="flash_attention_2")
+
+
+def test_what_is_wrong_with_a_folder_is_not_sent_to_the_hub(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    (tmp_path / "m" / "tokenizer_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    with pytest.raises(UserError, match="cannot load what is in this folder") as refused:
+        load_tokenizer(str(tmp_path / "m"))
+    assert "hf " not in str(refused.value) and "tokenizer.save_pretrained" in str(refused.value)
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"model_type": "tomorrow's"}))
+    with pytest.raises(UserError, match="upgrade transformers") as refused:
+        load_model(str(tmp_path / "m"))
+    assert "hf " not in str(refused.value)
+
+
 def test_remote_code_needs_a_pinned_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for revision in (None, "main", "v1"):
