@@ -210,6 +210,35 @@ def workers(found: Mapping[str, Any]) -> str:
     )
 
 
+WAITING = {
+    "chosen": "as the command line chooses by the load",
+    "spin": "spinning, as OpenMP does by itself",
+    "passive": "sleeping, `OMP_WAIT_POLICY=passive`",
+    "bounded": "`GOMP_SPINCOUNT=20000`",
+}
+
+
+def beside(found: Mapping[str, Any]) -> str:
+    lines = [
+        "## Beside other busy processes\n",
+        f"`gradsift select` of {found['model']} by {found['threads']} threads on {found['cpus']} CPUs ({found['openmp']}), beside processes that only "
+        "spin: steps of 16 rows a minute in the warm-up, tokens a second in the gradients, and both together against the fastest alone.\n",
+        "| threads wait | busy processes beside | steps a minute | tokens a second | share of the best alone |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        row(
+            WAITING[arm["waiting"]],
+            str(arm["beside"]),
+            f"{arm['steps_per_minute']:,.0f}",
+            f"{arm['tokens_per_second']:,.0f}",
+            f"{arm['share_of_best_alone']:.2f}",
+        )
+        for arm in found["arms"]
+    ]
+    return "\n".join([*lines, ""])
+
+
 def spread(values: list[float]) -> str:
     middle, least, most = values
     return f"{middle:.2f} ({least:.2f} to {most:.2f})"
@@ -231,6 +260,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "rules": rules,
     "overheads": overheads,
     "workers": workers,
+    "beside": beside,
 }
 
 

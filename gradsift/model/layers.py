@@ -34,6 +34,9 @@ _ATTENTION_LEAVES = frozenset(
     }
 )
 
+# Below this share of the trainable parameters a selection is warned of.
+LEAST_COVERAGE = 0.5
+
 # By this flag bitsandbytes, on some CPUs, repacks a 4-bit layer the first time that it runs without
 # a gradient; products of the repacked weights carry no gradient, and say nothing: what is below
 # such a layer would be differentiated as though the layer were not there.
@@ -331,6 +334,23 @@ def coverage(
         quantised=sum(is_linear(m) and is_quantised(m) for m in model.modules()),
         rotary=length_switch(model),
     )
+
+
+def thin_coverage(found: Mapping[str, Any]) -> str | None:
+    """What to say where gradient rows see less than half of what trains, with names of what they do
+    not see; None where they see more.
+
+    Args:
+        found: A `Coverage.summary()`.
+    """
+    if found["share"] >= LEAST_COVERAGE:
+        return None
+    said = (
+        f"gradients see {found['share']:.1%} of the {found['trainable_parameters']:,} parameters"
+        " that train"
+    )
+    left_out = found["uncovered"]
+    return f"{said}; not seen: {some(left_out, 3)}" if left_out else said
 
 
 def length_switch(model: nn.Module) -> tuple[str, int] | None:

@@ -15,7 +15,7 @@ from gradsift.gradients.adam import Adam
 from gradsift.gradients.objectives import Loss
 from gradsift.gradients.passes import output_dim
 from gradsift.model.checkpoints import read_adam_state
-from gradsift.model.layers import coverage
+from gradsift.model.layers import coverage, thin_coverage
 from gradsift.stages.checks import check_quarantine
 from gradsift.stages.context import Context
 from gradsift.stages.recipe import Recipe, loss_fields
@@ -180,6 +180,8 @@ def _extract(
         loss=loss,
         norms=settings.norms,
     )
+    if (thin := thin_coverage(covered.summary())) is not None:
+        context.progress.note(f"warning: {thin}")
     label = f"gradients of the {side}, checkpoint {at.step}"
     map_shards(context, store, work, encoded, label=f"{label}, {transform}")
     check_quarantine(store, encoded)

@@ -103,6 +103,19 @@ class Run:
         if not self.exists:
             write_atomic(self.root / RUN_FILE, _run_file([]))
 
+    def _missing(self) -> list[Path]:
+        """The folders that making this one makes, the innermost first."""
+        return [path for path in (self.root, *self.root.parents) if not path.exists()]
+
+    def _unmake(self, folders: Sequence[Path]) -> None:
+        """Removes `folders`, the run's own first, where it holds nothing but its own record."""
+        with contextlib.suppress(OSError):
+            if {path.name for path in self.root.iterdir()} <= {RUN_FILE, LOCK_FILE}:
+                for name in (RUN_FILE, LOCK_FILE):
+                    (self.root / name).unlink(missing_ok=True)
+                for folder in folders:
+                    folder.rmdir()
+
     # --- commands and the lock
 
     @property
@@ -125,7 +138,8 @@ class Run:
     @contextlib.contextmanager
     def lock(self, command: str | Sequence[str] = "") -> Iterator[None]:
         """Holds the run for this process, and records `command` if one is given. The kernel frees
-        the lock when the process ends, however it ends.
+        the lock when the process ends, however it ends. A run that begins here leaves nothing
+        behind where the work ends with an error before there is anything to keep.
 
         Raises UserError naming the holder when another process has it, ResourceError where the
         folder cannot be written.
@@ -137,6 +151,7 @@ class Run:
             finally:
                 self._held -= 1
             return
+        missing = None if self.exists else self._missing()
         self._make()
         fd = self._take_lock()
         try:
@@ -156,6 +171,10 @@ class Run:
                 self.record(command)
             self._held = 1
             yield
+        except BaseException:
+            if missing is not None:
+                self._unmake(missing)
+            raise
         finally:
             self._held = 0
             with contextlib.suppress(OSError):

@@ -387,3 +387,26 @@ def test_a_repeated_command_is_kept_once_as_the_last(tmp_path: Path) -> None:
         run.record(command)
     assert run.commands == ["gradsift b", "gradsift a"]
     assert json.loads((run.root / "run.json").read_text())["commands"][1]["folder"] == os.getcwd()
+
+
+def test_work_that_fails_with_nothing_to_keep_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="early"), Run(tmp_path / "a" / "b").lock("gradsift x"):
+        raise ValueError("early")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="early"), Run(tmp_path / "mine").lock("gradsift x"):
+        raise ValueError("early")
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_work_that_fails_later_keeps_what_it_made_and_how_to_resume(tmp_path: Path) -> None:
+    run = Run(tmp_path / "r")
+    with pytest.raises(FileExistsError), run.lock("gradsift x"):
+        _ = [(run.root / "settings.json").mkdir() for _ in range(2)]
+    assert run.exists and run.commands == ["gradsift x"]
+    # nor is a run that was there before taken away
+    with run.lock("gradsift y"):
+        (run.root / "settings.json").rmdir()
+    with pytest.raises(ValueError, match="again"), run.lock("gradsift z"):
+        raise ValueError("again")
+    assert run.commands == ["gradsift x", "gradsift y", "gradsift z"]

@@ -15,6 +15,7 @@ from gradsift.commands.select.mix import DRAWN
 from gradsift.commands.select.null import Null
 from gradsift.data.pool import Pool
 from gradsift.data.records import Dropped
+from gradsift.model.layers import thin_coverage
 from gradsift.stages.evidence import Evidence
 from gradsift.types import Facts, Selector, Subset
 
@@ -155,6 +156,9 @@ class Chosen:
         overlap = self.overlap()
         if overlap:
             found.append(f"{overlap} target rows stand in the pool word for word")
+        thin = thin_coverage(self.evidence.coverage) if self.evidence.coverage else None
+        if thin is not None:
+            found.append(f"The {thin}")
         if "note" in self.subset.notes:
             found.append(str(self.subset.notes["note"]))
         if self.null is not None and not self.null.above:
