@@ -126,20 +126,21 @@ class Diagnosis:
             f" {facts['disk_free'] / gb:.1f} GB of disk free"
             + "".join(f", {name}" for name in facts["gpus"]),
             f"allocator  {allocator or 'as the system has it; a run sets glibc up for itself'}",
-            f"model      {self.model}: {seen['parameters']:,} parameters",
+            f"model      {self.model}: {counted(seen['parameters'], 'parameter')}",
             (
-                f"coverage   {seen['modules']} modules, {seen['share']:.1%} of the trainable"
+                f"coverage   {counted(seen['modules'], 'module')}, {seen['share']:.1%} of the"
+                " trainable"
                 " parameters"
             ),
             (
-                f"experts    {len(seen['experts'])} mixture-of-experts layers"
+                f"experts    {counted(len(seen['experts']), 'mixture-of-experts layer')}"
                 if seen["experts"]
                 else "experts    none"
             ),
             f"template   {self.template}",
             (
                 f"rows       {self.rows} of {self.tokens[0]} to {self.tokens[1]} tokens, alone and"
-                f" in {self.batches} batches"
+                f" in {counted(self.batches, 'batch', 'batches')}"
             ),
             "",
             *table(
@@ -271,7 +272,8 @@ def _rows(
     usable = np.flatnonzero((found.codes == 0) & (found.supervised > 0))
     if len(usable) < 2:
         raise DataError(
-            f"{len(usable)} of {len(spread)} rows are usable and two are needed",
+            f"{len(usable)} of {counted(len(spread), 'row is', 'rows are')} usable and two are"
+            " needed",
             remedy="Look at them with `gradsift inspect`.",
         )
     by_length = usable[np.argsort(found.lengths[usable], kind="stable")]
@@ -377,12 +379,14 @@ def _template(tokenizer: Any, config: Config) -> str:
 def _advice(attempts: Sequence[Attempt], seen: Mapping[str, Any]) -> Iterator[str]:
     if seen["experts"]:
         yield (
-            f"{len(seen['experts'])} layers are mixtures of experts: attach LoRA to the attention"
+            f"{counted(len(seen['experts']), 'layer is a mixture', 'layers are mixtures')} of"
+            " experts: attach LoRA to the attention"
             " layers; rows do not see the experts' weights"
         )
     if seen["uncovered"]:
         yield (
-            f"{len(seen['uncovered'])} parameters are seen by no row, among them"
+            f"{counted(len(seen['uncovered']), 'parameter is', 'parameters are')} seen by no row,"
+            " among them"
             f" {seen['uncovered'][0]}"
         )
     if seen["rotary"]:

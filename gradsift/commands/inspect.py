@@ -15,7 +15,7 @@ from gradsift.data.encode import encode
 from gradsift.errors import DataError
 from gradsift.model.load import tokenizer_from_settings, vocabulary
 from gradsift.stages.checks import check_vocabulary
-from gradsift.types import IGNORE, Encoded
+from gradsift.types import IGNORE, Encoded, counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -57,7 +57,8 @@ def inspect(
         what = (
             encoded.reasons[code]
             if code
-            else f"{encoded.supervised[i]} of {encoded.lengths[i]} tokens supervised"
+            else f"{encoded.supervised[i]} of {counted(int(encoded.lengths[i]), 'token')}"
+            " supervised"
         )
         lines.append(
             f"\n{candidates.place(row)}  {candidates.ids[row]}  ({candidates.groups[row]}): {what}"

@@ -23,7 +23,7 @@ from gradsift.errors import BudgetError, ConfigError, MismatchError, UnknownName
 from gradsift.signals.backends import backend as backend_of
 from gradsift.store.artifact import read_sealed
 from gradsift.store.run import SETTINGS, Run
-from gradsift.types import Signal
+from gradsift.types import Signal, counted
 
 if TYPE_CHECKING:
     from gradsift.compute.progress import Progress
@@ -272,7 +272,7 @@ def check_budget(wanted: budgets.Budget, pool: Pool, allow_short: bool) -> None:
         and not allow_short
     ):
         raise BudgetError(
-            f"the budget is {rows:,} rows and {len(pool):,} are usable",
+            f"the budget is {counted(rows, 'row')} and {counted(len(pool), 'is', 'are')} usable",
             remedy="Lower --budget, or add --allow-short.",
         )
 

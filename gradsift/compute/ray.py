@@ -38,6 +38,7 @@ from gradsift.compute.ray_workers import (
 from gradsift.compute.stopping import interruptible, stop_here
 from gradsift.config import Config
 from gradsift.errors import ResourceError
+from gradsift.types import counted
 
 T = TypeVar("T")
 
@@ -206,12 +207,13 @@ class Ray:
             if not room and not self._wanted:
                 raise ResourceError(
                     f"no machine of the Ray cluster has room for a worker of {self.workers.cpus}"
-                    f" CPUs and {self.gpus} GPUs",
+                    f" CPUs and {counted(self.gpus, 'GPU')}",
                     remedy="Lower --threads or --gpus-per-worker, or start `ray start` with more.",
                 )
             if self._wanted > room:
                 self.note(
-                    f"{self._wanted} workers asked for, room for {room} now: the others begin when"
+                    f"{counted(self._wanted, 'worker')} asked for, room for {room} now: the"
+                    " others begin when"
                     " there is more"
                 )
             self.slots = [Slot(self.workers, number) for number in range(self._wanted or room)]

@@ -34,7 +34,7 @@ from gradsift.data.chat import (
 from gradsift.data.pool import Pool
 from gradsift.errors import DataError, IntegrityError
 from gradsift.store.tensors import TensorFile, write_tensors
-from gradsift.types import IGNORE, Example
+from gradsift.types import IGNORE, Example, counted
 
 VERSION = 1
 # share of rows without anything to learn above which the template or the length is wrong, not the
@@ -278,13 +278,19 @@ class _Encoder:
 
     def _fit(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         if all(label == IGNORE for label in labels[1:]):
-            raise EncodeFault(NO_SUPERVISED, f"{len(ids)} tokens, none of them supervised")
+            raise EncodeFault(
+                NO_SUPERVISED, f"{counted(len(ids), 'token')}, none of them supervised"
+            )
         most = self.settings.max_length
         if len(ids) > most:
             if self.settings.policy == "drop":
-                raise EncodeFault(TOO_LONG, f"{len(ids):,} tokens, and max_length is {most:,}")
+                raise EncodeFault(
+                    TOO_LONG, f"{counted(len(ids), 'token')}, and max_length is {most:,}"
+                )
             if all(label == IGNORE for label in labels[1:most]):
-                raise EncodeFault(CUT_AWAY, f"{len(ids):,} tokens, the first {most:,} all prompt")
+                raise EncodeFault(
+                    CUT_AWAY, f"{counted(len(ids), 'token')}, the first {most:,} all prompt"
+                )
             ids, labels = ids[:most], labels[:most]
             self.truncated += 1
         return ids, labels
@@ -294,17 +300,20 @@ class _Encoder:
         counts = self.renderer.counts if self.renderer else Counter()
         if counts["no end of turn"]:
             found.append(
-                f"{counts['no end of turn']:,} rows: the chat template writes no end-of-turn token,"
+                f"{counted(counts['no end of turn'], 'row')}: the chat template writes no"
+                " end-of-turn token,"
                 " so none is learned"
             )
         if counts["by marks"]:
             found.append(
-                f"{counts['by marks']:,} rows: the template rewrites earlier turns; its generation"
+                f"{counted(counts['by marks'], 'row')}: the template rewrites earlier turns; its"
+                " generation"
                 " marks were used"
             )
         if counts["by probes"]:
             found.append(
-                f"{counts['by probes']:,} rows: the template rewrites earlier turns; answers were"
+                f"{counted(counts['by probes'], 'row')}: the template rewrites earlier turns;"
+                " answers were"
                 " found by changing them"
             )
         if self.eos is None:
@@ -316,7 +325,10 @@ class _Encoder:
                 f"{self.doubled:,} beginning-of-sequence tokens that stood twice were removed"
             )
         if self.truncated:
-            found.append(f"{self.truncated:,} rows are cut to {self.settings.max_length:,} tokens")
+            found.append(
+                f"{counted(self.truncated, 'row is', 'rows are')} cut to"
+                f" {self.settings.max_length:,} tokens"
+            )
         return found
 
 

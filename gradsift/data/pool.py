@@ -25,7 +25,7 @@ from gradsift.data.remote import is_url
 from gradsift.data.sources import absent, check_names, choice, expanded
 from gradsift.errors import DataError
 from gradsift.redaction import redacted
-from gradsift.types import Example
+from gradsift.types import Example, counted
 
 if TYPE_CHECKING:
     from gradsift.data.tables import Table
@@ -304,7 +304,10 @@ def _warnings(pool: Pool, reader: Reader, changed: int) -> list[str]:
     counts, found = reader.counts, []
     if changed:
         found.append(
-            f"{changed:,} rows share their id with an earlier row and are told apart by #2, #3, ..."
+            counted(changed, "row shares its id", "rows share their id")
+            + " with an earlier row and"
+            + (" is" if changed == 1 else " are")
+            + " told apart by #2, #3, ..."
         )
     if 0 < counts["id:int"] < sum(reader.named):
         found.append(
@@ -312,7 +315,8 @@ def _warnings(pool: Pool, reader: Reader, changed: int) -> list[str]:
         )
     if counts["id:other"]:
         found.append(
-            f"{counts['id:other']:,} rows have an id that is neither a text nor a whole number; a"
+            f"{counted(counts['id:other'], 'row has', 'rows have')} an id that is neither a text"
+            " nor a whole number; a"
             " hash of the row stands in"
         )
     found += [
@@ -322,7 +326,8 @@ def _warnings(pool: Pool, reader: Reader, changed: int) -> list[str]:
     ]
     if counts["group:none"]:
         found.append(
-            f"{counts['group:none']:,} rows have no field {reader.group_field!r}; their group is"
+            f"{counted(counts['group:none'], 'row has', 'rows have')} no field"
+            f" {reader.group_field!r}; their group is"
             f" {NO_GROUP!r}"
         )
     found += [

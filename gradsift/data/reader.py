@@ -31,6 +31,7 @@ from gradsift.data.marks.preference import graded
 from gradsift.data.records import Columns, Dropped, Place, canonical
 from gradsift.data.sources import VOTERS, settled
 from gradsift.errors import TooManyBadRows
+from gradsift.types import counted
 
 if TYPE_CHECKING:
     from gradsift.data.tables import Table
@@ -223,7 +224,7 @@ def too_many(dropped: list[Dropped], read: int, why: str) -> TooManyBadRows:
     shown = "; ".join(str(row) for row in dropped[:3])
     fixes = " ".join(dict.fromkeys(row.fix for row in dropped[:3]))
     what = (
-        f"{len(dropped):,} of {read:,} rows cannot be used ({why}):"
+        f"{len(dropped):,} of {counted(read, 'row')} cannot be used ({why}):"
         f" {shown}{'; ...' if len(dropped) > 3 else ''}"
     )
     return TooManyBadRows(what, remedy=f"{fixes} Or raise max_bad_rows.")

@@ -26,7 +26,7 @@ from gradsift.data.records import canonical, finite_numbers
 from gradsift.data.tables import Table
 from gradsift.errors import UserError
 from gradsift.store.atomic import file_chunks, remove_leftovers, replacing
-from gradsift.types import Subset
+from gradsift.types import Subset, counted
 
 if TYPE_CHECKING:
     from gradsift.data.pool import Pool
@@ -113,7 +113,12 @@ def write_subset(
         else ""
     )
     return [
-        f"{anew:,} rows that are no line of JSON in their file are written anew as one line"
+        counted(
+            anew,
+            "row that is no line of JSON in its file is",
+            "rows that are no line of JSON in their file are",
+        )
+        + " written anew as one line"
         f" each{mixed}"
     ]
 

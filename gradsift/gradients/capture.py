@@ -30,7 +30,7 @@ from gradsift.gradients.last_layer import find_tail, same_without
 from gradsift.gradients.lora_layer import LowRank, low_rank_layers
 from gradsift.gradients.objectives import OBJECTIVES, Loss
 from gradsift.model.layers import tracked_modules
-from gradsift.types import IGNORE
+from gradsift.types import IGNORE, counted
 
 # last feed-forward layers already checked
 _SAME_WITHOUT: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
@@ -441,8 +441,8 @@ class Capture:
         kind = name.partition(".lora_")[0].rpartition(".")[2]
         expert = " (experts of a mixture cannot be read)" if "expert" in name else ""
         raise ConfigError(
-            f"sees activations of shape {tuple(a.shape)} where {batch.b} rows of {batch.t} tokens"
-            " were given: whose row they are is not known",
+            f"sees activations of shape {tuple(a.shape)} where {counted(batch.b, 'row')} of"
+            f" {counted(batch.t, 'token')} came in: whose row they are is not known",
             where=name,
             remedy=(
                 f"Leave {kind} out{expert}: name the other layers, as [warmup.lora] targets ="

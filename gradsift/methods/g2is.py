@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from gradsift import rules
 from gradsift.methods.words import figure
-from gradsift.types import AdamForm, Facts, Rows, Signal, Signals, Subset
+from gradsift.types import AdamForm, Facts, Rows, Signal, Signals, Subset, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,7 +152,8 @@ class G2is:
             notes["neighbour_recall"] = rules.knn.recall(rows, graph, rng=np.random.default_rng(0))
         if len(found) < budget:
             notes["note"] = (
-                f"the walks ended after {len(found):,} rows; the other {budget - len(found):,} are"
+                f"the walks ended after {counted(len(found), 'row')}; the other"
+                f" {budget - len(found):,} are"
                 " those of highest "
                 + (
                     "cosine with the mean of a target group"

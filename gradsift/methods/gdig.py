@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from gradsift import rules
 from gradsift.methods.words import count, figure
-from gradsift.types import Facts, Rows, Signal, Signals, Subset
+from gradsift.types import Facts, Rows, Signal, Signals, Subset, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,8 +113,10 @@ class Gdig:
         }
         if least < m:
             notes["note"] = (
-                f"{every:,} rows help all {m:,} trusted examples, fewer than the budget: the"
-                f" {kept:,} rows that help at least {least:,} of them ({least / m:.1%}) were"
+                f"{counted(every, 'row helps', 'rows help')} all {counted(m, 'trusted example')},"
+                " fewer than the budget: the"
+                f" {counted(kept, 'row that helps', 'rows that help')} at least {least:,} of them"
+                f" ({least / m:.1%}) were"
                 " clustered"
             )
             if none := int((helped == 0).sum()) if least == 0 else 0:

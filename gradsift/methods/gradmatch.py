@@ -12,7 +12,7 @@ from pydantic import NonNegativeFloat
 
 from gradsift import rules
 from gradsift.methods.words import figure
-from gradsift.types import Facts, Rows, Signal, Signals, Subset
+from gradsift.types import Facts, Rows, Signal, Signals, Subset, counted
 
 TARGET = Signal("rows", side="target")
 
@@ -99,7 +99,8 @@ class Gradmatch:
         notes = {"score": score, "influence": score, "residual": error, "matched": len(found)}
         if len(found) < budget:
             notes["note"] = (
-                f"matching ended after {len(found):,} rows ({100 * error:.1f} % of the mean"
+                f"matching ended after {counted(len(found), 'row')} ({100 * error:.1f} % of the"
+                " mean"
                 f" gradient unexplained); the other {budget - len(found):,} were filled in with"
                 " weight 1/n"
             )

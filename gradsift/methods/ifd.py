@@ -10,7 +10,7 @@ from pydantic import PositiveFloat
 
 from gradsift import rules
 from gradsift.methods.words import answer, figure
-from gradsift.types import Facts, Signal, Signals, Subset
+from gradsift.types import Facts, Signal, Signals, Subset, counted
 
 IFD = Signal("ifd")
 
@@ -64,7 +64,8 @@ class Ifd:
         notes: dict[str, Any] = {"score": value, "below_most": int(fine.sum())}
         if fine.sum() < seats:
             notes["note"] = (
-                f"{int(fine.sum()):,} rows have a difficulty below {self.most:g}; the budget was"
+                f"{counted(int(fine.sum()), 'row has', 'rows have')} a difficulty below"
+                f" {self.most:g}; the budget was"
                 " filled with rows above"
             )
         return Subset(indices, gains=np.where(fine, value, -value)[indices], notes=notes)

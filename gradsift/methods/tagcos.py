@@ -11,7 +11,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 
 from gradsift import rules
 from gradsift.methods.words import figure
-from gradsift.types import AdamForm, Facts, Rows, Signal, Signals, Subset
+from gradsift.types import AdamForm, Facts, Rows, Signal, Signals, Subset, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,11 +99,11 @@ class Tagcos:
         if settled == self.clusters or not self.exact:
             return []
         why = (
-            f"no more than the {budget:,} rows to choose"
+            f"no more than the {counted(budget, 'row')} to choose"
             if settled == budget
-            else f"{n:,} rows fill no more, {LEAST_ROWS} in each on average"
+            else f"{counted(n, 'row fills', 'rows fill')} no more, {LEAST_ROWS} in each on average"
         )
-        return [f"{settled:,} clusters in place of {self.clusters:,}: {why}"]
+        return [f"{counted(settled, 'cluster')} in place of {self.clusters:,}: {why}"]
 
     def select(self, signals: Signals, budget: int, *, rng: np.random.Generator) -> Subset:
         rows: Rows = signals[self.rows]

@@ -26,7 +26,7 @@ from gradsift.model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_state
 from gradsift.store.atomic import make_folder, read_json, write_atomic
 from gradsift.store.canonical import canonical_json
 from gradsift.store.tensors import read_tensors, write_tensors
-from gradsift.types import Checkpoint
+from gradsift.types import Checkpoint, counted
 
 STATE, MOMENTS = "checkpoint.json", "moments.safetensors"
 LEAST_STEPS = 10
@@ -69,7 +69,8 @@ def optimizer_state(model: nn.Module, optimizer: Any) -> tuple[AdamState, dict[s
     left_out = sorted(n for i, n in names.items() if i not in managed)
     if left_out:
         raise MismatchError(
-            f"the optimizer does not hold {len(left_out)} trainable parameters: {some(left_out)}",
+            f"the optimizer does not hold {counted(len(left_out), 'trainable parameter')}:"
+            f" {some(left_out)}",
             remedy=_REMEDY,
         )
     m, v, steps = {}, {}, [0]
@@ -152,7 +153,8 @@ def save_checkpoint(
     if broken:
         remedy = "Lower the learning rate, or look for rows with an extreme loss."
         raise DataError(
-            f"training diverged by step {step}: {len(broken)} tensors are not finite"
+            f"training diverged by step {step}:"
+            f" {counted(len(broken), 'tensor is', 'tensors are')} not finite"
             f" ({some(broken)})",
             where=folder,
             remedy=remedy,
@@ -290,7 +292,8 @@ def read_adam_state(
         state = AdamState(m, v, step, betas, eps)
     if state.step < LEAST_STEPS and not force:
         raise MismatchError(
-            f"Adam's moments have seen {state.step} updates, and fewer than {LEAST_STEPS} make them"
+            f"Adam's moments have seen {counted(state.step, 'update')}, and fewer than"
+            f" {LEAST_STEPS} make them"
             " noise",
             where=folder,
             remedy="Warm up longer, take plain gradients (-o transform=none), or pass force.",
@@ -314,7 +317,8 @@ def check_length(steps: int, checkpoints: int, force: bool) -> list[int]:
     """
     if steps < checkpoints:
         raise ConfigError(
-            f"{steps} training steps are fewer than {checkpoints} checkpoints",
+            f"{counted(steps, 'training step is', 'training steps are')} fewer than"
+            f" {counted(checkpoints, 'checkpoint')}",
             remedy="Train longer, or set fewer checkpoints.",
         )
     at = [round(steps * k / checkpoints) for k in range(1, checkpoints + 1)]

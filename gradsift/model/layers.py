@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.errors import ConfigError, UnknownName
+from gradsift.types import counted
 
 # Attention layers of the families whose attention module is not called ...Attention or ...Attn.
 _ATTENTION_LEAVES = frozenset(
@@ -143,7 +144,8 @@ def tracked_modules(
     packed = [n for n, m in found.items() if is_quantised(m)]
     if packed:
         raise ConfigError(
-            f"{len(packed)} weights are quantised and have no gradient: {some(packed)}",
+            counted(len(packed), "weight is quantised and has", "weights are quantised and have")
+            + f" no gradient: {some(packed)}",
             remedy="Read LoRA (modules=None).",
         )
     _refuse_shared(model, found)

@@ -37,6 +37,7 @@ from gradsift.config import AUTO, ModelSettings
 from gradsift.errors import ConfigError, DataError, IntegrityError, UnknownName, UserError
 from gradsift.model.layers import REPACKS, some
 from gradsift.model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_file, adapter_json
+from gradsift.types import counted
 
 TINY = "tiny"  # the name of the built-in model
 FOUR_BIT = "nf4"
@@ -225,7 +226,8 @@ def load_model(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise DataError(
-            f"{len(missing)} weights of the model are not in its files and would be random:"
+            f"{counted(len(missing), 'weight of the model is', 'weights of the model are')} not in"
+            " its files and would be random:"
             f" {some(missing)}",
             where=name,
             remedy=(

@@ -24,6 +24,7 @@ from gradsift.config import LoraSettings
 from gradsift.errors import ConfigError, IntegrityError, MismatchError, UserError
 from gradsift.model.layers import block_linears, lora_targets, some
 from gradsift.store.tensors import read_tensors
+from gradsift.types import counted
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _log = logging.getLogger("gradsift")
@@ -317,14 +318,14 @@ def adapter_state(model: PeftModel, adapter: str = "default") -> dict[str, Tenso
 
 def _check_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
     kinds = {
-        "missing keys": sorted(expected.keys() - found.keys()),
-        "unexpected keys": sorted(found.keys() - expected.keys()),
-        "other shapes": sorted(
+        "missing key": sorted(expected.keys() - found.keys()),
+        "unexpected key": sorted(found.keys() - expected.keys()),
+        "other shape": sorted(
             k for k in expected.keys() & found.keys() if found[k].shape != expected[k].shape
         ),
     }
     faults = "; ".join(
-        f"{len(names)} {kind}: {some(names)}" for kind, names in kinds.items() if names
+        f"{counted(len(names), kind)}: {some(names)}" for kind, names in kinds.items() if names
     )
     if faults:
         raise MismatchError(

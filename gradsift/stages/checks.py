@@ -17,6 +17,7 @@ from gradsift.errors import DataError
 from gradsift.store.artifact import Artifact
 from gradsift.store.packing import OUT_OF_MEMORY, QUARANTINE
 from gradsift.store.rows import RowStore
+from gradsift.types import counted
 
 # share of the encoded rows whose gradient may be unusable before a stage stops
 MOST_QUARANTINED = 0.05
@@ -57,7 +58,8 @@ def _check(
                 "Encode with a smaller max_length, or use a machine with more memory. " + remedy
             )
         raise DataError(
-            f"{expected - usable:,} of {expected:,} rows have no usable {what} ({told})",
+            f"{expected - usable:,} of {counted(expected, 'row has', 'rows have')} no usable"
+            f" {what} ({told})",
             where=where,
             remedy=remedy,
         )

@@ -31,7 +31,7 @@ from gradsift.store.artifact import Artifact
 from gradsift.store.canonical import recipe_digest
 from gradsift.store.partial import FOLDER, Partial, Pieces
 from gradsift.store.tensors import write_tensors
-from gradsift.types import Signal
+from gradsift.types import Signal, counted
 
 # on which low-rank scores are held against those of whole matrices, or as many targets as fit in
 # memory
@@ -218,7 +218,11 @@ def _score(context: Context, signal: Signal, artifact: Artifact) -> None:
     work = ScoreWork(context.lend(model, at), targets, advance=context.advance, **shared)
     del model
     map_shards(
-        context, parts, work, pool, label=f"influence on {len(targets)} targets, {signal.backend}"
+        context,
+        parts,
+        work,
+        pool,
+        label=f"influence on {counted(len(targets), 'target')}, {signal.backend}",
     )
     every = parts.read("scores")  # mapped from disk, not in memory
     first = torch.tensor([int(usable[members[0]]) for members in targets.members])

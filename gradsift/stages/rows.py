@@ -23,7 +23,7 @@ from gradsift.stages.shards import map_shards
 from gradsift.stages.work import GradientWork
 from gradsift.store.artifact import Artifact
 from gradsift.store.rows import RowStore
-from gradsift.types import AdamForm, Checkpoint, Signal, checkpoint_weights
+from gradsift.types import AdamForm, Checkpoint, Signal, checkpoint_weights, counted
 
 # rows read at a time: what they take in fp32 adds to the peak of the stage that just made them
 _FEW = 128
@@ -186,7 +186,7 @@ def _extract(
     map_shards(context, store, work, encoded, label=f"{label}, {transform}")
     check_quarantine(store, encoded)
     cosine = mean_pairwise_cosine(store)
-    what = f"{covered.modules} modules, {covered.share:.1%} of the trainable parameters"
+    what = f"{counted(covered.modules, 'module')}, {covered.share:.1%} of the trainable parameters"
     context.progress.note(f"{label}: {what}; mean pairwise cosine {cosine:.2f}")
     store.seal(artifact, extra={"mean_pairwise_cosine": cosine, "coverage": covered.summary()})
 

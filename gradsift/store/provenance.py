@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.store.tensors import TensorFile
+from gradsift.types import counted
 
 _GPU, _HALVINGS = "gpu", "halvings"
 
@@ -55,7 +56,8 @@ def warnings(name: str, extra: Mapping[str, Any]) -> list[str]:
     if halved:
         times, shards = halved["times"], halved["shards"]
         found.append(
-            f"batches were halved {times:,} times in {shards:,} shards of {name}, for want of"
+            f"batches were halved {counted(times, 'time')} in {counted(shards, 'shard')} of"
+            f" {name}, for want of"
             " memory: equal within tolerance, not bit for bit"
         )
     return found

@@ -32,7 +32,7 @@ from gradsift.store.atomic import (
 from gradsift.store.canonical import canonical_json, differences, recipe_digest
 from gradsift.store.packing import QUARANTINE, Ids, StoreDtype, pack
 from gradsift.store.tensors import TensorFile, file_hash, read_tensors, write_tensors
-from gradsift.types import Rows
+from gradsift.types import Rows, counted
 
 HEADER, IDS = "store.json", "ids.safetensors"
 _COLUMNS = {
@@ -326,7 +326,7 @@ class RowStore:
             hashes[name] = file_hash(self.path / name)
         if faults := self.missing():
             raise IntegrityError(
-                f"{len(faults)} of {len(self.shards)} shards are missing",
+                f"{len(faults)} of {counted(len(self.shards), 'shard is', 'shards are')} missing",
                 where=self.path,
                 remedy="Run the command again.",
             )

@@ -382,7 +382,7 @@ def test_long_rows_are_cut_or_dropped() -> None:
     assert cut.lengths[:31].tolist() == [limit] * 31 and cut[30] == {
         key: value[:limit] for key, value in whole[1].items()
     }
-    assert cut.truncated == 1 and any("1 rows are cut" in note for note in cut.notes)
+    assert cut.truncated == 1 and any("1 row is cut" in note for note in cut.notes)
     assert cut.reasons[int(cut.codes[31])].startswith("cut-away")
     dropped = encode(
         [short] * 3 + [long, prompt], tok, EncodeSettings(max_length=limit, policy="drop")

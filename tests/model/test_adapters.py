@@ -100,7 +100,7 @@ def test_an_embedding_that_is_not_the_bases_own_is_used_and_told(
     torch.testing.assert_close(logits(remove_lora(model)), bare, rtol=0, atol=0)
     weights[name] = weights[name][:-1].clone()
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(MismatchError, match=r"1 other shapes: .*embed_tokens"):
+    with pytest.raises(MismatchError, match=r"1 other shape: .*embed_tokens"):
         load_adapter(llama(), tmp_path)
 
 

@@ -38,7 +38,7 @@ from gradsift.stages.recipe import Recipe
 from gradsift.store.artifact import Artifact
 from gradsift.store.atomic import write_atomic
 from gradsift.store.canonical import recipe_digest
-from gradsift.types import Example
+from gradsift.types import Example, counted
 
 BASE = "untrained"
 _RESULT = "comparison.json"
@@ -315,7 +315,8 @@ class _Comparing:
         generated = any(set(test.measures) - {"loss"} for test in tests)
         beside = ", besides generating answers" if generated else ""
         self.pipeline.progress.note(
-            f"{len(missing):,} trainings to do: about {max(1, round(seconds / 60)):,} min{beside}"
+            f"{counted(len(missing), 'training')} to do: about {max(1, round(seconds / 60)):,}"
+            f" min{beside}"
         )
 
     def _cost(
@@ -354,8 +355,8 @@ class _Comparing:
             f" {recipe.rate:g}, batch {recipe.batch_size}"
         )
         how += ", mixed precision" if recipe.bf16 else ""
-        rows = ", ".join(f"{test.name} {len(test.rows):,} rows" for test in tests)
-        notes = [f"{how}; {len(self.arms.seeds)} seeds; tested on {rows}"]
+        rows = ", ".join(f"{test.name} {counted(len(test.rows), 'row')}" for test in tests)
+        notes = [f"{how}; {counted(len(self.arms.seeds), 'seed')}; tested on {rows}"]
         if len(self.arms.overlap):
             notes.append(
                 f"{len(self.arms.overlap):,} pool rows share 13 words with a test and were left out"

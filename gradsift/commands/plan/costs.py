@@ -17,7 +17,7 @@ from gradsift.stages import curvature, tuned
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe
 from gradsift.store.rows import HEADER
-from gradsift.types import Selector, Signal
+from gradsift.types import Selector, Signal, counted
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,10 @@ def _warmup_label(pipeline: Pipeline, tokens: int, rows: int) -> tuple[str, floa
     share = min(rows, max(settings.min_rows, round(settings.share * rows)))
     batch = settings.batch_size or (16 if rows < 10_000 else 128)
     steps = max(settings.min_steps, int(np.ceil(settings.epochs * share / batch)))
-    return f"{share:,} rows, {steps} steps of {batch}", steps * batch * tokens / max(rows, 1)
+    return (
+        f"{counted(share, 'row')}, {counted(steps, 'step')} of {batch}",
+        steps * batch * tokens / max(rows, 1),
+    )
 
 
 def _side(pipeline: Pipeline, recipe: Recipe) -> str:
@@ -230,7 +233,7 @@ def select_cost(pipeline: Pipeline, selector: Selector, rows: int, rates: Rates)
     ) / max(min(n, 200), 1)
     return StageCost(
         "select",
-        f"{rows:,} rows",
+        counted(rows, "row"),
         "",
         False,
         n,

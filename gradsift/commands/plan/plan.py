@@ -33,7 +33,7 @@ from gradsift.compute.progress import Progress, duration, silent
 from gradsift.data.encode import EncodedRows, encode
 from gradsift.stages.pipeline import Pipeline
 from gradsift.stages.recipe import Recipe
-from gradsift.types import Selector
+from gradsift.types import Selector, counted
 
 SAMPLE = 2000  # rows that are encoded to learn token counts, where the encoding is not there yet
 
@@ -63,7 +63,7 @@ class Plan:
     def table(self) -> str:
         lines = [
             f"rows     {self.read:,} read, {self.dropped:,} quarantined, {self.usable:,} usable,"
-            f" {self.budget:,} to choose, {self.tokens:,} tokens"
+            f" {self.budget:,} to choose, {counted(self.tokens, 'token')}"
         ]
         for stage in self.stages:
             cost = (
@@ -173,7 +173,14 @@ def _plan(
     if pipeline.stored(selection):
         stages.append(
             StageCost(
-                "select", f"{rows:,} rows", selection.digest[:12], True, len(candidates), 0, 0, 0.0
+                "select",
+                counted(rows, "row"),
+                selection.digest[:12],
+                True,
+                len(candidates),
+                0,
+                0,
+                0.0,
             )
         )
     else:

@@ -14,6 +14,7 @@ import torch
 from gradsift.compute.ray import Ray
 from gradsift.signals.backends import BACKENDS
 from gradsift.signals.curvature.exact import MEMORY
+from gradsift.types import counted
 
 if TYPE_CHECKING:
     from gradsift.commands.plan.costs import StageCost
@@ -46,9 +47,10 @@ class Spread:
         return max(MINIMUM, self.shared + workers_here * self.each)
 
     def line(self) -> str:
-        kind = f"{self.gpus} GPUs" if self.gpus else f"{self.threads} threads"
+        kind = counted(self.gpus, "GPU") if self.gpus else counted(self.threads, "thread")
         return (
-            f"ray      {self.workers} workers of {kind}; each takes {self.memory / 1e6:,.0f} MB of"
+            f"ray      {counted(self.workers, 'worker')} of {kind}; each takes"
+            f" {self.memory / 1e6:,.0f} MB of"
             f" memory, and of its machine's object store {self.each / 1e6:,.1f} MB besides"
             f" {self.shared / 1e6:,.1f} MB once (--object-store-memory {self.store(self.workers)}"
             " where all are on one machine)"

@@ -20,7 +20,7 @@ from gradsift.commands.select.constraints import Bound, Constraints, Screen
 from gradsift.commands.select.mix import mixed
 from gradsift.errors import BudgetError, DataError
 from gradsift.store.rows import RowView
-from gradsift.types import Selector, Signal, Signals, Subset
+from gradsift.types import Selector, Signal, Signals, Subset, counted
 
 
 def narrow(signals: Signals, places: np.ndarray, needs: frozenset[Signal]) -> Signals:
@@ -87,7 +87,8 @@ class Choice:
             least, most = (max(0, rows - self.taken[bound.group]) for rows in bound.rows(k))
             if self.taken[bound.group] > bound.rows(k)[1]:
                 raise BudgetError(
-                    f"--include-ids names {self.taken[bound.group]:,} rows of {bound.group}, its"
+                    f"--include-ids names {counted(self.taken[bound.group], 'row')} of"
+                    f" {bound.group}, its"
                     f" most is {bound.rows(k)[1]:,}",
                     remedy="Raise that group's most, or take rows off the list.",
                 )
@@ -99,7 +100,7 @@ class Choice:
                 )
             if least > most:
                 raise BudgetError(
-                    f"{bound.group}: at least {least:,} and at most {most:,} rows",
+                    f"{bound.group}: at least {least:,} and at most {counted(most, 'row')}",
                     remedy="Correct its --per-group.",
                 )
             found[bound.group] = least, min(most, self.sizes[bound.group])
@@ -123,12 +124,12 @@ class Choice:
         if seats < least:
             raise BudgetError(
                 f"{len(self.included):,} included rows and {least:,} for the groups' least do not"
-                f" fit a budget of {k:,} rows",
+                f" fit a budget of {counted(k, 'row')}",
                 remedy="Raise --budget.",
             )
         if self.room(k) < k:
             raise BudgetError(
-                f"the groups' most leave {self.room(k):,} rows for a budget of {k:,}",
+                f"the groups' most leave {counted(self.room(k), 'row')} for a budget of {k:,}",
                 remedy="Raise a group's most, or add --allow-short.",
             )
         fixed: dict[str, int] = {}
@@ -255,7 +256,8 @@ class Choice:
             many = max(few, self.room(many))
         if base > total or many < few:
             raise BudgetError(
-                f"{total:,} tokens do not pay for the {few:,} rows that must be chosen",
+                f"{counted(total, 'token does', 'tokens do')} not pay for the"
+                f" {counted(few, 'row')} that must be chosen",
                 remedy="Raise --budget.",
             )
         low, high, best = few - 1, many + 1, None
@@ -280,7 +282,8 @@ class Choice:
             halve = (high - low) * 2 > width
         if best is None:
             raise BudgetError(
-                f"{total:,} tokens do not pay for {few:,} rows of this method's choice",
+                f"{counted(total, 'token does', 'tokens do')} not pay for {counted(few, 'row')}"
+                " of this method's choice",
                 remedy="Raise --budget.",
             )
         return best
@@ -326,7 +329,7 @@ def choose(
     rows = budget.rows(read)
     if rows > (usable := len(candidates) + len(included)) and not allow_short:
         raise BudgetError(
-            f"the budget is {rows:,} rows and {usable:,} are usable",
+            f"the budget is {counted(rows, 'row')} and {counted(usable, 'is', 'are')} usable",
             remedy="Lower --budget, or add --allow-short.",
         )
     rows = min(rows, usable)

@@ -25,7 +25,7 @@ from gradsift.data.records import text_of
 from gradsift.errors import ConfigError, UnknownName, UserError
 from gradsift.rules import duplicates
 from gradsift.store.rows import RowView
-from gradsift.types import Example, Signal, Signals
+from gradsift.types import Example, Signal, Signals, counted
 
 NEAR = {"rows": Signal("rows"), "embeddings": Signal("embeddings")}
 _BOUND = re.compile(
@@ -99,8 +99,8 @@ class Constraints:
             strange = [i for i in wanted if i not in known]
             if strange:
                 what = (
-                    f"{flag}: {len(strange):,} of {len(wanted):,} ids are not in the pool, such as"
-                    f" {strange[0]!r}"
+                    f"{flag}: {len(strange):,} of {counted(len(wanted), 'id is', 'ids are')} not in"
+                    f" the pool, such as {strange[0]!r}"
                 )
                 raise UserError(what, remedy="Ids are those of scores.parquet; give one per line.")
         groups = set(pool.groups)
@@ -244,8 +244,12 @@ def screen(limits: Constraints, pool: Any, signals: Signals, kept: np.ndarray) -
     included = np.array([row for row in kept.tolist() if ids[row] in wanted], dtype=np.int64)
     if len(included) < len(wanted):
         warnings.append(
-            f"{len(wanted) - len(included):,} rows of --include-ids are not usable and were"
-            " left out"
+            counted(
+                len(wanted) - len(included),
+                "row of --include-ids is not usable and was",
+                "rows of --include-ids are not usable and were",
+            )
+            + " left out"
         )
     out = set(reasons) | set(included.tolist())
     return Screen(

@@ -13,7 +13,7 @@ from gradsift.commands.select.result import Chosen
 from gradsift.commands.select.verdict import verdict_lines
 from gradsift.compute import machine
 from gradsift.stages.recipe import Timing
-from gradsift.types import Selector
+from gradsift.types import Selector, counted
 
 SHOWN = 20
 
@@ -55,7 +55,7 @@ def report_data(
         tuple(_card(chosen, row, nearest.get(row)) for row in rows) for rows in ends
     )
     return report.ReportData(
-        title=f"{chosen.method}: {len(subset):,} of {pool.funnel['read']:,} rows",
+        title=f"{chosen.method}: {len(subset):,} of {counted(pool.funnel['read'], 'row')}",
         method=report.Method(
             name=chosen.method,
             summary=_first_sentence(chosen.selector),
@@ -112,7 +112,8 @@ def _coverage(chosen: Chosen) -> report.Table | None:
         for row in found["rows"]
     ]
     caption = (
-        f"{found['modules']} modules carry the gradients: {found['share']:.1%} of"
+        f"{counted(found['modules'], 'module carries', 'modules carry')} the gradients:"
+        f" {found['share']:.1%} of"
         f" {found['trainable_parameters']:,} trainable parameters."
     )
     if found["moe"]:

@@ -17,7 +17,7 @@ from gradsift.data.pool import Pool
 from gradsift.data.records import Dropped
 from gradsift.model.layers import thin_coverage
 from gradsift.stages.evidence import Evidence
-from gradsift.types import Facts, Selector, Subset
+from gradsift.types import Facts, Selector, Subset, counted
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,16 @@ class Chosen:
         found = []
         found += self.screen.warnings
         if len(self.subset) < self.asked:
-            found.append(f"{len(self.subset):,} rows were chosen where {self.asked:,} were asked")
+            found.append(
+                f"{counted(len(self.subset), 'row was', 'rows were')} chosen where {self.asked:,}"
+                " were asked"
+            )
         overlap = self.overlap()
         if overlap:
-            found.append(f"{overlap} target rows stand in the pool word for word")
+            found.append(
+                f"{counted(overlap, 'target row stands', 'target rows stand')} in the pool word"
+                " for word"
+            )
         thin = thin_coverage(self.evidence.coverage) if self.evidence.coverage else None
         if thin is not None:
             found.append(f"The {thin}")

@@ -8,6 +8,7 @@ from gradsift import report
 from gradsift.commands.select.mix import DRAWN
 from gradsift.commands.select.result import Chosen
 from gradsift.rules.ranks import spearman
+from gradsift.types import counted
 
 # Where the mean answer of the picks is so many times longer or shorter than the pool's, a selection
 # may have chosen by length.
@@ -29,7 +30,8 @@ def verdict_lines(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
     lines = [
         report.Verdict(
             text=(
-                f"Selected {picked.sum():,} of {read:,} rows ({100 * picked.sum() / read:.1f} %)"
+                f"Selected {picked.sum():,} of {counted(read, 'row')}"
+                f" ({100 * picked.sum() / read:.1f} %)"
                 f" with {chosen.method}."
             )
         ),
@@ -86,7 +88,9 @@ def _influence_lines(chosen: Chosen) -> list[str]:
     for curvature in chosen.evidence.curvature:
         ratio, agreement = curvature.damping, curvature.agreement
         if curvature.rows is not None:
-            lines.append(f"The curvature was fitted on {curvature.rows:,} rows of the pool.")
+            lines.append(
+                f"The curvature was fitted on {counted(curvature.rows, 'row')} of the pool."
+            )
         lines.append(
             f"Damping over mean eigenvalue of the curvature: {ratio['least']:.2g} to"
             f" {ratio['most']:.2g} (median {ratio['median']:.2g}); far above 1 the curvature hardly"
@@ -106,7 +110,8 @@ def _influence_lines(chosen: Chosen) -> list[str]:
         )
     if "helps_every_target" in notes:
         lines.append(
-            f"{notes['helps_every_target']:,} rows help every target row; {notes['survivors']:,}"
+            f"{counted(notes['helps_every_target'], 'row helps', 'rows help')} every target row;"
+            f" {notes['survivors']:,}"
             f" help at least {100 * notes['quantile']:.1f} % of them and were clustered."
         )
     return lines
@@ -114,19 +119,19 @@ def _influence_lines(chosen: Chosen) -> list[str]:
 
 def _constraint_lines(chosen: Chosen) -> list[str]:
     lines = [
-        f"Left out before choosing, {reason}: {count:,} rows."
+        f"Left out before choosing, {reason}: {counted(count, 'row')}."
         for reason, count in chosen.screen.counts().items()
     ]
     if len(chosen.screen.included):
         lines.append(
-            f"{len(chosen.screen.included):,} rows are there because --include-ids names them; they"
-            " have no gain."
+            f"{counted(len(chosen.screen.included), 'row is', 'rows are')} there because"
+            " --include-ids says so, without a gain."
         )
     if DRAWN in chosen.subset.notes:
         drawn = int(chosen.drawn.sum())
         lines.append(
-            f"{drawn:,} of {len(chosen.subset):,} rows are drawn from what the method left (--mix);"
-            " they have no gain."
+            f"{drawn:,} of {counted(len(chosen.subset), 'row is', 'rows are')} drawn from what the"
+            " method left (--mix); they have no gain."
         )
     if chosen.budget.unit != "rows":
         cost = (
