@@ -507,19 +507,10 @@ def methods(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    for method in found:
-        typer.echo(
-            f"{method['name']}  (target {method['target']}; reads"
-            f" {', '.join(method['needs']) or 'nothing'})"
-        )
-        typer.echo(f"    {method['summary']}")
-        for name in ("source", "cost"):
-            if method[name]:
-                typer.echo(f"    {name}: {method[name]}")
-        if method["options"]:
-            typer.echo(
-                "    " + "  ".join(f"-o {key}={value}" for key, value in method["options"].items())
-            )
+    from gradsift.cli.listing import listing, width
+
+    for line in listing(found, width()):
+        typer.echo(line)
 
 
 @app.command(epilog="Example: gradsift inspect --pool pool.jsonl --model ./my-model --rows 5")
@@ -667,10 +658,7 @@ def diff(
         taken = f"  (the newest of {among:,} selections there)" if among > 1 else ""
         typer.echo(f"{name}         {folder}{taken}")
     if max(found["among"]) > 1:
-        typer.echo(
-            "          Name a select-... folder in place of its run to compare another one.",
-            err=True,
-        )
+        typer.echo("To compare another one, name its select-... folder, not its run.", err=True)
     typer.echo(
         f"rows      {found['a']:,} and {found['b']:,}, {found['common']:,} in common (Jaccard"
         f" {found['jaccard']:.2f})"

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from gradsift import methods
 from gradsift.cli.app import app
+from gradsift.cli.listing import listing
+from gradsift.methods.options import MEANINGS, options
 from tests.conftest import rows, write_rows
 
 pytestmark = pytest.mark.filterwarnings(
@@ -93,6 +96,32 @@ def test_listings_speak_json(
         "1",
     )
     assert json.loads(again.stdout)["selected"] == 7
+
+
+def test_methods_are_listed_for_a_person() -> None:
+    """A table of option, default, what it takes and what it means, and nothing of Python."""
+    text = gradsift("methods").stdout
+    for name, cls in ((name, methods.load(name)) for name in methods.METHODS):
+        assert f"\n{name}\n" in f"\n{text}"
+        for option in options(name, cls):
+            assert option.meaning and option.values, f"{name}.{option.name} says nothing"
+            line = rf"-o {option.name} +{re.escape(option.default)} +{re.escape(option.values)} +"
+            assert re.search(line + re.escape(option.meaning), text)
+    assert not re.search(r"=None|=True|=False|\bNone\b|Literal|Positive", text)
+    assert re.search(r"-o ridge +by preset +number from 0 +added to the diagonal", text)
+    known = {name: {o.name for o in options(name, methods.load(name))} for name in methods.METHODS}
+    for key in MEANINGS:  # no words on an option that is gone
+        name, _, option = key.rpartition(".")
+        assert option in known.get(name, set().union(*known.values())), key
+
+
+@pytest.mark.parametrize("columns", [70, 120])
+def test_the_list_of_methods_fits_the_terminal(columns: int) -> None:
+    lines = list(listing(methods.describe(), columns))
+    assert max(map(len, lines)) <= columns or columns < 100
+    assert " ".join(" ".join(lines).split()) == " ".join(
+        " ".join(listing(methods.describe(), 1_000)).split()
+    )
 
 
 def test_verify_names_damage_and_ends_with_5(

@@ -53,6 +53,20 @@ def test_a_plan_writes_nothing_and_names_the_stages_to_come(
     assert "72 read" in found.table() and "total" in found.table()
 
 
+def test_a_plan_warns_of_what_the_method_says_of_so_few_rows(
+    tmp_path: Path, pool_file: Path, model_folder: Path
+) -> None:
+    given = ["--pool", pool_file, "--model", model_folder, "--run", tmp_path / "r"]
+    config = tmp_path / "small.toml"
+    config.write_text("[encode]\nmax_length = 64\n[gradients]\ndim = 64\n")
+    words = ["plan", "tagcos", *given, "--budget", "9", "--config", config, "--threads", "1"]
+    found = CliRunner().invoke(app, list(map(str, words)))
+    assert found.exit_code == 0, found.output
+    assert found.stdout.splitlines()[-1] == (
+        "warning  9 clusters in place of 100: no more than the 9 rows to choose"
+    )
+
+
 @pytest.mark.slow
 def test_the_run_makes_those_stages_in_as_many_bytes(
     run: Path, pool_file: Path, target_file: Path, model_folder: Path

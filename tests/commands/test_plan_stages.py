@@ -186,9 +186,13 @@ def test_a_selection_makes_what_the_plan_listed(
     assert complete(shared_run) == before
     gradsift.select(method, **arguments)
     after = complete(shared_run)
-    assert after - before == {
-        f"{stage.stage}-{stage.digest}" for stage in planned.stages if not stage.reused
+    folders = {
+        f"{stage.stage}-{method}-{stage.digest}"
+        if stage.stage == "select"
+        else f"{stage.stage}-{stage.digest}": stage.reused
+        for stage in planned.stages
     }
-    assert {f"{stage.stage}-{stage.digest}" for stage in planned.stages if stage.reused} <= before
+    assert after - before == {name for name, reused in folders.items() if not reused}
+    assert {name for name, reused in folders.items() if reused} <= before
     again = plan(method, **arguments)
     assert all(stage.reused for stage in again.stages) and (again.bytes, again.seconds) == (0, 0)

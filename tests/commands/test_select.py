@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy.stats import spearmanr
+from typer.testing import CliRunner
 
 import gradsift
+from gradsift.cli.app import app
 from gradsift.commands import runs
 from gradsift.commands.select.select import Selection
 from gradsift.compute.progress import Lines
@@ -470,7 +472,7 @@ def test_holdings_list_check_and_compare(run: Path, tagcos: Selection, less: Sel
     table = ReportData.model_validate_json((less.folder / "report.json").read_bytes()).agreement
     assert table is not None
     names = [
-        f"{m} {s.folder.name.removeprefix('select-')[:6]}"
+        f"{m} {s.folder.name.rpartition('-')[2][:6]}"
         for m, s in (("tagcos", tagcos), ("less", less))
     ]
     cells = {row[0]: dict(zip(table.columns[1:], row[1:], strict=True)) for row in table.rows}
@@ -502,6 +504,96 @@ def test_holdings_list_check_and_compare(run: Path, tagcos: Selection, less: Sel
     assert all(line["seconds"] >= 0 for line in shown["stages"])
     with pytest.raises(UserError, match="not a run"):
         runs.show(run.parent / "none")
+
+
+def test_folders_name_their_method_and_those_of_before_are_found_again(
+    tmp_path: Path, pool_file: Path, model_folder: Path
+) -> None:
+    run = tmp_path / "run"
+    first = select("length", pool_file, model_folder, run, budget=5)
+    digest = first.folder.name.rpartition("-")[2]
+    assert first.folder.name == f"select-length-{digest}" and len(digest) == 12
+    assert [a.path.name for a in Run(run).artifacts("select")] == [first.folder.name]
+    before = first.folder.rename(run / f"select-{digest}")
+    again = select("length", pool_file, model_folder, run, budget=5)
+    assert again.folder == before and all(timing.reused for timing in again.timings)
+    assert runs.verify(run) == []
+    assert runs.diff(before, run)["selections"] == [str(before), str(before)]
+    (run / "select-length-000000000000").mkdir()  # of another digest: not this one's
+
+
+def test_a_diff_says_which_selections_it_took(
+    tmp_path: Path, pool_file: Path, model_folder: Path
+) -> None:
+    for name, budgets in (("a", (4, 6)), ("b", (5,))):
+        for budget in budgets:
+            last = select("length", pool_file, model_folder, tmp_path / name, budget=budget)
+        assert len(last) == budgets[-1]
+    found = runs.diff(tmp_path / "a", tmp_path / "b")
+    assert found["among"] == [2, 1] and (found["a"], found["b"]) == (6, 5)
+    told = CliRunner().invoke(app, ["diff", str(tmp_path / "a"), str(tmp_path / "b")])
+    lines = told.stdout.splitlines()
+    assert lines[0].startswith(f"a         {tmp_path / 'a' / 'select-length-'}")
+    assert lines[0].endswith("  (the newest of 2 selections there)")
+    assert lines[1] == f"b         {last.folder}"
+    assert "name its select-... folder" in told.stderr
+    named = runs.diff(last.folder, last.folder)
+    assert named["among"] == [1, 1]
+
+
+def test_warnings_of_the_verdict_are_told_in_the_terminal_too(tmp_path: Path) -> None:
+    """Picks whose answers are far shorter than the pool's: the line stands in the report, in the
+    result and on stdout, quiet or not.
+    """
+    items = [
+        {"id": f"r{i}", "messages": turns("yes yes" if i % 4 == 0 else "no " * 60)}
+        for i in range(40)
+    ]
+    pool = write_rows(tmp_path / "pool.jsonl", items)
+    target = write_rows(tmp_path / "dev.jsonl", [{"id": "t", "messages": turns("yes yes")}])
+    given = ["dsir", "--pool", pool, "--target", target, "--budget", "8", "--run", tmp_path / "run"]
+    more = ["--model", "tiny", "-o", "draw=top", "--threads", "1"]
+    told = CliRunner().invoke(app, ["select", *map(str, [*given, *more]), "-q"])
+    assert told.exit_code == 0, told.output
+    (line,) = [line for line in told.stdout.splitlines() if "mean answer" in line]
+    assert re.fullmatch(r"warning   They hold .*; mean answer \d+ tokens, in the pool \d+", line)
+    again = CliRunner().invoke(app, ["select", *map(str, [*given, *more]), "--json"])
+    assert line.removeprefix("warning   ") in json.loads(again.stdout)["warnings"]
+    (folder,) = (tmp_path / "run").glob("select-dsir-*")
+    data = ReportData.model_validate_json((folder / "report.json").read_bytes())
+    warned = [item.text for item in data.verdict if item.level == "warn"]
+    assert f"{line.removeprefix('warning   ')}." in warned
+    assert data.map is not None and data.map.title == "Map of the scores"
+    near = {row.nearest.how for row in data.best if row.nearest is not None}
+    assert near and all(how.startswith("by their words alone: cosine") for how in near)
+
+
+def turns(answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": answer}]
+
+
+def test_the_map_of_a_large_pool_is_a_sample_that_holds_picks_and_target(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pool_file: Path,
+    target_file: Path,
+    model_folder: Path,
+) -> None:
+    monkeypatch.setattr("gradsift.commands.select.map.POOL_SHOWN", 10)
+    drawn = []
+    for name in ("a", "b"):
+        chosen = select(
+            "rds", pool_file, model_folder, tmp_path / name, budget=6, target=target_file
+        )
+        data = ReportData.model_validate_json((chosen.folder / "report.json").read_bytes())
+        assert data.map is not None
+        drawn.append(data.map)
+    assert drawn[0] == drawn[1]
+    kinds = [point.kind for point in drawn[0].points]
+    assert kinds == ["picked"] * 6 + ["target"] * 20 + ["pool"] * 10
+    assert [point.rank for point in drawn[0].points[:6]] == [1, 2, 3, 4, 5, 6]
+    assert "a random 10 of the 66 other rows" in drawn[0].note
+    assert "Embeddings of the base model" in drawn[0].note
 
 
 def test_selections_of_the_same_rows_are_compared_across_runs(
