@@ -184,6 +184,16 @@ def extract(
     """Yields the projected gradient of every row of `encoded`, each row once, shortest batches
     last.
 
+    `encoded`: tokenised rows, {"input_ids": [...], "labels": [...]}, both of one length; a label is
+    the token at its own place where it is to be learned, else -100. `gradsift.data.encode.encode`
+    makes them from a pool; by hand:
+
+        >>> prompt, answer = [1, 15, 9, 4], [22, 7, 2]  # token ids
+        >>> row = {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+        >>> for batch in gradsift.extract(model, [row], projection=gradsift.Projection(dim=64)):
+        ...     print(batch.indices.tolist(), tuple(batch.rows.shape), batch.tokens.tolist())
+        [0] (1, 64) [3]
+
     The loss of a row is the mean over its supervised tokens (labels other than -100, each predicted
     from the tokens before it). loss="margin" differentiates minus the mean log-odds of these tokens
     instead (see `gradsift.gradients.objectives`); `losses` stay what they are. `modules`: None for
