@@ -75,11 +75,18 @@ class TargetSettings(Settings):
 
 
 class EncodeSettings(Settings):
-    """Chat template, length and what is supervised."""
+    """Chat template, length and what is supervised.
+
+    tool_calls: who writes an assistant's calls, the template or, as JSON texts in the content,
+    gradsift. system: where the system text goes, to the template as a turn or in front of the first
+    user turn's text.
+    """
 
     max_length: int = Field(default=1024, ge=8)
     policy: Literal["truncate", "drop"] = "truncate"
     template: str | None = None
+    tool_calls: Literal["template", "text"] = "template"
+    system: Literal["template", "user"] = "template"
 
 
 AUTO = "auto"

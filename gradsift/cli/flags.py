@@ -169,6 +169,26 @@ MaxLength = Annotated[
         show_default=False,
     ),
 ]
+ToolCalls = Annotated[
+    str | None,
+    typer.Option(
+        "--tool-calls",
+        metavar="template|text",
+        help="Who writes tool calls: the chat template, or gradsift as JSON text.",
+        rich_help_panel=STAGES,
+        show_default=False,
+    ),
+]
+SystemText = Annotated[
+    str | None,
+    typer.Option(
+        "--system",
+        metavar="template|user",
+        help="Where the system text goes: a turn of the template, or the first user turn.",
+        rich_help_panel=STAGES,
+        show_default=False,
+    ),
+]
 MaxBad = Annotated[
     str | None,
     typer.Option(
@@ -537,6 +557,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("target_format", TargetFormat, FILE, RUN),
     Flag("target_map", TargetMap, FILE, RUN),
     Flag("max_length", MaxLength, "encode", RUN | INSPECT | DOCTOR),
+    Flag("tool_calls", ToolCalls, "encode", RUN | INSPECT | DOCTOR),
+    Flag("system", SystemText, "encode", RUN | INSPECT | DOCTOR),
     Flag("max_bad_rows", MaxBad, "pool", RUN | INSPECT | DOCTOR, convert=number),
     Flag("dedup", Dedup, "pool", CHOOSE),
     Flag("dedup", ExactDedup, "pool", RUN - CHOOSE | INSPECT),

@@ -42,9 +42,10 @@ def inspect(
     tokenizer = tokenizer_from_settings(config.model)
     shown = range(min(start, len(candidates)), min(start + rows, len(candidates)))
     taken = candidates.take(shown)
-    encoded = encode(taken, tokenizer, config.encode)
+    encoded = encode(taken, tokenizer, config.encode, strict=False)
     lines: list[RenderableType] = [*candidates.read_as()]
-    lines.append(", ".join(f"{count:,} {name}" for name, count in candidates.funnel.items()))
+    funnel = {**candidates.funnel, **encoded.funnel()}
+    lines.append(", ".join(f"{count:,} {name}" for name, count in funnel.items()))
     lines += [f"dropped {dropped}" for dropped in candidates.dropped[:10]]
     lines += [f"warning: {text}" for text in candidates.warnings]
     lines += encoded.notes
@@ -55,7 +56,7 @@ def inspect(
     for i, row in enumerate(shown):
         code = int(encoded.codes[i])
         what = (
-            encoded.reasons[code]
+            f"{encoded.reasons[code]} ({encoded.details[i]})"
             if code
             else f"{encoded.supervised[i]} of {counted(int(encoded.lengths[i]), 'token')}"
             " supervised"

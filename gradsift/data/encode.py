@@ -18,7 +18,9 @@ import torch
 import xxhash
 
 from gradsift.config import EncodeSettings
-from gradsift.data.chat import (
+from gradsift.data.chat.render import Renderer
+from gradsift.data.chat.rendered import (
+    ANSWER_LOST,
     CUT_AWAY,
     NO_SUPERVISED,
     OUTSIDE_VOCABULARY,
@@ -27,16 +29,16 @@ from gradsift.data.chat import (
     TOO_LONG,
     EncodeFault,
     Rendered,
-    Renderer,
-    adds_bos,
-    chat_template,
 )
+from gradsift.data.chat.spans import TAG
+from gradsift.data.chat.template import adds_bos, chat_template
 from gradsift.data.pool import Pool
+from gradsift.data.records import Dropped
 from gradsift.errors import DataError, IntegrityError
 from gradsift.store.tensors import TensorFile, write_tensors
 from gradsift.types import IGNORE, Example, counted
 
-VERSION = 1
+VERSION = 2
 # share of rows without anything to learn above which the template or the length is wrong, not the
 # rows
 MAX_EMPTY = 0.05
@@ -53,15 +55,47 @@ REASONS: Mapping[int, str] = {
     CUT_AWAY: "cut-away: all that is to be learned lies beyond max_length. Raise max_length.",
     REFUSED: (
         "template-refused: the chat template raised an error for the row. Correct the order of"
-        " roles, or give another template."
+        " roles, or give another template. Where it takes no system text, `--system user`"
+        " ([encode] system) puts that in front of the first user turn; where it takes no calls,"
+        " `--tool-calls text` ([encode] tool_calls) writes them as JSON texts."
     ),
     REWRITTEN: (
         "template-rewrites: the template rewrites earlier turns. Give a template with {% generation"
         " %} marks."
     ),
+    ANSWER_LOST: (
+        "answer-lost: the chat template leaves out what an assistant's turn says. Give a template"
+        " that writes it, or, for tool calls, `--tool-calls text` ([encode] tool_calls), which"
+        " writes them as JSON texts."
+    ),
     OUTSIDE_VOCABULARY: (
         "outside-vocabulary: a token id that the tokenizer does not have. Tokenise the rows with"
         " this model's tokenizer."
+    ),
+}
+
+
+# what the renderer counts -> what a note says of it; `first` is the first row and its turns
+NOTES: Mapping[str, str] = {
+    "no end of turn": "the chat template writes no end-of-turn token, so none is learned",
+    "by marks": "the template rewrites earlier turns; its generation marks were used",
+    "by places": "the template rewrites earlier turns; answers were found by changing them",
+    "by header": (
+        "the generation prompt is not how a turn begins, so the turn is learned from its role"
+        " header on (the first: {first})"
+    ),
+    "arguments as text": "the template takes a call's arguments as JSON text, and got that",
+    "results as user": "the template has no turn for the results of calls; they are user turns",
+    "reasoning lost": (
+        "the chat template leaves out reasoning of learned turns, which is not learned then (the"
+        " first: {first})"
+    ),
+    "tools lost": "the chat template leaves out the list of tools (the first: {first})",
+    "system lost": "the chat template leaves out system texts (the first: {first})",
+    "user lost": "the chat template leaves out text of user turns (the first: {first})",
+    "tool lost": "the chat template leaves out results of calls (the first: {first})",
+    "first word lost": (
+        "the first token of an answer begins in the prompt and is not learned (the first: {first})"
     ),
 }
 
@@ -109,6 +143,25 @@ class EncodedRows(Sequence[dict[str, list[int]]]):
             return None
         at = int(np.argmax(self._ids >= tokens))
         return int(np.searchsorted(self._begin, at, side="right")) - 1, int(self._ids[at])
+
+    def dropped(self, pool: Pool) -> list[Dropped]:
+        """The rows of `pool` that could not be encoded, with file, line, reason and remedy."""
+        found = []
+        for row in np.flatnonzero(self.codes).tolist():
+            file, _, line = pool.place(row).rpartition(":")
+            reason, _, fix = self.reasons[int(self.codes[row])].partition(". ")
+            code, _, what = reason.partition(": ")
+            text = f"{code}: {self.details.get(row, what)}"
+            found.append(Dropped(file, int(line), pool.ids[row], text, fix))
+        return found
+
+    def funnel(self) -> dict[str, int]:
+        """ "not encoded:CODE" -> how many rows."""
+        codes, counts = np.unique(self.codes[self.codes != 0], return_counts=True)
+        return {
+            f"not encoded:{self.reasons[code].partition(':')[0]}": count
+            for code, count in zip(codes.tolist(), counts.tolist(), strict=True)
+        }
 
     def part(self, rows: slice) -> EncodedRows:
         """Some neighbouring rows, without the notes: what a worker needs of a shard."""
@@ -182,7 +235,13 @@ class _Encoder:
         chats = [example for example in examples if example.tokens is None]
         rendered: list[Rendered | EncodeFault] = []
         if chats:
-            self.renderer = self.renderer or Renderer(self.tokenizer, self.settings.template)
+            self.renderer = self.renderer or Renderer(
+                self.tokenizer,
+                self.settings.template,
+                calls=self.settings.tool_calls,
+                system=self.settings.system,
+                limit=self._limit,
+            )
             rendered = self.renderer.render(chats)
         texts = [item.text for item in rendered if isinstance(item, Rendered)]
         tokenised = self._tokenise(texts) if texts else None
@@ -195,9 +254,19 @@ class _Encoder:
                 item = next(chat)
                 if isinstance(item, EncodeFault):
                     raise item
-                yield self._fit(*self._labelled(item, tokenised, next(text)))
+                yield self._fit(*self._labelled(example, item, tokenised, next(text)))
             except EncodeFault as fault:
                 yield fault
+
+    def _limit(self, text: str) -> int:
+        """A character of a chat behind which no token is kept."""
+        most = self.settings.max_length + 8  # a doubled BOS is taken away later
+        if not self.tokenizer.is_fast or len(text.encode("utf-8", "replace")) <= most:
+            return len(text)
+        whole = self._tokenise([text])
+        if len(whole["input_ids"][0]) <= most:
+            return len(text)
+        return whole[0].offsets[most][1]
 
     def _tokenise(self, texts: list[str]) -> Any:
         return self.tokenizer(
@@ -220,7 +289,23 @@ class _Encoder:
             )
         return ids, labels
 
-    def _labelled(self, item: Rendered, tokenised: Any, number: int) -> tuple[list[int], list[int]]:
+    def _check_border(
+        self, example: Example, text: str, start: int, learned: int, end: int
+    ) -> None:
+        """Counts a turn whose first token begins in the prompt, so that its first word is not
+        learned. Raises EncodeFault where nothing but markers is left of the turn.
+        """
+        if learned > start and text[start:learned].strip() and self.renderer:
+            if not TAG.sub("", text[learned:end]).strip():
+                raise EncodeFault(
+                    ANSWER_LOST,
+                    f"the answer {text[start:learned]!r} is one token with the end of the prompt",
+                )
+            self.renderer.count("first word lost", example)
+
+    def _labelled(
+        self, example: Example, item: Rendered, tokenised: Any, number: int
+    ) -> tuple[list[int], list[int]]:
         ids = list(tokenised["input_ids"][number])
         edge = (
             self._edge_by_offsets(tokenised[number], item.text, ids)
@@ -231,6 +316,9 @@ class _Encoder:
         for start, end in item.spans:
             first, last = edge(start), edge(end)
             labels[first:last] = ids[first:last]
+            if not item.ends and self.tokenizer.is_fast:
+                chars = tokenised[number].token_to_chars(first) if first < last else None
+                self._check_border(example, item.text, start, chars[0] if chars else end, end)
         if item.ends:
             if self.bos is not None and ids[:1] != [self.bos]:
                 ids, labels = (
@@ -298,24 +386,10 @@ class _Encoder:
     def notes(self) -> list[str]:
         found = list(self.renderer.notes) if self.renderer else []
         counts = self.renderer.counts if self.renderer else Counter()
-        if counts["no end of turn"]:
-            found.append(
-                f"{counted(counts['no end of turn'], 'row')}: the chat template writes no"
-                " end-of-turn token,"
-                " so none is learned"
-            )
-        if counts["by marks"]:
-            found.append(
-                f"{counted(counts['by marks'], 'row')}: the template rewrites earlier turns; its"
-                " generation"
-                " marks were used"
-            )
-        if counts["by probes"]:
-            found.append(
-                f"{counted(counts['by probes'], 'row')}: the template rewrites earlier turns;"
-                " answers were"
-                " found by changing them"
-            )
+        for name, text in NOTES.items():
+            if counts[name] and self.renderer:
+                first = self.renderer.firsts[name]
+                found.append(f"{counted(counts[name], 'row')}: {text.format(first=first)}")
         if self.eos is None:
             found.append(
                 "the tokenizer has no end-of-sequence token; completions and texts end without one"
@@ -338,12 +412,14 @@ def encode(
     settings: EncodeSettings | None = None,
     *,
     progress: Any = None,
+    strict: bool = True,
 ) -> EncodedRows:
     """Token ids and labels of every row, in order. A row that cannot be used is empty and has a
     code.
 
     settings: max_length and what happens beyond it ("truncate" keeps the head), and the chat
-    template. progress: `progress.Progress`. Raises DataError when more than 5 % of the rows have
+    template. progress: `progress.Progress`. strict: whether many bad rows stop. Raises DataError
+    when more than 5 % of the rows have
     nothing to learn from, or all are unusable; UserError for a template that is none.
     """
     settings = settings or EncodeSettings()
@@ -379,7 +455,8 @@ def encode(
             progress.advance(len(part))
     if progress:
         progress.done()
-    _judge(pool, codes, details, settings)
+    if strict:
+        _judge(pool, codes, details, settings)
     empty = [np.zeros(0, np.int32)]
     flat = np.concatenate(ids or empty), np.concatenate(labels or empty)
     return EncodedRows(

@@ -333,9 +333,13 @@ def _turn(turn: Any, number: int, fields: Fields) -> Message:
         return _function_call(content, where)
     if role not in ROLES:
         raise RowFault("unknown-role", f"{where} has the role {role[:40]!r}")
-    extra = {
-        key: value for key, value in turn.items() if value is not None and key not in fields.spoken
-    }
+    extra = _with_calls(
+        {
+            key: value
+            for key, value in turn.items()
+            if value is not None and key not in fields.spoken
+        }
+    )
     if extra:
         _check_extra(extra, role, where)
     if content is None:
@@ -370,27 +374,56 @@ def _check_extra(extra: Mapping[str, Any], role: str, where: str) -> None:
 
 
 def _function_call(value: Any, where: str) -> Message:
-    """ShareGPT's function_call: a JSON text {"name", "arguments"} becomes a tool call, any other
-    text stays text.
+    """ShareGPT's function_call: JSON texts {"name", "arguments"}, one or several in a list or one a
+    line, become tool calls; any other text stays text.
     """
     text = _text_of(value, where)
-    try:
-        found = json.loads(text)
-        check_depth(found)
-    except (ValueError, RecursionError):
-        found = None
-    calls = found if isinstance(found, list) else [found]
-    named = [call for call in calls if isinstance(call, dict) and isinstance(call.get("name"), str)]
-    if named and len(named) == len(calls):
-        functions = [
-            {
-                "type": "function",
-                "function": {"name": call["name"], "arguments": call.get("arguments", {})},
-            }
-            for call in named
-        ]
-        return Message("assistant", "", {"tool_calls": functions})
+    found = None
+    for told in (text, f"[{','.join(text.strip().splitlines())}]"):
+        try:
+            found = json.loads(told)
+            check_depth(found)
+            break
+        except (ValueError, RecursionError):
+            found = None
+    calls = _calls(found)
+    if calls:
+        return Message("assistant", "", {"tool_calls": calls})
     return Message("assistant", text)
+
+
+def _with_calls(extra: dict[str, Any]) -> dict[str, Any]:
+    """A turn's fields with its calls as `tool_calls`, whichever way the row writes them: templates
+    know no `function_call`, and few know a call without its "function".
+    """
+    told = extra.get("tool_calls") or extra.get("function_call")
+    if isinstance(told, str):
+        try:
+            told = json.loads(told)
+            check_depth(told)
+        except (ValueError, RecursionError):
+            return extra
+    calls = _calls(told)
+    if not calls or calls == extra.get("tool_calls"):
+        return extra
+    rest = {key: value for key, value in extra.items() if key != "function_call"}
+    return {**rest, "tool_calls": calls}
+
+
+def _calls(told: Any) -> list[Any]:
+    """Calls in the shape that templates read; none where one of them has no name."""
+    calls = []
+    for call in told if isinstance(told, list) else [told]:
+        if isinstance(call, dict) and isinstance(call.get("function"), dict):
+            calls.append(call)
+        elif isinstance(call, dict) and isinstance(call.get("name"), str):
+            arguments = call.get("arguments", call.get("parameters", {}))
+            made = {key: call[key] for key in ("id",) if key in call}
+            function = {"name": call["name"], "arguments": arguments}
+            calls.append({**made, "type": "function", "function": function})
+        else:
+            return []
+    return calls
 
 
 def _turns(turns: Any, fields: Fields) -> tuple[Message, ...]:
@@ -400,7 +433,16 @@ def _turns(turns: Any, fields: Fields) -> tuple[Message, ...]:
         raise RowFault("wrong-type", f"the turns are {_a(turns)}, not a list")
     if any(isinstance(turn, dict) and not _has_role(turn, fields) for turn in turns):
         turns = [part for turn in turns for part in _halves(turn, fields)]
-    return tuple([_turn(turn, number, fields) for number, turn in enumerate(turns, 1)])
+    made = [_turn(turn, number, fields) for number, turn in enumerate(turns, 1)]
+    if any((message.extra or {}).get("tool_calls") for message in made):
+        # The result of an old `function_call` is what is the result of a call now.
+        made = [
+            Message("tool", message.content, message.extra)
+            if message.role == "function"
+            else message
+            for message in made
+        ]
+    return tuple(made)
 
 
 def _list_in(text: str) -> Any:
@@ -432,6 +474,10 @@ def _halves(turn: Any, fields: Fields) -> list[Any]:
 
 def _tools(record: Mapping[str, Any], fields: Fields) -> tuple[Any, ...]:
     tools = fields.get(record, "tools")
+    if tools is None or tools == "":
+        tools = record.get("functions")  # the name of old, of which each is the function alone
+        if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
+            tools = [{"type": "function", "function": tool} for tool in tools]
     if tools is None or tools == "":
         return ()
     if isinstance(tools, str):

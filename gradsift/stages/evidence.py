@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from gradsift.data.records import Dropped
     from gradsift.types import Rows
 
 
@@ -91,6 +92,7 @@ class Evidence:
         warmup_losses: of every optimiser step of the warm-up, nats per supervised token; empty
             where the method read none, or where it was brought along.
         checkpoints: optimiser steps of the checkpoints that were read.
+        dropped: pool rows that could not be encoded.
     """
 
     lengths: np.ndarray
@@ -108,3 +110,4 @@ class Evidence:
     tuned: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     warmup_losses: tuple[float, ...] = ()
     checkpoints: tuple[int, ...] = ()
+    dropped: tuple[Dropped, ...] = ()

@@ -180,6 +180,7 @@ class Pipeline(Context):
                 else {}
             ),
             **self._warmed(read),
+            dropped=tuple(encoded.dropped(self.sides["pool"])),
         )
 
     def _vectors(self, needs: frozenset[Signal], read: Collection[str]) -> Vectors | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -142,6 +143,8 @@ def _funnel(chosen: Chosen) -> list[report.Step]:
         if count or name in ("read", "usable")
     ]
     reasons = chosen.screen.counts()
+    lost = Counter(row.code for row in chosen.evidence.dropped)
+    steps += [report.Step(name=f"not encoded: {code}", count=lost[code]) for code in sorted(lost)]
     steps.append(
         report.Step(
             name="encoded and with a usable signal", count=len(chosen.kept) + sum(reasons.values())

@@ -50,7 +50,7 @@ class Chosen:
     def left_out(self) -> list[Dropped]:
         """The rows that were not to be chosen, as lines of dropped.jsonl."""
         pool = self.pool
-        found = []
+        found = list(self.evidence.dropped)
         for row, (code, what) in sorted(self.screen.reasons.items()):
             file, _, line = pool.place(row).rpartition(":")
             found.append(

@@ -79,7 +79,7 @@ class Selection:
         funnel = ", ".join(f"{count:,} {name}" for name, count in self.funnel.items())
         bad = (
             f" (each in {self.folder / 'dropped.jsonl'})"
-            if any(name.startswith("quarantined:") for name in self.funnel)
+            if any(name.startswith(("quarantined:", "not encoded:")) for name in self.funnel)
             else ""
         )
         made = [
@@ -232,7 +232,7 @@ def select_in(
             *pipeline.run.mended(),
             *artifact.manifest.get("extra", {}).get("warnings", []),
         ],
-        funnel=pool.funnel,
+        funnel={**pool.funnel, **pipeline.encoded("pool").funnel()},
         converted=None if out is None else converted([container(name)[0]], out),
     )
 
