@@ -75,6 +75,8 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "batch_size": (["7"], 7),
     "format": (["alpaca"], "alpaca"),
     "max_length": (["99"], 99),
+    "tool_calls": (["text"], "text"),
+    "system": (["user"], "user"),
     "max_bad_rows": (["7"], 7),
     "dedup": (["exact"], "exact"),
     "dim": (["77"], 77),
