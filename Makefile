@@ -5,7 +5,7 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_TOP_PAD_ ?= 268435456
 
-.PHONY: demo test quick faults lint setup clean
+.PHONY: demo test quick faults lint docs-pages setup clean
 
 demo: setup
 	$(BIN)/gradsift demo
@@ -30,6 +30,12 @@ lint: setup
 	$(BIN)/ruff format --check gradsift tests bench docs
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+# The pages that are written from the code: after a change of a flag, a setting or a method.
+docs-pages: setup
+	for page in cli methods settings; do \
+		if test -f docs/generate_$$page.py; then $(BIN)/python docs/generate_$$page.py || exit 1; fi; \
+	done
 
 setup: .venv/.ready
 
