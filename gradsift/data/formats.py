@@ -286,6 +286,8 @@ def _text_of(content: Any, where: str) -> str:
         return content
     if isinstance(content, list):
         return "".join([_part(part, where) for part in content])
+    if isinstance(content, dict) and content:
+        return _part(content, where)
     raise RowFault("wrong-type", f"the content of {where} is {_a(content)}, not a string")
 
 
@@ -296,6 +298,8 @@ def _part(part: Any, where: str) -> str:
     if not isinstance(part, dict):
         raise RowFault("not-text", f"{where} holds a part that is {_a(part)}")
     kind = part.get("type")
+    if kind is None and isinstance(part.get("parts"), list):
+        return _text_of(part["parts"], where)
     if kind in (None, "text", "input_text", "output_text"):
         for name in ("text", "value", kind, "content"):
             text = part.get(name)
@@ -330,7 +334,7 @@ def _turn(turn: Any, number: int, fields: Fields) -> Message:
         raise RowFault("missing-field" if role is None else "wrong-type", f"{where} has no role")
     role = _role(role)
     if role == "function_call":
-        return _function_call(content, where)
+        return _switched(_function_call(content, where), turn, where)
     if role not in ROLES:
         raise RowFault("unknown-role", f"{where} has the role {role[:40]!r}")
     extra = _with_calls(
@@ -358,6 +362,15 @@ def _role(name: str) -> str:
     small = name.strip().lower()
     role = _TAGS.get(small, small)
     return role if role in ROLES or role == "function_call" else name
+
+
+def _switched(message: Message, turn: Mapping[str, Any], where: str) -> Message:
+    """A call with the switches of the loss that its turn has."""
+    extra = {key: value for key, value in turn.items() if loss.is_switch(key)}
+    if not extra:
+        return message
+    _check_extra(extra, message.role, where)
+    return Message(message.role, message.content, {**(message.extra or {}), **extra})
 
 
 def _check_extra(extra: Mapping[str, Any], role: str, where: str) -> None:

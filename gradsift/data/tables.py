@@ -103,7 +103,7 @@ def _decoder(field: pa.Field, called: bool = False) -> Callable[[Any], Any] | No
     """
     called, kind = called or field.name in _CALLS, field.type
     if _is_json(field):
-        return lambda text: None if text is None else parse_value(text)
+        return lambda text: parse_value(text) if isinstance(text, str) else text
     if pa.types.is_struct(kind):
         inner = {child.name: _decoder(child, called) for child in kind}
         decoders = {name: decode for name, decode in inner.items() if decode}

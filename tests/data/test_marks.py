@@ -68,6 +68,17 @@ def test_a_turn_that_is_switched_off_is_shown_and_not_learned(switch: dict) -> N
     assert taught(row, "sharegpt") == ["Right."]
 
 
+def test_a_call_can_be_switched_off() -> None:
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {}}', "loss": False}
+    row = {"conversations": [call, {"from": "gpt", "value": "a"}]}
+    assert taught(row, "sharegpt") == ["a"]
+    row["conversations"][0] = {**call, "loss": True}
+    assert taught(row, "sharegpt") == ["", "a"]
+    row["conversations"][0] = {**call, "loss": "perhaps"}
+    with pytest.raises(RowFault, match="'loss' is 'perhaps'"):
+        convert(row, "sharegpt", Fields())
+
+
 @pytest.mark.parametrize("switch", ON, ids=str)
 def test_a_turn_that_is_not_switched_off_is_learned(switch: dict) -> None:
     assert taught(chat(**switch)) == ["Left.", "Right."]

@@ -325,7 +325,7 @@ QA = [("user", "q"), ("assistant", "a")]
             {
                 "messages": [
                     {"role": "user", "content": [{"type": "text", "text": {"value": "q"}}]},
-                    {"role": "assistant", "content": [{"input_text": "", "text": "a"}]},
+                    {"role": "assistant", "content": {"content_type": "text", "parts": ["a"]}},
                 ]
             },
             "",

@@ -44,6 +44,11 @@ def spelled(key: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])|[-\s]", "_", key.strip()).lower().replace("__", "_")
 
 
+def is_switch(key: str) -> bool:
+    """Whether a key is read as a switch, under whichever spelling."""
+    return spelled(key) in SWITCHES or spelled(key) in REVERSED
+
+
 def learned(extra: Mapping[str, Any]) -> bool:
     """Whether no switch among the further fields of an assistant turn says that it is not learned.
 
@@ -51,10 +56,9 @@ def learned(extra: Mapping[str, Any]) -> bool:
         Unreadable: a switch has a value that says neither.
     """
     for key, value in extra.items():
-        name = spelled(key)
-        if name in SWITCHES or name in REVERSED:
+        if is_switch(key):
             on = _number(key, value)
-            if on is not None and bool(on) is (name in REVERSED):
+            if on is not None and bool(on) is (spelled(key) in REVERSED):
                 return False
     return True
 
