@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gradsift.commands.preflight import RUN_SECTIONS, Inputs, check_kept, read_side
 from gradsift.compute import machine, threads
-from gradsift.compute.progress import Progress, silent
+from gradsift.compute.progress import Progress, Watched, silent
 from gradsift.compute.stopping import interruptible
 from gradsift.data.files import container
 from gradsift.data.remote import is_url, sent
@@ -73,6 +73,8 @@ def open_pipeline(run: Run, inputs: Inputs, progress: Progress, *, keep: bool = 
     progress.note(f"device {config.model.device}, dtype {config.model.dtype}")
     if (told := waiting.explain(pipeline.threads)) is not None:
         progress.note(told)
+    if config.machine.executor == "serial":
+        pipeline.progress = Watched(progress, threads.Watch(pipeline.threads))
     if config.model.dtype in ("bfloat16", "nf4") and machine.emulates_bfloat16(config.model.device):
         progress.note(
             f"{config.model.dtype}: this CPU has no bfloat16 products, and gradients may take ten"

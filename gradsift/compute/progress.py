@@ -11,6 +11,8 @@ from typing import Any, Protocol, TextIO
 
 from transformers.utils import logging as hf_logging
 
+from gradsift.compute.threads import Watch
+
 
 class Progress(Protocol):
     """What stages report to. One stage at a time; `start` ends the one before."""
@@ -39,6 +41,27 @@ class Silent:
     def advance(self, k: int = 1) -> None: ...
     def note(self, text: str) -> None: ...
     def done(self) -> None: ...
+
+
+class Watched:
+    """Another progress, with a note where the machine becomes busy while threads spin."""
+
+    def __init__(self, progress: Progress, watch: Watch) -> None:
+        self._progress, self._watch = progress, watch
+
+    def start(self, total: int, unit: str, label: str = "") -> None:
+        self._progress.start(total, unit, label)
+
+    def advance(self, k: int = 1) -> None:
+        self._progress.advance(k)
+        if (said := self._watch.look()) is not None:
+            self.note(said)
+
+    def note(self, text: str) -> None:
+        self._progress.note(text)
+
+    def done(self) -> None:
+        self._progress.done()
 
 
 class Lines:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 
 import psutil
 
@@ -21,6 +21,7 @@ COUNT, POLICY = "OMP_NUM_THREADS", "OMP_WAIT_POLICY"
 # By these a user says how threads wait: the standard's, GNU's (torch's own builds), and that of
 # Intel's and LLVM's library (conda, macOS). All three libraries know the first.
 WAITING = (POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+EVERY_SECONDS = 15.0
 LEAST_SECONDS = 0.25  # the kernel counts CPU time in ticks of up to 0.01 s
 # CPUs that the threads may lack before they sleep: what any machine does in passing takes less
 _SPARE = 0.25
@@ -54,6 +55,13 @@ class Load:
         seconds = time.monotonic() - self._began
         others = (_busy() - self._busy) - (_own_seconds() - self._own)
         return min(max(others / seconds, 0.0), float(self.cpus))
+
+    def busy(self, threads: int) -> str | None:
+        """What to say where `threads` threads have to share their CPUs with other processes."""
+        others = self.others()
+        if others + threads <= self.cpus + _SPARE:
+            return None
+        return f"other processes keep {others:.1f} of {self.cpus} CPUs busy"
 
 
 class Waiting:
@@ -90,9 +98,8 @@ class Waiting:
         own = next((name for name in WAITING if environment.get(name)), None)
         if own is not None:
             return f"{threads} threads wait for each other as {own}={environment[own]} says"
-        others = self._load.others()
-        busy = f"other processes keep {others:.1f} of {self._load.cpus} CPUs busy"
-        if others + threads <= self._load.cpus + _SPARE:
+        busy = self._load.busy(threads)
+        if busy is None:
             return None if loaded else f"{threads} threads spin while they wait for each other"
         if loaded:
             return (
@@ -101,6 +108,36 @@ class Waiting:
             )
         environment[POLICY] = "passive"
         return f"{threads} threads sleep while they wait for each other ({POLICY}=passive): {busy}"
+
+
+class Watch:
+    """Asked often, says once that the machine has become busy while `threads` threads spin."""
+
+    def __init__(self, threads: int, load: Callable[[], Load] = Load) -> None:
+        self._threads, self._make, self._busy = threads, load, 0
+        self._said = threads < 2 or any(os.environ.get(name) for name in WAITING)
+        self._renew()
+
+    def _renew(self) -> None:
+        self._load, self._next = self._make(), time.monotonic() + EVERY_SECONDS
+
+    def look(self) -> str | None:
+        """The line for the log, once: after two looks in a row, EVERY_SECONDS apart, at which other
+        processes needed the CPUs.
+        """
+        if self._said or time.monotonic() < self._next:
+            return None
+        busy = self._load.busy(self._threads)
+        self._busy = 0 if busy is None else self._busy + 1
+        self._renew()
+        if self._busy < 2:
+            return None
+        self._said = True
+        return (
+            f"{busy} by now, beside which {self._threads} threads that spin while they wait can be"
+            " 20 times slower: Ctrl-C and the same command keep what is finished and go on with"
+            " threads that sleep"
+        )
 
 
 _observed: Waiting | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import psutil
 import pytest
 
 from gradsift.compute import threads
-from gradsift.compute.threads import POLICY, WAITING, Load, Waiting
+from gradsift.compute.progress import Lines, Watched
+from gradsift.compute.threads import POLICY, WAITING, Load, Waiting, Watch
 
 # ends with the test, however that ends
 BUSY = (
@@ -119,6 +121,35 @@ def test_where_torch_is_loaded_nothing_is_set_and_the_remedy_is_said() -> None:
     late.choose(2, own)
     assert own == {} and "export OMP_WAIT_POLICY=passive" in str(late.explain(2))
     assert Waiting(Seen(0.0, 2)).explain(2) is None
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_machine_that_becomes_busy_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "EVERY_SECONDS", 0.0)
+    loads = iter([0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    watch = Watch(2, lambda: Seen(next(loads), 2))
+    said = [watch.look() for _ in range(7)]
+    # one busy look alone is no reason: a build or a backup passes
+    assert [k for k, text in enumerate(said) if text] == [4]
+    assert "keep 1.0 of 2 CPUs busy by now" in str(said[4]) and "Ctrl-C" in str(said[4])
+    assert Watch(1, lambda: Seen(2.0, 2)).look() is None
+    monkeypatch.setenv(POLICY, "passive")
+    sleeping = Watch(2, lambda: Seen(2.0, 2))
+    assert [sleeping.look() for _ in range(3)] == [None] * 3
+
+
+def test_progress_passes_on_what_the_watch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Saying:
+        def look(self) -> str | None:
+            return "busy"
+
+    inner = io.StringIO()
+    progress = Watched(Lines(inner), Saying())  # type: ignore[arg-type]
+    progress.start(3, "rows", "work")
+    progress.advance(1)
+    progress.note("mine")
+    progress.done()
+    assert inner.getvalue().splitlines() == ["busy", "mine"]
 
 
 def test_openmp_of_this_torch_knows_the_variable() -> None:
