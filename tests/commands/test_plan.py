@@ -110,7 +110,7 @@ def test_over_workers_the_mapped_stages_take_their_share_of_the_time(
     # A shard of 16 rows: packed rows of 64 fp16 numbers and 17 bytes, and at least its tokens and
     # labels.
     assert over.each >= 16 * (2 * 64 + 17) + 16 * 8 * 10 and over.store(4) == 75 << 20
-    assert "4 workers of 1 threads" in found.table() and found.as_dict()["spread"]["workers"] == 4
+    assert "4 workers of 1 thread;" in found.table() and found.as_dict()["spread"]["workers"] == 4
 
 
 def test_over_workers_influence_through_any_curvature_is_mapped(
