@@ -38,7 +38,7 @@ def test_a_selection_says_what_its_gradients_do_not_see(
     adapter = get_peft_model(
         llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **extra)
     )
-    adapter.save_pretrained(tmp_path / "adapter")
+    adapter.save_pretrained(str(tmp_path / "adapter"))
     progress = Notes()
     chosen = gradsift.select(
         "bids",

@@ -56,7 +56,7 @@ def trained(folder: Path, seed: int = 0, *, tied: bool = False, **config: Any) -
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return logits(model)
 
 
@@ -134,8 +134,13 @@ def mamba() -> Any:
 
 def afmoe() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "head_dim": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "moe_intermediate_size": 8,
+        "head_dim": 4,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4}
     return AfmoeForCausalLM(
         AfmoeConfig(vocab_size=VOCAB, num_hidden_layers=2, num_dense_layers=1, **sizes, **heads)
     ).eval()

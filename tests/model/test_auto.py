@@ -21,7 +21,8 @@ from tests.model.small_models import llama
 
 def folder(path: Path, dtype: torch.dtype, keys: dict[str, Any]) -> str:
     """A checkpoint of a type, whose config.json says `keys` of it."""
-    llama().to(dtype).save_pretrained(path)
+    model: Any = llama()
+    model.to(dtype).save_pretrained(path)
     config = json.loads((path / "config.json").read_text())
     for key in ("dtype", "torch_dtype"):
         config.pop(key, None)
