@@ -475,7 +475,7 @@ def _judge(
 ) -> None:
     if not len(codes):
         return
-    empty = np.isin(codes, (NO_SUPERVISED, CUT_AWAY, REFUSED, REWRITTEN, OUTSIDE_VOCABULARY))
+    empty = np.isin(codes, [code for code in REASONS if code != TOO_LONG])
     unusable = codes != 0
     bad = empty if empty.mean() > MAX_EMPTY else unusable if unusable.all() else None
     if bad is None:

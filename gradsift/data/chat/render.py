@@ -38,6 +38,7 @@ from gradsift.data.chat.spans import (
 )
 from gradsift.data.chat.template import chat_template
 from gradsift.data.chat.turns import (
+    RESULTS,
     Form,
     calls_in_text,
     results_as_user,
@@ -128,6 +129,12 @@ class Renderer:
             if texts.fault is None:
                 best = texts
                 best.counted["arguments as text"] = ""
+        if (
+            self.calls == "text"
+            and not self._knows_results
+            and any(message.role in RESULTS for message in example.messages)
+        ):
+            best.counted["results as user"] = ""
         if best.rendered is None:
             raise best.fault or AssertionError("neither a text nor a fault")
         for name, where in best.counted.items():

@@ -168,14 +168,16 @@ def _forms(part: _Part) -> Iterator[str]:
     if part.scalar is not None:
         yield str(part.scalar)
         return
+    plain, ascii_only = json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
     for form in (
-        json.dumps(text, ensure_ascii=False)[1:-1],
-        json.dumps(text)[1:-1],
+        plain,
+        ascii_only,
         html.escape(text, quote=False),
         html.escape(text),
         html.escape(text).replace("&quot;", "&#34;").replace("&#x27;", "&#39;"),
         repr(text)[1:-1],
-        json.dumps(json.dumps(text, ensure_ascii=False)[1:-1], ensure_ascii=False)[1:-1],
+        json.dumps(plain, ensure_ascii=False)[1:-1],
+        json.dumps(ascii_only)[1:-1],
         text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
     ):
         if form != text:

@@ -12,6 +12,7 @@ from typing import Any
 from gradsift.types import Message
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the first is what most templates read
+RESULTS = ("tool", "function", "ipython")  # roles of the results of calls
 _SWITCHES = ("weight", "train")  # of the loss: no business of a template
 
 
@@ -91,7 +92,7 @@ def calls_in_text(message: Message) -> Message:
 
 def results_as_user(message: Message) -> Message:
     """The result of a call as a user's turn, for templates that have no turn for results."""
-    if message.role not in ("tool", "function", "ipython"):
+    if message.role not in RESULTS:
         return message
     return Message("user", message.content)
 
