@@ -38,7 +38,8 @@ from gradsift.errors import DataError, IntegrityError
 from gradsift.store.tensors import TensorFile, write_tensors
 from gradsift.types import IGNORE, Example, counted
 
-VERSION = 2
+VERSION = 1  # of the file
+RENDERING = 2  # of what is learned of a chat: rows of another are encoded again
 # share of rows without anything to learn above which the template or the length is wrong, not the
 # rows
 MAX_EMPTY = 0.05
@@ -518,7 +519,7 @@ def tokenizer_identity(tokenizer: Any, settings: EncodeSettings) -> dict[str, An
         if isinstance(token, str)
     }
     return {
-        "version": VERSION,
+        "version": RENDERING,
         "tokenizer": xxhash.xxh3_128_hexdigest(text),
         "template": xxhash.xxh3_128_hexdigest("\0".join(templates).encode()),
         "special": special,
