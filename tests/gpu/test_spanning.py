@@ -54,7 +54,7 @@ def gradients(model: torch.nn.Module, modules: str | None) -> torch.Tensor:
 
 def test_a_device_map_without_gpus_changes_nothing(model_folder: Path) -> None:
     plain, mapped = (
-        attach_lora(load_model(str(model_folder), device=device)) for device in ("cpu", "auto")
+        attach_lora(load_model(str(model_folder), spread=spread)) for spread in (False, True)
     )
     if torch.cuda.is_available():
         pytest.skip("a GPU would take the mapped model")
