@@ -274,8 +274,10 @@ def in_force(settings: ModelSettings, *, elsewhere: bool = False) -> ModelSettin
 
 def _require_device(device: str) -> None:
     try:
-        kind = torch.device(device).type
-        present = machine.has_device(kind)
+        found = torch.device(device)
+        present = machine.has_device(found.type) and (
+            found.type != "cuda" or (found.index or 0) < torch.cuda.device_count()
+        )
     except RuntimeError:
         raise ConfigError(
             f"no such device: {device!r}",

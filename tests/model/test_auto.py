@@ -97,6 +97,15 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_loaded() -> None:
     assert elsewhere.device == "cuda"
 
 
+def test_a_gpu_beyond_those_that_there_are_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    settings = ModelSettings(name="n", device="cuda:1", dtype="float16")
+    assert in_force(settings) is settings
+    with pytest.raises(ConfigError, match="'cuda:2' is not on this machine"):
+        in_force(settings.model_copy(update={"device": "cuda:2"}))
+
+
 def test_the_loaders_know_auto(model_folder: Path) -> None:
     expected = torch.float32 if machine.best_device() == "cpu" else None
     for model in (
