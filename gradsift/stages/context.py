@@ -267,8 +267,8 @@ class Context:
     @property
     def begin_id(self) -> int | None:
         """The token that the tokenizer puts before a text of its own (BOS), if it puts one."""
-        first, begin = self.tokenizer("a")["input_ids"][:1], self.tokenizer.bos_token_id
-        return begin if begin is not None and list(first) == [begin] else None
+        first, begin = list(self.tokenizer("a")["input_ids"])[:1], self.tokenizer.bos_token_id
+        return begin if isinstance(begin, int) and first == [begin] else None
 
     def load_base(self, dtype: str | None = None) -> Any:
         """The base model, in the run's number format or in another."""
