@@ -16,7 +16,7 @@ from gradsift.data.records import text_of
 from gradsift.rules import plane
 from gradsift.signals.ngrams import BUCKETS, buckets
 from gradsift.stages.evidence import Vectors
-from gradsift.types import Example
+from gradsift.types import Example, Rows
 
 POOL_SHOWN = 1_500  # rows of the pool beside the picks
 MARKED = 10_000  # picks, and target rows: of more, the first picks and a sample of the target
@@ -109,7 +109,7 @@ def _principal(chosen: Chosen, vectors: Vectors) -> report.Map | None:
     )
 
 
-def _standardised(rows: object, usable: np.ndarray) -> object:
+def _standardised(rows: Rows, usable: np.ndarray) -> Rows:
     """Columns [n, d] of mean 0 and standard deviation 1 over the usable rows."""
     import torch
 
@@ -125,9 +125,13 @@ class _Shown:
     """
 
     def __init__(
-        self, picks: np.ndarray, rest: np.ndarray, target: np.ndarray, of: tuple[int, int, int]
+        self,
+        picks: np.ndarray,
+        rest: np.ndarray,
+        target: np.ndarray,
+        totals: tuple[int, int, int],
     ) -> None:
-        self.picks, self.rest, self.target, self.of = picks, rest, target, of
+        self.picks, self.rest, self.target, self.totals = picks, rest, target, totals
         self.rows = np.concatenate([picks, rest])
 
     @classmethod
@@ -151,7 +155,7 @@ class _Shown:
 
 
 def _said(first: str, shown: _Shown, missing: str) -> str:
-    picks, left, aims = shown.of
+    picks, left, aims = shown.totals
     drawn = [_share(len(shown.picks), picks, "picked row", "the first {} of {} picked rows")]
     if aims:
         drawn.append(_share(len(shown.target), aims, "target row", "{} of {} target rows"))
