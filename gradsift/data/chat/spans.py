@@ -203,6 +203,7 @@ def by_places(row: Conversation, limit: int) -> Spans:
     found: dict[int, list[tuple[int, int]]] = {}
     headers: list[int] = []
     last, rewritten = 0, False
+    gaps = _Gaps(row) if len(row.learned) > EXACT_TURNS else None
     for turn in row.learned:
         begin, close = row.places.start(turn), row.places.end(turn)
         if begin is None or close is None:
@@ -212,12 +213,21 @@ def by_places(row: Conversation, limit: int) -> Spans:
             )
         if begin >= limit and found:
             break
-        start, exact = _start(row, turn, begin)
-        text = row.after(turn)
-        if row.full.startswith(text):
-            end = len(text)
-        else:
-            end, rewritten = _end(row, turn, text, close), True
+        start = gaps.place(turn - 1, "start") if gaps and turn else None
+        if start is None:
+            start, exact = _start(row, turn, begin)
+            headers += [] if exact else [turn]
+            if gaps and turn:
+                gaps.learn(turn - 1, "start", start)
+        end = gaps.place(turn, "end") if gaps else None
+        if end is None:
+            text = row.after(turn)
+            if row.full.startswith(text):
+                end = len(text)
+            else:
+                end, rewritten = _end(row, turn, text, close), True
+            if gaps and turn < len(row.turns) - 1:
+                gaps.learn(turn, "end", end)
         if start < last or end <= start:
             raise _apart(turn)
         other = row.places.others(turn, start, end)
@@ -226,8 +236,6 @@ def by_places(row: Conversation, limit: int) -> Spans:
                 REWRITTEN,
                 f"the template writes text of turn {other + 1} in the middle of turn {turn + 1}",
             )
-        if not exact:
-            headers.append(turn)
         found[turn] = [(start, end)]
         last = end
     return Spans(found, "places" if rewritten else "", headers)
