@@ -229,7 +229,7 @@ def _map(data: Map) -> alt.LayerChart:
         {"i": place, "x": point.x, "y": point.y, "kind": point.kind}
         for place, point in enumerate(data.points)
     ]
-    axis = alt.Axis(tickCount=4, format="~g")
+    axis = alt.Axis(tickCount=4, format=",f")  # "g" would write 200 as 2e+2
     x = alt.X("x:Q", title=visible(data.x), scale=_domain([p.x for p in data.points]), axis=axis)
     y = alt.Y("y:Q", title=visible(data.y), scale=_domain([p.y for p in data.points]), axis=axis)
     base = alt.Chart().encode(x=x, y=y)

@@ -764,3 +764,29 @@ def test_all_linear_layers_by_two_sided_products(
             tmp_path / "b",
             settings={**SETTINGS, "gradients": {"dim": [4, 4]}},
         )
+
+
+def test_a_mixed_selection_says_of_every_row_how_it_came_in(
+    pool_file: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    chosen = select(
+        "length",
+        pool=pool_file,
+        model=str(model_folder),
+        run=tmp_path / "run",
+        budget=20,
+        constraints={"mix": 0.4},
+        settings=SETTINGS,
+    )
+    table = pq.read_table(chosen.folder / "scores.parquet").to_pydict()
+    by = dict(zip(table["id"], table["picked_by"], strict=True))
+    assert [by[i] for i in chosen.ids] == ["score"] * 8 + ["draw"] * 12
+    assert sum(value is None for value in by.values()) == len(by) - 20
+    artifact = Artifact.load(chosen.folder)
+    assert artifact is not None and artifact.manifest["counts"]["drawn"] == 12
+    data = ReportData.model_validate_json((chosen.folder / "report.json").read_bytes())
+    assert any("12 of 20 rows are drawn" in line.text for line in data.verdict)
+    # rows on both sides of the cut: a drawn one is on neither
+    assert {by[row.id] for row in data.borderline} == {"score", None}
+    drawn = [row for row in data.best if by[row.id] == "draw"]
+    assert drawn and all(row.why == "drawn at random (--mix)" for row in drawn)

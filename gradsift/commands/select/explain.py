@@ -224,7 +224,8 @@ def _ends(chosen: Chosen) -> tuple[list[int], list[int], list[int]]:
         return best, [], []
     left = chosen.kept[~chosen.picked[chosen.kept]]
     left = left[np.argsort(-score[left], kind="stable")]
-    near = [*picks[-SHOWN // 2 :], *left[: SHOWN // 2]]
+    ranked = [int(row) for row in picks if chosen.picked_by(int(row)) == "score"]
+    near = [*ranked[-SHOWN // 2 :], *left[: SHOWN // 2]]
     return best, [int(i) for i in near], [int(i) for i in left[::-1][:SHOWN]]
 
 
