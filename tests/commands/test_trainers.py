@@ -168,6 +168,28 @@ ROWS["switches"] = [
     }
     for switch in ({"loss": False}, {"lossWeight": "0.0"}, {"mask_loss": True}, {"train": "yes"})
 ]
+# calls as they were written before `tool_calls`, and as some files shorten them
+ROWS["old calls"] = [
+    {
+        "messages": [
+            {"role": "user", "content": "add"},
+            {
+                "role": "assistant",
+                "content": None,
+                "function_call": {"name": "add", "arguments": '{"a": 1}'},
+            },
+            {"role": "function", "name": "add", "content": "1"},
+            {"role": "assistant", "content": "One."},
+        ],
+        "functions": [{"name": "add", "parameters": {}}],
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "add"},
+            {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {}}]},
+        ]
+    },
+]
 ROWS["padded tokens"] = [
     {"input_ids": [0, 0, 5, 6, 7], "labels": [0, 0, -100, 6, 7], "attention_mask": [0, 0, 1, 1, 1]},
     {"input_ids": [5, 6, 7, 0], "completion_mask": [0, 0, 1, 1], "attention_mask": [1, 1, 1, 0]},
@@ -211,15 +233,39 @@ def test_the_script_supervises_the_tokens_that_were_scored(
     assert theirs == ours
 
 
+@pytest.mark.parametrize("name", ["messages", "sharegpt", "old calls", "alpaca"])
+@pytest.mark.parametrize("settings", [{"tool_calls": "text"}, {"system": "user"}])
+def test_the_script_knows_how_calls_and_system_texts_were_given(
+    name: str, settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    ours, theirs = both(tmp_path, ROWS[name], tokenizer, 400, **settings)
+    assert theirs == ours
+
+
+def test_an_answer_that_the_template_leaves_out_stops_the_script(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    silent = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    module = script(written(tmp_path, ROWS["old calls"], template=silent))
+    with pytest.raises(SystemExit, match="leaves out part of an answer"):
+        module.make_dataset(tokenizer)
+
+
 def both(
-    folder: Path, rows: list[dict[str, Any]], tokenizer: Any, max_length: int
+    folder: Path,
+    rows: list[dict[str, Any]],
+    tokenizer: Any,
+    max_length: int,
+    **settings: Any,
 ) -> tuple[list[Any], list[Any]]:
     """(input_ids, labels that count) of each row, by gradsift.data.encode and by the written
     script; nothing predicts the first.
     """
-    module = script(written(folder, rows, max_length=max_length))
+    module = script(written(folder, rows, max_length=max_length, **settings))
     ours = encode(
-        read_pool(folder / "pool.jsonl"), tokenizer, EncodeSettings(max_length=max_length)
+        read_pool(folder / "pool.jsonl"),
+        tokenizer,
+        EncodeSettings(max_length=max_length, **settings),
     )
     assert not ours.codes.any()
     return tuple(

@@ -56,6 +56,8 @@ def write_outputs(
     model: str | None = None,
     max_length: int = 1024,
     template: str | None = None,
+    tool_calls: str = "template",
+    system: str = "template",
     say: Callable[[str], None] | None = None,
     left_out: Sequence[Dropped] = (),
 ) -> list[Path]:
@@ -63,11 +65,11 @@ def write_outputs(
 
     `subset.indices` are pool rows. `columns`: further columns of scores.parquet, each of length n
     over the pool (see SCORES; NaN, None and a negative cluster mean unknown); `selected` and `rank`
-    always come from the subset. `model`, `max_length` and `template` (a chat template that is not
-    the tokenizer's own) become the defaults of the TRL script. `say` is told where a chosen row
-    could not stay as it was. `left_out`: rows that were not to be chosen, listed in dropped.jsonl
-    after the quarantine. Raises UserError for indices or columns that do not fit the pool, DiskFull
-    and ResourceError.
+    always come from the subset. `model`, `max_length`, `template` (a chat template that is not
+    the tokenizer's own), `tool_calls` and `system` become the defaults of the TRL script. `say` is
+    told where a chosen row could not stay as it was. `left_out`: rows that were not to be chosen,
+    listed in dropped.jsonl after the quarantine. Raises UserError for indices or columns that do
+    not fit the pool, DiskFull and ResourceError.
     """
     folder = Path(folder)
     make_folder(folder)
@@ -88,7 +90,14 @@ def write_outputs(
     trainers = folder / "trainers"
     make_folder(trainers)
     for name, text in trainer_files(
-        pool, subset, selected.name, model=model, max_length=max_length, template=template
+        pool,
+        subset,
+        selected.name,
+        model=model,
+        max_length=max_length,
+        template=template,
+        tool_calls=tool_calls,
+        system=system,
     ).items():
         written.append(trainers / name)
         write_atomic(written[-1], text.encode())

@@ -299,6 +299,8 @@ def _write(pipeline: Pipeline, artifact: Artifact, chosen: Chosen, add_scores: b
         model=config.model.name,
         max_length=config.encode.max_length,
         template=config.encode.template,
+        tool_calls=config.encode.tool_calls,
+        system=config.encode.system,
         say=pipeline.progress.note,
         left_out=chosen.left_out(),
     )

@@ -23,9 +23,11 @@ def trainer_files(
     model: str | None = None,
     max_length: int = 1024,
     template: str | None = None,
+    tool_calls: str = "template",
+    system: str = "template",
 ) -> dict[str, str]:
-    """File name -> text. LLaMA-Factory and Axolotl know one format per file, so theirs are left out
-    for a pool of mixed formats.
+    """File name -> text. `tool_calls`, `system`: as in EncodeSettings. LLaMA-Factory and
+    Axolotl know one format per file, so theirs are left out for a pool of mixed formats.
     """
     formats, mappings = set(pool.formats.values()), list(pool.mappings.values())
     fields = [mapping for k, mapping in enumerate(mappings) if mapping not in mappings[:k]]
@@ -36,6 +38,8 @@ def trainer_files(
             model=model,
             max_length=max_length,
             template=template,
+            tool_calls=tool_calls,
+            system=system,
             format=name,
             fields=fields,
         )
