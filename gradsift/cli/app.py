@@ -88,6 +88,7 @@ def select(
         out=out,
         allow_short=allow_short,
         null=given.call["null"],
+        constraints=given.constraints,
     )
     _choose_waiting(given)
     from gradsift.commands.select import select
@@ -192,6 +193,7 @@ def plan(
         options=options,
         allow_short=allow_short,
         null=given.call["null"],
+        constraints=given.constraints,
     )
     _choose_waiting(given)
     from gradsift.commands.plan import plan as planning

@@ -84,6 +84,7 @@ def check_selection(
     out: str | Path | None = None,
     allow_short: bool = False,
     null: bool = False,
+    constraints: Mapping[str, Any] | None = None,
 ) -> tuple[Selector, budgets.Budget]:
     """Checks the arguments of `gradsift.select`, or of a plan of it, with the errors that it would
     end with.
@@ -98,6 +99,7 @@ def check_selection(
     """
     selector, wanted = methods.make(method, options), budgets.parse(budget)
     check_target(method, selector, inputs.target_files)
+    check_mix((constraints or {}).get("mix"))
     if null and (selector.target == "none" or not inputs.target_files):
         raise UserError(
             f"--null puts pool rows in the place of the target, and {method} "
@@ -221,11 +223,48 @@ def check_run(inputs: Inputs) -> tuple[Config, list[Text | None]]:
         The settings in force, and of the pool's files the plain texts, None for others.
     """
     config = inputs.config(Run(Path(inputs.run)))
+    check_folders(inputs, config)
     texts = check_reading(inputs.pool_files, config)
     if inputs.target_files:
         group_field = inputs.target_group or config.target.group_field
         check_reading(inputs.target_files, config, "target", group_field)
     return config, texts
+
+
+def check_folders(inputs: Inputs, config: Config) -> None:
+    """Refuses a model folder or a folder of checkpoints that is not there. A name that may be one
+    of the hub is left to the loading.
+    """
+    name = config.model.name
+    folder = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if folder and not Path(name).expanduser().is_dir():
+        raise UserError(
+            "no such model folder",
+            where=name,
+            remedy="Give a folder with config.json and *.safetensors, a hub name, or tiny.",
+        )
+    if inputs.warmup_from is None:
+        return
+    if not Path(inputs.warmup_from).is_dir():
+        raise UserError(
+            "no such folder",
+            where=inputs.warmup_from,
+            remedy="Check --warmup-from: the output folder of a LoRA training.",
+        )
+    if config.warmup.weights is not None:
+        raise ConfigError(
+            "[warmup] weights are of the run's own checkpoints, and --warmup-from brings others",
+            remedy="Leave one of the two out.",
+        )
+
+
+def check_mix(mix: Any) -> None:
+    """Refuses a share of the budget that is none."""
+    if mix is not None and not 0 < mix <= 1:
+        raise ConfigError(
+            f"--mix {mix:g}: not a share of the budget",
+            remedy="Give the part that goes by score, above 0 and at most 1, such as 0.5.",
+        )
 
 
 def check_lines(

@@ -98,6 +98,11 @@ class Gdig:
             restarts=self.restarts,
         ).labels.numpy()
         picks = resample(labels, min(budget, len(good)), rng)
+        if len(picks) < budget:
+            notes["note"] = (
+                f"{len(good):,} rows help all {scores.shape[1]:,} trusted examples, fewer than the"
+                f" budget of {budget:,}: -o fill=quantile meets it"
+            )
         return Subset(
             picks,
             gains=mean[picks],

@@ -13,6 +13,7 @@ from gradsift.methods.words import answer, figure
 from gradsift.types import Facts, Signal, Signals, Subset, counted
 
 IFD = Signal("ifd")
+HIGHEST = 1e6  # difficulty of an answer without any loss alone
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,11 @@ class Ifd:
         from gradsift.methods.reading import finite
 
         given, alone = finite(signals, IFD).double().numpy().T
-        value = given / alone if self.ratio == "loss" else np.exp(given - alone)
+        if self.ratio == "loss":  # an answer that the model knows by heart is helped by nothing
+            value = np.divide(given, alone, out=np.full_like(given, HIGHEST), where=alone > 0)
+        else:
+            value = np.exp(given - alone)
+        value = np.minimum(value, HIGHEST)
         fine = value < self.most
         if self.fill == "none" and not fine.any():
             raise ValueError(

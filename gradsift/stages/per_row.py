@@ -29,7 +29,7 @@ from gradsift.store.artifact import Artifact
 from gradsift.store.partial import Partial
 from gradsift.store.rows import RowStore
 from gradsift.store.tensors import write_tensors
-from gradsift.types import Signal
+from gradsift.types import Example, Signal
 
 _LABELS = {"loss": "loss of the base model", "ifd": "instruction-following difficulty"}
 _NOUNS = {"loss": "loss", "ifd": "difficulty"}
@@ -48,9 +48,16 @@ def recipes(context: Context, signal: Signal) -> list[Recipe]:
         inputs = {side: rows.digest for side, rows in context.sides.items()}
         if "target" in context.sides:  # its rows that cannot be encoded are no queries
             inputs["encoded"] = context.encode_recipe("target").digest
+        if "tokenised" in context.sides["pool"].formats.values():
+            inputs["tokens"] = context.encode_recipe("pool").digest
         return [Recipe("bm25", {"k1": bm25.K1, "b": bm25.B}, inputs)]
     if signal.name == "ngrams":
         inputs = {side: rows.digest for side, rows in context.sides.items()}
+        inputs |= {  # tokens are read as words by the tokenizer
+            f"{side} tokens": context.encode_recipe(side).digest
+            for side, rows in context.sides.items()
+            if "tokenised" in rows.formats.values()
+        }
         return [Recipe("ngrams", {"buckets": ngrams.BUCKETS, "prior": ngrams.PRIOR}, inputs)]
     return [
         Recipe(
@@ -161,9 +168,9 @@ def bm25_scores(context: Context, signal: Signal) -> Tensor:
     def fill(artifact: Artifact) -> None:
         pool, target = context.sides["pool"], context.sides["target"]
         context.progress.start(len(pool), "rows", "words of the pool")
-        queries = [text_of(target[int(i)]) for i in good]
+        queries = [_text(context, target[int(i)]) for i in good]
         advance = Stopping(context.progress).advance
-        found = bm25.scores((text_of(row) for row in pool), queries, advance=advance)
+        found = bm25.scores((_text(context, row) for row in pool), queries, advance=advance)
         context.progress.done()
         hash_ = write_tensors(
             artifact.path / "scores.safetensors", {"scores": found}, {"recipe": artifact.digest}
@@ -172,6 +179,13 @@ def bm25_scores(context: Context, signal: Signal) -> Tensor:
 
     made = context.make(recipes(context, signal)[-1], fill)
     return made.tensors("scores.safetensors")["scores"]
+
+
+def _text(context: Context, example: Example) -> str:
+    """What a row says: the contents of its turns, or the text that its tokens stand for."""
+    if example.tokens is None:
+        return text_of(example)
+    return context.tokenizer.decode(example.tokens[0], skip_special_tokens=True)
 
 
 # --- one number per row
@@ -247,7 +261,9 @@ def _known(numbers: Tensor) -> Tensor:
 def _ngrams(context: Context) -> Tensor:
     if "target" not in context.sides:
         raise UserError("n-gram weights need a target", remedy="Add --target FILE.")
-    sides = {side: (text_of(example) for example in rows) for side, rows in context.sides.items()}
+    sides = {
+        side: (_text(context, example) for example in rows) for side, rows in context.sides.items()
+    }
     return torch.as_tensor(ngrams.importance(sides["pool"], sides["target"]))
 
 

@@ -377,6 +377,12 @@ def test_a_mix_holds_beside_shares_included_rows_and_a_budget_of_tokens(pool: An
     assert int(cost[paid.indices].sum()) <= 300 and (paid.notes["drawn"] == 1).any()
 
 
+def test_a_share_that_rounds_to_no_row_asks_the_method_for_none() -> None:
+    given = Signals({}, 9)  # without the signals of the method, which would fail
+    found = mixed(methods.make("gdig"), given, 1, Fraction(3, 10), np.random.default_rng(0))
+    assert len(found) == 1 and found.notes["drawn"].sum() == 1
+
+
 def test_drawn_rows_weigh_as_much_as_a_pick_does_on_average() -> None:
     rows = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     selector = methods.make("gradmatch")

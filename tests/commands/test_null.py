@@ -54,7 +54,7 @@ def test_picks_are_measured_against_the_same_rule_toward_drawn_rows(given: dict[
         target = values[Signal("embeddings", side="target")][0:6].float()
     rng = np.random.default_rng(SEED)
 
-    def above(toward: torch.Tensor, free: np.ndarray) -> float:
+    def above(toward: torch.Tensor, free: np.ndarray, k: int) -> float:
         """Turns lost, one after the other; then how far the picks stand above all."""
         cosines = (embeddings[free] @ toward.T).numpy()
         picks: list[int] = []
@@ -63,13 +63,15 @@ def test_picks_are_measured_against_the_same_rule_toward_drawn_rows(given: dict[
                 if column[place] not in picks:
                     picks.append(int(column[place]))
         score = cosines.max(axis=1).astype(np.float64)
-        return float((score[picks[:8]].mean() - score.mean()) / score.std())
+        return float((score[picks[:k]].mean() - score.mean()) / score.std())
 
-    assert found["target"] == pytest.approx(above(target, np.arange(len(kept))), abs=1e-3)
+    assert found["target"] == pytest.approx(above(target, np.arange(len(kept)), 8), abs=1e-3)
     for value in found["draws"]:
         drawn = np.sort(rng.choice(np.arange(len(kept)), size=6, replace=False))
         free = np.setdiff1d(np.arange(len(kept)), drawn)
-        assert value == pytest.approx(above(embeddings[drawn], free), abs=2e-3)
+        assert value == pytest.approx(
+            above(embeddings[drawn], free, round(8 * len(free) / len(kept))), abs=2e-3
+        )
     again = gradsift.select("rds", budget=8, null=True, **given)
     assert all(timing.reused for timing in again.timings)
 
@@ -83,7 +85,7 @@ def test_a_target_that_the_scores_do_not_tell_from_others_is_a_warning() -> None
     seen = Null(2.0, (1.0,), 1)
     assert seen.above and seen.text() == (
         "Null target: the picks' scores stand 2.00 standard deviations above the pool's; toward"
-        " 1 rows drawn from the pool in the target's place 1.00."
+        " 1 row drawn from the pool in the target's place 1.00."
     )
 
 
@@ -94,6 +96,7 @@ def test_each_signal_of_a_target_has_its_null(method: str, given: dict[str, Any]
     assert len(found["draws"]) == (1 if method == "contrast" else DRAWS)
     assert np.isfinite([found["target"], *found["draws"]]).all()
     said = chosen.report.with_suffix(".md").read_text()
+    assert any(line.startswith("null      the picks' scores stand") for line in chosen.lines())
     assert "Null target: the picks' scores stand" in said
 
 
@@ -112,3 +115,12 @@ def test_without_a_target_there_is_no_null(given: dict[str, Any]) -> None:
         gradsift.select("tagcos", budget=8, null=True, **{**given, "target": ()})
     with pytest.raises(UserError, match="gradmatch was given none"):
         gradsift.select("gradmatch", budget=8, null=True, **{**given, "target": ()})
+
+
+def test_where_every_row_is_picked_nothing_can_be_told(given: dict[str, Any]) -> None:
+    chosen = gradsift.select("bm25", budget=40, null=True, **given)
+    found = told(chosen)
+    assert (found["target"], found["draws"], found["above"]) == (None, None, None)
+    assert not any("Null target" in text for text in chosen.warnings)
+    assert "Null target: nothing can be told" in chosen.report.with_suffix(".md").read_text()
+    assert not Null(float("nan"), (1.0,), 3).above

@@ -128,6 +128,12 @@ def test_ifd_discards_rows_whose_prompt_does_not_help() -> None:
     assert Signal("ifd") in methods.make("ifd").needs()
 
 
+def test_an_answer_known_by_heart_is_discarded_and_stops_nothing() -> None:
+    values = {"ifd": torch.tensor([[0.1, 0.0], [0.5, 1.0], [0.9, 1.0]])}
+    found = choose("ifd", values, 3)
+    assert found.indices.tolist() == [2, 1, 0] and found.notes["below_most"] == 2
+
+
 def test_ifd_divides_losses_or_perplexities() -> None:
     # By the ratio of losses the second row is the harder, by their difference the first.
     values = {"ifd": torch.tensor([[0.4, 0.5], [3.0, 3.2], [2.0, 1.0]])}

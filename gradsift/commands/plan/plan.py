@@ -107,7 +107,13 @@ def plan(
     """
     inputs = Inputs(run, pool, target, model, settings, pool_group, target_group, warmup_from)
     selector, wanted = check_selection(
-        method, inputs, budget=budget, options=options, allow_short=allow_short, null=null
+        method,
+        inputs,
+        budget=budget,
+        options=options,
+        allow_short=allow_short,
+        null=null,
+        constraints=constraints,
     )
     machine.forget_peak()
     with opened(inputs, progress=progress, keep=False) as pipeline:

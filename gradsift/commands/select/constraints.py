@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
+from gradsift.commands.preflight import check_mix
 from gradsift.commands.select.contamination import TestSets
 from gradsift.data.records import text_of
 from gradsift.errors import ConfigError, UnknownName, UserError
@@ -154,11 +155,7 @@ def build(
         )
     if near_by not in NEAR:
         raise UnknownName("kind of row for near duplicates", near_by, NEAR)
-    if mix is not None and not 0 < mix <= 1:
-        raise ConfigError(
-            f"--mix {mix:g}: not a share of the budget",
-            remedy="Give the part that goes by score, above 0 and at most 1, such as 0.5.",
-        )
+    check_mix(mix)
     tests = TestSets(decontaminate.items()) if decontaminate else None
     bounds = tuple(_bound(text) for text in per_group)
     if len({bound.group for bound in bounds}) < len(bounds):

@@ -34,7 +34,9 @@ def mixed(
     order = rng.spawn(1)[0].permutation(signals.n)
     scored = int(share * budget + Fraction(1, 2))
     own = None if signals.share is None else signals.share * share
-    found = selector.select(replace(signals, share=own), scored, rng=rng)
+    found = Subset(np.empty(0, dtype=np.int64), gains=np.empty(0))
+    if scored:
+        found = selector.select(replace(signals, share=own), scored, rng=rng)
     picks = np.asarray(found.indices, dtype=np.int64)
     drawn = order[~np.isin(order, picks)][: budget - scored]
     told = np.zeros(signals.n, dtype=np.int8)

@@ -4,6 +4,7 @@ the target at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -15,7 +16,7 @@ from gradsift.commands.select.choose import narrow
 from gradsift.commands.select.constraints import Screen
 from gradsift.errors import DataError, UserError
 from gradsift.stages.pipeline import Pipeline
-from gradsift.types import Selector, Signals
+from gradsift.types import Selector, Signals, counted
 
 SEED = 20_260_218  # of the draws: the same rows for every method and seed of a selection
 DRAWS = 5
@@ -48,26 +49,33 @@ class Null:
     rows: int
 
     @property
+    def known(self) -> bool:
+        """Whether there is anything to tell: not where every row is picked."""
+        return all(map(math.isfinite, (self.target, *self.draws)))
+
+    @property
     def above(self) -> bool:
         """Whether the target's picks score higher than those of every draw."""
-        return self.target > max(self.draws)
+        return self.known and self.target > max(self.draws)
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""
         return {
-            "target": self.target,
-            "draws": list(self.draws),
+            "target": self.target if self.known else None,
+            "draws": list(self.draws) if self.known else None,
             "rows": self.rows,
-            "above": self.above,
+            "above": self.above if self.known else None,
         }
 
     def text(self) -> str:
         """One sentence."""
+        if not self.known:
+            return "Null target: nothing can be told, for every row that may be chosen is picked."
         many = len(self.draws) > 1
         drawn = (
-            f"{len(self.draws)} draws of {self.rows:,} pool rows"
+            f"{len(self.draws)} draws of {counted(self.rows, 'pool row')}"
             if many
-            else f"{self.rows:,} rows drawn from the pool"
+            else f"{counted(self.rows, 'row')} drawn from the pool"
         )
         span = f" ({min(self.draws):.2f} to {max(self.draws):.2f})" if many else ""
         said = (
@@ -109,7 +117,9 @@ def against_null(
         other = pipeline.over(pipeline.sides["pool"], _as_target(pipeline, rows, groups))
         theirs, them = other.signals(selector.needs())
         free = np.setdiff1d(left.candidates, rows)
-        scores.append(_score(selector, theirs, them, free, k))
+        # as large a part of the rows as toward the target, or fewer rows would be as many picks
+        part = max(1, round(k * len(free) / max(len(left.candidates), 1)))
+        scores.append(_score(selector, theirs, them, free, part))
     own = _score(selector, signals, kept, left.candidates, k)
     return Null(own, tuple(scores), len(groups))
 
@@ -126,7 +136,8 @@ def _score(
     selector: Selector, signals: Signals, kept: np.ndarray, candidates: np.ndarray, k: int
 ) -> float:
     """How far the k rows that the method chooses by itself among `candidates` (pool rows) stand
-    above them all, in standard deviations of their scores; 0 where all score the same.
+    above them all, in standard deviations of their scores; 0 where all score the same, NaN where
+    all are chosen.
     """
     places = np.flatnonzero(np.isin(kept, candidates))
     given = replace(narrow(signals, places, selector.needs()), share=None)
@@ -147,4 +158,6 @@ def _score(
         )
     score = np.asarray(score, dtype=np.float64)
     spread = score.std()
+    if len(found) >= len(score):
+        return math.nan
     return float((score[found.indices].mean() - score.mean()) / spread) if spread > 0 else 0.0

@@ -167,7 +167,7 @@ class Chosen:
             found.append(f"The {thin}")
         if "note" in self.subset.notes:
             found.append(str(self.subset.notes["note"]))
-        if self.null is not None and not self.null.above:
+        if self.null is not None and self.null.known and not self.null.above:
             found.append(self.null.text().removesuffix("."))
         return [*found, *self.evidence.warnings]
 

@@ -53,6 +53,7 @@ class Selection:
     warnings: list[str]
     funnel: dict[str, int]
     converted: str | None = None
+    null: str = ""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -96,6 +97,7 @@ class Selection:
                 "stages   "
                 f" {', '.join(made) or 'nothing to make'}{f'; {reused} reused' if reused else ''}"
             ),
+            *([f"null      {self.null.removeprefix('Null target: ')}"] if self.null else []),
             *[f"warning   {text}" for text in self.warnings],
             f"report    {self.report}",
             f"subset    {self.subset_path}{f' ({self.converted})' if self.converted else ''}",
@@ -140,7 +142,14 @@ def select(
     """
     inputs = Inputs(run, pool, target, model, settings, pool_group, target_group, warmup_from)
     selector, wanted = check_selection(
-        method, inputs, budget=budget, options=options, out=out, allow_short=allow_short, null=null
+        method,
+        inputs,
+        budget=budget,
+        options=options,
+        out=out,
+        allow_short=allow_short,
+        null=null,
+        constraints=constraints,
     )
     with opened(inputs, progress=progress) as pipeline:
         limits = limits_of(constraints or {}, pipeline.config, progress or silent())
@@ -234,6 +243,7 @@ def select_in(
         ],
         funnel={**pool.funnel, **pipeline.encoded("pool").funnel()},
         converted=None if out is None else converted([container(name)[0]], out),
+        null=artifact.manifest.get("extra", {}).get("null", {}).get("text", ""),
     )
 
 
@@ -328,5 +338,5 @@ def _write(pipeline: Pipeline, artifact: Artifact, chosen: Chosen, add_scores: b
         counts["drawn"] = int(chosen.drawn.sum())
     extra = {"warnings": warnings, "notes": numbers}
     if chosen.null is not None:
-        extra["null"] = chosen.null.plain()
+        extra["null"] = {**chosen.null.plain(), "text": chosen.null.text()}
     artifact.finish(files=files, counts=counts, extra=extra)

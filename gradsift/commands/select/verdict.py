@@ -45,7 +45,8 @@ def verdict_lines(chosen: Chosen, tokens: np.ndarray) -> list[report.Verdict]:
         ),
     ]
     lines += [report.Verdict(text=text) for text in _constraint_lines(chosen)]
-    if chosen.null is not None and chosen.null.above:  # else it is among the warnings
+    if chosen.null is not None and (chosen.null.above or not chosen.null.known):
+        # else it is among the warnings
         lines.append(report.Verdict(text=chosen.null.text()))
     lines += [report.Verdict(text=f"{text}.", level="warn") for text in chosen.warnings()]
     if chosen.score is not None:
