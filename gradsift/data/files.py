@@ -585,12 +585,19 @@ class Cells(Text):
                 self.blank += 1
             elif len(body) > self.max_row_bytes:
                 yield self._oversized(line, start, start + len(body))
-            elif b"\n" in body and body.count(b'"') % 2:
+            elif end == len(self) and self._open(body):
                 self.cut = f"the quote that opens in line {line} is never closed"
                 yield Place(line, start, end, fault=("cut-file", self.cut))
             else:
                 yield Place(line, start, start + len(body), body)
             line += data.count(b"\n")
+
+    def _open(self, body: bytes) -> bool:
+        """Whether a quote is still open at the end of the file's last row."""
+        lines = iter([body.decode("utf-8", "surrogateescape").replace("\0", " "), ""])
+        next(csv.reader(lines, delimiter=self.delimiter), None)
+        # a reader asks for another line only inside of quotes
+        return next(lines, None) is None
 
     def _records(self, at: int) -> Iterator[tuple[int, int, list[str]]]:
         """(begin, end, cells) of every record from byte `at` on. A cell in quotes may hold new

@@ -179,11 +179,8 @@ class Reader:
             if message.extra and message.role == "assistant"
             for said in loss.remarks(message.extra)
         }
-        if "label" in record and graded(record):
-            found.add(
-                "a 'label' of 0 or 1 beside a completion, which is learned either way; if it says"
-                " good or bad, keep the good rows alone"
-            )
+        if said := graded(record):
+            found.add(said)
         for said in found:
             self.counts[f"remark:{said}"] += 1
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from gradsift.data.files import SUFFIXES, Text, check_source
 from gradsift.data.folders import folder_files, is_pattern, is_saved, matching
 from gradsift.data.formats import FAULTS, FIELD_NAMES, FORMATS, Fields, RowFault, detect, settle
-from gradsift.data.marks.preference import preference
+from gradsift.data.marks.preference import approved, preference
 from gradsift.data.remote import is_url
 from gradsift.errors import DataError, UnknownName, UserError
 
@@ -220,6 +220,9 @@ def settled(
         raise DataError("is one object around its rows", where=name, remedy=remedy)
     winner, fields = settle(records, format, mapping, inherited)
     judged = [text for record in records if (text := preference(record, fields.named))]
+    if judged and len(judged) < len(records):
+        named = fields.named
+        judged = [t for r in records if (t := preference(r, named) or approved(r, named))]
     alone = len(judged) == len(records) or (winner is None and 2 * len(judged) > len(records))
     if (winner is not None and not (judged and alone)) or not records:
         return winner or "messages", fields

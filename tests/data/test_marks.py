@@ -141,10 +141,17 @@ JUDGED: dict[str, dict] = {
         "non_preferred_output": [TURN],
     },
     "kto": {"prompt": "q", "completion": "a", "label": False},
-    "kto good": {"prompt": "q", "completion": "a", "label": True},
     "kto chat": {**chat(), "label": False},
-    "kto tag": {"instruction": "q", "output": "a", "kto_tag": True},
+    "kto tag": {"instruction": "q", "output": "a", "kto_tag": False},
     "kto text": {"prompt": "q", "completion": "a", "label": "False"},
+    "kto number": {"instruction": "q", "output": "a", "kto_tag": 0},
+    "kto number text": {**chat(), "desirable": "0"},
+    "kto answer": {"question": "q", "answer": "a", "label": "undesirable"},
+    "not chosen": {**chat(), "chosen": False},
+    "refused": {**chat(), "rejected": True},
+    "refused text": {"instruction": "q", "output": "a", "is_rejected": "yes"},
+    "short pair": {"prompt": "q", "chosen": "Yes", "rejected": "No"},
+    "short pair beside a chat": {**chat(), "chosen": "Oslo", "rejected": "5"},
     "rewards": {"prompt": "q", "completions": ["a", "b"], "rewards": [0.5, 1.0]},
     "ranks": {"prompt": "q", "answers": [{"text": "a", "rank": 1}, {"text": "b", "rank": 2}]},
     "steps": {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]},
@@ -175,6 +182,15 @@ def test_one_preference_row_among_others_is_set_aside(tmp_path: Path) -> None:
         {**chat(), "rejected": [], "score_rejected": 0.25},
         {"text": "a film", "label": True},
         {**chat(), "label": 3},
+        {**chat(), "label": True},
+        {"instruction": "q", "output": "a", "chosen": "true", "rejected": "False"},
+        {"instruction": "q", "output": "a", "rejected": "0", "is_rejected": "no"},
+        {**chat(), "rejected": "none", "chosen": "a"},
+        {**chat(), "rejected_by": "none", "reject_reason": "n/a"},
+        {**chat(), "rejectedBy": "Ann", "reject_reason": "too long", "rejected_at": "2024-01-01"},
+        {**chat(), "rejected_count": "12", "rejected_id": "x7"},
+        {**chat(), "label": "bad"},
+        {**chat(), "label": "no", "chosen": 0},
         {**chat(), "label": "sports"},
         {"instruction": "q", "output": "a", "score": 0.5, "rating": [1, 2]},
         {"prompt": "q", "completion": "a", "answer_1": "x"},
@@ -185,6 +201,16 @@ def test_rows_with_one_answer_are_no_preference_rows(row: dict) -> None:
     assert preference(row) is None
 
 
+@pytest.mark.parametrize("field, good, bad", [("label", True, False), ("kto_tag", "1", "0")])
+def test_good_rows_alone_are_learned(field: str, good: object, bad: object, tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "completion": f"{i}", field: good} for i in range(30)]
+    pool = pool_of(tmp_path, rows)
+    assert len(pool) == 30 and not pool.warnings
+    for among in ([*rows, {**rows[0], field: bad}], [{**rows[0], field: bad}, *rows]):
+        with pytest.raises(DataError, match="preference rows"):
+            pool_of(tmp_path, among)
+
+
 def test_a_mapping_says_which_answer_is_learned(tmp_path: Path) -> None:
     pool = pool_of(tmp_path, [JUDGED["pair"]], mapping={"completion": "chosen"})
     assert [message.content for message in pool[0].messages] == ["q", "Oslo"]
@@ -193,9 +219,27 @@ def test_a_mapping_says_which_answer_is_learned(tmp_path: Path) -> None:
     assert [message.role for message in pool[0].messages] == ["user", "assistant"]
 
 
-def test_a_label_of_numbers_is_told(tmp_path: Path) -> None:
-    pool = pool_of(tmp_path, [{"prompt": "q", "completion": f"{i}", "label": i} for i in (0, 1)])
-    assert len(pool) == 2 and "'label' of 0 or 1" in pool.warnings[0]
+@pytest.mark.parametrize(
+    "field, values", [("label", (0, 1)), ("label", ("0", "1")), ("label", ("bad", "good"))]
+)
+@pytest.mark.parametrize("answered", ["chat", "alpaca", "completion", "answer"])
+def test_a_mark_that_may_judge_is_told(
+    field: str, values: tuple, answered: str, tmp_path: Path
+) -> None:
+    def row(text: str) -> dict:
+        return {
+            "chat": {"messages": [ASKED, {"role": "assistant", "content": text}]},
+            "alpaca": {"instruction": "q", "output": text},
+            "completion": {"prompt": "q", "completion": text},
+            "answer": {"question": "q", "answer": text},
+        }[answered]
+
+    mapping = {"instruction": "question", "output": "answer"} if answered == "answer" else None
+    rows = [{**row(f"a{i}"), field: value} for i, value in enumerate(values)]
+    pool = pool_of(tmp_path, rows, mapping=mapping)
+    assert len(pool) == 2
+    assert any(f"{field!r} of 0 or 1" in said for said in pool.warnings), pool.warnings
+    assert not pool_of(tmp_path, [row("a")], mapping=mapping).warnings
 
 
 # --- pictures
@@ -227,7 +271,15 @@ def test_rows_with_pictures_are_set_aside_by_name(field: str, value: object) -> 
         assert fault.value.code == "not-text"
 
 
-@pytest.mark.parametrize("value", [None, [], "", [None], [""], {"bytes": None, "path": None}, 0])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, [], "", [None], [""], {"bytes": None, "path": None}, 0),
+        *("none", "None", "N/A", "nan", "null", "[]", "false", "True", "no", "3", "0.5"),
+        *(["none"], {"path": "n/a"}),
+    ],
+    ids=str,
+)
 def test_empty_fields_of_pictures_are_no_pictures(value: object) -> None:
     assert media({"images": value}) is None
     assert taught({**chat(), "images": value, "image_url": "https://x/y"}) == ["Left.", "Right."]

@@ -75,6 +75,30 @@ def test_damaged_cells_are_told_by_line(tmp_path: Path) -> None:
         read_pool([tmp_path / "twice.csv"])
 
 
+def test_a_quote_inside_a_cell_is_text(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text(
+        'instruction,output\nThe 5" pipe,"l1\nl2"\n"two\nlines","a ""b"\n6" or "7",a\n9",b\n'
+        'The 3" pipe,"l1\nl2"\n'
+    )
+    pool = read_pool([tmp_path / "p.csv"])
+    assert not pool.dropped and not pool.warnings
+    assert [tuple(text for _, text in row) for row in said(pool)] == [
+        ('The 5" pipe', "l1\nl2"),
+        ("two\nlines", 'a "b'),
+        ('6" or "7"', "a"),
+        ('9"', "b"),
+        ('The 3" pipe', "l1\nl2"),
+    ]
+
+
+@pytest.mark.parametrize("end", ['5" x,"cut', 'x,"cut\n', 'x,"cut\nq,a\n', '"x" y,"cut\n""\n'])
+def test_a_file_that_ends_within_quotes_is_cut(tmp_path: Path, end: str) -> None:
+    (tmp_path / "p.csv").write_text("instruction,output\nq1,a1\nq2,a2\n" + end)
+    pool = read_pool([tmp_path / "p.csv"], max_bad_rows=1)
+    assert [(row.line, row.code) for row in pool.dropped] == [(4, "cut-file")]
+    assert len(pool) == 2 and any("line 4 is never closed" in text for text in pool.warnings)
+
+
 def test_json_under_the_name_of_cells_is_json(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_bytes(lines(ROWS["text"]))
     assert len(read_pool([tmp_path / "p.csv"])) == 7

@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from gradsift.data.marks.words import TRUTH
+
 # True, or a number other than 0: the turn is learned.
 SWITCHES = frozenset(
     (
@@ -23,10 +25,6 @@ SWITCHES = frozenset(
 )
 # The same the other way round: True, or a number other than 0: the turn is not learned.
 REVERSED = frozenset({"mask_loss"})
-_WORDS = {
-    **dict.fromkeys(("true", "yes", "on", "t", "y"), True),
-    **dict.fromkeys(("false", "no", "off", "f", "n"), False),
-}
 # Words of a key that may be a switch that nobody has told us of.
 _LIKELY = re.compile(
     r"(?:^|_)(?:finetune|grad|gradient|ignored?|label|learn|learnable|learned|loss|masked?|skip"
@@ -69,7 +67,7 @@ def _number(key: str, value: Any) -> float | None:
         word = value.strip().lower()
         if not word:
             return None
-        value = _WORDS.get(word, word)
+        value = TRUTH.get(word, word)
     try:
         number = float(value)
     except (TypeError, ValueError):

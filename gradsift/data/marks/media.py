@@ -11,6 +11,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from gradsift.data.marks.words import is_flag, is_nothing
+
 _MEDIA = re.compile(
     r"^(?:(?:images?|imgs?|pictures?|videos?|audios?)(?:_(?:paths?|files?|bytes|base64))?"
     r"|pixel_values(?:_videos)?|input_features)$"
@@ -38,14 +40,18 @@ def media(record: Mapping[str, Any], named: Collection[str] = ()) -> str | None:
 
 
 def _filled(value: Any) -> bool:
-    """Whether there is something in it. Numbers and truth values count or say, they hold none."""
+    """Whether there is something in it. Numbers and truth values count or say, they hold none, and
+    neither do the texts for them.
+    """
     if isinstance(value, dict):
         return any(map(_filled, value.values())) or any(
             isinstance(item, (bytes, bytearray)) and item for item in value.values()
         )
     if isinstance(value, (list, tuple)):
         return any(
-            _filled(item) if isinstance(item, (dict, list, tuple)) else item not in (None, "")
+            _filled(item) if isinstance(item, (dict, list, tuple, str)) else item is not None
             for item in value
         )
-    return isinstance(value, (str, bytes, bytearray)) and bool(value.strip())
+    if isinstance(value, str):
+        return not (is_nothing(value) or is_flag(value))
+    return isinstance(value, (bytes, bytearray)) and bool(value.strip())

@@ -9,12 +9,22 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from gradsift.data.marks.words import TRUTH, is_flag, is_nothing
+
 _REJECTED = re.compile(
     r"(?:^|_)(?:reject(?:ed)?|dispreferred|unpreferred|non_?preferred|unchosen|losing|loser|worse)"
     r"(?:_|$)"
 )
+# who rejected, why, when: not what
+_ABOUT = re.compile(
+    r"_(?:by|reasons?|at|counts?|ids?|on|date|time|type|category|comments?|notes?|scores?|rate)$"
+)
+_ANSWER = re.compile(r"_(?:response|answer|completion|output|message|messages|text|reply)(?:_|$)")
+_REFUSED = re.compile(r"^(?:(?:is|was)_)?rejected$")
 _CHOSEN = re.compile(r"(?:^|_)(?:chosen|preferred|accepted|winner|winning|better)(?:_|$)")
 _JUDGED = re.compile(r"^(?:label|kto_(?:tag|label)|(?:is_)?(?:desirable|chosen|preferred))$")
+# what can be nothing but a judgement: a number there says yes or no
+_PLAIN = re.compile(r"^(?:kto_(?:tag|label)|desirable|rejected|(?:is|was)_\w+)$")
 # two answers told apart by their last letter or number
 _NUMBERED = re.compile(
     r"^(?P<stem>(?:.*_)?(?:response|answer|completion|output|generation|ref|reply|conversation|messages))_?"
@@ -24,9 +34,22 @@ _MANY = re.compile(
     r"^(?:.*_)?(?:responses|answers|completions|candidates|generations|outputs|replies)$"
 )
 _RATED = re.compile(r"^(?:.*_)?(?:rewards?|scores?|ranks?|rankings?|ratings?|labels|preferences?)$")
-_WORDS = {"true", "false", "desirable", "undesirable", "chosen", "rejected", "good", "bad"}
+_WORDS = {
+    **dict.fromkeys(("true", "desirable", "chosen", "preferred"), True),
+    **dict.fromkeys(("false", "undesirable", "rejected", "dispreferred"), False),
+}
+# words that judge in such a field, and may name a class in others
+_MARKS = {
+    **TRUTH,
+    **dict.fromkeys(("good", "1", "1.0"), True),
+    **dict.fromkeys(("bad", "0", "0.0"), False),
+}
 # fields that make a row an example with one answer
 _ANSWERED = ("messages", "conversations", "conversation", "completion", "output", "response")
+
+
+def _spelled(key: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|[-\s]", "_", key).lower()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -34,7 +57,7 @@ def _suspects(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """(kind, key) of the keys whose values may make a row a preference row."""
     found = []
     for key in keys:
-        name = re.sub(r"(?<=[a-z])(?=[A-Z])|[-\s]", "_", key).lower()
+        name = _spelled(key)
         for kind, pattern in (
             ("rejected", _REJECTED),
             ("judged", _JUDGED),
@@ -42,7 +65,7 @@ def _suspects(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
             ("many", _MANY),
             ("rated", _RATED),
         ):
-            if pattern.search(name):
+            if pattern.search(name) and not (kind == "rejected" and _ABOUT.search(name)):
                 found.append((kind, key))
     if any(key == "output" for key in keys):
         found.append(("many", "output"))
@@ -50,7 +73,7 @@ def _suspects(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 
 
 def preference(record: Mapping[str, Any], named: Collection[str] = ()) -> str | None:
-    """How a row says which answers are good and which are bad; None where it does not.
+    """How a row says which of its answers are bad; None where it does not.
 
     Args:
         record: the row.
@@ -62,13 +85,26 @@ def preference(record: Mapping[str, Any], named: Collection[str] = ()) -> str | 
     chosen = [key for key in record if _CHOSEN.search(str(key).lower())]
     if not any(key in named for key in chosen):
         for kind, key in suspects:
-            if kind == "rejected" and _filled(record[key]):
+            if kind == "rejected" and _holds_answer(record, key, chosen):
                 beside = f" beside {chosen[0]!r}" if chosen else ""
                 return f"the field {key!r}{beside} holds an answer that was rejected"
     for kind, key in suspects:
-        if kind == "judged" and _verdict(record[key]) and _answers(record):
-            return f"the field {key!r} says whether the answer is a good one ({record[key]})"
+        refused = kind == "rejected" and _REFUSED.match(_spelled(key)) is not None
+        judges = (kind == "judged" or refused) and _judged_answer(record)
+        if judges and _verdict(key, record[key]) is refused:
+            return f"the field {key!r} says that the answer is not a good one ({record[key]})"
     return _several(record, suspects, named)
+
+
+def approved(record: Mapping[str, Any], named: Collection[str] = ()) -> str | None:
+    """How a row says that its answer is a good one; None where it does not. Such rows can be
+    learned; beside rows with bad answers they are preference rows as those are.
+    """
+    for kind, key in _suspects(tuple(map(str, record))):
+        judges = kind == "judged" and key not in named and _judged_answer(record)
+        if judges and _verdict(key, record[key]):
+            return f"the field {key!r} says whether the answer is a good one ({record[key]})"
+    return None
 
 
 def _several(
@@ -96,26 +132,54 @@ def _several(
     return None
 
 
-def graded(record: Mapping[str, Any]) -> bool:
-    """Whether a row with an answer has a `label` of 0 or 1, which may say good or bad, or a
+def graded(record: Mapping[str, Any]) -> str | None:
+    """What should be said of a row with an answer beside a mark that may judge it, or name a
     class.
     """
-    return (
-        type(record.get("label")) is int
-        and record["label"] in (0, 1)
-        and record.get("completion") is not None
-    )
+    for kind, key in _suspects(tuple(map(str, record))):
+        if kind != "judged" or not _judged_answer(record):
+            continue
+        if _verdict(key, record[key]) is None and _word(record[key]) in _MARKS:
+            return (
+                f"a {key!r} of 0 or 1, yes or no, good or bad beside an answer, which is learned"
+                " either way; if it says how good the answer is, keep the good rows alone"
+            )
+    return None
 
 
 def _answers(record: Mapping[str, Any]) -> bool:
     return any(record.get(name) is not None for name in _ANSWERED)
 
 
+def _judged_answer(record: Mapping[str, Any]) -> bool:
+    """Whether there is an answer that a verdict can be about."""
+    return _answers(record) or isinstance(record.get("answer"), str)
+
+
 def _filled(value: Any) -> bool:
-    return isinstance(value, (str, list, dict)) and bool(
-        value.strip() if isinstance(value, str) else value
-    )
+    return isinstance(value, (str, list, dict)) and bool(value) and not is_nothing(value)
 
 
-def _verdict(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in _WORDS)
+def _holds_answer(record: Mapping[str, Any], key: str, chosen: list[str]) -> bool:
+    """Whether a field of rejected answers holds one. "No" and "5" are answers where the chosen one
+    is, and flags or marks beside an answer of another field.
+    """
+    if not _filled(record[key]):
+        return False
+    if not is_flag(record[key]) or _ANSWER.search(_spelled(key)):
+        return True
+    texts = [record[name] for name in chosen if _filled(record[name])]
+    return bool(texts) and (not _answers(record) or not all(map(is_flag, texts)))
+
+
+def _verdict(key: str, value: Any) -> bool | None:
+    """What a field says of the answer: good, bad, or nothing."""
+    word = _word(value)
+    found = _WORDS.get(word)
+    if found is None and _PLAIN.match(_spelled(key)):
+        found = _MARKS.get(word)
+    return found
+
+
+def _word(value: Any) -> str:
+    return str(value).strip().lower() if isinstance(value, (str, int, float)) else ""
