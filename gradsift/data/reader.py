@@ -26,7 +26,7 @@ from gradsift.data.formats import (
     convert,
     stands,
 )
-from gradsift.data.marks import loss
+from gradsift.data.marks import loss, tokens
 from gradsift.data.marks.preference import graded
 from gradsift.data.records import Columns, Dropped, Place, canonical
 from gradsift.data.sources import VOTERS, settled
@@ -158,7 +158,7 @@ class Reader:
                     self.dropped, self.counts["read"], "most rows are bad; reading stopped"
                 ) from None
             return
-        self._remark(record, content)
+        self._remark(record, content, self.fields[number])
         data = place.data if isinstance(file, Text) else canonical(record)
         row_hash = xxhash.xxh3_128_digest(data.rstrip(b"\r"))
         self.ids.append(row_hash.hex() if id is None else id)
@@ -168,7 +168,7 @@ class Reader:
         self.row_hash += row_hash
         self.content_hash += _content_hash(content)
 
-    def _remark(self, record: dict[str, Any], content: Content) -> None:
+    def _remark(self, record: dict[str, Any], content: Content, fields: Fields) -> None:
         """Counts what should be said of a row that is used."""
         if self.unseen:
             for theirs in [theirs for theirs in self.unseen if theirs in record]:
@@ -181,6 +181,8 @@ class Reader:
         }
         if said := graded(record):
             found.add(said)
+        if content.tokens:
+            found.update(tokens.remarks(record, fields.named))
         for said in found:
             self.counts[f"remark:{said}"] += 1
 

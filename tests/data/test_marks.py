@@ -94,7 +94,16 @@ def test_a_switch_that_cannot_be_read_is_a_fault(value: object) -> None:
 
 
 def test_keys_that_look_like_switches_are_named() -> None:
-    for key in ("no_loss", "ignore", "masked", "train_detail", "learnIt", "supervised"):
+    for key in (
+        "no_loss",
+        "ignore",
+        "masked",
+        "mask",
+        "weights",
+        "tokenWeights",
+        "learnIt",
+        "train_detail",
+    ):
         assert learned({key: False})
         assert [repr(key) in said for said in remarks({key: False})] == [True], key
     for key in ("constraint", "tool_calls", "reasoning_content", "name", "strained", "labels_url"):
@@ -325,6 +334,7 @@ PLAIN = ([1, 2, 3, 4], [-100, -100, 3, 4])
         {"labels": PLAIN[1], "attention_mask": [7, 7, 7, 7], "seq_lens": [4]},
         {"completion_mask": [0, 0, 1, 1]},
         {"assistant_masks": [0, 0, 1, 1]},
+        {"response_mask": [0, 0, 1, 1]},
         {"labels": [1, 2, 3, 4], "completion_mask": [0, 0, 1, 1]},
         {"completion_mask": [0, 1, 1, 1], "assistant_masks": [1, 0, 1, 1]},
     ],
@@ -384,3 +394,13 @@ def test_tokens_without_labels_are_told_what_they_lack(tmp_path: Path) -> None:
         pool_of(tmp_path, [{"input_ids": [1, 2], "attention_mask": [1, 1]}])
     masked = pool_of(tmp_path, [{"input_ids": [1, 2], "completion_mask": [0, 1]}])
     assert masked.formats == {masked.names[0]: "tokenised"}
+
+
+def test_masks_of_tokens_that_are_not_read_are_named(tmp_path: Path) -> None:
+    row = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "attention_mask": [1, 1, 1]}
+    quiet = {"response_mask": [0, 1, 1], "loss": 0.5, "weight": 1, "masked_by": "x"}
+    assert not pool_of(tmp_path, [{**row, **quiet}]).warnings
+    for name in ("prompt_mask", "labels_mask", "special_tokens_mask", "loss_weights", "lossMask_"):
+        warnings = pool_of(tmp_path, [{**row, name: [0, 1, 0]}]).warnings
+        assert len(warnings) == 1, name
+        assert f"{name!r} beside input_ids, which is not read" in warnings[0]

@@ -27,8 +27,8 @@ SWITCHES = frozenset(
 REVERSED = frozenset({"mask_loss"})
 # Words of a key that may be a switch that nobody has told us of.
 _LIKELY = re.compile(
-    r"(?:^|_)(?:finetune|grad|gradient|ignored?|label|learn|learnable|learned|loss|masked?|skip"
-    r"|supervised?|supervision|train|trainable|trained|training|unlearn|weight)(?:_|$)"
+    r"(?:^|_)(?:finetune|grad|gradient|ignored?|label|learn|learnable|learned|loss|mask(?:ed)?|skip"
+    r"|supervised?|supervision|train|trainable|trained|training|unlearn|weights?)(?:_|$)"
 )
 
 

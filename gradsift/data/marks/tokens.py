@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from gradsift.data.marks.loss import spelled
 from gradsift.types import IGNORE
 
 # 1 where a token is learned. Each stands at the token itself, not one before it.
-MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")
+MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "response_mask")
+# Words of a key that may say what is learned.
+_LIKELY = re.compile(r"(?:^|_)(?:masks?|weights?|loss)(?:_|$)")
 # Where the documents of a packed row begin or end, or how long each is.
 _BOUNDARIES = ("seq_lens", "seq_lengths", "seq_idx", "sequence_lengths", "cu_seqlens")
 _DOCUMENTS = ("document_ids", "segment_ids", "seq_idx", "sequence_ids")
@@ -32,6 +36,24 @@ class Packed(Unusable):
 def masks(record: Mapping[str, Any]) -> list[str]:
     """The fields of a row that say which tokens are learned."""
     return [name for name in MASKS if record.get(name) is not None]
+
+
+def remarks(record: Mapping[str, Any], named: Collection[str] = ()) -> list[str]:
+    """What should be said of a row of tokens: lists that may say what is learned and are not read.
+
+    Args:
+        record: the row.
+        named: fields that a mapping names.
+    """
+    known = ", ".join(MASKS)
+    return [
+        f"{key!r} beside input_ids, which is not read; if it says what is learned, use one of:"
+        f" labels, {known}"
+        for key, value in record.items()
+        if isinstance(value, list)
+        and key not in (*MASKS, *named, "attention_mask")
+        and _LIKELY.search(spelled(key))
+    ]
 
 
 def read(
