@@ -102,6 +102,7 @@ def test_keys_that_look_like_switches_are_named() -> None:
         "weights",
         "tokenWeights",
         "learnIt",
+        "supervised",
         "train_detail",
     ):
         assert learned({key: False})
