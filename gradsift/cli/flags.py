@@ -278,10 +278,10 @@ NearBy = Annotated[
     ),
 ]
 Mix = Annotated[
-    float | None,
+    str | None,
     typer.Option(
         "--mix",
-        metavar="SHARE",
+        metavar="0.5|50%",
         help="Choose this part of the budget by score and draw the rest from what is left.",
         rich_help_panel=LIMITS,
         show_default=False,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -99,7 +100,7 @@ def check_selection(
     """
     selector, wanted = methods.make(method, options), budgets.parse(budget)
     check_target(method, selector, inputs.target_files)
-    check_mix((constraints or {}).get("mix"))
+    share_by_score((constraints or {}).get("mix"))
     if null and (selector.target == "none" or not inputs.target_files):
         raise UserError(
             f"--null puts pool rows in the place of the target, and {method} "
@@ -258,13 +259,25 @@ def check_folders(inputs: Inputs, config: Config) -> None:
         )
 
 
-def check_mix(mix: Any) -> None:
-    """Refuses a share of the budget that is none."""
-    if mix is not None and not 0 < mix <= 1:
+def share_by_score(mix: float | str | None) -> Fraction | None:
+    """The share of the budget that goes by score, written as 0.5 or 50%; None = all of it.
+
+    Raises:
+        ConfigError: no share, or none above 0 and at most 1.
+    """
+    if mix is None:
+        return None
+    text = str(mix).strip()
+    try:
+        share = Fraction(text.removesuffix("%").strip()) / (100 if text.endswith("%") else 1)
+    except (ValueError, ZeroDivisionError):
+        share = Fraction(0)
+    if not 0 < share <= 1:
         raise ConfigError(
-            f"--mix {mix:g}: not a share of the budget",
-            remedy="Give the part that goes by score, above 0 and at most 1, such as 0.5.",
+            f"--mix {mix}: not a share of the budget",
+            remedy="Give the part that goes by score, above 0 and at most 1: 0.5 or 50%.",
         )
+    return None if share == 1 else share
 
 
 def check_lines(

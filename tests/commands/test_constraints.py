@@ -395,8 +395,8 @@ def test_drawn_rows_weigh_as_much_as_a_pick_does_on_average() -> None:
 
 
 def test_a_mix_is_a_share_and_enters_the_recipe() -> None:
-    for wrong in (0, -0.5, 1.5):
+    for wrong in (0, -0.5, 1.5, "half", "150%"):
         with pytest.raises(ConfigError, match="not a share of the budget"):
             build(mix=wrong)
     assert build(mix=1).canonical() == build().canonical() == {}
-    assert build(mix=0.3).canonical() == {"mix": "3/10"}
+    assert build(mix=0.3).canonical() == build(mix="30 %").canonical() == {"mix": "3/10"}

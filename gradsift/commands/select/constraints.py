@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from gradsift.commands.preflight import check_mix
+from gradsift.commands.preflight import share_by_score
 from gradsift.commands.select.contamination import TestSets
 from gradsift.data.records import text_of
 from gradsift.errors import ConfigError, UnknownName, UserError
@@ -134,7 +134,7 @@ def build(
     near: float | None = None,
     near_by: str = "rows",
     decontaminate: Mapping[str, Iterable[Example]] | None = None,
-    mix: float | None = None,
+    mix: float | str | None = None,
 ) -> Constraints:
     """Constraints from what a user writes: `NAME=MIN:MAX` texts, files of ids (or the ids), a
     cosine, test sets by name, a share of the budget.
@@ -155,12 +155,11 @@ def build(
         )
     if near_by not in NEAR:
         raise UnknownName("kind of row for near duplicates", near_by, NEAR)
-    check_mix(mix)
     tests = TestSets(decontaminate.items()) if decontaminate else None
     bounds = tuple(_bound(text) for text in per_group)
     if len({bound.group for bound in bounds}) < len(bounds):
         raise ConfigError("--per-group names a group twice", remedy="Give each group one MIN:MAX.")
-    share = None if mix is None or mix == 1 else Fraction(str(mix))
+    share = share_by_score(mix)
     return Constraints(bounds, include, exclude, near, near_by, tests, share)  # type: ignore[arg-type]
 
 
