@@ -9,6 +9,7 @@ runs where gradsift is not installed: a new format is added there too.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -213,6 +214,14 @@ _TAGS = {  # what ShareGPT-like files call the roles
 }
 # of a turn that is a pair of question and answer: the key of each, in order of preference
 _ASKED, _SAID = ("human", "user", "instruction"), ("assistant", "gpt", "bot", "output")
+# keys of a turn that hold its calls, those of a call that hold its arguments, the likelier first,
+# and those that are no arguments
+_CALLS = frozenset({"tool_calls", "tool_call", "function_call", "function_calls"})
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
+_OF_A_CALL = frozenset({"name", "function", "id", "call_id", "tool_call_id", "index", "type"})
+# fields beside a chat that may hold the answer to its last turn
+_ANSWERS = frozenset({"chosen", "completion", "response", "answer", "output"})
+_EMPTY = (None, "", [], {})
 UNSUPERVISED: Mapping[str, Any] = {"weight": 0}
 FIELD_NAMES = (
     "instruction",
@@ -333,18 +342,18 @@ def _turn(turn: Any, number: int, fields: Fields) -> Message:
     if not isinstance(role, str):
         raise RowFault("missing-field" if role is None else "wrong-type", f"{where} has no role")
     role = _role(role)
+    calls: list[Any] = []
     if role == "function_call":
-        return _switched(_function_call(content, where), turn, where)
+        role, content = "assistant", _text_of(content, where)
+        if calls := _calls_told(content):
+            content = ""
     if role not in ROLES:
         raise RowFault("unknown-role", f"{where} has the role {role[:40]!r}")
-    extra = _with_calls(
-        {
-            key: value
-            for key, value in turn.items()
-            if value is not None and key not in fields.spoken
-        }
-    )
-    if extra:
+    extra = {
+        key: value for key, value in turn.items() if value is not None and key not in fields.spoken
+    }
+    if extra or calls:
+        extra = _with_calls(extra, calls, role, where)
         _check_extra(extra, role, where)
     if content is None:
         if not extra.get("tool_calls"):
@@ -364,15 +373,6 @@ def _role(name: str) -> str:
     return role if role in ROLES or role == "function_call" else name
 
 
-def _switched(message: Message, turn: Mapping[str, Any], where: str) -> Message:
-    """A call with the switches of the loss that its turn has."""
-    extra = {key: value for key, value in turn.items() if loss.is_switch(key)}
-    if not extra:
-        return message
-    _check_extra(extra, message.role, where)
-    return Message(message.role, message.content, {**(message.extra or {}), **extra})
-
-
 def _check_extra(extra: Mapping[str, Any], role: str, where: str) -> None:
     """Raises RowFault for a picture among the further fields of a turn, and for a switch of the
     loss that cannot be read.
@@ -386,57 +386,110 @@ def _check_extra(extra: Mapping[str, Any], role: str, where: str) -> None:
             raise RowFault("wrong-type", f"{where}: {error}") from None
 
 
-def _function_call(value: Any, where: str) -> Message:
-    """ShareGPT's function_call: JSON texts {"name", "arguments"}, one or several in a list or one a
-    line, become tool calls; any other text stays text.
+def _calls_told(text: str) -> list[Any]:
+    """The calls of ShareGPT's function_call: JSON texts {"name", "arguments"}, one or several in a
+    list or one a line. None where it is any other text, which stays one.
     """
-    text = _text_of(value, where)
-    found = None
     for told in (text, f"[{','.join(text.strip().splitlines())}]"):
         try:
-            found = json.loads(told)
-            check_depth(found)
-            break
+            return [_call(call) for call in _listed(_json(told))]
         except (ValueError, RecursionError):
-            found = None
-    calls = _calls(found)
-    if calls:
-        return Message("assistant", "", {"tool_calls": calls})
-    return Message("assistant", text)
+            continue
+    return []
 
 
-def _with_calls(extra: dict[str, Any]) -> dict[str, Any]:
+def _with_calls(extra: dict[str, Any], calls: list[Any], role: str, where: str) -> dict[str, Any]:
     """A turn's fields with its calls as `tool_calls`, whichever way the row writes them: templates
     know no `function_call`, and few know a call without its "function".
+
+    Args:
+        extra: the fields.
+        calls: calls that the text of the turn is.
+        role: whose turn; of what is not learned, calls that cannot be read stay as they are.
+        where: which turn, for the fault.
     """
-    told = extra.get("tool_calls") or extra.get("function_call")
-    if isinstance(told, str):
+    found = {"tool_calls": calls} if calls else {}
+    keys = [key for key in extra if loss.spelled(key) in _CALLS]
+    for key in keys:
         try:
-            told = json.loads(told)
-            check_depth(told)
-        except (ValueError, RecursionError):
-            return extra
-    calls = _calls(told)
-    if not calls or calls == extra.get("tool_calls"):
+            told = _json(extra[key]) if isinstance(extra[key], str) else extra[key]
+            if told:
+                found[key] = [_call(call) for call in _listed(told)]
+        except (ValueError, RecursionError) as error:
+            if role != "assistant":
+                return extra
+            raise RowFault("wrong-type", f"{where}: {key!r} holds no calls ({error})") from None
+    read = next(iter(found.values()), [])
+    if any(_meant(other) != _meant(read) for other in found.values()):
+        raise RowFault(
+            "wrong-type", f"{where} has different calls in {' and '.join(map(repr, found))}"
+        )
+    if keys == ["tool_calls"] and read == extra["tool_calls"]:
         return extra
-    rest = {key: value for key, value in extra.items() if key != "function_call"}
-    return {**rest, "tool_calls": calls}
+    rest = {key: value for key, value in extra.items() if key == "tool_calls" or key not in keys}
+    if not found:  # a text such as "[]" says that there are none
+        return {key: value for key, value in rest.items() if key != "tool_calls" or not value}
+    return {**rest, "tool_calls": read}
 
 
-def _calls(told: Any) -> list[Any]:
-    """Calls in the shape that templates read; none where one of them has no name."""
-    calls = []
-    for call in told if isinstance(told, list) else [told]:
-        if isinstance(call, dict) and isinstance(call.get("function"), dict):
-            calls.append(call)
-        elif isinstance(call, dict) and isinstance(call.get("name"), str):
-            arguments = call.get("arguments", call.get("parameters", {}))
-            made = {key: call[key] for key in ("id",) if key in call}
-            function = {"name": call["name"], "arguments": arguments}
-            calls.append({**made, "type": "function", "function": function})
-        else:
-            return []
-    return calls
+def _json(text: str) -> Any:
+    if not text.strip():
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        raise ValueError("a text that is not JSON") from None
+    check_depth(found)
+    return found
+
+
+def _listed(told: Any) -> list[Any]:
+    return told if isinstance(told, list) else [told]
+
+
+def _meant(calls: list[Any]) -> list[tuple[str, Any]]:
+    """Name and arguments of each call, to compare what is written in two places."""
+    found = []
+    for call in calls:
+        arguments = call["function"].get("arguments")
+        with contextlib.suppress(ValueError, RecursionError):  # other texts are compared as such
+            arguments = _json(arguments) if isinstance(arguments, str) else arguments
+        found.append((call["function"]["name"], arguments or {}))
+    return found
+
+
+def _call(told: Any) -> dict[str, Any]:
+    """A call in the shape that templates read. Raises ValueError where it has no name, or something
+    in it that is not known: what a training would learn of it is a call without it.
+    """
+    if not isinstance(told, dict):
+        raise ValueError(f"a call that is {_a(told)}")
+    function = told.get("function")
+    inner = function if isinstance(function, dict) else told
+    name = inner.get("name")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a call without a name, with the fields {_names(inner)}")
+    places = (inner,) if inner is told else (inner, told)
+    held = [(key, part[key]) for part in places for key in _ARGUMENTS if part.get(key) is not None]
+    others = [
+        key
+        for part in places
+        for key, value in part.items()
+        if key not in _OF_A_CALL and value not in _EMPTY
+    ]
+    if not held and others:
+        raise ValueError(f"a call without arguments, with {', '.join(map(repr, others[:8]))}")
+    key, arguments = next((pair for pair in held if pair[1] not in _EMPTY), (None, None))
+    if inner is function:
+        if key is None or inner.get("arguments") is arguments:
+            return told
+        spare = {key: value for key, value in told.items() if key not in _ARGUMENTS}
+        kept = {key: value for key, value in inner.items() if key not in _ARGUMENTS}
+        return {**spare, "function": {**kept, "arguments": arguments}}
+    if key is None:
+        arguments = held[0][1] if held else told.get("arguments", {})
+    made = {key: told[key] for key in ("id",) if key in told}
+    return {**made, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _turns(turns: Any, fields: Fields) -> tuple[Message, ...]:
@@ -568,14 +621,35 @@ def _with_system(
     return (Message("system", system), *messages)
 
 
+def _check_ended(messages: tuple[Message, ...], record: Mapping[str, Any], fields: Fields) -> None:
+    """Raises RowFault where the last turn waits for an answer and the row has it in another field:
+    what would be learned is the turns before, which are its context.
+    """
+    if not messages or messages[-1].role == "assistant":
+        return
+    for key, value in record.items():
+        if key in fields.named or loss.spelled(str(key)) not in _ANSWERS:
+            continue
+        if isinstance(value, (str, dict, list)) and (
+            value.strip() if isinstance(value, str) else value
+        ):
+            raise RowFault(
+                "no-answer",
+                f"the last turn is the {messages[-1].role}'s, and {key!r} holds the answer to it:"
+                " write it as the last turn",
+            )
+
+
 def _sharegpt(record: Mapping[str, Any], fields: Fields) -> Content:
     fields.text(record, "system", "")
     messages = _with_system(_turns(fields.need(record, "conversations"), fields), record, fields)
+    _check_ended(messages, record, fields)
     return Content(_answered(messages), _tools(record, fields))
 
 
 def _messages(record: Mapping[str, Any], fields: Fields) -> Content:
     messages = _with_system(_turns(fields.need(record, "messages"), fields), record, fields)
+    _check_ended(messages, record, fields)
     return Content(_answered(messages), _tools(record, fields))
 
 
@@ -631,13 +705,15 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], Fields], 
 }
 
 
-# Names of other tools for the fields of a format: where a file has these, and ours in no row.
+# Names of other tools for the fields of a format: where a file has these, and in no row both
+# theirs and ours.
 ALIASES: tuple[dict[str, str], ...] = (
     {"conversations": "conversation"},
     {"messages": "contents"},
     {"instruction": "query", "output": "response"},
-    {"input": "context", "output": "response"},
 )
+# what they call an alpaca row's input, where the file has none of ours; first the likelier
+INPUTS = ("context", "query")
 
 
 def detect(record: Mapping[str, Any], fields: Fields) -> str | None:
@@ -684,16 +760,38 @@ def settle(
         format = detect(dict.fromkeys(mapping, True), Fields()) or format
     holds = "format" not in inherited or not records
     if format != "auto" and (holds or any(_fits(record, format, fields) for record in records)):
-        return format, fields
+        return format, _with_input(fields, records) if format == "alpaca" else fields
     winner, votes = vote(records, fields)
     for alias in ALIASES:
-        known = {ours: theirs for ours, theirs in alias.items() if stands(theirs, records)}
+        known = {
+            ours: theirs
+            for ours, theirs in alias.items()
+            if stands(theirs, records)
+            and not any(_has(record, ours) and _has(record, theirs) for record in records)
+        }
         if known:
             other = Fields({**known, **mapping})
             named, more = vote(records, other)
             if named and more[named] > (votes[winner] if winner else 0):
                 winner, votes, fields = named, more, other
-    return winner, fields
+    return winner, _with_input(fields, records) if winner == "alpaca" else fields
+
+
+def _has(record: Mapping[str, Any], name: str) -> bool:
+    return record.get(name) is not None
+
+
+def _with_input(fields: Fields, records: Sequence[Mapping[str, Any]]) -> Fields:
+    """The fields of alpaca rows with their input under the name of another tool, where they have
+    none under ours: without it the answers would be learned to half of the question.
+    """
+    if "input" in fields.mapping or any(_has(record, "input") for record in records):
+        return fields
+    told = set(fields.named) | {fields.name(ours) for ours in FORMATS["alpaca"][0]}
+    for theirs in INPUTS:
+        if theirs not in told and any(_has(record, theirs) for record in records):
+            return Fields({**fields.mapping, "input": theirs})
+    return fields
 
 
 def _fits(record: Mapping[str, Any], format: str, fields: Fields) -> bool:

@@ -146,6 +146,7 @@ ROWS["other names"] = [
     {"query": "And now?", "response": "Still.", "history": [{"user": "c", "assistant": "d"}]},
 ]
 ROWS["dolly"] = [{"instruction": "Add.", "context": "1 and 1", "response": "2"}]
+ROWS["a context of ours"] = [{"instruction": "Add.", "context": "1 and 1", "output": "2"}]
 ROWS["pairs"] = [{"conversation": [{"human": "a", "assistant": "b"}, {"human": "c", "gpt": "d"}]}]
 ROWS["mixed names"] = [
     {
@@ -190,6 +191,37 @@ ROWS["old calls"] = [
         ]
     },
 ]
+ROWS["calls of others"] = [
+    {
+        "messages": [
+            {"role": "user", "content": "add"},
+            {"role": "assistant", "content": "", **calls},
+        ]
+    }
+    for calls in (
+        {"tool_calls": [{"name": "add", "args": {"a": 1}, "id": "1", "type": "tool_call"}]},
+        {"toolCalls": [{"name": "add", "input": {"a": 1}}]},
+        {"tool_call": {"function": {"name": "add", "parameters": {"a": 1}}}},
+        {"tool_calls": [{"function": {"arguments": '{"a": 1}', "name": "add"}}]},
+        {"function_call": '{"function": {"name": "add"}, "args": "{}"}'},
+    )
+]
+ROWS["texts of calls"] = [
+    {
+        "conversations": [
+            {"from": "human", "value": "add"},
+            {"from": "function_call", "value": text},
+        ]
+    }
+    for text in (
+        '{"name": "add", "args": {"a": 1}}',
+        '{"name": "add", "parameters": {}}\n{"name": "sub", "input": {"b": "c"}}',
+        '{"name": "add", "kwargs": {"a": 1}}',
+        '{"function": {"name": "add", "kwargs": {"a": 1}}}',
+        '{"name": "add", "arguments": null, "id": ""}',
+        "add(1)",
+    )
+]
 ROWS["padded tokens"] = [
     {"input_ids": [0, 0, 5, 6, 7], "labels": [0, 0, -100, 6, 7], "attention_mask": [0, 0, 1, 1, 1]},
     {"input_ids": [5, 6, 7, 0], "completion_mask": [0, 0, 1, 1], "attention_mask": [1, 1, 1, 0]},
@@ -233,7 +265,7 @@ def test_the_script_supervises_the_tokens_that_were_scored(
     assert theirs == ours
 
 
-@pytest.mark.parametrize("name", ["messages", "sharegpt", "old calls", "alpaca"])
+@pytest.mark.parametrize("name", ["messages", "sharegpt", "old calls", "calls of others", "alpaca"])
 @pytest.mark.parametrize("settings", [{"tool_calls": "text"}, {"system": "user"}])
 def test_the_script_knows_how_calls_and_system_texts_were_given(
     name: str, settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -307,6 +339,19 @@ def test_a_template_that_rewrites_turns_stops_the_script(
     module = script(written(tmp_path, [{"messages": TURNS[:5]}], template=rewriting))
     with pytest.raises(SystemExit, match="rewrites earlier turns"):
         module.make_dataset(tokenizer)
+
+
+def test_the_script_reads_each_file_with_its_names(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    plain = {"instruction": "Sub.", "input": "2 - 1", "context": "none", "output": "1"}
+    files = {"plain": plain, "context": ROWS["a context of ours"][0], "dolly": ROWS["dolly"][0]}
+    for name, row in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    pool = read_pool([tmp_path / f"{name}.jsonl" for name in files])
+    write_outputs(tmp_path / "out", pool, Subset(indices=np.arange(len(pool))))
+    theirs = [row["labels"] for row in script(tmp_path / "out").make_dataset(tokenizer)]
+    assert theirs == [row["labels"] for row in encode(pool, tokenizer)]
 
 
 def test_a_mapped_and_a_mixed_pool_are_read_by_their_fields(

@@ -4,6 +4,7 @@ with either.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -335,3 +336,127 @@ def test_the_manual_names_every_format_and_code() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
     for name in [*FORMATS, *FAULTS, *[reason.partition(":")[0] for reason in REASONS.values()]]:
         assert f"| {name} |" in text, name
+
+
+# --- calls, and what stands beside an answer
+
+
+def chatting(answer: dict, **fields: Any) -> dict:
+    return {"messages": [{"role": "user", "content": "q"}, answer], **fields}
+
+
+def calls_of(row: dict) -> list[tuple[str, Any]]:
+    extra = convert(row, "messages", PLAIN).messages[1].extra or {}
+    return [
+        (call["function"]["name"], call["function"].get("arguments"))
+        for call in extra["tool_calls"]
+    ]
+
+
+OSLO = {"place": "Oslo"}
+
+
+@pytest.mark.parametrize("name", ["arguments", "parameters", "args", "input"])
+@pytest.mark.parametrize("key", ["tool_calls", "toolCalls", "tool_call", "function_call"])
+def test_arguments_are_read_under_every_name(name: str, key: str) -> None:
+    inside = {"function": {"name": "find", name: OSLO}, "id": "1"}
+    for call in (
+        {"name": "find", name: OSLO, "id": "1", "type": "tool_call"},
+        {"name": "find", "arguments": {}, "parameters": None, name: OSLO},
+        {"function": {"name": "find"}, name: OSLO},
+        {"function": {"name": "find", "arguments": {}}, name: OSLO},
+        inside,
+    ):
+        for told in (call, [call], json.dumps([call])):
+            row = chatting({"role": "assistant", "content": None, key: told})
+            assert calls_of(row) == [("find", OSLO)]
+    said = convert(chatting({"role": "assistant", key: [inside]}), "messages", PLAIN).messages[1]
+    assert said.extra == {
+        "tool_calls": [{"function": {"name": "find", "arguments": OSLO}, "id": "1"}]
+    }
+    assert calls_of(chatting({"from": "function_call", "value": json.dumps(inside)})) == [
+        ("find", OSLO)
+    ]
+
+
+def test_a_call_without_arguments_is_one() -> None:
+    for call in ({"name": "stop"}, {"function": {"name": "stop"}, "id": "1", "type": "function"}):
+        row = chatting({"role": "assistant", "content": "", "tool_calls": [call]})
+        assert calls_of(row) in ([("stop", {})], [("stop", None)])
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"tool_calls": [{"name": "find", "kwargs": OSLO}]},
+        {"tool_calls": [{"name": "find", "place": "Oslo"}]},
+        {"tool_calls": [{"function": {"name": "find", "place": "Oslo"}}]},
+        {"tool_calls": [{"function": {"name": "find"}, "payload": OSLO}]},
+        {"tool_calls": [{"tool": "find", "arguments": OSLO}]},
+        {"tool_calls": [{"function": "find", "arguments": OSLO}]},
+        {"tool_calls": [{"function": {"arguments": OSLO}}]},
+        {"tool_calls": [{"name": "find", "arguments": OSLO}, "find(Oslo)"]},
+        {"tool_calls": "find(Oslo)"},
+        {"function_call": "find(Oslo)"},
+        {"toolCalls": ["find"]},
+        {
+            "tool_calls": [{"name": "find", "arguments": OSLO}],
+            "function_call": {"name": "find", "arguments": {}},
+        },
+    ],
+    ids=str,
+)
+def test_calls_that_cannot_be_read_cost_their_row(extra: dict) -> None:
+    row = chatting({"role": "assistant", "content": "I look.", **extra})
+    with pytest.raises(RowFault, match=r"turn 2.* calls") as fault:
+        convert(row, "messages", PLAIN)
+    assert fault.value.code == "wrong-type"
+    if "function_call" not in extra:
+        row = chatting({"from": "function_call", "value": "{}", **extra})
+        with pytest.raises(RowFault, match=r"turn 2.* calls"):
+            convert(row, "messages", PLAIN)
+
+
+def test_the_same_calls_in_two_places_are_one() -> None:
+    function = {"name": "find", "arguments": json.dumps(OSLO)}
+    call = {"type": "function", "function": function}
+    answer = {"role": "assistant", "tool_calls": [call], "function_call": {**function}}
+    assert convert(chatting(answer), "messages", PLAIN).messages[1].extra == {"tool_calls": [call]}
+    for empty in (None, "", [], "[]", "null"):
+        answer = {"role": "assistant", "content": "a", "tool_calls": [call], "toolCalls": empty}
+        assert calls_of(chatting(answer)) == [("find", json.dumps(OSLO))]
+    with pytest.raises(RowFault, match="no content"):
+        convert(chatting({"role": "assistant", "tool_calls": "[]"}), "messages", PLAIN)
+
+
+def test_a_turn_that_calls_keeps_what_stands_beside() -> None:
+    turn = {"from": "function_call", "value": json.dumps({"name": "find", "arguments": OSLO})}
+    row = chatting({**turn, "reasoning_content": "Where?", "loss": True})
+    assert convert(row, "messages", PLAIN).messages[1].extra == {
+        "reasoning_content": "Where?",
+        "loss": True,
+        "tool_calls": [{"type": "function", "function": {"name": "find", "arguments": OSLO}}],
+    }
+    with pytest.raises(RowFault, match="'images'"):
+        convert(chatting({**turn, "images": ["a.png"]}), "messages", PLAIN)
+    row = chatting({"from": "function_call", "value": "find(Oslo)", "thinking": "Where?"})
+    said = convert(row, "messages", PLAIN).messages[1]
+    assert (said.content, said.extra) == ("find(Oslo)", {"thinking": "Where?"})
+
+
+@pytest.mark.parametrize("name", ["chosen", "completion", "response", "answer", "output"])
+@pytest.mark.parametrize("format", ["messages", "sharegpt"])
+def test_an_answer_beside_a_chat_that_waits_for_it_costs_its_row(name: str, format: str) -> None:
+    asked, context = {"from": "human", "value": "q"}, {"from": "gpt", "value": "context"}
+    key = "messages" if format == "messages" else "conversations"
+    for answer in ("it is", {"from": "gpt", "value": "good"}, [{"from": "gpt", "value": "good"}]):
+        for turns in ([asked, context, asked], [asked, context, {"from": "tool", "value": "1"}]):
+            row = {key: turns, name: answer, "rejected": None}
+            with pytest.raises(RowFault, match=f"'{name}' holds the answer") as fault:
+                convert(row, format, PLAIN)
+            assert fault.value.code == "no-answer"
+        ended = {key: [asked, context], name: answer}
+        assert said(ended, format)[-1] == ("assistant", "context", True)
+    for empty in (None, "", " ", [], 1):
+        row = {key: [asked, context, asked], name: empty}
+        assert said(row, format)[-1] == ("user", "q", False)

@@ -365,6 +365,47 @@ def test_what_is_meant_is_read(tmp_path: Path, row: dict, format: str) -> None:
     assert check_pool([tmp_path / "p.jsonl"])[0] is not None
 
 
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"instruction": "q", "context": "c", "response": "a"}, "q\n\nc"),
+        ({"instruction": "q", "context": "c", "output": "a"}, "q\n\nc"),
+        ({"query": "q", "context": "c", "response": "a"}, "q\n\nc"),
+        ({"query": "q", "context": "c", "output": "a"}, "q\n\nc"),
+        ({"query": "q", "input": "c", "response": "a"}, "q\n\nc"),
+        ({"instruction": "q", "query": "c", "response": "a"}, "q\n\nc"),
+        ({"instruction": "q", "query": "c", "output": "a"}, "q\n\nc"),
+        ({"instruction": "q", "input": "c", "context": "other", "output": "a"}, "q\n\nc"),
+        ({"instruction": "q", "input": "", "output": "a", "response": "other"}, "q"),
+        ({"instruction": "q", "context": None, "response": "a"}, "q"),
+    ],
+    ids=str,
+)
+def test_a_question_keeps_all_its_parts(tmp_path: Path, row: dict, asked: str) -> None:
+    (tmp_path / "p.jsonl").write_bytes(lines([row]))
+    (tmp_path / "named.jsonl").write_bytes(lines([{**row, "system": "S"}]))
+    assert said(read_pool([tmp_path / "p.jsonl"])) == [[("user", asked), ("assistant", "a")]]
+    named = read_pool([tmp_path / "named.jsonl"])
+    assert said(named) == [[("system", "S"), ("user", asked), ("assistant", "a")]]
+
+
+def test_the_names_of_most_rows_count_and_a_mapping_before_them() -> None:
+    theirs = {"query": "q", "context": "c", "response": "a"}
+    ours = {"instruction": "q", "output": "a"}
+    mapping = {"instruction": "query", "output": "response", "input": "context"}
+    assert settle([theirs] * 3 + [ours])[1].mapping == mapping
+    assert settle([theirs] + [ours] * 3)[1].mapping == {"input": "context"}
+    assert settle([ours])[1].mapping == {}
+    row = {"instruction": "q", "context": "c", "note": "n", "output": "a"}
+    assert settle([row], mapping={"input": "note"})[1].mapping == {"input": "note"}
+    assert settle([row], "alpaca")[1].mapping == {"input": "context"}
+    asked = {"context": "q", "answer": "a"}
+    named = {"instruction": "context", "output": "answer"}
+    assert settle([asked], mapping=named)[1].mapping == named
+    chat = {"messages": [], "context": "c", "query": "q", "response": "a"}
+    assert settle([chat])[0] == "messages" and settle([chat])[1].mapping == {}
+
+
 def test_system_and_history_are_kept_under_other_names(tmp_path: Path) -> None:
     system = {"system": "S", "history": [["h", "i"], {"user": "j", "assistant": "k"}]}
     (tmp_path / "p.jsonl").write_bytes(lines([{"query": "q", "response": "a", **system}]))
