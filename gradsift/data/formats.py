@@ -705,8 +705,8 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], Fields], 
 }
 
 
-# Names of other tools for the fields of a format: where a file has these, and in no row both
-# theirs and ours.
+# Names of other tools for the fields of a format: where more rows have these than ours. A name that
+# stands beside ours in a row counts only where the others alone fit fewer rows.
 ALIASES: tuple[dict[str, str], ...] = (
     {"conversations": "conversation"},
     {"messages": "contents"},
@@ -763,14 +763,16 @@ def settle(
         return format, _with_input(fields, records) if format == "alpaca" else fields
     winner, votes = vote(records, fields)
     for alias in ALIASES:
-        known = {
+        known = {ours: theirs for ours, theirs in alias.items() if stands(theirs, records)}
+        alone = {
             ours: theirs
-            for ours, theirs in alias.items()
-            if stands(theirs, records)
-            and not any(_has(record, ours) and _has(record, theirs) for record in records)
+            for ours, theirs in known.items()
+            if not any(_has(record, ours) and _has(record, theirs) for record in records)
         }
-        if known:
-            other = Fields({**known, **mapping})
+        for names in (alone, known):
+            if not names:
+                continue
+            other = Fields({**names, **mapping})
             named, more = vote(records, other)
             if named and more[named] > (votes[winner] if winner else 0):
                 winner, votes, fields = named, more, other

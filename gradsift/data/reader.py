@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import xxhash
 
+from gradsift.data.chat import reasoning
 from gradsift.data.files import Text
 from gradsift.data.formats import (
     FAULTS,
@@ -177,7 +178,7 @@ class Reader:
             said
             for message in content.messages
             if message.extra and message.role == "assistant"
-            for said in loss.remarks(message.extra)
+            for said in (*loss.remarks(message.extra), *reasoning.remarks(message.extra))
         }
         if said := graded(record):
             found.add(said)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gradsift.data.chat import reasoning
 from gradsift.data.formats import Fields, RowFault, convert, supervised
 from gradsift.data.marks.loss import learned, remarks
 from gradsift.data.marks.media import media
@@ -405,3 +406,26 @@ def test_masks_of_tokens_that_are_not_read_are_named(tmp_path: Path) -> None:
         warnings = pool_of(tmp_path, [{**row, name: [0, 1, 0]}]).warnings
         assert len(warnings) == 1, name
         assert f"{name!r} beside input_ids, which is not read" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "key", ["thought", "thoughts", "cot", "rationale", "reasoningContent", "chain_of_thought"]
+)
+def test_reasoning_under_a_name_that_is_not_read_is_named(key: str, tmp_path: Path) -> None:
+    row = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "a", key: "because"},
+        ]
+    }
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    (warning,) = read_pool([tmp_path / "p.jsonl"]).warnings
+    assert repr(key) in warning and "'reasoning_content'" in warning
+
+
+def test_reasoning_that_is_read_and_empty_fields_are_no_remark() -> None:
+    for key in ("reasoning_content", "thinking", "reasoning", "name", "reasoning_effort"):
+        assert reasoning.remarks({key: "because"}) == []
+    assert reasoning.remarks({"reasoning": "because", "thoughts": "because"}) == []
+    for empty in (None, "", " ", [], True, 3):
+        assert reasoning.remarks({"thought": empty}) == []

@@ -395,6 +395,7 @@ def test_the_names_of_most_rows_count_and_a_mapping_before_them() -> None:
     mapping = {"instruction": "query", "output": "response", "input": "context"}
     assert settle([theirs] * 3 + [ours])[1].mapping == mapping
     assert settle([theirs] + [ours] * 3)[1].mapping == {"input": "context"}
+    assert settle([theirs] * 3 + [{**theirs, **ours}])[1].mapping == mapping
     assert settle([ours])[1].mapping == {}
     row = {"instruction": "q", "context": "c", "note": "n", "output": "a"}
     assert settle([row], mapping={"input": "note"})[1].mapping == {"input": "note"}
