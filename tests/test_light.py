@@ -134,6 +134,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["select", "length", *POOL, "--budget", "13"],
         "the budget is 13 rows and 12 are usable. Lower --budget, or add --allow-short.",
     ),
+    "mix": ([*SELECT, "--mix", "2"], "--mix 2: not a share of the budget"),
+    "null without a target": ([*SELECT, "--null"], "length reads none"),
+    "folder of checkpoints": ([*SELECT, "--warmup-from", "gone"], "gone: no such folder"),
+    "model folder": (
+        ["select", "length", "--pool", "pool.jsonl", "--model", "./gone", "--run", "new"]
+        + ["--budget", "5"],
+        "./gone: no such model folder",
+    ),
     "missing target": (
         ["select", "less", *POOL, "--budget", "5"],
         "less selects toward a target and none was given. Add --target FILE.",

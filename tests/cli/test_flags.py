@@ -204,15 +204,14 @@ def test_a_command_without_flags_leaves_everything_to_the_library(
 
 @pytest.mark.parametrize("command", sorted(RUN))
 def test_groups_and_checkpoints_of_the_users_own_reach_the_call(
-    monkeypatch: pytest.MonkeyPatch, command: str
+    monkeypatch: pytest.MonkeyPatch, command: str, tmp_path: Path
 ) -> None:
-    given = arguments(
-        monkeypatch, command, "--pool-group", "a", "--target-group", "b", "--warmup-from", "w"
-    )
+    flags = ("--pool-group", "a", "--target-group", "b", "--warmup-from", str(tmp_path))
+    given = arguments(monkeypatch, command, *flags)
     assert (given["pool_group"], given["target_group"], given["warmup_from"]) == (
         "a",
         "b",
-        Path("w"),
+        tmp_path,
     )
 
 
