@@ -138,8 +138,18 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "null without a target": ([*SELECT, "--null"], "length reads none"),
     "folder of checkpoints": ([*SELECT, "--warmup-from", "gone"], "gone: no such folder"),
     "model folder": (
-        ["select", "length", "--pool", "pool.jsonl", "--model", "./gone", "--run", "new"]
-        + ["--budget", "5"],
+        [
+            "select",
+            "length",
+            "--pool",
+            "pool.jsonl",
+            "--model",
+            "./gone",
+            "--run",
+            "new",
+            "--budget",
+            "5",
+        ],
         "./gone: no such model folder",
     ),
     "missing target": (
