@@ -123,6 +123,7 @@ class LoraSettings(Settings):
 class WarmupSettings(Settings):
     """The short fine-tune whose checkpoints the gradients are taken at.
 
+    epochs: passes over the share; None = four, but no more rows than one pass over the pool has.
     weights: how much each checkpoint counts, in step order, in place of the mean learning rate of
     the steps before it (sums to 1 or not).
     """
@@ -130,7 +131,7 @@ class WarmupSettings(Settings):
     share: float = Field(default=0.05, gt=0, le=1)
     min_rows: int = Field(default=512, ge=1)
     min_steps: int = Field(default=30, ge=1)
-    epochs: float = Field(default=4, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     batch_size: int | None = Field(default=None, ge=1)
     lr: float = Field(default=2e-4, gt=0)
     scheduler: str = "linear"
@@ -141,6 +142,12 @@ class WarmupSettings(Settings):
     weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Strict(False)] | None = None
     seed: int = 0
     lora: LoraSettings = LoraSettings()
+
+    def steps_for(self, share: int, usable: int, batch: int) -> int:
+        """Optimiser steps of `batch` rows on `share` of the `usable` rows of a pool."""
+        if self.epochs is not None:
+            return max(self.min_steps, math.ceil(self.epochs * share / batch))
+        return max(self.min_steps, math.ceil(min(4 * share, usable) / batch))
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> WarmupSettings:

@@ -161,7 +161,7 @@ def plan_warmup(encoded: Sequence[Any], settings: WarmupSettings) -> Plan:
     settings alone.
 
     Rows: `share` of the usable ones, at least `min_rows`. Batch: `batch_size`, or 16 below 10,000
-    pool rows and 128 from there. Steps: max(min_steps, ceil(epochs x rows / batch)); epochs follow
+    pool rows and 128 from there. Steps: `WarmupSettings.steps_for`; epochs follow
     each other without a gap, each a fresh permutation. The rows of a step are sorted by length and
     cut where padding is least into micro-batches, four rows each on average and at most 2,048
     padded tokens (or one row): gradient accumulation keeps memory small and leaves the loss what it
@@ -181,7 +181,7 @@ def plan_warmup(encoded: Sequence[Any], settings: WarmupSettings) -> Plan:
     rows = np.sort(rng.choice(usable, size=count, replace=False))
     lengths = np.array([len(encoded[int(i)]["input_ids"]) for i in rows])
     batch = min(settings.batch_size or (16 if len(encoded) < 10_000 else 128), count)
-    steps = max(settings.min_steps, math.ceil(settings.epochs * count / batch))
+    steps = settings.steps_for(count, len(usable), batch)
     epochs = math.ceil(steps * batch / count)
     order = np.concatenate([rng.permutation(count) for _ in range(epochs)])
     batches = [order[step * batch : (step + 1) * batch] for step in range(steps)]

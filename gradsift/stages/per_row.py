@@ -185,7 +185,7 @@ def _text(context: Context, example: Example) -> str:
     """What a row says: the contents of its turns, or the text that its tokens stand for."""
     if example.tokens is None:
         return text_of(example)
-    return context.tokenizer.decode(example.tokens[0], skip_special_tokens=True)
+    return str(context.tokenizer.decode(list(example.tokens[0]), skip_special_tokens=True))
 
 
 # --- one number per row

@@ -11,7 +11,7 @@ from gradsift.store.canonical import recipe_digest
 
 VERSIONS = {
     "encode": 1,
-    "warmup": 1,
+    "warmup": 2,
     "gradients": 3,
     "mean": 1,
     "curvature": 3,
@@ -24,7 +24,7 @@ VERSIONS = {
     "tuned": 1,
     "ngrams": 1,
     "bm25": 1,
-    "difficulty": 2,
+    "difficulty": 3,
     "select": 4,
     "trial": 2,
     "compare": 1,

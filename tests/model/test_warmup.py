@@ -58,7 +58,7 @@ def test_the_share_the_steps_and_the_batch() -> None:
     plan = plan_warmup(short * 20_000, WarmupSettings())
     assert (len(plan.rows), plan.batch, len(plan.steps)) == (1000, 128, 32)
     plan = plan_warmup(short * 2000, WarmupSettings())
-    assert (len(plan.rows), plan.batch, len(plan.steps)) == (512, 16, 128)
+    assert (len(plan.rows), plan.batch, len(plan.steps)) == (512, 16, 125)
     plan = plan_warmup(short * 7, WarmupSettings())
     assert (len(plan.rows), plan.batch, len(plan.steps)) == (7, 7, 30)
 
@@ -374,3 +374,16 @@ def test_training_that_diverges_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"diverged by step 10.*learning rate"):
         warm_up(base, token_rows(40), SMALL, tmp_path / "w", pad_id=PAD)
     assert not list((tmp_path / "w").glob("*/checkpoint.json"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "batch", "steps"),
+    # the share; 512 of 600 rows: one pass over the pool; of 8,000: four over the share; of few: 30
+    [(600, 512, 16, 38), (8_000, 512, 16, 128), (100_000, 5_000, 128, 157), (40, 40, 16, 30)],
+)
+def test_a_small_pool_is_passed_over_once(rows: int, share: int, batch: int, steps: int) -> None:
+    assert WarmupSettings().steps_for(share, rows, batch) == steps
+    # a number given holds as it is
+    assert WarmupSettings(epochs=4).steps_for(share, rows, batch) == max(
+        30, math.ceil(4 * share / batch)
+    )

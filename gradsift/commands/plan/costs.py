@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from gradsift.commands.plan.probe import Rates
 from gradsift.commands.select.constraints import Constraints
 from gradsift.commands.select.null import draws_for
@@ -198,7 +196,7 @@ def _warmup_label(pipeline: Pipeline, tokens: int, rows: int) -> tuple[str, floa
     settings = pipeline.config.warmup
     share = min(rows, max(settings.min_rows, round(settings.share * rows)))
     batch = settings.batch_size or (16 if rows < 10_000 else 128)
-    steps = max(settings.min_steps, int(np.ceil(settings.epochs * share / batch)))
+    steps = settings.steps_for(share, rows, batch)
     return (
         f"{counted(share, 'row')}, {counted(steps, 'step')} of {batch}",
         steps * batch * tokens / max(rows, 1),
