@@ -42,7 +42,7 @@ class Bm25:
         from gradsift.methods.reading import finite, nearest_by_turns
 
         return nearest_by_turns(
-            finite(signals, BM25), signals.target_groups, budget, self.aggregate, self.taken
+            finite(signals, BM25).float(), signals.target_groups, budget, self.aggregate, self.taken
         )
 
     def why(self, facts: Facts) -> str:
