@@ -103,8 +103,10 @@ def test_a_group_whose_gradients_are_unusable_is_named(
     )
     real = stored.gradients
 
-    def with_a_zero_row(context: Context, side: str, checkpoint: int, *rest: Any) -> RowStore:
-        store = real(context, side, checkpoint, *rest)
+    def with_a_zero_row(
+        context: Context, side: str, checkpoint: int, *rest: Any, **more: Any
+    ) -> RowStore:
+        store = real(context, side, checkpoint, *rest, **more)
         if side == "pool":
             return store
         values = store[0:20].float()
