@@ -73,23 +73,8 @@ def select(
     quiet: Quiet = False,
 ) -> None:
     """Choose the rows worth training on, and write them with a report."""
-    from gradsift.commands.preflight import check_selection
-
-    inputs, options, allow_short = (
-        _inputs(run, pool, target, model, given),
-        _options(option),
-        given.call["allow_short"],
-    )
-    check_selection(
-        method,
-        inputs,
-        budget=budget,
-        options=options,
-        out=out,
-        allow_short=allow_short,
-        null=given.call["null"],
-        constraints=given.constraints,
-    )
+    inputs = _inputs(run, pool, target, model, given)
+    options = _checked(method, inputs, budget, option, given, out)
     _choose_waiting(given)
     from gradsift.commands.select import select
 
@@ -137,6 +122,31 @@ def _choose_waiting(given: Given) -> None:
     threads.waiting().choose(given.settings.get("machine", {}).get("threads") or 0)
 
 
+def _checked(
+    method: str,
+    inputs: Inputs,
+    budget: str,
+    option: list[str] | None,
+    given: Given,
+    out: str | None = None,
+) -> dict[str, str]:
+    """The options of the method, once a selection with these arguments was found to be in order."""
+    from gradsift.commands.preflight import check_selection
+
+    options = _options(option)
+    check_selection(
+        method,
+        inputs,
+        budget=budget,
+        options=options,
+        out=out,
+        allow_short=given.call["allow_short"],
+        null=given.call["null"],
+        constraints=given.constraints,
+    )
+    return options
+
+
 def _options(pairs: list[str] | None) -> dict[str, str]:
     from gradsift import methods
 
@@ -179,22 +189,8 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """What `select` would run: stages, rows, tokens, bytes, memory, time. Writes nothing."""
-    from gradsift.commands.preflight import check_selection
-
-    inputs, options, allow_short = (
-        _inputs(run, pool, target, model, given),
-        _options(option),
-        given.call["allow_short"],
-    )
-    check_selection(
-        method,
-        inputs,
-        budget=budget,
-        options=options,
-        allow_short=allow_short,
-        null=given.call["null"],
-        constraints=given.constraints,
-    )
+    inputs = _inputs(run, pool, target, model, given)
+    options = _checked(method, inputs, budget, option, given)
     _choose_waiting(given)
     from gradsift.commands.plan import plan as planning
 
