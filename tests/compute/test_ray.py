@@ -51,7 +51,7 @@ from gradsift.store.artifact import MANIFEST
 from gradsift.store.atomic import marker
 from gradsift.store.rows import RowStore, RowView
 from gradsift.store.run import Run
-from gradsift.types import Signal, Signals
+from gradsift.types import Signal, Signals, counted
 from tests.conftest import SETTINGS, rows, write_rows
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
@@ -362,7 +362,7 @@ def test_ray_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) 
 def test_settings_name_the_executor_and_no_room_is_told(two: Ray) -> None:
     config = build(
         {
-            "model": {"name": "x"},
+            "model": {"name": "x", "device": "cpu"},
             "machine": {
                 "executor": "ray",
                 "address": two.address,
@@ -455,7 +455,7 @@ def test_workers_of_gpus_get_those_they_ask_for_and_the_plan_counts_them(
                 count,
                 60 / workers + STARTING,
             )
-            assert f"{workers} workers of {count} GPUs" in found.line()
+            assert f"{counted(workers, 'worker')} of {counted(count, 'GPU')}" in found.line()
         made[2].close()
         seen: dict[tuple[str, ...], int] = {}
         while len(seen) < 3:
@@ -831,7 +831,7 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(
         "encode",
         "gradients",
         "mean",
-        "select",
+        "select-tagcos",
         "warmup",
     ] and found == manifests(tmp_path / "serial")
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())

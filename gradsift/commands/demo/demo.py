@@ -26,6 +26,7 @@ BUDGET = "5%"
 SETTINGS: dict[str, dict[str, Any]] = {
     "gradients": {"dim": 1024, "shard_rows": 512},
     "encode": {"max_length": 256},
+    "warmup": {"epochs": 4},
     "finetune": {"mode": "full", "epochs": 4, "batch_size": 16, "lr": 1e-3},
 }
 
