@@ -8,6 +8,7 @@ and nothing it imports, loads torch, transformers, peft or pyarrow.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -238,7 +239,7 @@ def check_folders(inputs: Inputs, config: Config) -> None:
     """
     name = config.model.name
     folder = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if folder and not Path(name).expanduser().is_dir():
+    if folder and not os.path.isdir(os.path.expanduser(name)):
         raise UserError(
             "no such model folder",
             where=name,
@@ -246,7 +247,7 @@ def check_folders(inputs: Inputs, config: Config) -> None:
         )
     if inputs.warmup_from is None:
         return
-    if not Path(inputs.warmup_from).is_dir():
+    if not os.path.isdir(inputs.warmup_from):
         raise UserError(
             "no such folder",
             where=inputs.warmup_from,
@@ -359,7 +360,7 @@ def check_container(
     for source, text in zip(expanded(pool), texts, strict=True):
         if text is not None:
             kinds.append(text.kind)
-        elif source.file.startswith("hf:") or Path(source.file).is_dir():
+        elif source.file.startswith("hf:") or os.path.isdir(source.file):
             kinds.append("arrow")
         else:
             with contextlib.suppress(UserError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ def expanded(sources: Sequence[str | Path]) -> list[Source]:
             found.append(Source(group, file))
         elif is_pattern(file):
             found += [Source(group, str(path)) for path in matching(file)]
-        elif (path := Path(file)).is_dir() and not is_saved(path):
+        elif os.path.isdir(path := Path(file)) and not is_saved(path):
             found += [Source(group, str(inside)) for inside in folder_files(path)]
         else:
             found.append(Source(group, file))
@@ -64,7 +65,7 @@ def split_name(source: str | Path) -> tuple[str | None, str]:
         or "/" in name
         or name.startswith("hf:")
         or is_url(text)
-        or Path(text).exists()
+        or os.path.exists(text)
     ):
         return None, text
     return name, file
@@ -93,7 +94,7 @@ def holds(file: str, path: Path) -> bool:
     if is_pattern(file):
         return fnmatch.fnmatch(str(path.resolve()), str(Path(file).resolve()))
     folder = Path(file)
-    if not folder.is_dir() or is_saved(folder):
+    if not os.path.isdir(folder) or is_saved(folder):
         return False
     return path.resolve().is_relative_to(folder.resolve())
 

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 # Together they come by every place that writes into a run; further methods write at the same ones.
 COMMANDS = {
     "less": ["select", "less"],
+    "bm25": ["select", "bm25"],
     "gdig": ["select", "gdig"],
     "contrast": ["select", "contrast"],
     "perplexity": ["select", "perplexity"],
@@ -31,7 +32,7 @@ COMMANDS = {
     "score": ["score", "--backend", "less"],
     "compare": ["compare", "length"],
 }
-TARGETED = ("less", "gdig", "contrast", "score")
+TARGETED = ("less", "bm25", "gdig", "contrast", "score")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pickle
 import zipfile
 from pathlib import Path
 
-from tests.faults.corpus import Ran, Refused, add
+from tests.faults.corpus import Ran, Reads, Refused, add
 
 
 def _zip(name: str, data: bytes) -> bytes:
@@ -42,7 +42,8 @@ for suffix in (".pkl", ".pt", ".bin", ".npy", ".ckpt", ".joblib"):
     add(f"a pickle named {suffix}", lambda f, s=suffix: _pickled(f, f"p{s}", 4), NOT_READ)
 add("a tensor archive named jsonl", _zip("archive/data.pkl", b"cos\nmkdir\n"), NOT_READ)
 add("a zip that would leave its folder", _zip("../../../tmp/x", b"x"), NOT_READ)
-add("csv", b"text\n\"=cmd|' /C calc'!A1\"\n", Refused("UserError", r"\.csv is not a kind"), ".csv")
+add("csv", b"text\n\"=cmd|' /C calc'!A1\"\n", Reads(1), ".csv")  # a text, whatever it looks like
+add("a spreadsheet", b"text\n", Refused("UserError", r"\.xlsx is not a kind"), ".xlsx")
 add(
     "an object array of numpy named jsonl",
     b"\x93NUMPY\x01\x00v\x00{'descr': '|O'}\n",

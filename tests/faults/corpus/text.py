@@ -174,7 +174,7 @@ for name, text, found in [
     (
         "array of 200,000 numbers",
         b"[" + b"1," * 200_000 + b"1]",
-        Refused("TooManyBadRows", "not-object"),
+        Refused("DataError", "is a JSON list of numbers"),
     ),
     (
         "array with an endless number",
